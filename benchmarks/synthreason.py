@@ -1,0 +1,98 @@
+"""CoReS against LISA on SynthReason: same pre-trained parts, data, order, steps and learning rate; several seeds.
+
+    python -m benchmarks.synthreason                       # 3 seeds × 2 methods, about an hour on 2 cores
+    python -m benchmarks.synthreason --table               # only print what benchmarks/results/synthreason.json holds
+
+Each run is ``train_ds.py --config configs/tiny.yaml --method M --seed S``, the command of ``make demo``. A finished run is kept in
+``--runs`` and not repeated, so an interrupted comparison goes on where it stopped. Two runs share the machine by default, one
+thread each: that is faster than one after the other with two threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "synthreason.json"
+
+
+def command(method: str, seed: int, args: argparse.Namespace) -> list[str]:
+    return [
+        sys.executable, "train_ds.py", "--config", args.config, "--method", method, "--seed", str(seed),
+        "--dataset_dir", args.dataset_dir, "--log_base_dir", str(args.runs), "--exp_name", f"{method}-{seed}", *args.extra,
+    ]  # fmt: skip
+
+
+def run(method: str, seed: int, args: argparse.Namespace) -> dict:
+    """Trains and evaluates once; returns the row of the results file. Raises RuntimeError with the log's end if the run fails."""
+    folder = Path(args.runs) / f"{method}-{seed}"
+    metrics = folder / "metrics.json"
+    if not metrics.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.with_suffix(".log")
+        env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+        with log.open("w") as stream:
+            code = subprocess.run(command(method, seed, args), cwd=ROOT, env=env, stdout=stream, stderr=stream).returncode
+        if code:
+            raise RuntimeError(f"{method}, seed {seed}: exit code {code}; the end of {log}:\n" + log.read_text()[-2000:])
+    return {"method": method, "seed": seed, **json.loads(metrics.read_text())}
+
+
+def table(runs: list[dict]) -> str:
+    """Means over seeds with their spread (sample standard deviation), in percent."""
+    lines = [f"{'':8} {'free gIoU':>14} {'free cIoU':>14} {'forced gIoU':>14} {'emission':>9} {'seconds':>8}  seeds"]
+    for method in dict.fromkeys(row["method"] for row in runs):
+        rows = [row for row in runs if row["method"] == method]
+
+        def cell(*keys: str, rows: list[dict] = rows) -> str:
+            values = [100 * _get(row, *keys) for row in rows]
+            spread = np.std(values, ddof=1) if len(values) > 1 else float("nan")
+            return f"{np.mean(values):6.1f} ± {spread:4.1f}"
+
+        lines.append(
+            f"{method:8} {cell('free', 'giou'):>14} {cell('free', 'ciou'):>14} {cell('teacher_forced', 'giou'):>14} "
+            f"{100 * np.mean([row['emission_rate'] for row in rows]):8.1f}% {np.mean([row['seconds'] for row in rows]):8.0f}  "
+            + ", ".join(f"{row['seed']}: {100 * row['free']['giou']:.1f}" for row in rows)
+        )
+    return "\n".join(lines)
+
+
+def _get(row: dict, *keys: str) -> float:
+    for key in keys:
+        row = row[key]
+    return row
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/tiny.yaml")
+    parser.add_argument("--dataset_dir", default="data/synthreason")
+    parser.add_argument("--methods", nargs="+", default=["cores", "lisa"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--runs", type=Path, default=Path("runs/synthreason"))
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print the results file and stop")
+    args, args.extra = parser.parse_known_args(argv)
+    if args.table:
+        print(table(json.loads(args.json.read_text())["runs"]))
+        return
+    jobs = [(method, seed) for seed in args.seeds for method in args.methods]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = list(pool.map(lambda job: run(*job, args), jobs))
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    shown = " ".join(["python -m benchmarks.synthreason", *(sys.argv[1:] if argv is None else argv)])
+    args.json.write_text(json.dumps({"command": shown, "unit": "fraction", "runs": runs}, indent=1) + "\n")
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()

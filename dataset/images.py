@@ -1,0 +1,190 @@
+"""Reading files of a data set: pictures, label maps, JSON, run-length masks. Every error is one line naming the file.
+
+H and W are the height and width of a picture in the *original* frame, which is the picture as a viewer shows it: the
+orientation stored in EXIF is already applied.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from pycocotools import mask as rle_codec
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+class DataError(ValueError):
+    """A file of a data set is missing, broken or contradicts another one. The message names the file and what to do."""
+
+
+class MissingDataError(DataError, FileNotFoundError):
+    """A file or folder that a data set needs is not there."""
+
+
+def resolve_inside(root: str | Path, name: str) -> Path:
+    """The path ``root/name`` for a ``name`` that was read from a file, if it stays inside ``root``.
+
+    Raises DataError for an empty or absolute name, for '..' and for a symbolic link that leaves ``root``.
+    """
+    root = Path(root)
+    relative = Path(name)
+    if not name or "\0" in name or relative.is_absolute() or ".." in relative.parts:
+        raise DataError(f"{root}: {name!r} is not a file name inside this folder; absolute names and '..' are refused")
+    path = root / relative
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{path}: is a link that leaves {root}; copy the file or link the whole folder")
+    return path
+
+
+def require_folder(path: str | Path, what: str) -> Path:
+    """``path`` as a Path, or a MissingDataError that says ``what`` is expected there."""
+    path = Path(path)
+    if not path.is_dir():
+        reason = "is not a folder" if path.exists() else "does not exist"
+        raise MissingDataError(f"{path}: {reason}; {what} is expected there (check --dataset_dir)")
+    return path
+
+
+def list_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """The files of ``folder`` with one of the lower-case ``suffixes``, sorted by name and not as the disk likes."""
+    wanted = tuple(suffixes)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in wanted and not path.name.startswith("."))
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except FileNotFoundError:
+        raise MissingDataError(
+            f"{path}: image does not exist; restore it or remove its entry from the data set"
+        ) from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable image ({_reason(error)}); replace or remove the file") from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _load(picture: Image.Image, path: Path) -> None:
+    try:
+        picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: broken image ({_reason(error)}); replace or remove the file") from None
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit grey: Pillow's own conversion would clip at 255
+        return Image.fromarray((np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        # what lies under transparent pixels is arbitrary, and a viewer shows paper there
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """The picture as uint8 (H, W, 3) RGB. Grey, palette, CMYK, 16-bit and transparent files are converted.
+
+    Raises MissingDataError if the file is not there and DataError if it cannot be decoded completely.
+    """
+    path = Path(path)
+    with _open(path) as picture:
+        _load(picture, path)
+        return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
+
+
+def read_label(path: str | Path) -> np.ndarray:
+    """A label map (grey or palette PNG, 8 or 16 bit) as int32 (H, W). Raises DataError for colour images."""
+    path = Path(path)
+    with _open(path) as picture:
+        _load(picture, path)
+        if picture.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
+            raise DataError(f"{path}: a label map must have one channel, this image has mode {picture.mode}")
+        return np.array(picture).astype(np.int32)
+
+
+def probe_images(paths: Iterable[Path]) -> None:
+    """Finds missing, foreign and cut-off files before any long work, reading only the two ends of each healthy file."""
+    for path in paths:
+        with _open(path) as picture:
+            if picture.format == "JPEG" and not _ends_like_jpeg(path):
+                _load(picture, path)  # a cut-off file fails here; one that only carries an unusual tail passes
+
+
+def _ends_like_jpeg(path: Path) -> bool:
+    with path.open("rb") as stream:
+        stream.seek(0, 2)
+        stream.seek(max(0, stream.tell() - 64))
+        return b"\xff\xd9" in stream.read()
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file in UTF-8 or, as some ReasonSeg files are, in Windows-1252."""
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise MissingDataError(f"{path}: does not exist; check --dataset_dir and the names of the data sets") from None
+    try:
+        try:
+            return json.loads(raw.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            return json.loads(raw.decode("cp1252"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({_reason(error)}); repair or remove the file") from None
+
+
+def check_size(found: tuple[int, ...], image: tuple[int, ...], path: str | Path, what: str) -> None:
+    """Refuses a mask, label map or entry whose (H, W) differs from its image's."""
+    if tuple(found[:2]) != tuple(image[:2]):
+        found_size, image_size = (f"{size[0]}×{size[1]}" for size in (found, image))
+        raise DataError(f"{path}: {what} is {found_size} (height × width) but its image is {image_size}")
+
+
+def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) -> np.ndarray:
+    """A COCO run-length mask ({"size": [H, W], "counts": text or list}) as bool (H, W).
+
+    ``size``: the (H, W) that the mask must have. Raises DataError naming ``path`` and ``field`` for anything malformed.
+    """
+    counts = rle.get("counts") if isinstance(rle, dict) else None
+    if not isinstance(counts, (str, list)) or not isinstance(rle.get("size"), list) or len(rle["size"]) != 2:
+        raise DataError(f'{path}: "{field}" must be {{"size": [height, width], "counts": …}}')
+    check_size(tuple(rle["size"]), size, path, f'"{field}"')
+    height, width = size
+    try:
+        if isinstance(counts, list):
+            if any(not isinstance(run, int) or run < 0 for run in counts) or sum(counts) != height * width:
+                raise ValueError(f"the runs do not add up to {height * width} pixels")
+            rle = rle_codec.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        return rle_codec.decode({"size": [height, width], "counts": rle["counts"]}).astype(bool)
+    except (ValueError, TypeError) as error:
+        raise DataError(f'{path}: "{field}" is not a valid run-length mask ({_reason(error)})') from None
+
+
+class PackedRecords:
+    """A read-only list of JSON-like records in one flat buffer.
+
+    A million small Python objects are copied into every worker process as soon as their reference counts change; one
+    buffer is shared between them for good.
+    """
+
+    def __init__(self, records: Iterable[Any]):
+        blobs = [json.dumps(record, separators=(",", ":")).encode() for record in records]
+        self._ends = np.cumsum([0] + [len(blob) for blob in blobs])
+        self._buffer = np.frombuffer(b"".join(blobs), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return json.loads(self._buffer[self._ends[index] : self._ends[index + 1]].tobytes())

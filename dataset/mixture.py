@@ -1,0 +1,207 @@
+"""What the command line calls data sets: the training mixture and the evaluation sets.
+
+A training sample is a pure function of (seed, epoch, index); workers, ranks and restarts change nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dataset import exemplars
+from dataset.coco import CocoInstances
+from dataset.images import DataError, require_folder
+from dataset.reasoning import ReasoningSegmentation
+from dataset.sample import LoaderOptions, Sample
+from dataset.semantic import FAMILIES, SemanticSegmentation
+from dataset.vqa import VisualQuestionAnswering
+
+logger = logging.getLogger(__name__)
+
+KNOWN = ("sem_seg", "coco", "reason_seg", "vqa")
+PLANNED = ("refer_seg",)
+MAX_REPLACEMENTS = 20  # tries before a training set is called unusable
+
+
+class Loader(Protocol):
+    """A map-style source of samples."""
+
+    dataset: str
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample: ...
+
+
+def _names(text: str, flag: str) -> list[str]:
+    names = text.split("||")
+    if not all(names):
+        raise ValueError(f'{flag} {text!r}: write one name, or several joined by "||"')
+    return names
+
+
+def build_family(name: str, dataset_dir: str | Path, data: dict[str, str], options: LoaderOptions) -> list[Loader]:
+    """The loaders of one name of --dataset. ``data``: family -> the names inside it, joined by "||".
+
+    Raises ValueError that lists the known names, DataError for missing or broken files.
+    """
+    if name in PLANNED:
+        raise ValueError(f"data set {name!r} is not yet available in this version; known: {', '.join(KNOWN)}")
+    if name not in KNOWN:
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join(KNOWN)}")
+    loaders = {
+        "sem_seg": SemanticSegmentation,
+        "coco": CocoInstances,
+        "reason_seg": ReasoningSegmentation,
+        "vqa": VisualQuestionAnswering,
+    }
+    return [loaders[name](dataset_dir, part, options) for part in _names(data[name], f"--{name}_data")]
+
+
+def with_exemplars(sample: Sample, rng: np.random.Generator, count: int) -> Sample:
+    """The sample with ``count`` exemplars drawn by ``rng``; none repeats one of its own questions."""
+    queries = [question for conversation in sample.conversations for question, _ in conversation.turns]
+    sample.exemplars = exemplars.draw(rng, count, queries)
+    return sample
+
+
+class TrainMixture(Dataset):
+    """Draws a family by its rate, then one of its data sets, then one of its images.
+
+    ``bad_samples`` counts, in this process, the samples that had to be replaced.
+    """
+
+    def __init__(
+        self,
+        dataset_dir: str | Path,
+        dataset: str,
+        sample_rates: Sequence[float],
+        levels: Sequence[str],
+        samples_per_epoch: int,
+        seed: int = 0,
+        exemplar_count: int = 1,
+        num_classes_per_sample: int = 3,
+        sem_seg_data: str = "ade20k",
+        coco_data: str = "train2017",
+        reason_seg_data: str = "ReasonSeg|train",
+        vqa_data: str = "llava_instruct_150k",
+        explanatory: float = 0.1,
+        on_bad_sample: str = "raise",
+    ):
+        """``dataset``: names of KNOWN joined by "||", with one rate each in ``sample_rates``. ``explanatory``:
+        probability that a query with a known explanation asks for it. ``on_bad_sample``: "raise" stops at a file that
+        cannot be used, "skip" logs it and takes another one, the same in every run. Raises ValueError or DataError for
+        whatever can be known now."""
+        names = _names(dataset, "--dataset")
+        rates = np.array(sample_rates, dtype=float)
+        if rates.shape != (len(names),) or not np.all(rates >= 0) or not rates.sum() > 0:
+            found = list(sample_rates)
+            raise ValueError(f"--sample_rates {found}: give {len(names)} numbers for {names}, none negative, not all 0")
+        if samples_per_epoch < 1:
+            raise ValueError(f"samples_per_epoch must be at least 1, got {samples_per_epoch}")
+        if on_bad_sample not in ("raise", "skip"):
+            raise ValueError(f'--on_bad_sample must be "raise" or "skip", got {on_bad_sample!r}')
+        require_folder(dataset_dir, "the data")
+        options = LoaderOptions(
+            tuple(levels),
+            num_classes_per_sample=num_classes_per_sample,
+            explanatory=explanatory,
+            skip_missing=on_bad_sample == "skip",
+        )
+        data = {"sem_seg": sem_seg_data, "coco": coco_data, "reason_seg": reason_seg_data, "vqa": vqa_data}
+        self.families = [build_family(name, dataset_dir, data, options) for name in names]
+        self.rates = rates / rates.sum()
+        self.samples_per_epoch = samples_per_epoch
+        self.seed = seed
+        self.exemplar_count = exemplar_count
+        self.on_bad_sample = on_bad_sample
+        self.bad_samples = 0
+        _try_exemplars(exemplar_count)
+        # shared memory, so that persistent workers see the new epoch, too
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Call before iterating over the epoch."""
+        self._epoch[0] = epoch
+
+    def __len__(self) -> int:
+        return self.samples_per_epoch
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        key = [self.seed, int(self._epoch[0]), index]
+        for attempt in range(MAX_REPLACEMENTS):
+            # the first attempt has the plain key, so a replacement changes no other sample
+            rng = np.random.default_rng(np.random.SeedSequence(key + [attempt] * (attempt > 0)))
+            try:
+                return self._draw(rng)
+            except DataError as error:
+                if self.on_bad_sample == "raise":
+                    raise
+                self.bad_samples += 1
+                logger.warning("bad sample replaced: %s", error)
+        raise DataError(
+            f"{MAX_REPLACEMENTS} draws in a row met unusable files (see the warnings above); repair the data set"
+        )
+
+    def _draw(self, rng: np.random.Generator) -> Sample:
+        family = self.families[int(rng.choice(len(self.families), p=self.rates))]
+        loader = family[int(rng.integers(len(family)))]
+        sample = loader.sample(int(rng.integers(len(loader))), rng)
+        return with_exemplars(sample, rng, self.exemplar_count)
+
+
+def _try_exemplars(count: int) -> None:
+    """An exemplar count that the library cannot serve is an error now, not at the first sample."""
+    if count < 0:
+        raise ValueError(f"--exemplar_count must not be negative, got {count}")
+    exemplars.draw(np.random.default_rng(0), count)
+
+
+class EvalDataset(Dataset):
+    """Every image of an evaluation set once, in the order of file names, canonically worded."""
+
+    def __init__(
+        self,
+        dataset_dir: str | Path,
+        name: str,
+        levels: Sequence[str],
+        exemplar_count: int = 1,
+        seed: int = 0,
+        texts: str = "first",
+    ):
+        """``name``: "ReasonSeg|val", "ReasonSeg|testshort", "SynthReason|val" (a folder under reason_seg and its
+        split), "coco|val2017", or a semantic set such as "ade20k|validation". ``texts``: "first" scores the first
+        wording of a query as published, "all" every one. Exemplars depend on (seed, index) only. Raises ValueError or
+        DataError."""
+        require_folder(dataset_dir, "the data")
+        options = LoaderOptions(tuple(levels), training=False, texts=texts)
+        family, _, split = name.partition("|")
+        if not split:
+            raise ValueError(f'--val_dataset {name!r} names no split; write it as "ReasonSeg|val" or "coco|val2017"')
+        self.loader: Loader
+        if family == "coco":
+            self.loader = CocoInstances(dataset_dir, split, options)
+        elif family in FAMILIES:
+            self.loader = SemanticSegmentation(dataset_dir, family, options, split)
+        else:
+            self.loader = ReasoningSegmentation(dataset_dir, name, options)
+        self.exemplar_count = exemplar_count
+        self.seed = seed
+        _try_exemplars(exemplar_count)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, index]))
+        return with_exemplars(self.loader.sample(index, rng), rng, self.exemplar_count)

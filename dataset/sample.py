@@ -1,0 +1,298 @@
+"""Samples, batches and the step between them.
+
+B images in a batch · N conversations · L tokens · K targets of one conversation · H, W the image in the original
+frame · S the side of SAM's padded input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from dataset.conversation import IGNORE_INDEX, ConversationTemplate, Encoded, Turn, count_groups, encode, encode_prompt
+from dataset.images import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Conversation:
+    """Questions about one image. The image stands before the first question."""
+
+    turns: list[Turn]
+    """(question, answer) pairs in order; an answer is a list of texts and AnswerTokens."""
+    masks: np.ndarray
+    """bool (K, H, W), original frame: one per group of answer tokens, in their order; (0, H, W) for text only."""
+    ignore: np.ndarray | None = None
+    """bool (H, W): pixels that count neither in the loss nor in the metric."""
+    host_masks: np.ndarray | None = None
+    """bool (K, H, W): the object that holds each target, where the data know it."""
+    is_sentence: bool | None = None
+    """ReasonSeg's long (True) or short (False) query; None where the data do not say."""
+
+
+@dataclass
+class Sample:
+    """One image with its conversations."""
+
+    image: np.ndarray
+    """uint8 (H, W, 3) RGB, original frame."""
+    image_path: str
+    conversations: list[Conversation]
+    kind: str
+    """"semantic", "referring", "reasoning" or "vqa"."""
+    dataset: str
+    id: str
+    """With ``dataset`` the provenance that every error message names."""
+    exemplars: list[tuple[str, str]] = field(default_factory=list)
+    """In-context (question, answer) texts drawn for this sample."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset} {self.id} ({self.image_path})"
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """What every loader needs to know to turn annotations into conversations."""
+
+    levels: tuple[str, ...]
+    """Names of the answer tokens, coarse to fine."""
+    training: bool = True
+    """True: wordings and conversations are drawn; False: canonical wordings, every conversation of an image."""
+    num_classes_per_sample: int = 3
+    """Most conversations drawn per image in training."""
+    explanatory: float = 0.0
+    """Probability that a training query with an explanation asks for it; 0 or less never does."""
+    texts: str = "first"
+    """Outside training, "first" asks the first wording of a query (the published protocol), "all" asks every one."""
+    skip_missing: bool = False
+    """True: entries whose image file is missing are left out with a warning; False: they are an error."""
+
+    def __post_init__(self):
+        if not self.levels or len(set(self.levels)) != len(self.levels):
+            raise ValueError(f'levels must be different names such as ["LOC", "SEG"], got {list(self.levels)}')
+        if self.num_classes_per_sample < 1:
+            raise ValueError(f"num_classes_per_sample must be at least 1, got {self.num_classes_per_sample}")
+        if self.texts not in ("first", "all"):
+            raise ValueError(f'texts must be "first" or "all", got {self.texts!r}')
+
+    def wording(self, rng: np.random.Generator) -> np.random.Generator | None:
+        """The generator that draws wordings, or None for the canonical ones."""
+        return rng if self.training else None
+
+
+@dataclass
+class Batch:
+    """What the model takes. Built by ``collate`` (right padded) or ``collate_prompts`` (left padded, no labels)."""
+
+    input_ids: torch.Tensor
+    """int64 (N, L)."""
+    attention_mask: torch.Tensor
+    """int64 (N, L): 1 for tokens, 0 for padding; made from lengths, as padding may share an id with real tokens."""
+    labels: torch.Tensor
+    """int64 (N, L): -100 where unsupervised."""
+    image_index: torch.Tensor
+    """int64 (N,): the image of each conversation."""
+    clip_pixels: torch.Tensor
+    """float (B, 3, h, w): CLIP's normalised input."""
+    sam_pixels: torch.Tensor
+    """float (B, 3, S, S): SAM's normalised and padded input."""
+    original_sizes: list[tuple[int, int]]
+    """(H, W) of each of the B images."""
+    resized_sizes: list[tuple[int, int]]
+    """(height, width) of each of the B images inside SAM's padded input."""
+    target_masks: list[torch.Tensor]
+    """N × bool (K, H, W), original frame."""
+    ignore_masks: list[torch.Tensor | None]
+    """N × bool (H, W)."""
+    host_masks: list[torch.Tensor | None]
+    """N × bool (K, H, W)."""
+    info: list[dict]
+    """N × {dataset, id, image_path, kind, query, is_sentence, conversation (its index in the sample)}."""
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
+        """A batch with its tensors on ``device`` and its float tensors as ``dtype``; None leaves either as it is."""
+
+        def move(value):
+            if isinstance(value, torch.Tensor):
+                return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+            return [move(item) for item in value] if isinstance(value, list) else value
+
+        return Batch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+def check_sample(sample: Sample, levels: Sequence[str]) -> None:
+    """Raises DataError naming the sample unless masks fit the image and are as many as the answers' targets."""
+    size = sample.image.shape[:2]
+    for index, conversation in enumerate(sample.conversations):
+        where = f"{sample.name}, conversation {index}"
+        groups, masks = count_groups(conversation.turns, levels, where), len(conversation.masks)
+        if groups != masks:
+            tokens = " ".join(f"[{level}]" for level in levels)
+            raise DataError(f"{where}: {groups} groups of answer tokens ({tokens}) but {masks} target masks")
+        frames = {"masks": (conversation.masks, (masks, *size)), "ignore": (conversation.ignore, size)}
+        frames["host_masks"] = (conversation.host_masks, (masks, *size))
+        for name, (mask, expected) in frames.items():
+            if mask is not None and mask.shape != expected:
+                raise DataError(f"{where}: {name} has shape {mask.shape}, expected {expected}")
+
+
+def _encode_all(sample: Sample, conversation: Conversation, processor, levels, template) -> Encoded:
+    count = processor.image_token_count
+    return encode(conversation, sample.exemplars, processor.tokenizer, template, processor.image_token, count, levels)
+
+
+def _drop_turns(conversation: Conversation) -> Conversation | None:
+    """The text-only conversation without its last turn; None where that is not possible without losing a target."""
+    if len(conversation.turns) < 2 or len(conversation.masks):
+        return None
+    return dataclasses.replace(conversation, turns=conversation.turns[:-1])
+
+
+def _fit(sample: Sample, index: int, encode_one: Callable[[Conversation], Encoded], limit: int, on_too_long: str):
+    """(conversation, Encoded) within ``limit`` tokens, or None if it is to be left out. Tokens are never cut."""
+    conversation = sample.conversations[index]
+    encoded = encode_one(conversation)
+    length = len(encoded.input_ids)
+    if length <= limit:
+        return conversation, encoded
+    message = f"{sample.name}, conversation {index}: {length} tokens, but model_max_length is {limit}"
+    if on_too_long == "raise":
+        raise DataError(f"{message}; raise --model_max_length, use fewer exemplars or shorten the text")
+    while (conversation := _drop_turns(conversation)) is not None:
+        encoded = encode_one(conversation)
+        if len(encoded.input_ids) <= limit:
+            logger.warning("%s; kept its first %d turns", message, len(conversation.turns))
+            return conversation, encoded
+    logger.warning("%s; left out", message)
+    return None
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    table = torch.full((len(rows), width), value, dtype=torch.int64)
+    for target, row in zip(table, rows, strict=True):
+        start = width - len(row) if left else 0
+        target[start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
+    return table
+
+
+def _tensor(mask: np.ndarray | None) -> torch.Tensor | None:
+    return None if mask is None else torch.from_numpy(np.ascontiguousarray(mask, dtype=bool))
+
+
+def _assemble(samples: Sequence[Sample], processor, encode_one: Callable, on_too_long: str, left: bool) -> Batch:
+    tokenizer = processor.tokenizer
+    limit = tokenizer.model_max_length
+    kept = []  # (image index, conversation index, conversation, encoded)
+    for number, sample in enumerate(samples):
+        for index in range(len(sample.conversations)):
+            fitted = _fit(sample, index, lambda c, sample=sample: encode_one(sample, c), limit, on_too_long)
+            if fitted is not None:
+                kept.append((number, index, *fitted))
+    if not kept:
+        names = "; ".join(sample.name for sample in samples)
+        raise DataError(f"no conversation is left in a batch of {names or 'no samples'}; raise --model_max_length")
+
+    encodings = [encoded for *_, encoded in kept]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sam = [processor.sam(sample.image) for sample in samples]
+    conversations = [conversation for _, _, conversation, _ in kept]
+    return Batch(
+        input_ids=_pad([e.input_ids for e in encodings], pad, left),
+        attention_mask=_pad([[1] * len(e.input_ids) for e in encodings], 0, left),
+        labels=_pad([e.labels for e in encodings], IGNORE_INDEX, left),
+        image_index=torch.tensor([number for number, *_ in kept], dtype=torch.int64),
+        clip_pixels=torch.stack([processor.clip(sample.image) for sample in samples]),
+        sam_pixels=torch.stack([pixels for pixels, _ in sam]),
+        original_sizes=[tuple(sample.image.shape[:2]) for sample in samples],
+        resized_sizes=[tuple(size) for _, size in sam],
+        target_masks=[_tensor(c.masks) for c in conversations],
+        ignore_masks=[_tensor(c.ignore) for c in conversations],
+        host_masks=[_tensor(c.host_masks) for c in conversations],
+        info=[_info(samples[number], index, conversation) for number, index, conversation, _ in kept],
+    )
+
+
+def _info(sample: Sample, index: int, conversation: Conversation) -> dict:
+    return {
+        "dataset": sample.dataset,
+        "id": sample.id,
+        "image_path": sample.image_path,
+        "kind": sample.kind,
+        "query": conversation.turns[-1][0],
+        "is_sentence": conversation.is_sentence,
+        "conversation": index,
+    }
+
+
+def collate(
+    samples: Sequence[Sample],
+    processor,
+    levels: Sequence[str],
+    template: str | ConversationTemplate,
+    on_too_long: str = "raise",
+) -> Batch:
+    """The batch for training and teacher-forced evaluation, right padded. Each image is processed once.
+
+    ``processor`` has ``tokenizer``, ``image_token``, ``image_token_count``, ``clip(image) -> (3, h, w)`` and
+    ``sam(image) -> ((3, S, S), resized size)``. A conversation longer than ``tokenizer.model_max_length`` raises
+    DataError, or with ``on_too_long="skip"`` loses its last text-only turns or is left out with a warning; answer
+    tokens are never cut. Raises DataError for a sample whose masks do not match its answer tokens or its image.
+    """
+    _check_policy(on_too_long)
+    for sample in samples:
+        check_sample(sample, levels)
+
+    def encode_one(sample: Sample, conversation: Conversation) -> Encoded:
+        return _encode_all(sample, conversation, processor, levels, template)
+
+    return _assemble(samples, processor, encode_one, on_too_long, left=False)
+
+
+def collate_prompts(
+    samples: Sequence[Sample], processor, levels: Sequence[str], template: str | ConversationTemplate
+) -> Batch:
+    """The batch for free generation: left-padded prompts that end where the assistant starts to speak, labels -100.
+
+    The last question of each conversation is asked, its earlier turns are the history, and the masks are those of the
+    last answer. Raises DataError for a prompt longer than ``tokenizer.model_max_length``.
+    """
+    for sample in samples:
+        check_sample(sample, levels)
+    samples = [dataclasses.replace(s, conversations=[_last_only(c, levels) for c in s.conversations]) for s in samples]
+
+    def encode_one(sample: Sample, conversation: Conversation) -> Encoded:
+        *history, (question, _) = conversation.turns
+        ids = encode_prompt(
+            question,
+            history,
+            sample.exemplars,
+            processor.tokenizer,
+            template,
+            processor.image_token,
+            processor.image_token_count,
+            levels,
+        )
+        return Encoded(ids, [IGNORE_INDEX] * len(ids))
+
+    return _assemble(samples, processor, encode_one, "raise", left=True)
+
+
+def _last_only(conversation: Conversation, levels: Sequence[str]) -> Conversation:
+    start = len(conversation.masks) - count_groups(conversation.turns[-1:], levels)
+    hosts = conversation.host_masks
+    return dataclasses.replace(
+        conversation, masks=conversation.masks[start:], host_masks=None if hosts is None else hosts[start:]
+    )
+
+
+def _check_policy(on_too_long: str) -> None:
+    if on_too_long not in ("raise", "skip"):
+        raise ValueError(f'on_too_long must be "raise" or "skip", got {on_too_long!r}')

@@ -1,0 +1,68 @@
+"""Visual question answering in LLaVA-Instruct's format: text-only targets that keep the model able to talk.
+
+::
+
+    <dataset_dir>/llava_dataset/<name>.json   a list of {id, image, conversations}; these alternate between
+                                              {"from": "human", "value": text} and {"from": "gpt", "value": text}
+    <dataset_dir>/coco/train2017/*.jpg        its images
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dataset.coco import without_missing
+from dataset.conversation import Turn
+from dataset.images import DataError, PackedRecords, read_image, read_json, require_folder, resolve_inside
+from dataset.sample import Conversation, LoaderOptions, Sample
+
+IMAGE_PLACEHOLDER = "<image>"
+
+
+class VisualQuestionAnswering:
+    """A sample is an image with one conversation of several turns and no mask."""
+
+    def __init__(self, dataset_dir: str | Path, name: str, options: LoaderOptions):
+        """``name``: the JSON's name without ending, "llava_instruct_150k". Raises DataError."""
+        self.dataset = f"vqa|{name}"
+        root = require_folder(Path(dataset_dir) / "llava_dataset", "the LLaVA-Instruct JSON")
+        self.source = resolve_inside(root, f"{name}.json")
+        entries = read_json(self.source)
+        if not isinstance(entries, list) or not entries:
+            raise DataError(f"{self.source}: must be a non-empty list of records")
+        self.folder = require_folder(Path(dataset_dir) / "coco" / "train2017", f"the images of {self.source.name}")
+        records = [self._check(entry, index) for index, entry in enumerate(entries)]
+        names = [record["image"] for record in records]
+        self.records = PackedRecords(without_missing(records, names, self.folder, self.source, options.skip_missing))
+
+    def _check(self, entry: dict, index: int) -> dict:
+        where = f"{self.source}: record {index}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+            raise DataError(f'{where} has no text "image"')
+        spoken = entry.get("conversations")
+        if not isinstance(spoken, list) or not spoken or len(spoken) % 2:
+            raise DataError(f'{where}: "conversations" must be pairs of a human and a gpt message')
+        turns = []
+        for number, message in enumerate(spoken):
+            speaker = "gpt" if number % 2 else "human"
+            text = message.get("value") if isinstance(message, dict) and message.get("from") == speaker else None
+            if not isinstance(text, str) or not text.replace(IMAGE_PLACEHOLDER, "").strip():
+                raise DataError(f'{where}: message {number} must be {{"from": "{speaker}", "value": text}}')
+            # the place of the image is the template's matter; elsewhere the word is left alone
+            turns.append((text.replace(IMAGE_PLACEHOLDER, "") if number == 0 else text).strip())
+        return {"id": str(entry.get("id", index)), "image": entry["image"], "turns": turns}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """Record ``index``; nothing in it is random."""
+        record = self.records[index]
+        path = resolve_inside(self.folder, record["image"])
+        image = read_image(path)
+        texts = record["turns"]
+        turns: list[Turn] = [(q, [a]) for q, a in zip(texts[::2], texts[1::2], strict=True)]
+        conversation = Conversation(turns, np.zeros((0, *image.shape[:2]), dtype=bool))
+        return Sample(image, str(path), [conversation], "vqa", self.dataset, record["id"])

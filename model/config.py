@@ -1,0 +1,148 @@
+"""The configuration of a reasoning segmentation model. A method or an ablation is a value here, never another file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import AutoConfig, LlavaConfig, PretrainedConfig
+
+from model.sam import SamDims
+
+
+@dataclass(frozen=True)
+class RefinerConfig:
+    """The token refiner: ĥᵗ = h + CA(h, prototypes of the previous mask)."""
+
+    kind: str = "attention"
+    """"attention", or "none" to prompt with h itself."""
+    prototypes: str = "foreground"
+    """"foreground": one masked average, the paper's (attention over one key cannot depend on the query: it adds a
+    linear map of the prototype); "foreground+background": a second average over the rest; "regions": foreground
+    averages over a coarse grid."""
+    region_grid: int = 4
+    """Regions per side, for "regions"."""
+    pooling: str = "soft"
+    """"soft": sigmoid weights, which let the gradient through to the earlier level; "hard": logits > 0, the released
+    code."""
+    heads: int = 8
+    """Attention heads; must divide SAM's prompt width."""
+
+    def __post_init__(self):
+        allowed = {
+            "kind": ("none", "attention"),
+            "prototypes": ("foreground", "foreground+background", "regions"),
+            "pooling": ("soft", "hard"),
+        }
+        for field, values in allowed.items():
+            if getattr(self, field) not in values:
+                raise ValueError(f"refiner.{field} is {getattr(self, field)!r}; choose one of {', '.join(values)}")
+        for field in ("region_grid", "heads"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"refiner.{field} is {getattr(self, field)}; it must be at least 1")
+
+
+class CoresConfig(PretrainedConfig):
+    """Everything that ``from_pretrained`` needs to rebuild a model. Raises ValueError for contradictions.
+
+    llava: the backbone's LlavaConfig. sam: fields of SamDims. levels: the chain of segmenting, ``["SEG"]`` is LISA,
+    ``["LOC", "SEG"]`` CoReS. level_token_ids: vocabulary id of each level's token. refiner: fields of RefinerConfig;
+    None: the paper's, or none where there is one level, whose mask has no predecessor. text_projection_norm: None is
+    LISA's plain projection; a number adds a LayerNorm whose output has about that norm, so that a small SAM hears the
+    token (its own prompt embeddings have such norms, a fresh projection has about 1).
+
+    Loss = text_weight · CE + mask_weight · (bce_weight · BCE + dice_weight · DICE) + pointing_weight · pointing, where
+    the mask terms are summed over levels with level_loss_weights (None: only the last level, 1). Earlier levels are
+    supervised with host masks, where the data have them. bce_balance, pointing_weight: see model/losses.py; off in the
+    paper. pointing_host also points the earlier tokens at the host. ignore_in_loss: leave ignored pixels out of the
+    loss (the published code trains them as background). decode_chunk: most targets in one decoder call, None for no
+    limit.
+    """
+
+    model_type = "cores"
+    sub_configs = {"llava": LlavaConfig}
+
+    def __init__(
+        self,
+        llava: LlavaConfig | dict | None = None,
+        sam: dict | None = None,
+        levels: list[str] | tuple[str, ...] = ("LOC", "SEG"),
+        level_token_ids: list[int] | None = None,
+        refiner: dict | None = None,
+        text_projection_norm: float | None = None,
+        text_weight: float = 1.0,
+        mask_weight: float = 1.0,
+        bce_weight: float = 2.0,
+        dice_weight: float = 0.5,
+        level_loss_weights: list[float] | None = None,
+        bce_balance: bool = False,
+        pointing_weight: float = 0.0,
+        pointing_host: bool = False,
+        ignore_in_loss: bool = True,
+        decode_chunk: int | None = None,
+        **kwargs: Any,
+    ):
+        self.llava = llava if isinstance(llava, LlavaConfig) else LlavaConfig(**(llava or {}))
+        self.sam = asdict(SamDims(**(sam or {})))
+        self.levels = list(levels)
+        self.level_token_ids = list(level_token_ids) if level_token_ids is not None else None
+        if refiner is None and len(self.levels) == 1:
+            refiner = {"kind": "none"}
+        self.refiner = asdict(RefinerConfig(**(refiner or {})))
+        self.text_projection_norm = text_projection_norm
+        self.text_weight, self.mask_weight = text_weight, mask_weight
+        self.bce_weight, self.dice_weight = bce_weight, dice_weight
+        only_last = [0.0] * (len(self.levels) - 1) + [1.0]
+        self.level_loss_weights = list(level_loss_weights) if level_loss_weights is not None else only_last
+        self.bce_balance = bce_balance
+        self.pointing_weight, self.pointing_host = pointing_weight, pointing_host
+        self.ignore_in_loss = ignore_in_loss
+        self.decode_chunk = decode_chunk
+        self._check_levels()
+        self._check_losses()
+        if decode_chunk is not None and decode_chunk < 1:
+            raise ValueError(f"decode_chunk is {decode_chunk}; give a positive number or none")
+        if text_projection_norm is not None and text_projection_norm <= 0:
+            raise ValueError(f"text_projection_norm is {text_projection_norm}; give a positive number or none")
+        super().__init__(**kwargs)
+        self.tie_word_embeddings = bool(getattr(self.llava, "tie_word_embeddings", False))
+
+    def _check_levels(self) -> None:
+        count = len(self.levels)
+        if not self.levels or len(set(self.levels)) != count:
+            raise ValueError(f"levels is {self.levels}; give one or more different names, such as LOC,SEG")
+        for field in ("level_token_ids", "level_loss_weights"):
+            values = getattr(self, field)
+            if values is not None and len(values) != count:
+                raise ValueError(f"{field} has {len(values)} values for {count} levels, {','.join(self.levels)}")
+        if self.refiner["kind"] == "attention":
+            if count == 1:
+                raise ValueError(
+                    f"refiner attends to the mask of the level before, but {self.levels[0]} is the only level; "
+                    'set its kind to "none"'
+                )
+            heads, width = self.refiner["heads"], self.sam["prompt_dim"]
+            if width % heads:
+                raise ValueError(f"refiner.heads {heads} does not divide SAM's prompt_dim {width}")
+
+    def _check_losses(self) -> None:
+        for field in ("text_weight", "mask_weight", "bce_weight", "dice_weight", "pointing_weight"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must not be negative")
+        if min(self.level_loss_weights) < 0 or self.level_loss_weights[-1] == 0:
+            raise ValueError(
+                f"level_loss_weights is {self.level_loss_weights}; none may be negative, the last must be above 0"
+            )
+        if self.pointing_host and (not self.pointing_weight or len(self.levels) == 1):
+            raise ValueError("pointing_host needs a pointing_weight above 0 and a level before the last")
+
+    @property
+    def sam_dims(self) -> SamDims:
+        return SamDims(**self.sam)
+
+    @property
+    def refiner_config(self) -> RefinerConfig:
+        return RefinerConfig(**self.refiner)
+
+
+AutoConfig.register("cores", CoresConfig)

@@ -1,0 +1,434 @@
+"""CoReS: a chain of reasoning in a multimodal language model prompts a chain of segmenting in SAM.
+
+    image, question ─► ReasoningChain ─► "It appears on [LOC]. It is [SEG]."
+                            └─► hidden states h⁰…hᵀ ─► text_projection ─► SegmentingChain ─► one mask per token
+
+B images · N conversations · L tokens · K targets · T levels · C prompt width · (H, W) an image in the original frame.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+from transformers import AutoModel, LlavaForConditionalGeneration, PreTrainedModel
+
+from dataset.sample import Batch
+from model import losses
+from model.config import CoresConfig
+from model.llava import add_level_tokens, load_llava, refuse_bad_loading
+from model.lora import has_lora
+from model.processor import CoresProcessor
+from model.reasoning_chain import ReasoningChain
+from model.sam import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    build_sam,
+    load_sam,
+    position_encoding,
+    to_grid,
+    to_original,
+    valid_cells,
+)
+from model.segmenting_chain import SegmentingChain, TokenRefiner
+
+
+@dataclass
+class CoresOutput:
+    """Of one training or teacher-forced pass."""
+
+    loss: Tensor
+    """(): what is minimised."""
+    losses: dict[str, Tensor]
+    """Its parts, each () and unweighted: text, bce, dice, and pointing where it is used."""
+    low_res: list[Tensor]
+    """N × float (K, T, 4G, 4G): mask logits, low-res frame."""
+    iou: list[Tensor]
+    """N × float (K, T): SAM's own prediction of its masks' IoU."""
+
+
+@dataclass
+class Segmentation:
+    """The masks of one conversation. ``masks``: bool (K, T, H, W), original frame; ``iou``: float (K, T)."""
+
+    masks: Tensor
+    iou: Tensor
+
+
+@dataclass
+class Generation(Segmentation):
+    """A free answer, with the masks of every complete group of its answer tokens."""
+
+    token_ids: list[int]
+    """Without the end token."""
+    text: str
+    """The answer as people read it, answer tokens included."""
+
+    @property
+    def emitted(self) -> bool:
+        """Whether the answer holds at least one complete group of answer tokens, [LOC] … [SEG] in order."""
+        return len(self.masks) > 0
+
+
+class TextProjection(nn.Sequential):
+    """Hidden state (…, d) -> prompt token (…, C): LISA's Linear, ReLU, Linear, with an optional LayerNorm behind."""
+
+    def __init__(self, hidden: int, width: int, norm: float | None):
+        layers: list[nn.Module] = [nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, width)]
+        if norm is not None:
+            layers.append(nn.LayerNorm(width))
+            nn.init.constant_(layers[-1].weight, norm / width**0.5)  # a normalised token has norm √C
+        super().__init__(*layers)
+
+
+class CoresForReasoningSegmentation(PreTrainedModel):
+    config_class = CoresConfig
+    base_model_prefix = "cores"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = True
+
+    def __init__(self, config: CoresConfig):
+        if config.level_token_ids is None:
+            raise ValueError("config: level_token_ids is missing; `from_backbones` adds the tokens to a tokenizer")
+        super().__init__(config)
+        self.reasoning = ReasoningChain(LlavaForConditionalGeneration(config.llava), config.level_token_ids)
+        self.segmenting = SegmentingChain(build_sam(config.sam_dims), config.refiner_config, config.decode_chunk)
+        self.text_projection = self._new_text_projection(config)
+        self.post_init()
+
+    @staticmethod
+    def _new_text_projection(config: CoresConfig) -> TextProjection:
+        hidden, width = config.llava.text_config.hidden_size, config.sam["prompt_dim"]
+        return TextProjection(hidden, width, config.text_projection_norm)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Modules initialise themselves when built; only what no checkpoint holds is filled in after loading."""
+        if isinstance(module, Sam):
+            module.pixel_mean.copy_(torch.tensor(PIXEL_MEAN)[:, None, None])
+            module.pixel_std.copy_(torch.tensor(PIXEL_STD)[:, None, None])
+
+    # --------------------------------------------------------------------------------------------------------- assembly
+
+    @classmethod
+    def from_backbones(
+        cls,
+        version: str,
+        vision_pretrained: str,
+        levels: Sequence[str] = ("LOC", "SEG"),
+        template: str = "llava_v1",
+        exemplar_count: int = 1,
+        dtype: torch.dtype = torch.float32,
+        model_max_length: int | None = None,
+        attn_implementation: str | None = None,
+        **config: Any,
+    ) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+        """A new model, in evaluation mode, of a LLaVA (``version``) and a SAM (``vision_pretrained``).
+
+        ``config``: further fields of CoresConfig. ``model_max_length``: longest sequence in tokens, None for the
+        tokenizer's own. Raises FileNotFoundError or ValueError where parts are missing or do not fit together.
+        """
+        unknown = config.keys() - signature(CoresConfig).parameters.keys()
+        if unknown:
+            raise ValueError(f"no such field of CoresConfig: {', '.join(sorted(unknown))}")
+        sam, dims = load_sam(vision_pretrained)
+        llava, tokenizer, image_processor = load_llava(version, dtype, attn_implementation)
+        ids = add_level_tokens(llava, tokenizer, list(levels))
+        full = CoresConfig(llava=llava.config, sam=vars(dims), levels=list(levels), level_token_ids=ids, **config)
+        processor = CoresProcessor(
+            tokenizer, image_processor, dims.image_size, _image_tokens(llava), list(levels), template, exemplar_count
+        )
+        _check_fit(version, llava, processor)
+        with torch.device("meta"):  # the parts come ready made: nothing is initialised twice
+            model = cls(full)
+        model.reasoning.llava = llava
+        model.segmenting.sam = sam.to(dtype)
+        model.text_projection = cls._new_text_projection(full).to(dtype)
+        if model.segmenting.refiner is not None:
+            model.segmenting.refiner = TokenRefiner(dims.prompt_dim, full.refiner_config).to(dtype)
+        if model_max_length is not None:
+            tokenizer.model_max_length = model_max_length
+        return model.eval(), processor
+
+    @classmethod
+    def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> CoresForReasoningSegmentation:
+        """As in transformers, but a missing, unexpected or wrongly shaped weight is an error that names it.
+
+        ``name``: a folder that ``save_pretrained`` wrote. Raises FileNotFoundError where there is none and ValueError
+        for another kind of model.
+        """
+        config_file = Path(name) / "config.json"
+        if not config_file.is_file():
+            raise FileNotFoundError(f"{config_file}: not found; --version needs the folder of a merged model")
+        found = json.loads(config_file.read_text()).get("model_type")
+        if found != CoresConfig.model_type:
+            raise ValueError(f"{config_file}: model_type is {found!r}; a merged model says {CoresConfig.model_type!r}")
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        refuse_bad_loading(str(name), info)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers. Raises ValueError while adapters are apart: nothing could read such a folder."""
+        if has_lora(self):
+            raise ValueError("the model has LoRA adapters; merge them with `merge_lora` before `save_pretrained`")
+        super().save_pretrained(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.reasoning.llava.get_input_embeddings()
+
+    def train(self, mode: bool = True) -> CoresForReasoningSegmentation:
+        """The frozen encoders stay in evaluation mode."""
+        super().train(mode)
+        self.segmenting.sam.image_encoder.eval()
+        self.segmenting.sam.prompt_encoder.eval()
+        self.reasoning.llava.model.vision_tower.eval()
+        return self
+
+    # ---------------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, batch: Batch) -> CoresOutput:
+        """Text loss and mask losses of a batch with its answers in it (training, teacher-forced evaluation)."""
+        hidden = self._hidden(batch)
+        expected = [len(m) for m in batch.target_masks]
+        states = self.reasoning.token_states(hidden, batch.labels, batch.info, expected)
+        tokens = self.text_projection(torch.cat(states))  # (K of the batch, T, C)
+        low_res, iou = self._segment(tokens, batch, expected)
+        parts = {"text": losses.text_loss(*self.reasoning.supervised_logits(hidden, batch.labels))}
+        parts |= self._mask_losses(low_res, tokens, batch, expected)
+        return CoresOutput(self._total(parts), parts, list(low_res.split(expected)), list(iou.split(expected)))
+
+    @torch.no_grad()
+    def segment(self, batch: Batch) -> list[Segmentation]:
+        """Teacher-forced masks: the answers, with their tokens, are in the batch. One Segmentation per conversation."""
+        output = self(batch)
+        return [
+            Segmentation(self._masks(low_res, batch, row), iou.float())
+            for row, (low_res, iou) in enumerate(zip(output.low_res, output.iou, strict=True))
+        ]
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            features = self.reasoning.image_features(batch.clip_pixels)
+        embeddings = self.reasoning.embed(batch.input_ids, features, batch.image_index)
+        return self.reasoning.hidden_states(embeddings, batch.attention_mask)
+
+    def _segment(self, tokens: Tensor, batch: Batch, counts: list[int]) -> tuple[Tensor, Tensor]:
+        """tokens (K, T, C) of all conversations -> low-res logits (K, T, 4G, 4G) and IoU predictions (K, T)."""
+        dims = self.config.sam_dims
+        count, levels = tokens.shape[:2]
+        if count == 0:  # the image encoder is the most expensive part: nothing asks for it here
+            return tokens.new_zeros((0, levels, dims.low_res, dims.low_res)), tokens.new_zeros((0, levels))
+        embeddings = self.segmenting.embed(batch.sam_pixels)
+        covered = [valid_cells(size, dims.image_size, dims.grid, tokens.device) for size in batch.resized_sizes]
+        valid = torch.stack(covered)
+        image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
+        return self.segmenting(tokens, embeddings, image_index, valid)
+
+    def _masks(self, low_res: Tensor, batch: Batch, row: int) -> Tensor:
+        """Low-res logits (K, T, h, w) of conversation ``row`` -> bool (K, T, H, W)."""
+        image = int(batch.image_index[row])
+        resized, original = batch.resized_sizes[image], batch.original_sizes[image]
+        logits = to_original(low_res.flatten(0, 1), resized, original, self.config.sam["image_size"])
+        return (logits > 0).unflatten(0, low_res.shape[:2])
+
+    # ----------------------------------------------------------------------------------------------------------- losses
+
+    def _total(self, parts: dict[str, Tensor]) -> Tensor:
+        c = self.config
+        mask = c.bce_weight * parts["bce"] + c.dice_weight * parts["dice"]
+        loss = c.text_weight * parts["text"] + c.mask_weight * mask
+        return loss + c.pointing_weight * parts["pointing"] if "pointing" in parts else loss
+
+    def _mask_losses(self, low_res: Tensor, tokens: Tensor, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
+        """Sums over masks, divided by the number of masks of the batch."""
+        if len(low_res) == 0:  # text only: every trainable weight still takes part, or ranks would wait for each other
+            trainable = [p for m in (self.text_projection, self.segmenting) for p in m.parameters() if p.requires_grad]
+            zero = sum((p.float().sum() * 0.0 for p in trainable), tokens.float().sum() * 0.0)
+            return {name: zero for name in ("bce", "dice", *(["pointing"] if self.config.pointing_weight else []))}
+        totals: dict[str, Tensor] = {}
+        for image, rows in _rows_per_image(batch.image_index, counts).items():
+            for name, value in self._image_losses(low_res, tokens, batch, image, rows).items():
+                totals[name] = totals.get(name, 0.0) + value / len(low_res)
+        return totals
+
+    def _image_losses(
+        self, low_res: Tensor, tokens: Tensor, batch: Batch, image: int, rows: list[tuple[int, slice]]
+    ) -> dict[str, Tensor]:
+        """Sums over the masks of one image. ``rows``: its conversations, each with the slice of its targets."""
+        resized, original = batch.resized_sizes[image], batch.original_sizes[image]
+        index = torch.cat([torch.arange(s.start, s.stop, device=low_res.device) for _, s in rows])
+        targets = torch.cat([batch.target_masks[row] for row, _ in rows])
+        ignore = _stack_ignore(batch, rows, original) if self.config.ignore_in_loss else None
+        hosts, has_host = _stack_hosts(batch, rows, original)
+        sums: dict[str, Tensor] = {"bce": low_res.new_zeros(()).float(), "dice": low_res.new_zeros(()).float()}
+        last = len(self.config.levels) - 1
+        for level, weight in enumerate(self.config.level_loss_weights):
+            if not weight:
+                continue
+            chosen = index if level == last else index[has_host]
+            truth = targets if level == last else hosts[has_host]
+            hidden = ignore if ignore is None or level == last else ignore[has_host]
+            if len(chosen):
+                logits = to_original(low_res[chosen, level], resized, original, self.config.sam["image_size"])
+                truth = truth.float()
+                bce = losses.bce_per_mask(logits, truth, hidden, self.config.bce_balance)
+                sums["bce"] = sums["bce"] + weight * bce.sum()
+                sums["dice"] = sums["dice"] + weight * losses.dice_per_mask(logits, truth, hidden).sum()
+        if self.config.pointing_weight:
+            sums["pointing"] = self._point(tokens[index], targets, hosts, has_host, resized)
+        return sums
+
+    def _point(
+        self, tokens: Tensor, targets: Tensor, hosts: Tensor, has_host: Tensor, resized: tuple[int, int]
+    ) -> Tensor:
+        """Pointing loss of tokens (K, T, C): the last level at the target; with pointing_host, others at the host."""
+        dims = self.config.sam_dims
+        position = position_encoding(self.segmenting.sam)[0].flatten(1).T
+        area = to_grid(targets, resized, dims.image_size, dims.grid).flatten(1)
+        total = losses.pointing_per_token(tokens[:, -1].float(), position, area).sum()
+        if self.config.pointing_host and has_host.any():
+            area = to_grid(hosts[has_host], resized, dims.image_size, dims.grid).flatten(1)
+            for level in range(tokens.shape[1] - 1):
+                total = total + losses.pointing_per_token(tokens[has_host, level].float(), position, area).sum()
+        return total
+
+    # ------------------------------------------------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, tokenizer, max_new_tokens: int = 64, **kwargs: Any) -> list[Generation]:
+        """Free answers to left-padded prompts (``collate_prompts``), with masks for every complete group of tokens.
+
+        Greedy unless ``kwargs`` (of transformers' ``generate``) say otherwise; beams are refused, as they reorder rows
+        while their hidden states are kept. An answer that lacks a level's token before [SEG] has no group there and
+        so no mask: it counts as not emitted. The model must be in evaluation mode.
+        """
+        if self.training:
+            raise ValueError("generate needs a model in evaluation mode: call `model.eval()` first")
+        if kwargs.get("num_beams", 1) != 1:
+            raise ValueError("num_beams must be 1: masks come from the hidden states of the tokens that were chosen")
+        ids, states = self._speak(batch, tokenizer, max_new_tokens, kwargs)
+        answers = [_before(row, tokenizer.eos_token_id) for row in ids.tolist()]
+        groups = [complete_groups(answer, self.config.level_token_ids) for answer in answers]
+        positions = [torch.tensor(g, dtype=torch.long).reshape(-1, len(self.config.levels)) for g in groups]
+        tokens = self.text_projection(torch.cat([states[row, p.to(states.device)] for row, p in enumerate(positions)]))
+        counts = [len(g) for g in groups]
+        low_res, iou = self._segment(tokens, batch, counts)
+        return [
+            Generation(self._masks(masks, batch, row), ious.float(), answer, tokenizer.decode(answer).strip())
+            for row, (masks, ious, answer) in enumerate(
+                zip(low_res.split(counts), iou.split(counts), answers, strict=True)
+            )
+        ]
+
+    def _speak(self, batch: Batch, tokenizer, max_new_tokens: int, kwargs: dict) -> tuple[Tensor, Tensor]:
+        """New token ids (N, M) and the hidden states (N, M, d) that predicted them; the key-value cache is on."""
+        features = self.reasoning.image_features(batch.clip_pixels)
+        embeddings = self.reasoning.embed(batch.input_ids, features, batch.image_index)
+        states: list[Tensor] = []
+        keep = lambda module, args, output: states.append(output.last_hidden_state[:, -1])  # noqa: E731
+        hook = self.reasoning.llava.model.language_model.register_forward_hook(keep)
+        try:
+            ids = self.reasoning.llava.generate(
+                inputs_embeds=embeddings,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                **{"do_sample": False, "use_cache": True} | kwargs,
+            )
+        finally:
+            hook.remove()
+        return ids, torch.stack(states, dim=1)
+
+
+def complete_groups(answer: Sequence[int], level_token_ids: Sequence[int]) -> list[list[int]]:
+    """Positions of each complete group of level tokens in an answer.
+
+    A group is one token of every level, in order, with anything but level tokens between them. A token out of order
+    starts over.
+    """
+    groups: list[list[int]] = []
+    pending: list[int] = []
+    for position, token in enumerate(answer):
+        if token not in level_token_ids:
+            continue
+        if token != level_token_ids[len(pending)]:
+            pending = []
+        if token == level_token_ids[len(pending)]:
+            pending.append(position)
+        if len(pending) == len(level_token_ids):
+            groups.append(pending)
+            pending = []
+    return groups
+
+
+def _before(row: list[int], end: int) -> list[int]:
+    """What stands before the first ``end``; all of it where there is none."""
+    return row[: row.index(end)] if end in row else row
+
+
+def _check_fit(version: str, llava: LlavaForConditionalGeneration, processor: CoresProcessor) -> None:
+    """Raises ValueError where tokenizer or image processor would feed the model something it was not made for."""
+    expected, found = llava.config.image_token_id, processor.image_token_id
+    if found != expected:
+        raise ValueError(
+            f"{version}: the tokenizer's id of {processor.image_token} is {found}, config.json says {expected} "
+            "(image_token_index)"
+        )
+    size = llava.config.vision_config.image_size
+    given = tuple(processor.clip(np.zeros((size, 2 * size, 3), dtype=np.uint8)).shape[1:])
+    if given != (size, size):
+        raise ValueError(
+            f"{version}: preprocessor_config.json makes images of {given[0]}×{given[1]} pixels, the vision tower takes "
+            f"{size}×{size}"
+        )
+
+
+def _image_tokens(llava: LlavaForConditionalGeneration) -> int:
+    """Features that CLIP gives for one image, from its own sizes."""
+    vision = llava.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return patches if llava.config.vision_feature_select_strategy == "default" else patches + 1
+
+
+def _rows_per_image(image_index: Tensor, counts: list[int]) -> dict[int, list[tuple[int, slice]]]:
+    """image -> [(conversation, slice of its targets in the batch)], conversations without targets left out."""
+    out: dict[int, list[tuple[int, slice]]] = {}
+    start = 0
+    for row, (image, count) in enumerate(zip(image_index.tolist(), counts, strict=True)):
+        if count:
+            out.setdefault(image, []).append((row, slice(start, start + count)))
+        start += count
+    return out
+
+
+def _stack_ignore(batch: Batch, rows: list[tuple[int, slice]], size: tuple[int, int]) -> Tensor | None:
+    """bool (K, H, W), or None where no conversation of the image ignores anything."""
+    if all(batch.ignore_masks[row] is None for row, _ in rows):
+        return None
+    device = batch.input_ids.device
+    nothing = torch.zeros(size, dtype=torch.bool, device=device)
+    per_row = [nothing if batch.ignore_masks[row] is None else batch.ignore_masks[row] for row, _ in rows]
+    return torch.cat([mask.expand(s.stop - s.start, *size) for mask, (_, s) in zip(per_row, rows, strict=True)])
+
+
+def _stack_hosts(batch: Batch, rows: list[tuple[int, slice]], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Host masks bool (K, H, W), empty where unknown, and bool (K,): whether a host is known."""
+    device = batch.input_ids.device
+    masks, known = [], []
+    for row, targets in rows:
+        count, host = targets.stop - targets.start, batch.host_masks[row]
+        masks.append(torch.zeros((count, *size), dtype=torch.bool, device=device) if host is None else host)
+        known += [host is not None] * count
+    return torch.cat(masks), torch.tensor(known, device=device)
+
+
+AutoModel.register(CoresConfig, CoresForReasoningSegmentation)

@@ -1,0 +1,71 @@
+"""The chain of reasoning: the multimodal language model that reads image and question, answers, and yields one hidden
+state per answer token.
+
+B images · N conversations · L tokens · P image tokens per image · d hidden size · K targets · T levels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+
+class ReasoningChain(nn.Module):
+    """A LLaVA of transformers, unchanged, read at the places where it predicts answer tokens."""
+
+    def __init__(self, llava: LlavaForConditionalGeneration, level_token_ids: list[int]):
+        super().__init__()
+        self.llava = llava
+        self.level_token_ids = level_token_ids
+
+    @property
+    def image_token_id(self) -> int:
+        return self.llava.config.image_token_id
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """CLIP (frozen) and projector, once per image: (B, 3, h, w) -> (B, P, d)."""
+        return torch.stack(list(self.llava.get_image_features(pixel_values=pixels).pooler_output))
+
+    def embed(self, input_ids: Tensor, features: Tensor, image_index: Tensor) -> Tensor:
+        """Token embeddings with each row's image features in place of its image tokens: (N, L) -> (N, L, d).
+
+        Raises ValueError naming the row whose placeholders do not match its image's features; a check of the batch
+        total would let one row take another's image, and a row without placeholders would answer blind.
+        """
+        places = input_ids == self.image_token_id
+        found, expected = places.sum(1), features.shape[1]
+        wrong = (found != expected).nonzero()[:, 0].tolist()
+        if wrong:
+            row = wrong[0]
+            raise ValueError(f"row {row} of the batch: {int(found[row])} image tokens but {expected} image features")
+        embeddings = self.llava.get_input_embeddings()(input_ids)
+        return embeddings.masked_scatter(places[..., None], features[image_index].to(embeddings.dtype))
+
+    def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last-layer hidden states after the final norm: (N, L, d) -> (N, L, d); ``lm_head`` of them are the logits."""
+        out = self.llava.model.language_model(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False)
+        return out.last_hidden_state
+
+    def supervised_logits(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Vocabulary logits (n, V) and labels (n,) where there is a label: no other position meets the vocabulary."""
+        chosen = labels[:, 1:] >= 0
+        return self.llava.lm_head(hidden[:, :-1][chosen]), labels[:, 1:][chosen]
+
+    def token_states(self, hidden: Tensor, token_ids: Tensor, info: list[dict], expected: list[int]) -> list[Tensor]:
+        """The hidden states that *predict* the answer tokens: the positions just before them.
+
+        hidden (N, L, d); token_ids (N, L): the answer's ids, anything else where a token is not part of an answer;
+        ``expected``: targets per row; ``info`` names the rows. Returns N tensors (K, T, d). Raises ValueError if a row
+        has other numbers of tokens than ``expected``.
+        """
+        out = []
+        for row, (ids, count) in enumerate(zip(token_ids, expected, strict=True)):
+            per_level = [(ids == token).nonzero()[:, 0] for token in self.level_token_ids]
+            counts = [len(p) for p in per_level]
+            if any(c != count for c in counts):
+                where = f"{info[row]['dataset']} {info[row]['id']} ({info[row]['image_path']})"
+                raise ValueError(f"{where}: {counts} answer tokens per level but {count} target masks (row {row})")
+            positions = torch.stack(per_level, dim=1) - 1  # (K, T)
+            out.append(hidden[row, positions.clamp(min=0)])
+        return out

@@ -1,0 +1,159 @@
+"""Trains and evaluates CoReS, LISA and their ablations under DeepSpeed; see README for recipes.
+
+    python train_ds.py --config configs/tiny.yaml                                   # one process, CPU or GPU
+    deepspeed --num_gpus 2 train_ds.py --config configs/cores-7b.yaml --exp_name cores-7b
+    python train_ds.py --eval_only --version runs/demo/model --dataset_dir data/synthreason --val_dataset "SynthReason|val" …
+
+Everything goes to <log_base_dir>/<exp_name>: config.json, ckpt/, log.jsonl, tensorboard/, metrics.json, examples.png.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils import distributed
+
+distributed.prepare_environment()  # before anything imports deepspeed
+
+from utils import build, checkpoint  # noqa: E402
+from utils.arguments import Settings, UsageError, parse  # noqa: E402
+from utils.engine import Interrupted, NonFiniteLoss, Trainer  # noqa: E402
+from utils.evaluation import Report, evaluate, write_reports  # noqa: E402
+
+CLEAR_ERRORS = (UsageError, ValueError, FileNotFoundError, OSError)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def say(*words: Any) -> None:
+    if distributed.is_main():
+        print(*words, flush=True)
+
+
+def evaluate_settings(model, processor, data, s: Settings, modes: list[str]) -> list[Report]:
+    model.to(distributed.device())
+    return [
+        evaluate(
+            model, processor, data, mode, batch_size=s.val_batch_size, max_new_tokens=s.max_new_tokens, examples=s.examples, seed=s.seed
+        )
+        for mode in modes
+    ]
+
+
+def modes_of(s: Settings) -> list[str]:
+    return ["free", "teacher_forced"] if s.eval_mode == "both" else [s.eval_mode]
+
+
+def finish(model, processor, data, s: Settings, started: float) -> None:
+    """The final evaluation: tables on the screen, metrics.json and examples.png in the run folder."""
+    reports = evaluate_settings(model, processor, data, s, modes_of(s))
+    if distributed.is_main():
+        write_reports(reports, data, s.run_dir, s.saved(), seconds=time.time() - started)
+    distributed.barrier()
+
+
+def check_ranks(s: Settings) -> None:
+    """Raises UsageError for what this machine or this number of ranks cannot do; sets what --global_batch_size implies."""
+    world = distributed.world_size()
+    if s.precision == "fp16" and not torch.cuda.is_available():
+        raise UsageError("--precision fp16 needs a GPU; use fp32 or bf16 here")
+    if s.zero_stage == 3 and world > 1 and not (s.no_eval or s.eval_only):
+        raise UsageError("--zero_stage 3 on several ranks cannot generate during training; add --no_eval and use --eval_only later")
+    if s.global_batch_size:
+        if s.global_batch_size % (s.batch_size * world):
+            raise UsageError(
+                f"--global_batch_size {s.global_batch_size} is not divisible by {world} ranks × --batch_size {s.batch_size}; "
+                "change one of the three"
+            )
+        s.grad_accumulation_steps = s.global_batch_size // (s.batch_size * world)
+
+
+def train(s: Settings, started: float) -> None:
+    resume_from = find_resume(s)
+    if resume_from:
+        s.refuse_changes(checkpoint.load_settings(s.run_dir), s.run_dir)
+    prompt = build.prompt_format(s)  # data first: a wrong path should not cost the loading of a model
+    data = build.build_mixture(s, prompt)
+    val = None if s.no_eval else build.build_eval(s, prompt)
+    model, processor = build.build_model(s)
+    sizes = build.make_trainable(model, s)
+    say("trainable:", ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+    seed_everything(s.seed * 1000 + distributed.rank())
+
+    def validate(epoch: int) -> dict[str, Any]:
+        mode = modes_of(s)[0]
+        report = evaluate(
+            model, processor, val, mode, batch_size=s.val_batch_size, max_new_tokens=s.max_new_tokens, limit=s.eval_limit or None
+        )
+        say(f"after epoch {epoch}, {mode}: " + report.line())
+        return {k: v for k, v in report.summary.items() if isinstance(v, float)}
+
+    trainer = Trainer(model, processor, data, s, validate if val is not None else None)
+    if resume_from:
+        trainer.resume(resume_from)
+        say(f"continuing from {resume_from}, step {trainer.global_step}")
+    if distributed.is_main():
+        checkpoint.save_settings(s.run_dir, s)
+    trainer.train()
+    if val is not None:
+        if s.zero_stage < 3:  # what the merge script exports; ZeRO-3 has taken the weights apart
+            checkpoint.load_weights(model, checkpoint.find_checkpoint(s.run_dir, "best"))
+        finish(model, processor, val, s, started)
+
+
+def find_resume(s: Settings) -> Path | None:
+    if s.resume not in ("", "auto"):
+        return checkpoint.find_checkpoint(s.resume)
+    if s.auto_resume or s.resume:
+        try:
+            return checkpoint.find_checkpoint(s.run_dir)
+        except UsageError:
+            return None
+    return None
+
+
+def evaluate_only(s: Settings, started: float) -> None:
+    if s.resume:
+        model, processor, _ = build.build_trained(s.run_dir if s.resume == "auto" else s.resume, precision=s.precision)
+    elif build.is_merged(s.version):
+        s.levels = ",".join(build.CoresProcessor.from_pretrained(s.version).levels)
+        model, processor = build.build_model(s)
+    else:
+        raise UsageError(f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version or --resume RUN")
+    finish(model, processor, build.build_eval(s, processor), s, started)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0; 2 for a mistake in flags or files; 3 for a run that stopped on a non-finite loss; 130 when asked to stop."""
+    started = time.time()
+    try:
+        settings = parse(argv)
+        distributed.start()
+        check_ranks(settings)
+        seed_everything(settings.seed)
+        (evaluate_only if settings.eval_only else train)(settings, started)
+    except Interrupted as stop:
+        say(stop)
+        return 130
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except CLEAR_ERRORS as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Around data and model: arguments, the training engine, checkpoints, metrics, evaluation, pictures."""

@@ -1,0 +1,292 @@
+"""The command line: small dataclasses by concern, a YAML file for defaults, explicit flags on top.
+
+``--config FILE`` gives defaults; a ``base: other.yaml`` key in it names a file whose values it changes. The flags of LISA and CoReS
+keep their names. A flag that cannot be honoured is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from dataset.conversation import TEMPLATES
+
+
+class UsageError(ValueError):
+    """A wrong flag, value or file: shown as one line, exit code 2."""
+
+
+def option(default: Any, help: str, *aliases: str, choices: list | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices})
+
+
+@dataclass
+class ModelArguments:
+    version: str = option("liuhaotian/llava-llama-2-13b-chat-lightning-preview", "LLaVA folder or hub name; or a merged model")
+    vision_pretrained: str = option("", "SAM checkpoint (.pth) or folder; not needed for a merged model")
+    method: str = option("cores", "lisa: one token [SEG], no refiner, no exemplar", choices=["cores", "lisa"])
+    levels: str = option("LOC,SEG", "answer tokens of the chain, coarse to fine, joined by commas")
+    refiner: str = option("foreground", "what the token refiner attends to", choices=["none", "foreground", "foreground+background", "regions"])
+    pooling: str = option("soft", "masked average pooling of the refiner", choices=["soft", "hard"])
+    text_projection_norm: float | None = option(None, "norm of the projected tokens; unset: LISA's plain projection")
+    conv_type: str = option("llava_v1", "conversation template", choices=list(TEMPLATES))
+    exemplar_count: int = option(1, "in-context exemplars before the question")
+    model_max_length: int = option(512, "longest sequence in tokens")
+    precision: str = option("bf16", "floating-point format", choices=["fp32", "bf16", "fp16"])
+    lora_r: int = option(8, "rank of LoRA; 0: no adapters")
+    lora_alpha: int = option(16, "LoRA's scale is alpha / r")
+    lora_dropout: float = option(0.05, "dropout in front of LoRA")
+    lora_target_modules: str = option("q_proj,v_proj", "layers of the language model that get LoRA")
+    train_mask_decoder: bool = option(True, "train SAM's mask decoder")
+    gradient_checkpointing: bool = option(True, "recompute the language model's activations instead of keeping them")
+
+
+@dataclass
+class LossArguments:
+    ce_loss_weight: float = option(1.0, "weight of the text loss")
+    bce_loss_weight: float = option(2.0, "weight of the mask's binary cross-entropy")
+    dice_loss_weight: float = option(0.5, "weight of the DICE loss")
+    bce_balance: bool = option(False, "half of the BCE weight on the target, half on the rest (paper: off)")
+    pointing_weight: float = option(0.0, "weight of the pointing loss (paper: 0)")
+    pointing_host: bool = option(False, "earlier tokens point at the host, where data know it")
+    level_loss_weights: str = option("", "mask loss weight of every level, joined by commas; unset: only the last, 1")
+    ignore_in_loss: bool = option(True, "leave ignored pixels out of the loss (published code: background)")
+
+
+@dataclass
+class DataArguments:
+    dataset_dir: str = option("./data", "root of all data sets, in LISA's layout")
+    dataset: str = option("sem_seg||reason_seg", "families to train on, joined by ||")
+    sample_rates: str = option("9,1", "how often each family is drawn")
+    sem_seg_data: str = option("ade20k", "semantic data sets, joined by ||")
+    coco_data: str = option("train2017", "splits of COCO instances, joined by ||")
+    reason_seg_data: str = option("ReasonSeg|train", "reasoning data sets, joined by ||")
+    vqa_data: str = option("llava_instruct_150k", "VQA file under llava_dataset/")
+    val_dataset: str = option("ReasonSeg|val", "evaluation set, name|split")
+    explanatory: float = option(0.1, "probability that a query with a known explanation asks for it")
+    num_classes_per_sample: int = option(3, "most conversations per image")
+    on_bad_sample: str = option("raise", "a file that cannot be used stops the run or is replaced", choices=["raise", "skip"])
+    workers: int = option(4, "data loading processes per rank")
+
+
+@dataclass
+class TrainArguments:
+    exp_name: str = option("cores", "name of the run")
+    log_base_dir: str = option("./runs", "where runs are kept")
+    epochs: int = option(10, "epochs")
+    steps_per_epoch: int = option(500, "optimizer steps per epoch")
+    batch_size: int = option(2, "images per rank and micro step")
+    grad_accumulation_steps: int = option(10, "micro steps per optimizer step")
+    global_batch_size: int = option(0, "images per optimizer step of all ranks together; sets grad_accumulation_steps. 0: unset")
+    lr: float = option(3e-4, "peak learning rate")
+    beta1: float = option(0.9, "AdamW β1")
+    beta2: float = option(0.95, "AdamW β2")
+    weight_decay: float = option(0.0, "AdamW weight decay")
+    warmup_steps: int = option(100, "steps of linear warm-up, before the linear decay to 0")
+    max_grad_norm: float = option(1.0, "gradient clipping")
+    zero_stage: int = option(2, "DeepSpeed ZeRO stage", choices=[0, 1, 2, 3])
+    seed: int = option(0, "seed of everything")
+    print_freq: int = option(10, "steps between two lines of the run log")
+    save_every: int = option(0, "steps between checkpoints inside an epoch; 0: only at its end")
+    resume: str = option("", "run or checkpoint folder to continue, its settings are the defaults; auto: the same as --auto_resume")
+    auto_resume: bool = option(True, "continue this run if it has a checkpoint")
+    start_epoch: int = option(0, "first epoch of a new run, counted from 0; data order and schedule start there")
+    no_eval: bool = option(False, "no evaluation after the epochs")
+    eval_every: int = option(1, "epochs between evaluations")
+    local_rank: int = option(0, "set by the launcher")
+
+
+@dataclass
+class EvalArguments:
+    eval_only: bool = option(False, "no training: evaluate a merged --version, or the run given by --resume")
+    eval_mode: str = option("both", "how the final evaluation answers", choices=["free", "teacher_forced", "both"])
+    val_batch_size: int = option(1, "images per rank in evaluation")
+    eval_limit: int = option(0, "images of the evaluations between epochs; 0: all")
+    eval_texts: str = option("first", "wordings of a query that are scored", choices=["first", "all"])
+    max_new_tokens: int = option(64, "longest free answer, in tokens")
+    examples: int = option(16, "rows of the contact sheet")
+
+
+GROUPS = (ModelArguments, LossArguments, DataArguments, TrainArguments, EvalArguments)
+# What may change when a run is continued: where things are, how they are shown, how they are measured.
+FREE_ON_RESUME = {
+    "resume", "auto_resume", "eval_only", "exp_name", "log_base_dir", "dataset_dir", "workers", "print_freq", "save_every",
+    "no_eval", "eval_every", "eval_mode", "eval_limit", "eval_texts", "val_dataset", "val_batch_size", "max_new_tokens", "examples",
+}  # fmt: skip
+# Flags of the published scripts that have no meaning here: the value named is what this program does anyway.
+REFUSED = {
+    "load_in_8bit": "needs the bitsandbytes extra and is not yet available in this version",
+    "load_in_4bit": "needs the bitsandbytes extra and is not yet available in this version",
+    "exclude_val": "matters for the referring data sets, which are not yet available in this version",
+    "refer_seg_data": "the referring data sets are not yet available in this version",
+    "vis_save_path": "belongs to chat.py; evaluation writes its pictures into the run folder",
+}
+# Flags whose value is a fact of the loaded weights: accepted if it says what the weights say.
+FACTS = {"image_size": int, "out_dim": int, "vision_tower": str, "use_mm_start_end": str}
+
+
+class Settings(Namespace):
+    """All fields of GROUPS, plus ``facts``: values given for FACTS."""
+
+    facts: dict[str, Any]
+
+    @property
+    def level_list(self) -> list[str]:
+        return [name for name in self.levels.split(",") if name]
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.log_base_dir) / self.exp_name
+
+    def saved(self) -> dict[str, Any]:
+        """What a later tool needs to rebuild the run; the launcher's business is left out."""
+        return {k: v for k, v in sorted(vars(self).items()) if k not in ("local_rank", "facts", "resume", "eval_only")}
+
+    def refuse_changes(self, earlier: Settings, where: Path) -> None:
+        """Raises UsageError if continuing the run that ``earlier`` started would train with other settings."""
+        changed = [k for k in self.saved() if k not in FREE_ON_RESUME and getattr(self, k) != getattr(earlier, k)]
+        if changed:
+            shown = ", ".join(f"{k} was {getattr(earlier, k)!r} and is now {getattr(self, k)!r}" for k in changed)
+            raise UsageError(f"{where}: holds a run with other settings: {shown}; choose another --exp_name or the settings of before")
+
+
+def _fields() -> dict[str, dataclasses.Field]:
+    return {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
+
+
+def _number(kind: str):
+    return {"int": int, "float": float, "float | None": float, "str": str}[kind]
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help lists the flags")
+
+
+def build_parser() -> ArgumentParser:
+    parser = _Parser(description="Train or evaluate CoReS and LISA.", allow_abbrev=False)
+    parser.add_argument("--config", default=None, help="YAML file with defaults")
+    for group in GROUPS:
+        section = parser.add_argument_group(group.__name__)
+        for f in dataclasses.fields(group):
+            _add(section, f)
+    for name in REFUSED:
+        parser.add_argument(f"--{name}", nargs="?", const=True, default=None, help="refused: " + REFUSED[name])
+    for name, kind in FACTS.items():
+        names = [f"--{name}"] + (["--vision-tower"] if name == "vision_tower" else [])
+        parser.add_argument(*names, dest=name, type=kind, nargs="?", const="true", default=None, help="checked against the weights")
+    return parser
+
+
+def _add(section, f: dataclasses.Field) -> None:
+    default = f.default
+    shown = f.metadata["help"] + f" (default: {default})"
+    if f.type == "bool":  # `--flag`, `--no-flag`, and LISA's `--flag true`
+        section.add_argument(f"--{f.name}", nargs="?", const=True, default=None, type=_boolean, help=shown)
+        section.add_argument(f"--no-{f.name}", dest=f.name, action="store_const", const=False, help=f"turn off --{f.name}")
+        return
+    section.add_argument(f"--{f.name}", type=_number(f.type), default=None, choices=f.metadata["choices"], help=shown)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The values of a YAML file on top of those of its ``base``. Raises UsageError naming file and key."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file (--config)")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: must hold `key: value` lines")
+    base = values.pop("base", None)
+    known = _fields()
+    for key, value in values.items():
+        if key not in known:
+            raise UsageError(f"{path}: unknown key {key!r}; `train_ds.py --help` lists the flags, which are the keys")
+        _check_type(path, key, value, known[key])
+    return (read_config(path.parent / base) if base else {}) | values
+
+
+def _check_type(path: Path, key: str, value: Any, f: dataclasses.Field) -> None:
+    kinds = {"int": (int,), "float": (int, float), "float | None": (int, float, type(None)), "str": (str,), "bool": (bool,)}
+    wrong = not isinstance(value, kinds[f.type]) or (isinstance(value, bool) and f.type != "bool")
+    if wrong:
+        raise UsageError(f"{path}: {key} is {value!r}, expected {f.type}")
+    if f.metadata["choices"] and value not in f.metadata["choices"]:
+        raise UsageError(f"{path}: {key} is {value!r}; choose one of {', '.join(map(str, f.metadata['choices']))}")
+
+
+def parse(argv: list[str] | None = None) -> Settings:
+    """Settings of a command line. Raises UsageError for what argparse does not catch."""
+    given = vars(build_parser().parse_args(argv))
+    config = given.pop("config")
+    refused = [name for name in REFUSED if given.pop(name) is not None]
+    if refused:
+        raise UsageError(f"--{refused[0]}: {REFUSED[refused[0]]}; leave the flag out")
+    facts = {name: value for name in FACTS if (value := given.pop(name)) is not None}
+    values = read_resumed(given["resume"]) if given["resume"] not in (None, "", "auto") else {}
+    values |= read_config(config) if config else {}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return settings_of(values, facts)
+
+
+def read_resumed(path: str | Path) -> dict[str, Any]:
+    """The settings of the run that ``path``, its folder or one of its checkpoints, belongs to; named and placed where it is now."""
+    path = Path(path).resolve()
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "config.json").is_file() and (folder / "ckpt").is_dir():
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return values | {"log_base_dir": str(folder.parent), "exp_name": folder.name}
+    raise UsageError(f"{path}: neither a run folder nor a checkpoint in one (--resume); a run folder has config.json and ckpt/")
+
+
+def settings_of(values: dict[str, Any], facts: dict[str, Any] | None = None) -> Settings:
+    """Settings with the defaults for whatever ``values`` leaves out. Raises UsageError for contradictions."""
+    values = {name: f.default for name, f in _fields().items()} | values
+    if values["method"] == "lisa":
+        values = values | {"levels": "SEG", "refiner": "none", "exemplar_count": 0, "pointing_host": False, "level_loss_weights": ""}
+    settings = Settings(**values, facts=facts or {})
+    _check(settings)
+    return settings
+
+
+def _check(s: Settings) -> None:
+    positive = ("epochs", "steps_per_epoch", "batch_size", "grad_accumulation_steps", "print_freq", "val_batch_size",
+                "num_classes_per_sample", "max_new_tokens", "model_max_length", "eval_every", "lora_alpha")  # fmt: skip
+    for name in positive:
+        if getattr(s, name) < 1:
+            raise UsageError(f"--{name} is {getattr(s, name)}; it must be at least 1")
+    for name in ("workers", "global_batch_size", "warmup_steps", "save_every", "exemplar_count", "lora_r", "start_epoch", "eval_limit", "examples"):
+        if getattr(s, name) < 0:
+            raise UsageError(f"--{name} is {getattr(s, name)}; it must not be negative")
+    if not s.level_list or s.level_list[-1] != "SEG" or len(set(s.level_list)) != len(s.level_list):
+        raise UsageError(f"--levels {s.levels!r}: give different names that end with SEG, such as LOC,SEG")
+    if s.lr <= 0:
+        raise UsageError(f"--lr is {s.lr}; it must be above 0")
+    numbers(s.sample_rates, "--sample_rates")
+    if s.level_loss_weights and len(numbers(s.level_loss_weights, "--level_loss_weights")) != len(s.level_list):
+        raise UsageError(f"--level_loss_weights {s.level_loss_weights}: give one number for each of the levels {s.levels}")
+    if s.start_epoch >= s.epochs and not s.eval_only:
+        raise UsageError(f"--start_epoch {s.start_epoch} leaves nothing of --epochs {s.epochs}; epochs count from 0")
+
+
+def numbers(text: str, flag: str) -> list[float]:
+    try:
+        return [float(part) for part in str(text).split(",")]
+    except ValueError as error:
+        raise UsageError(f"{flag} {text!r}: give numbers joined by commas") from error

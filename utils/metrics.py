@@ -1,0 +1,177 @@
+"""Scores of predicted masks: gIoU, cIoU, their intervals, emission, and where the chain went wrong.
+
+H, W an image in the original frame · n scored targets. All scores are fractions in [0, 1]; only tables print percent.
+
+gIoU  mean over targets of intersection / union, where "nothing predicted, nothing there" is 1 (LISA, section 4.1)
+cIoU  sum of all intersections / sum of all unions: large targets weigh more
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+Mask = TypeVar("Mask", np.ndarray, torch.Tensor)
+
+
+@dataclass(frozen=True)
+class TargetScore:
+    """One target of one conversation. Areas are pixels of the original frame that are not ignored."""
+
+    dataset: str
+    id: str
+    conversation: int
+    """Index of the conversation in its sample."""
+    target: int
+    """Index of the target in its conversation."""
+    query: str
+    is_sentence: bool | None
+    """ReasonSeg's long (True) or short (False) query; None where the data do not say."""
+    inter: int
+    union: int
+    iou: float
+    """0 where the answer held no mask for this target, whatever the target is."""
+    emitted: bool
+    """Whether the answer held a mask for this target; always True in teacher-forced evaluation."""
+    surplus: int
+    """Masks of the answer beyond the targets of the conversation; counted with its first target only."""
+    target_area: int
+    first_iou: float | None = None
+    """IoU of the first level's mask with the target; None without a mask or with one level only."""
+    first_host_iou: float | None = None
+    """IoU of the first level's mask with the object that holds the target; None without a mask or a host."""
+    inside_host: float | None = None
+    """Share of the final mask that lies on the host; None without a host or with an empty mask."""
+
+
+def intersection_and_union(prediction: Mask, target: Mask, ignore: Mask | None = None) -> tuple[Mask, Mask]:
+    """Pixel counts int64 (...) of masks bool (..., H, W); ``ignore``, bool (H, W), takes pixels out of both."""
+    both, either = prediction & target, prediction | target
+    if ignore is not None:
+        both, either = both & ~ignore, either & ~ignore
+    return both.sum((-2, -1)), either.sum((-2, -1))
+
+
+def iou(inter: float | np.ndarray, union: float | np.ndarray) -> np.ndarray:
+    """inter / union, and 1 where both masks are empty."""
+    inter, union = np.asarray(inter, dtype=float), np.asarray(union, dtype=float)
+    return np.where(union > 0, inter / np.maximum(union, 1), 1.0)
+
+
+def mask_iou(prediction: Mask, target: Mask, ignore: Mask | None = None) -> float:
+    """IoU of two masks bool (H, W)."""
+    inter, union = intersection_and_union(prediction, target, ignore)
+    return float(iou(int(inter), int(union)))
+
+
+def giou(scores: Sequence[float] | np.ndarray) -> float:
+    """The exact mean of the IoU of every target (the published average adds 1e-5 to the count)."""
+    return float(np.mean(scores))
+
+
+def ciou(inter: Sequence[int] | np.ndarray, union: Sequence[int] | np.ndarray) -> float:
+    """Sum of intersections over sum of unions; 1 if every union is empty."""
+    return float(iou(np.sum(inter), np.sum(union)))
+
+
+def bootstrap(
+    inter: np.ndarray,
+    union: np.ndarray,
+    scores: np.ndarray,
+    groups: Sequence | None = None,
+    draws: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Percentile intervals {"giou": [low, high], "ciou": [low, high]} of n targets, the same for the same seed.
+
+    ``groups``: n keys; targets of one key (an image) are drawn together, as they rise and fall together. None draws
+    every target by itself. Raises ValueError without targets.
+    """
+    if len(scores) == 0:
+        raise ValueError("no target was scored, so there is no interval; check the evaluation set")
+    columns = np.stack([np.asarray(c, dtype=float) for c in (scores, np.ones(len(scores)), inter, union)], axis=1)
+    if groups is not None:
+        index = {key: i for i, key in enumerate(dict.fromkeys(groups))}
+        sums = np.zeros((len(index), columns.shape[1]))
+        np.add.at(sums, [index[key] for key in groups], columns)
+        columns = sums
+    # how often each group is drawn: a matrix product then does all draws at once
+    times = np.random.default_rng(seed).multinomial(len(columns), np.full(len(columns), 1 / len(columns)), size=draws)
+    score, count, inters, unions = (times @ columns).T
+    tails = [50 * (1 - confidence), 50 * (1 + confidence)]
+    return {
+        "giou": np.percentile(score / count, tails).tolist(),
+        "ciou": np.percentile(iou(inters, unions), tails).tolist(),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def summarise(scores: Sequence[TargetScore], seed: int = 0, draws: int = 1000) -> dict:
+    """The numbers of a report. None stands for what the data do not tell. Raises ValueError without targets.
+
+    ==================  ===========================================================================================
+    unit                "fraction"
+    n                   scored targets
+    giou, ciou          targets without a mask count as IoU 0, with their area in the union
+    giou_ci95, ciou_…   bootstrap 95 % intervals over images
+    giou_short, _long   gIoU of short and of long queries
+    emission_rate       share of targets that got a mask
+    surplus_rate        masks beyond the targets, per target
+    first_iou           mean IoU of the first level's mask with the target
+    first_host_iou      mean IoU of the first level's mask with the host
+    wrong_host_rate     share of non-empty final masks that lie for more than half outside the host
+    ==================  ===========================================================================================
+    """
+    if not scores:
+        raise ValueError("no target was scored; check the evaluation set: it holds no query with a mask")
+    inter, union = np.array([s.inter for s in scores]), np.array([s.union for s in scores])
+    ious = np.array([s.iou for s in scores])
+    intervals = bootstrap(inter, union, ious, [(s.dataset, s.id) for s in scores], draws=draws, seed=seed)
+    return {
+        "unit": "fraction",
+        "n": len(scores),
+        "giou": giou(ious),
+        "giou_ci95": intervals["giou"],
+        "ciou": ciou(inter, union),
+        "ciou_ci95": intervals["ciou"],
+        "giou_short": _mean([s.iou for s in scores if s.is_sentence is False]),
+        "giou_long": _mean([s.iou for s in scores if s.is_sentence is True]),
+        "emission_rate": _mean([s.emitted for s in scores]),
+        "surplus_rate": _mean([s.surplus for s in scores]),
+        "first_iou": _mean([s.first_iou for s in scores]),
+        "first_host_iou": _mean([s.first_host_iou for s in scores]),
+        "wrong_host_rate": _mean([None if s.inside_host is None else float(s.inside_host < 0.5) for s in scores]),
+    }
+
+
+def score_target(
+    masks: torch.Tensor | None, target: torch.Tensor, ignore: torch.Tensor | None, host: torch.Tensor | None
+) -> dict:
+    """The measured fields of a TargetScore.
+
+    ``masks``: bool (T, H, W), coarse to fine, or None if the answer holds none for this target; ``target``, ``ignore``
+    and ``host``: bool (H, W) on the same device.
+    """
+    kept = target if ignore is None else target & ~ignore
+    area = int(kept.sum())
+    if masks is None:
+        return {"inter": 0, "union": area, "iou": 0.0, "emitted": False, "target_area": area}
+    inter, union = (int(count) for count in intersection_and_union(masks[-1], target, ignore))
+    found = {"inter": inter, "union": union, "iou": float(iou(inter, union)), "emitted": True, "target_area": area}
+    if len(masks) > 1:
+        found["first_iou"] = mask_iou(masks[0], target, ignore)
+    if host is not None:
+        found["first_host_iou"] = mask_iou(masks[0], host, ignore)
+        final = masks[-1] if ignore is None else masks[-1] & ~ignore
+        if final.any():
+            found["inside_host"] = float((final & host).sum() / final.sum())
+    return found
