@@ -31,7 +31,8 @@ $(SYNTHREASON)/synthreason.json: | setup
 
 demo: setup $(SYNTHREASON)/synthreason.json ## train CoReS on SynthReason, measure it, keep the model in runs/demo
 	$(PYTHON_VENV) train_ds.py --config configs/tiny.yaml --exp_name demo
-	$(PYTHON_VENV) merge_lora_weights_and_save_hf_model.py --weight $(DEMO) --save_path $(DEMO)/model
+	rm -rf $(DEMO)/model
+	$(PYTHON_VENV) merge_lora_weights_and_save_hf_model.py --run $(DEMO) --save_path $(DEMO)/model
 
 bench: setup $(SYNTHREASON)/synthreason.json ## CoReS against LISA, three seeds each: about an hour on 2 cores
 	$(PYTHON_VENV) -m benchmarks.synthreason

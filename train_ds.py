@@ -2,7 +2,7 @@
 
     python train_ds.py --config configs/tiny.yaml                                   # one process, CPU or GPU
     deepspeed --num_gpus 2 train_ds.py --config configs/cores-7b.yaml --exp_name cores-7b
-    python train_ds.py --eval_only --version runs/demo/model --dataset_dir data/synthreason --val_dataset "SynthReason|val" …
+    python train_ds.py --eval_only --version runs/demo/model --dataset_dir data/synthreason --val_dataset NAME
 
 Everything goes to <log_base_dir>/<exp_name>: config.json, ckpt/, log.jsonl, tensorboard/, metrics.json, examples.png.
 """
@@ -45,8 +45,16 @@ def evaluate_settings(model, processor, data, s: Settings, modes: list[str]) -> 
     model.to(distributed.device())
     return [
         evaluate(
-            model, processor, data, mode, batch_size=s.val_batch_size, max_new_tokens=s.max_new_tokens, examples=s.examples, seed=s.seed
-        )
+            model,
+            processor,
+            data,
+            mode,
+            batch_size=s.val_batch_size,
+            max_new_tokens=s.max_new_tokens,
+            examples=s.examples,
+            seed=s.seed,
+            progress=distributed.is_main(),
+        )  # fmt: skip
         for mode in modes
     ]
 
@@ -59,22 +67,24 @@ def finish(model, processor, data, s: Settings, started: float) -> None:
     """The final evaluation: tables on the screen, metrics.json and examples.png in the run folder."""
     reports = evaluate_settings(model, processor, data, s, modes_of(s))
     if distributed.is_main():
-        write_reports(reports, data, s.run_dir, s.saved(), seconds=time.time() - started)
+        write_reports(reports, data, s.run_dir, s.saved() | {"eval_only": s.eval_only}, seconds=time.time() - started)
     distributed.barrier()
 
 
 def check_ranks(s: Settings) -> None:
-    """Raises UsageError for what this machine or this number of ranks cannot do; sets what --global_batch_size implies."""
+    """Raises UsageError for what this machine or number of ranks cannot do; applies --global_batch_size."""
     world = distributed.world_size()
     if s.precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("--precision fp16 needs a GPU; use fp32 or bf16 here")
     if s.zero_stage == 3 and world > 1 and not (s.no_eval or s.eval_only):
-        raise UsageError("--zero_stage 3 on several ranks cannot generate during training; add --no_eval and use --eval_only later")
+        raise UsageError(
+            "--zero_stage 3 on several ranks cannot generate during training; add --no_eval and use --eval_only later"
+        )
     if s.global_batch_size:
         if s.global_batch_size % (s.batch_size * world):
             raise UsageError(
-                f"--global_batch_size {s.global_batch_size} is not divisible by {world} ranks × --batch_size {s.batch_size}; "
-                "change one of the three"
+                f"--global_batch_size {s.global_batch_size} is not divisible by {world} ranks × "
+                f"--batch_size {s.batch_size}; change one of the three"
             )
         s.grad_accumulation_steps = s.global_batch_size // (s.batch_size * world)
 
@@ -94,8 +104,9 @@ def train(s: Settings, started: float) -> None:
     def validate(epoch: int) -> dict[str, Any]:
         mode = modes_of(s)[0]
         report = evaluate(
-            model, processor, val, mode, batch_size=s.val_batch_size, max_new_tokens=s.max_new_tokens, limit=s.eval_limit or None
-        )
+            model, processor, val, mode, batch_size=s.val_batch_size, max_new_tokens=s.max_new_tokens,
+            limit=s.eval_limit or None, seed=s.seed, progress=distributed.is_main(),
+        )  # fmt: skip
         say(f"after epoch {epoch}, {mode}: " + report.line())
         return {k: v for k, v in report.summary.items() if isinstance(v, float)}
 
@@ -130,12 +141,14 @@ def evaluate_only(s: Settings, started: float) -> None:
         s.levels = ",".join(build.CoresProcessor.from_pretrained(s.version).levels)
         model, processor = build.build_model(s)
     else:
-        raise UsageError(f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version or --resume RUN")
+        raise UsageError(
+            f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version or --resume RUN"
+        )
     finish(model, processor, build.build_eval(s, processor), s, started)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0; 2 for a mistake in flags or files; 3 for a run that stopped on a non-finite loss; 130 when asked to stop."""
+    """Exit code: 0; 2 for a mistake in flags or files; 3 after a non-finite loss; 130 when asked to stop."""
     started = time.time()
     try:
         settings = parse(argv)
@@ -156,4 +169,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 0:
+        distributed.stop()
+    sys.exit(code)

@@ -99,7 +99,7 @@ IMPLICIT = {
         "find what {host} needs in order to {purpose}.",
         "if {host} wants to {purpose}, what is it going to use?",
     ),
-    "val": ("with which part can {host} {purpose}?", "segment the thing that {host} relies on to {purpose}."),
+    "val": ("with which part can {host} {purpose}?", "to {purpose}, what will {host} use?"),
 }
 SEMANTIC_SPLITS = ("train", "val")
 

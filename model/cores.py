@@ -93,6 +93,9 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     config_class = CoresConfig
     base_model_prefix = "cores"
     supports_gradient_checkpointing = True
+    _tied_weights_keys = {  # where the config ties them; transformers looks for LLaVA's own one level deep only
+        "reasoning.llava.lm_head.weight": "reasoning.llava.model.language_model.embed_tokens.weight"
+    }
     _supports_sdpa = _supports_flash_attn = True
 
     def __init__(self, config: CoresConfig):

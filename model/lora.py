@@ -25,11 +25,13 @@ def add_lora(
     """
     if r == 0:
         return
+    language_model = model.reasoning.llava.model.language_model
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), bias="none")
     try:
-        inject_adapter_in_model(config, model.reasoning.llava.model.language_model)
+        inject_adapter_in_model(config, language_model)
     except ValueError as error:
         raise ValueError(f"--lora_target_modules {','.join(target_modules)}: {error}") from error
+    language_model.train(language_model.training)  # new dropout layers train, whatever the model around them does
 
 
 def trainable_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -49,6 +49,8 @@ class SamDims:
             raise ValueError(f"sam: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.embed_dim % self.num_heads or self.prompt_dim % self.decoder_heads:
             raise ValueError("sam: embed_dim must be divisible by num_heads, and prompt_dim by decoder_heads")
+        if self.mask_in_chans % 4 or self.mask_in_chans < 8:  # a norm over a quarter of them: one channel would be 0
+            raise ValueError(f"sam: mask_in_chans {self.mask_in_chans} must be a multiple of 4 and at least 8")
 
     @property
     def grid(self) -> int:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -47,7 +48,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset import synthetic as world
-from dataset.conversation import PHRASE_QUESTIONS, SENTENCE_QUESTIONS
+from dataset.conversation import PHRASE_QUESTIONS, SENTENCE_QUESTIONS, answer, phrase_question, sentence_question
 from dataset.synthetic import Part, Scene, SceneObject, held_out, host_phrases, make_query, make_scene, plural
 from model.sam import SamDims, build_sam, decode_masks, save_sam
 
@@ -404,14 +405,8 @@ def draw_turn(scene: Scene, rng: np.random.Generator, easy: bool) -> tuple[str, 
     draw, index = rng.random(), int(rng.integers(len(scene.objects)))
     draw = 0.55 + 0.29 * draw if easy else draw
     obj, host = scene.objects[index], pick(host_phrases(scene, index), rng)
-    locate = ("where is {}?", "find {}.", "can you segment {} in this image?", "show {}.")
-    located = ("It is {}.", "It appears on {}.", "You find it at {}.", "Sure, {}.", "Sure, it is {}.")
-    if draw < 0.55:
-        query = make_query(scene, "train", rng)
-        question = query.texts[0] if query.is_sentence else pick(locate, rng).format(query.texts[0])
-        return question, pick(located, rng).format(place_of(scene.objects[query.object_index].union(query.part), rng))
     if draw < 0.72:
-        return pick(locate[:3], rng).format(host), pick(located, rng).format(place_of(obj.mask, rng))
+        return draw_location(scene, index, draw < 0.55, rng)
     if draw < 0.84:
         return f"tell me about {host}.", describe(obj, rng)
     phrases = host_phrases(scene, index)[1:]
@@ -420,6 +415,24 @@ def draw_turn(scene: Scene, rng: np.random.Generator, easy: bool) -> tuple[str, 
     if draw < 0.93:
         return f"what is at {place_of(obj.mask, rng)}?", f"the {obj.colour} {obj.category}."
     return draw_fact(obj, draw, rng)
+
+
+def draw_location(scene: Scene, index: int, part: bool, rng: np.random.Generator) -> tuple[str, str]:
+    """Where a part or a whole object is. Questions and answers have the forms of training, with places in text where the answer
+    tokens will stand; of a part, every other answer names the host's place first, so both chains are known alike."""
+    obj, text, sentence = scene.objects[index], pick(host_phrases(scene, index), rng), False
+    target, levels = obj.mask, ["SEG"]
+    if part:
+        query = make_query(scene, "train", rng)
+        obj, text, sentence = scene.objects[query.object_index], query.texts[0], query.is_sentence
+        target, levels = obj.union(query.part), pick((["SEG"], ["LOC", "SEG"]), rng)
+    if rng.random() < 0.7:
+        text = sentence_question(text, rng) if sentence else phrase_question(text, rng)
+    elif not sentence:
+        text = pick(("where is {}?", "find {}.", "show {}."), rng).format(text)
+    pieces = answer(levels, rng)
+    where = {"LOC": obj.mask, "SEG": target}
+    return text, "".join(p if isinstance(p, str) else place_of(where[p.level], rng) for p in pieces)
 
 
 def describe(obj: SceneObject, rng: np.random.Generator) -> str:
@@ -450,7 +463,7 @@ def encode_turns(tokenizer, turns: list[tuple[str, str]]) -> tuple[list[int], li
     for k, (question, reply) in enumerate(turns):
         plain = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         asked = plain("USER:") + (image if k == 0 else []) + plain(f" {question} ASSISTANT:")
-        said = [*plain(" " + reply), tokenizer.eos_token_id]
+        said = [*plain(re.sub(r" (<c\d\d>)", r"\1", " " + reply)), tokenizer.eos_token_id]  # as before answer tokens: no space
         ids += asked + said
         labels += [-100] * len(asked) + said
     return ids, labels
@@ -548,7 +561,7 @@ def train_llava(store: Store, steps: int, work: Path, batch: int = 12, turns: in
         for i in range(HELD_BACK):
             scene = store.scene(i)
             query = make_query(scene, "val", draw)
-            text = query.texts[0] if query.is_sentence else f"where is {query.texts[0]}?"
+            text = sentence_question(query.texts[0]) if query.is_sentence else phrase_question(query.texts[0])
             logits, labels, _ = predict([i], [encode_turns(tokenizer, [(text, f"It is {PLACES[0]}.")])])
             place = int(logits[labels == first][0, first : first + len(PLACES)].argmax())
             obj = scene.objects[query.object_index]

@@ -1,0 +1,1 @@
+"""The tests mirror the sources: tests/test_<topic>.py."""

@@ -1,5 +1,7 @@
 """Backbones small enough for a test, written to disk in the layouts that --version and --vision_pretrained read."""
 
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -22,7 +24,7 @@ TOY_SAM = SamDims(
     prompt_dim=16,
     decoder_heads=2,
     decoder_mlp_dim=16,
-    mask_in_chans=4,
+    mask_in_chans=8,
     iou_head_hidden_dim=8,
 )
 
@@ -124,3 +126,22 @@ def write_all(root: Path) -> Path:
     write_sam(root / "sam")
     write_data(root / "data")
     return root
+
+
+@cache
+def toys() -> Path:
+    """The folder of ``write_all``, written once per test session."""
+    root = Path(_KEPT.name)
+    return write_all(root)
+
+
+@cache
+def trained_run() -> Path:
+    """A finished run of the six steps that ``flags`` describes, with dropout and an evaluation after each epoch."""
+    import train_ds
+
+    assert train_ds.main(flags(toys(), exp_name="trained")) == 0
+    return toys() / "runs" / "trained"
+
+
+_KEPT = tempfile.TemporaryDirectory(prefix="cores-toys-")

@@ -1,4 +1,4 @@
-"""A whole model in miniature, made from nothing: LLaVA and SAM folders, samples, and random weights that show everything.
+"""A whole model in miniature, made from nothing: LLaVA and SAM folders, samples, weights that hide nothing.
 
 Two layers of width 32, 2×2 CLIP patches, SAM on a 4×4 grid. Nothing is downloaded and nothing outlives the tests.
 """
@@ -42,15 +42,17 @@ SAM_DIMS = SamDims(
     prompt_dim=32,
     decoder_heads=4,
     decoder_mlp_dim=32,
-    mask_in_chans=4,
+    mask_in_chans=16,
     iou_head_hidden_dim=16,
 )
-WORDS = """USER : ASSISTANT It appears on is Another at Sure , . ? the what where dog wheel red hello there a b c d e f g h
-Please output segmentation mask""".split()
+WORDS = (
+    "USER", ":", "ASSISTANT", "It", "appears", "on", "is", "Another", "at", "Sure", ",", ".", "?", "the", "what",
+    "where", "dog", "wheel", "red", "hello", "there", "a", "b", "c", "Please", "segment",
+)  # fmt: skip
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, without answer tokens; padding shares its id with the unknown word, as LLaMA's users have it."""
+    """One token per word, without answer tokens; padding shares its id with the unknown word, as in LLaMA."""
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<image>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -77,7 +79,7 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 0.05) -> None:
 def write_llava(
     folder: Path, patches: int = 2, select: str = "default", tied: bool = False, spare_rows: int = 0
 ) -> Path:
-    """A LLaVA in transformers format; ``patches``² image tokens, one more for ``select="full"``."""
+    """A LLaVA in transformers format: ``patches``² image tokens, one more for ``select="full"``."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     side = 16 * patches

@@ -24,14 +24,14 @@ def test_bce_is_the_mean_over_pixels():
 @pytest.mark.parametrize("balance", [False, True])
 @pytest.mark.parametrize("fill", [0.0, 1.0])
 def test_bce_of_empty_and_full_targets(fill, balance):
-    """Undecided everywhere costs ln 2 whatever the target, also where one half of the balanced form is missing."""
+    """Undecided everywhere costs ln 2, also where one half of the balanced form is missing."""
     target = torch.full((2, 3, 4), fill)
     assert bce_per_mask(torch.zeros(2, 3, 4), target, balance=balance).tolist() == pytest.approx([log(2)] * 2)
     assert bce_per_mask((2 * target - 1) * SURE, target, balance=balance).tolist() == pytest.approx([0.0] * 2, abs=1e-6)
 
 
 def test_balanced_bce_gives_each_half_half():
-    """One target pixel of four, all predicted empty with certainty 1: the plain mean is content, the balanced one not."""
+    """One target pixel of four, all predicted empty: the plain mean is content, the balanced one is not."""
     logits, target = torch.full((1, 2, 2), -1.0), masks([1.0, 0.0], [0.0, 0.0])
     miss, right = log1p(exp(1)), log1p(exp(-1))
     assert bce_per_mask(logits, target).item() == pytest.approx((miss + 3 * right) / 4)

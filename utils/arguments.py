@@ -1,7 +1,7 @@
 """The command line: small dataclasses by concern, a YAML file for defaults, explicit flags on top.
 
-``--config FILE`` gives defaults; a ``base: other.yaml`` key in it names a file whose values it changes. The flags of LISA and CoReS
-keep their names. A flag that cannot be honoured is refused, never ignored.
+``--config FILE`` gives defaults; a ``base: other.yaml`` key in it names a file whose values it changes. The flags of
+LISA and CoReS keep their names. A flag that cannot be honoured is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -28,11 +28,17 @@ def option(default: Any, help: str, *aliases: str, choices: list | None = None) 
 
 @dataclass
 class ModelArguments:
-    version: str = option("liuhaotian/llava-llama-2-13b-chat-lightning-preview", "LLaVA folder or hub name; or a merged model")
+    version: str = option(
+        "liuhaotian/llava-llama-2-13b-chat-lightning-preview", "LLaVA folder or hub name; or a merged model"
+    )
     vision_pretrained: str = option("", "SAM checkpoint (.pth) or folder; not needed for a merged model")
     method: str = option("cores", "lisa: one token [SEG], no refiner, no exemplar", choices=["cores", "lisa"])
     levels: str = option("LOC,SEG", "answer tokens of the chain, coarse to fine, joined by commas")
-    refiner: str = option("foreground", "what the token refiner attends to", choices=["none", "foreground", "foreground+background", "regions"])
+    refiner: str = option(
+        "foreground",
+        "what the token refiner attends to",
+        choices=["none", "foreground", "foreground+background", "regions"],
+    )
     pooling: str = option("soft", "masked average pooling of the refiner", choices=["soft", "hard"])
     text_projection_norm: float | None = option(None, "norm of the projected tokens; unset: LISA's plain projection")
     conv_type: str = option("llava_v1", "conversation template", choices=list(TEMPLATES))
@@ -71,7 +77,9 @@ class DataArguments:
     val_dataset: str = option("ReasonSeg|val", "evaluation set, name|split")
     explanatory: float = option(0.1, "probability that a query with a known explanation asks for it")
     num_classes_per_sample: int = option(3, "most conversations per image")
-    on_bad_sample: str = option("raise", "a file that cannot be used stops the run or is replaced", choices=["raise", "skip"])
+    on_bad_sample: str = option(
+        "raise", "a file that cannot be used stops the run or is replaced", choices=["raise", "skip"]
+    )
     workers: int = option(4, "data loading processes per rank")
 
 
@@ -83,7 +91,9 @@ class TrainArguments:
     steps_per_epoch: int = option(500, "optimizer steps per epoch")
     batch_size: int = option(2, "images per rank and micro step")
     grad_accumulation_steps: int = option(10, "micro steps per optimizer step")
-    global_batch_size: int = option(0, "images per optimizer step of all ranks together; sets grad_accumulation_steps. 0: unset")
+    global_batch_size: int = option(
+        0, "images per optimizer step of all ranks together; sets grad_accumulation_steps. 0: unset"
+    )
     lr: float = option(3e-4, "peak learning rate")
     beta1: float = option(0.9, "AdamW β1")
     beta2: float = option(0.95, "AdamW β2")
@@ -94,7 +104,9 @@ class TrainArguments:
     seed: int = option(0, "seed of everything")
     print_freq: int = option(10, "steps between two lines of the run log")
     save_every: int = option(0, "steps between checkpoints inside an epoch; 0: only at its end")
-    resume: str = option("", "run or checkpoint folder to continue, its settings are the defaults; auto: the same as --auto_resume")
+    resume: str = option(
+        "", "run or checkpoint folder to continue, its settings are the defaults; auto: the same as --auto_resume"
+    )
     auto_resume: bool = option(True, "continue this run if it has a checkpoint")
     start_epoch: int = option(0, "first epoch of a new run, counted from 0; data order and schedule start there")
     no_eval: bool = option(False, "no evaluation after the epochs")
@@ -116,8 +128,9 @@ class EvalArguments:
 GROUPS = (ModelArguments, LossArguments, DataArguments, TrainArguments, EvalArguments)
 # What may change when a run is continued: where things are, how they are shown, how they are measured.
 FREE_ON_RESUME = {
-    "resume", "auto_resume", "eval_only", "exp_name", "log_base_dir", "dataset_dir", "workers", "print_freq", "save_every",
-    "no_eval", "eval_every", "eval_mode", "eval_limit", "eval_texts", "val_dataset", "val_batch_size", "max_new_tokens", "examples",
+    "resume", "auto_resume", "eval_only", "exp_name", "log_base_dir", "dataset_dir", "workers", "print_freq",
+    "save_every", "no_eval", "eval_every", "eval_mode", "eval_limit", "eval_texts", "val_dataset", "val_batch_size",
+    "max_new_tokens", "examples",
 }  # fmt: skip
 # Flags of the published scripts that have no meaning here: the value named is what this program does anyway.
 REFUSED = {
@@ -153,7 +166,9 @@ class Settings(Namespace):
         changed = [k for k in self.saved() if k not in FREE_ON_RESUME and getattr(self, k) != getattr(earlier, k)]
         if changed:
             shown = ", ".join(f"{k} was {getattr(earlier, k)!r} and is now {getattr(self, k)!r}" for k in changed)
-            raise UsageError(f"{where}: holds a run with other settings: {shown}; choose another --exp_name or the settings of before")
+            raise UsageError(
+                f"{where}: holds a run with other settings: {shown}; choose another --exp_name or the earlier settings"
+            )
 
 
 def _fields() -> dict[str, dataclasses.Field]:
@@ -164,13 +179,15 @@ def _number(kind: str):
     return {"int": int, "float": float, "float | None": float, "str": str}[kind]
 
 
-class _Parser(ArgumentParser):
+class OneLineParser(ArgumentParser):
+    """Mistakes are a UsageError, not a page of usage."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; --help lists the flags")
 
 
 def build_parser() -> ArgumentParser:
-    parser = _Parser(description="Train or evaluate CoReS and LISA.", allow_abbrev=False)
+    parser = OneLineParser(description="Train or evaluate CoReS and LISA.", allow_abbrev=False)
     parser.add_argument("--config", default=None, help="YAML file with defaults")
     for group in GROUPS:
         section = parser.add_argument_group(group.__name__)
@@ -180,7 +197,9 @@ def build_parser() -> ArgumentParser:
         parser.add_argument(f"--{name}", nargs="?", const=True, default=None, help="refused: " + REFUSED[name])
     for name, kind in FACTS.items():
         names = [f"--{name}"] + (["--vision-tower"] if name == "vision_tower" else [])
-        parser.add_argument(*names, dest=name, type=kind, nargs="?", const="true", default=None, help="checked against the weights")
+        parser.add_argument(
+            *names, dest=name, type=kind, nargs="?", const="true", default=None, help="checked against the weights"
+        )
     return parser
 
 
@@ -189,7 +208,9 @@ def _add(section, f: dataclasses.Field) -> None:
     shown = f.metadata["help"] + f" (default: {default})"
     if f.type == "bool":  # `--flag`, `--no-flag`, and LISA's `--flag true`
         section.add_argument(f"--{f.name}", nargs="?", const=True, default=None, type=_boolean, help=shown)
-        section.add_argument(f"--no-{f.name}", dest=f.name, action="store_const", const=False, help=f"turn off --{f.name}")
+        section.add_argument(
+            f"--no-{f.name}", dest=f.name, action="store_const", const=False, help=f"turn off --{f.name}"
+        )
         return
     section.add_argument(f"--{f.name}", type=_number(f.type), default=None, choices=f.metadata["choices"], help=shown)
 
@@ -202,11 +223,13 @@ def _boolean(text: str) -> bool:
     raise ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a YAML file on top of those of its ``base``. Raises UsageError naming file and key."""
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"{path}: no such file (--config)")
+        raise UsageError(f"{path}: no such file ({f'base of {above[-1]}' if above else '--config'})")
+    if path.resolve() in [p.resolve() for p in above]:
+        raise UsageError(f"{path}: is its own base; remove one of the `base:` keys")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -219,11 +242,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
         if key not in known:
             raise UsageError(f"{path}: unknown key {key!r}; `train_ds.py --help` lists the flags, which are the keys")
         _check_type(path, key, value, known[key])
-    return (read_config(path.parent / base) if base else {}) | values
+    return (read_config(path.parent / str(base), (*above, path)) if base else {}) | values
 
 
 def _check_type(path: Path, key: str, value: Any, f: dataclasses.Field) -> None:
-    kinds = {"int": (int,), "float": (int, float), "float | None": (int, float, type(None)), "str": (str,), "bool": (bool,)}
+    kinds = {
+        "int": (int,),
+        "float": (int, float),
+        "float | None": (int, float, type(None)),
+        "str": (str,),
+        "bool": (bool,),
+    }
     wrong = not isinstance(value, kinds[f.type]) or (isinstance(value, bool) and f.type != "bool")
     if wrong:
         raise UsageError(f"{path}: {key} is {value!r}, expected {f.type}")
@@ -246,20 +275,28 @@ def parse(argv: list[str] | None = None) -> Settings:
 
 
 def read_resumed(path: str | Path) -> dict[str, Any]:
-    """The settings of the run that ``path``, its folder or one of its checkpoints, belongs to; named and placed where it is now."""
+    """The settings of the run whose folder, or one of whose checkpoints, ``path`` is; placed where it is now."""
     path = Path(path).resolve()
     for folder in (path, path.parent, path.parent.parent):
         if (folder / "config.json").is_file() and (folder / "ckpt").is_dir():
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             return values | {"log_base_dir": str(folder.parent), "exp_name": folder.name}
-    raise UsageError(f"{path}: neither a run folder nor a checkpoint in one (--resume); a run folder has config.json and ckpt/")
+    raise UsageError(
+        f"{path}: neither a run folder nor a checkpoint in one (--resume); a run folder has config.json and ckpt/"
+    )
 
 
 def settings_of(values: dict[str, Any], facts: dict[str, Any] | None = None) -> Settings:
     """Settings with the defaults for whatever ``values`` leaves out. Raises UsageError for contradictions."""
     values = {name: f.default for name, f in _fields().items()} | values
     if values["method"] == "lisa":
-        values = values | {"levels": "SEG", "refiner": "none", "exemplar_count": 0, "pointing_host": False, "level_loss_weights": ""}
+        values = values | {
+            "levels": "SEG",
+            "refiner": "none",
+            "exemplar_count": 0,
+            "pointing_host": False,
+            "level_loss_weights": "",
+        }
     settings = Settings(**values, facts=facts or {})
     _check(settings)
     return settings
@@ -271,7 +308,17 @@ def _check(s: Settings) -> None:
     for name in positive:
         if getattr(s, name) < 1:
             raise UsageError(f"--{name} is {getattr(s, name)}; it must be at least 1")
-    for name in ("workers", "global_batch_size", "warmup_steps", "save_every", "exemplar_count", "lora_r", "start_epoch", "eval_limit", "examples"):
+    for name in (
+        "workers",
+        "global_batch_size",
+        "warmup_steps",
+        "save_every",
+        "exemplar_count",
+        "lora_r",
+        "start_epoch",
+        "eval_limit",
+        "examples",
+    ):
         if getattr(s, name) < 0:
             raise UsageError(f"--{name} is {getattr(s, name)}; it must not be negative")
     if not s.level_list or s.level_list[-1] != "SEG" or len(set(s.level_list)) != len(s.level_list):
@@ -280,7 +327,9 @@ def _check(s: Settings) -> None:
         raise UsageError(f"--lr is {s.lr}; it must be above 0")
     numbers(s.sample_rates, "--sample_rates")
     if s.level_loss_weights and len(numbers(s.level_loss_weights, "--level_loss_weights")) != len(s.level_list):
-        raise UsageError(f"--level_loss_weights {s.level_loss_weights}: give one number for each of the levels {s.levels}")
+        raise UsageError(
+            f"--level_loss_weights {s.level_loss_weights}: give one number for each of the levels {s.levels}"
+        )
     if s.start_epoch >= s.epochs and not s.eval_only:
         raise UsageError(f"--start_epoch {s.start_epoch} leaves nothing of --epochs {s.epochs}; epochs count from 0")
 

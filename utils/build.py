@@ -14,7 +14,6 @@ from utils import checkpoint
 from utils.arguments import Settings, UsageError, numbers, read_resumed, settings_of
 from utils.engine import DTYPES, samples_per_epoch
 
-
 # name: hidden size, patch size, image size
 VISION_TOWERS = {
     "openai/clip-vit-large-patch14": (1024, 14, 224),
@@ -35,7 +34,7 @@ class PromptFormat(NamedTuple):
 
 
 def prompt_format(s: Settings) -> PromptFormat:
-    """Also the moment to find out, before anything large is read, that a model's files are not there: raises UsageError."""
+    """Raises UsageError if a model's files are not there, before anything large is read."""
     if is_merged(s.version):
         processor = CoresProcessor.from_pretrained(s.version)
         return PromptFormat(processor.levels, processor.exemplar_count)
@@ -51,7 +50,9 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
     if is_merged(s.version):
         processor = CoresProcessor.from_pretrained(s.version)
         if processor.levels != s.level_list:
-            raise UsageError(f"{s.version}: was trained with the levels {','.join(processor.levels)}, --levels says {s.levels}")
+            raise UsageError(
+                f"{s.version}: was trained with the levels {','.join(processor.levels)}, --levels says {s.levels}"
+            )
         model = CoresForReasoningSegmentation.from_pretrained(s.version, dtype=DTYPES[s.precision])
         processor.tokenizer.model_max_length = s.model_max_length
         for name, value in loss_config(s).items():
@@ -93,15 +94,19 @@ def check_facts(s: Settings, model: CoresForReasoningSegmentation) -> None:
     truth = {"image_size": model.config.sam["image_size"], "out_dim": model.config.sam["prompt_dim"]}
     for name, value in s.facts.items():
         if name in truth and value != truth[name]:
-            raise UsageError(f"--{name} {value}: the SAM of {s.vision_pretrained or s.version} has {truth[name]}; leave the flag out")
+            raise UsageError(
+                f"--{name} {value}: the SAM of {s.vision_pretrained or s.version} has {truth[name]}; leave the flag out"
+            )
     if str(s.facts.get("use_mm_start_end", "false")).lower() != "false":
-        raise UsageError("--use_mm_start_end: LLaVA in transformers format has no start and end tokens; leave the flag out")
+        raise UsageError(
+            "--use_mm_start_end: LLaVA in transformers format has no start and end tokens; leave the flag out"
+        )
     tower = s.facts.get("vision_tower")
     found = model.config.llava.vision_config
     if tower is not None and VISION_TOWERS.get(tower) != (found.hidden_size, found.patch_size, found.image_size):
         raise UsageError(
-            f"--vision-tower {tower}: the tower is part of {s.version}, which has width {found.hidden_size}, patches of "
-            f"{found.patch_size} and images of {found.image_size} pixels; leave the flag out"
+            f"--vision-tower {tower}: the tower is part of {s.version}, which has width {found.hidden_size}, patches "
+            f"of {found.patch_size} and images of {found.image_size} pixels; leave the flag out"
         )
 
 
@@ -151,4 +156,6 @@ def build_mixture(s: Settings, prompt: PromptFormat | CoresProcessor) -> TrainMi
 
 
 def build_eval(s: Settings, prompt: PromptFormat | CoresProcessor) -> EvalDataset:
-    return EvalDataset(s.dataset_dir, s.val_dataset, prompt.levels, prompt.exemplar_count, seed=s.seed, texts=s.eval_texts)
+    return EvalDataset(
+        s.dataset_dir, s.val_dataset, prompt.levels, prompt.exemplar_count, seed=s.seed, texts=s.eval_texts
+    )

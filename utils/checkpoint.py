@@ -6,7 +6,7 @@
               ckpt/last, ckpt/best   each a DeepSpeed checkpoint (ZeRO shards of any world size) with progress.json
               log.jsonl  tensorboard/  metrics.json  examples.png
 
-A checkpoint is written beside its place and renamed when it is complete, so a killed run leaves the previous one intact.
+A checkpoint is written beside its place and renamed when it is complete: a killed run leaves the previous one intact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def load_settings(run: Path) -> Settings:
 
 
 def find_checkpoint(path: str | Path, which: str = "last") -> Path:
-    """The checkpoint that a run folder, its ckpt folder or a checkpoint folder stands for. Raises UsageError if there is none."""
+    """The checkpoint that a run folder, its ckpt folder or a checkpoint folder stands for, or a UsageError."""
     path = Path(path)
     for folder in (path, path / "ckpt" / which, path / which):
         recover(folder)
@@ -77,7 +76,9 @@ def save(engine, folder: Path, progress: dict[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     distributed.barrier()
-    engine.save_checkpoint(str(partial), tag="state", client_state={"progress": progress}, exclude_frozen_parameters=True)
+    engine.save_checkpoint(
+        str(partial), tag="state", client_state={"progress": progress}, exclude_frozen_parameters=True
+    )
     torch.save(_random_state(), partial / f"random_{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.is_main():
@@ -112,7 +113,8 @@ def load(engine, folder: Path) -> dict[str, Any]:
     progress = json.loads((folder / PROGRESS).read_text())
     if progress["world_size"] != distributed.world_size():
         raise UsageError(
-            f"{folder}: saved by {progress['world_size']} ranks, this run has {distributed.world_size()}; resume with the same number"
+            f"{folder}: saved by {progress['world_size']} ranks, this run has {distributed.world_size()}; "
+            "resume with the same number"
         )
     loaded, _ = engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
     if loaded is None:
@@ -122,18 +124,23 @@ def load(engine, folder: Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """The trained weights of a checkpoint of any ZeRO stage and world size, or of a file, into a model built as for training.
+    """The trained weights of a checkpoint (any ZeRO stage, any world size) or file, into a model built as for training.
 
-    Raises UsageError naming trainable weights that the checkpoint lacks, and weights in it that the model does not train.
+    Raises UsageError naming trainable weights that are missing, and weights that the model does not train.
     """
-    weights = read_weights(folder)
+    put_weights(model, read_weights(folder), folder)
+
+
+def put_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
+    """Exactly ``weights`` into exactly the trainable weights of ``model``. ``source``: for the UsageError's message."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    constants = {name for name, _ in model.named_buffers()}  # DeepSpeed stores them, too
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys() - constants)
     wrong = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
     if missing or unexpected or wrong:
         lists = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}
         found = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
-        raise UsageError(f"{folder}: the weights do not fit the model that the settings describe; {found}")
+        raise UsageError(f"{source}: the weights do not fit the model that the settings describe; {found}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
@@ -150,8 +157,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UsageError(f"{path}: not a file of weights: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of foreign bytes the unpickler makes anything
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UsageError(f"{path}: not a file of weights ({reason})") from None
 
 
 def _read_shards(folder: Path) -> dict[str, torch.Tensor]:

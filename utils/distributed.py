@@ -18,7 +18,7 @@ def device() -> torch.device:
 
 
 def prepare_environment() -> None:
-    """Makes plain ``python`` a world of one, and tells DeepSpeed that there is no GPU; call before importing deepspeed."""
+    """Makes plain ``python`` a world of one, tells DeepSpeed if there is no GPU; call before importing deepspeed."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,6 +36,12 @@ def start() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def stop() -> None:
+    """Leaves the process group; all ranks do so together, at the end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

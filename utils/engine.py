@@ -32,7 +32,7 @@ class NonFiniteLoss(RuntimeError):
     """The loss is not a number; nothing was updated with it."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- set-up
+# -------------------------------------------------------------------------------------------------------------- set-up
 
 
 def deepspeed_config(s: Settings) -> dict[str, Any]:
@@ -42,7 +42,11 @@ def deepspeed_config(s: Settings) -> dict[str, Any]:
         "gradient_clipping": s.max_grad_norm,
         "bf16": {"enabled": s.precision == "bf16"},
         "fp16": {"enabled": s.precision == "fp16"},
-        "zero_optimization": {"stage": s.zero_stage, "contiguous_gradients": True, "overlap_comm": torch.cuda.is_available()},
+        "zero_optimization": {
+            "stage": s.zero_stage,
+            "contiguous_gradients": True,
+            "overlap_comm": torch.cuda.is_available(),
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -116,7 +120,7 @@ def make_loader(data: TrainMixture, processor: CoresProcessor, s: Settings) -> t
     return loader, sampler
 
 
-# ------------------------------------------------------------------------------------------------------------------ loop
+# ---------------------------------------------------------------------------------------------------------------- loop
 
 
 class Trainer:
@@ -176,7 +180,13 @@ class Trainer:
         self.sampler.first_micro_step = self.progress["step"] * s.grad_accumulation_steps
         batches = iter(self.loader)
         label = f"epoch {self.progress['epoch'] + 1}/{s.epochs}"
-        bar = tqdm(total=s.steps_per_epoch, initial=self.progress["step"], desc=label, unit="step", disable=not distributed.is_main())
+        bar = tqdm(
+            total=s.steps_per_epoch,
+            initial=self.progress["step"],
+            desc=label,
+            unit="step",
+            disable=not distributed.is_main(),
+        )
         with bar:
             while self.progress["step"] < s.steps_per_epoch:
                 started = time.perf_counter()
@@ -187,7 +197,11 @@ class Trainer:
                 if self.progress["step"] < s.steps_per_epoch and distributed.any_true(self.stop):
                     self._save()
                     self._interrupt()
-                if s.save_every and self.progress["step"] % s.save_every == 0 and self.progress["step"] < s.steps_per_epoch:
+                if (
+                    s.save_every
+                    and self.progress["step"] % s.save_every == 0
+                    and self.progress["step"] < s.steps_per_epoch
+                ):
                     self._save()
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
@@ -212,16 +226,19 @@ class Trainer:
         if distributed.any_true(bool(bad)):
             names = sorted({f"{info['dataset']} {info['id']}" for info in batch.info})
             raise NonFiniteLoss(
-                f"step {self.global_step + 1}, rank {distributed.rank()}: {', '.join(bad) or 'another rank'} is not finite; "
-                f"samples: {', '.join(names)}. Nothing was updated; the last checkpoint is in {self.run / 'ckpt' / 'last'}"
+                f"step {self.global_step + 1}, rank {distributed.rank()}: {', '.join(bad) or 'another rank'} is not "
+                f"finite; samples: {', '.join(names)}. Nothing was updated; the last checkpoint is in "
+                f"{self.run / 'ckpt' / 'last'}"
             )
 
     def _refuse_non_finite_gradient(self) -> None:
         norm = self.engine.get_global_grad_norm()  # the same on every rank; None where the engine does not know it
-        if self.s.precision != "fp16" and norm is not None and not math.isfinite(norm):  # fp16 has loss scaling for this
+        if (
+            self.s.precision != "fp16" and norm is not None and not math.isfinite(norm)
+        ):  # fp16 has loss scaling for this
             raise NonFiniteLoss(
-                f"step {self.global_step + 1}: the gradient is not finite although the loss is; nothing was saved from this step, "
-                f"the last checkpoint is in {self.run / 'ckpt' / 'last'}"
+                f"step {self.global_step + 1}: the gradient is not finite although the loss is; nothing was saved from "
+                f"this step, the last checkpoint is in {self.run / 'ckpt' / 'last'}"
             )
 
     def _report(self, bar: tqdm, parts: dict[str, float], seconds: float) -> None:
@@ -240,7 +257,7 @@ class Trainer:
             self.log.write(row | {"samples_per_second": samples / seconds}, "train")
 
     def _validate(self) -> bool:
-        """Evaluates when it is due; True if this is the best score so far (or if there are no scores: the newest is the best)."""
+        """Evaluates when it is due; True for the best score so far, and always if there are no scores."""
         epoch = self.progress["epoch"]
         if self.evaluate is None or (epoch % self.s.eval_every and epoch < self.s.epochs):
             return self.evaluate is None
@@ -254,7 +271,9 @@ class Trainer:
         return True
 
     def _interrupt(self) -> None:
-        raise Interrupted(f"stopped at step {self.global_step}; the same command continues from {self.run / 'ckpt' / 'last'}")
+        raise Interrupted(
+            f"stopped at step {self.global_step}; the same command continues from {self.run / 'ckpt' / 'last'}"
+        )
 
     def _save(self) -> None:
         checkpoint.save(self.engine, self.run / "ckpt" / "last", self.progress)

@@ -1,219 +1,360 @@
-"""Evaluation on every rank at once: teacher-forced, as published, or by free generation, as a user would ask.
+"""Runs a model over an evaluation set and reports what it is worth.
 
-Teacher-forced evaluation puts the answer with its tokens into the prompt, so a mask always comes out; the published numbers are such.
-Free generation lets the model speak; an answer without a complete group of tokens has no mask and scores as an empty one.
+Two modes, never mixed in one number:
+
+teacher_forced  the published protocol: the answer with its special tokens stands in the input, only the masks are tested
+free            the honest one: the model answers by itself; a target for which it emits no mask scores 0
+
+Which wordings of a query are asked (the first one, as published, or all) is the evaluation set's ``texts``.
+K targets of one conversation · T levels · H, W an image in the original frame.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from dataset.conversation import answer_from_ids, answer_text
 from dataset.sample import Batch, Sample, collate, collate_prompts
-from model.cores import CoresForReasoningSegmentation, Segmentation
-from model.processor import CoresProcessor
 from utils import distributed
-from utils.baselines import baselines
+from utils.baselines import score_baselines
 from utils.checkpoint import write_text
-from utils.metrics import bootstrap, ciou, giou, intersection_and_union, iou
+from utils.metrics import TargetScore, score_target, summarise
 from utils.visualize import Example, contact_sheet
 
 MODES = ("free", "teacher_forced")
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy")
+# An image with more conversations than this takes several passes: one pass for all is how evaluation runs out of memory.
+CONVERSATIONS_PER_IMAGE = 8
 
 
 @dataclass
 class Report:
-    """``rows``: one dict per target. ``summary``: scores as fractions. ``examples``: pictures of this rank's first targets."""
+    """What one evaluation found. All scores are fractions; ``table`` prints percent."""
 
     mode: str
-    rows: list[dict[str, Any]]
-    seed: int = 0
-    examples: list[Example] = field(default_factory=list)
+    """"free" or "teacher_forced"."""
+    dataset: str
+    """Name of the evaluation set, "SynthReason|val"."""
+    texts: str
+    """"first" or "all" wordings of a query."""
+    summary: dict[str, Any]
+    """See utils.metrics.summarise."""
+    scores: list[TargetScore]
+    """One per target, in the order of the evaluation set, whatever the number of ranks."""
+    examples: list[Example]
+    seconds: float
+    seed: int
+    """Of the bootstrap."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The settings of the program that made the report."""
 
-    @property
-    def summary(self) -> dict[str, Any]:
-        inter, union = self._column("intersection"), self._column("union")
-        out: dict[str, Any] = {"targets": len(self.rows), "giou": giou(inter, union), "ciou": ciou(inter, union)}
-        out["ci95"] = bootstrap(inter, union, self.seed)
-        if self.mode == "free":
-            out["emission_rate"] = float(self._column("emitted").mean()) if self.rows else float("nan")
-        for name, flag in (("short", False), ("long", True)):
-            chosen = np.array([row["is_sentence"] is flag for row in self.rows], dtype=bool)
-            if chosen.any():
-                out[f"giou_{name}"] = giou(inter[chosen], union[chosen])
-        hosts = [row for row in self.rows if row["first_host_iou"] is not None]
-        if hosts:
-            out["first_mask_host_iou"] = float(np.mean([row["first_host_iou"] for row in hosts]))
-            out["wrong_host_rate"] = float(np.mean([row["wrong_host"] for row in hosts]))
-        return out
-
-    def _column(self, name: str) -> np.ndarray:
-        return np.array([row[name] for row in self.rows], dtype=float)
+    def table(self) -> str:
+        return format_table({self.mode: self.summary})
 
     def line(self) -> str:
+        """The summary in one line, in percent."""
         s = self.summary
-        emitted = f", answers with a mask {100 * s['emission_rate']:.1f} %" if "emission_rate" in s else ""
-        return f"gIoU {100 * s['giou']:.1f}, cIoU {100 * s['ciou']:.1f} over {s['targets']} targets{emitted}"
+        shown = f"gIoU {_percent(s['giou'])} {_interval(s['giou_ci95'])}, cIoU {_percent(s['ciou'])}"
+        shown += f", emission {_percent(s['emission_rate'])} %"
+        if s["wrong_host_rate"] is not None:
+            shown += f", wrong host {_percent(s['wrong_host_rate'])} %"
+        if s["first_host_iou"] is not None:
+            shown += f", first mask on host {_percent(s['first_host_iou'])}"
+        return shown + f" (n = {s['n']})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures."""
+        return {
+            "unit": "fraction",
+            "mode": self.mode,
+            "dataset": self.dataset,
+            "texts": self.texts,
+            "summary": self.summary,
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "config": self.config,
+            "versions": versions(),
+            "targets": [dataclasses.asdict(score) for score in self.scores],
+        }
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes ``to_dict`` in one step: the file is never half written."""
+        write_text(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
 
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a score."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some conversations of one image; ``first`` is the index of their first one in the whole sample."""
+
+    index: int
+    sample: Sample
+    first: int
+
+
+def _parts(dataset, indices: Sequence[int]) -> Iterator[_Part]:
+    for index in indices:
+        sample = dataset[index]
+        asked = [i for i, conversation in enumerate(sample.conversations) if len(conversation.masks)]
+        if len(asked) != len(sample.conversations):
+            text_only = next(i for i, c in enumerate(sample.conversations) if not len(c.masks))
+            raise ValueError(
+                f"{sample.name}, conversation {text_only}: has no target mask, so it cannot be scored; "
+                "evaluate a segmentation set"
+            )
+        for first in range(0, len(asked), CONVERSATIONS_PER_IMAGE):
+            chosen = sample.conversations[first : first + CONVERSATIONS_PER_IMAGE]
+            yield _Part(index, dataclasses.replace(sample, conversations=chosen), first)
+
+
+def _batches(parts: Iterator[_Part], batch_size: int) -> Iterator[list[_Part]]:
+    batch: list[_Part] = []
+    for part in parts:
+        batch.append(part)
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """``count`` different indices of range(total), spread over all of it; all of them if there are fewer."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+
+
+class _Runner:
+    """One rank's share of an evaluation."""
+
+    def __init__(self, model, processor, mode: str, max_new_tokens: int, pictured: set[int]):
+        self.model, self.processor = model, processor
+        self.mode, self.max_new_tokens = mode, max_new_tokens
+        self.pictured = pictured
+        weights = [p for p in model.parameters() if p.is_floating_point()]
+        self.device, self.dtype = weights[0].device, weights[0].dtype
+        self.scores: list[tuple[tuple[int, int, int], TargetScore]] = []
+        self.examples: list[tuple[int, Example]] = []
+
+    def run(self, parts: Sequence[_Part]) -> None:
+        """Scores the conversations of ``parts``; their masks are dropped at once."""
+        samples, levels = [part.sample for part in parts], self.processor.levels
+        build = collate if self.mode == "teacher_forced" else collate_prompts
+        batch = build(samples, self.processor, levels, self.processor.template).to(self.device, self.dtype)
+        if self.mode == "teacher_forced":
+            answers = self.model.segment(batch)
+        else:
+            answers = self.model.generate(batch, self.processor.tokenizer, max_new_tokens=self.max_new_tokens)
+        rows = [(part, part.first + i) for part in parts for i in range(len(part.sample.conversations))]
+        for row, ((part, conversation), answer) in enumerate(zip(rows, answers, strict=True)):
+            self._score(part, conversation, batch, row, answer.masks)
+            if conversation == 0 and part.index in self.pictured:
+                text = getattr(answer, "text", "")
+                self.examples.append((part.index, self._picture(part, batch, row, answer.masks, text)))
+
+    def _score(self, part: _Part, conversation: int, batch: Batch, row: int, masks: torch.Tensor) -> None:
+        """The k-th group of masks (G, T, H, W) belongs to the k-th target, as the answer names them in order."""
+        targets, hosts = batch.target_masks[row], batch.host_masks[row]
+        for k, target in enumerate(targets):
+            found = score_target(
+                masks[k] if k < len(masks) else None,
+                target,
+                batch.ignore_masks[row],
+                None if hosts is None else hosts[k],
+            )
+            surplus = max(0, len(masks) - len(targets)) if k == 0 else 0
+            score = TargetScore(
+                dataset=part.sample.dataset,
+                id=part.sample.id,
+                conversation=conversation,
+                target=k,
+                query=batch.info[row]["query"],
+                is_sentence=batch.info[row]["is_sentence"],
+                surplus=surplus,
+                **found,
+            )
+            self.scores.append(((part.index, conversation, k), score))
+
+    def _picture(self, part: _Part, batch: Batch, row: int, masks: torch.Tensor, text: str) -> Example:
+        ignore = batch.ignore_masks[row]
+        return Example(
+            image=part.sample.image,
+            query=batch.info[row]["query"],
+            answer=text,
+            levels=list(self.processor.levels),
+            masks=masks[0].cpu().numpy() if len(masks) else None,
+            target=batch.target_masks[row][0].cpu().numpy(),
+            ignore=None if ignore is None else ignore.cpu().numpy(),
+            name=f"{part.sample.dataset} {part.sample.id}",
+        )
+
+
+@torch.no_grad()
 def evaluate(
-    model: CoresForReasoningSegmentation,
-    processor: CoresProcessor,
-    data: Dataset,
-    mode: str = "free",
+    model,
+    processor,
+    dataset,
+    mode: str,
     *,
     batch_size: int = 1,
     max_new_tokens: int = 64,
     limit: int | None = None,
     examples: int = 0,
     seed: int = 0,
+    progress: bool = True,
 ) -> Report:
-    """Scores every target of ``data`` once; ranks share the images. ``limit``: the first images only.
+    """Scores ``model`` on ``dataset``; every rank gets the whole report.
 
-    Returns the same rows, in the order of the data, on every rank. Only numbers per target are kept, and ``examples`` pictures.
+    ``model``: CoresForReasoningSegmentation, on the device and in the precision to use. ``dataset``: an EvalDataset.
+    ``mode``: "teacher_forced" or "free". ``batch_size``: images per rank in a pass. ``limit``: at most so many images,
+    spread evenly over the set. ``examples``: pictures to keep. Rank r takes the images r, r + ranks, …, so no target is
+    counted twice, whatever the number of ranks; with ZeRO-3 the ranks' shares must be equal. The model's
+    training mode is restored. Raises ValueError for an unknown mode or a set without targets.
     """
     if mode not in MODES:
-        raise ValueError(f"evaluation mode {mode!r}; choose one of {', '.join(MODES)}")
-    count = len(data) if limit is None else min(limit, len(data))
-    indices = list(range(distributed.rank(), count, distributed.world_size()))
-    build = collate_prompts if mode == "free" else collate
-
-    def prepare(samples: list[Sample]) -> tuple[list[Sample], Batch]:
-        return samples, build(samples, processor, processor.levels, processor.template)
-
-    loader = DataLoader(Subset(data, indices), batch_size, collate_fn=prepare)
-    was_training = model.training
+        raise ValueError(f"evaluation mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+    if batch_size < 1:
+        raise ValueError(f"evaluation batch size must be at least 1, got {batch_size}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"evaluation limit must be at least 1 image, got {limit}; None evaluates all")
+    indices = evenly_spaced(len(dataset), len(dataset) if limit is None else limit)
+    pictured = {indices[i] for i in evenly_spaced(len(indices), examples)}
+    mine = indices[distributed.rank() :: distributed.world_size()]
+    runner = _Runner(model, processor, mode, max_new_tokens, pictured)
+    training, started = model.training, time.perf_counter()
     model.eval()
-    report = Report(mode, [], seed)
-    device, dtype = model.device, model.dtype
-    images = 0
-    for samples, batch in tqdm(loader, desc=f"evaluating, {mode}", disable=not distributed.is_main(), leave=False):
-        batch = batch.to(device, dtype)
-        results = _predict(model, processor, batch, mode, max_new_tokens)
-        for row, result in enumerate(results):
-            position = indices[images + int(batch.image_index[row])]
-            report.rows += _score(batch, row, result, position)
-            if len(report.examples) < examples:
-                image = samples[int(batch.image_index[row])].image
-                report.examples += _pictures(image, batch, row, result, processor)
-        images += len(samples)
-    model.train(was_training)
-    report.rows = sorted(distributed.gather_lists(report.rows), key=lambda r: (r["index"], r["conversation"], r["target"]))
-    report.examples = report.examples[:examples]
-    return report
+    try:
+        _run_all(runner, dataset, mine, batch_size, progress and distributed.is_main())
+    finally:
+        model.train(training)
+    scores = [score for _, score in sorted(distributed.gather_lists(runner.scores), key=lambda pair: pair[0])]
+    kept = [example for _, example in sorted(distributed.gather_lists(runner.examples), key=lambda pair: pair[0])]
+    return Report(
+        mode=mode,
+        dataset=dataset.loader.dataset,
+        texts=dataset.loader.options.texts,
+        summary=summarise(scores, seed=seed),
+        scores=scores,
+        examples=kept,
+        seconds=time.perf_counter() - started,
+        seed=seed,
+    )
 
 
-def _predict(model, processor, batch: Batch, mode: str, max_new_tokens: int) -> list[Segmentation]:
-    if mode == "teacher_forced":
-        return model.segment(batch)
-    return model.generate(batch, processor.tokenizer, max_new_tokens=max_new_tokens)
+def _run_all(runner: _Runner, dataset, indices: Sequence[int], batch_size: int, progress: bool) -> None:
+    done = 0
+    with tqdm(total=len(indices), desc=runner.mode.replace("_", " "), unit="image", disable=not progress) as bar:
+        for parts in _batches(_parts(dataset, indices), batch_size):
+            runner.run(parts)
+            bar.update(sum(part.first == 0 for part in parts))
+            fresh = runner.scores[done:]
+            done = len(runner.scores)
+            if fresh:
+                mean = sum(score.iou for _, score in runner.scores) / done
+                bar.set_postfix({"gIoU": f"{100 * mean:.1f}"}, refresh=False)
 
 
-def _level_masks(result: Segmentation, target: int, size: tuple[int, int]) -> np.ndarray | None:
-    """bool (T, H, W) of one target, None if the answer has no mask for it."""
-    return result.masks[target].cpu().numpy() if target < len(result.masks) else None
+# ----------------------------------------------------------------------------------------------------------- reporting
 
 
-def _score(batch: Batch, row: int, result: Segmentation, position: int) -> list[dict[str, Any]]:
-    info, ignore, hosts = batch.info[row], batch.ignore_masks[row], batch.host_masks[row]
-    ignore = None if ignore is None else ignore.cpu().numpy()
-    rows = []
-    for target, truth in enumerate(batch.target_masks[row].cpu().numpy()):
-        masks = _level_masks(result, target, truth.shape)
-        last = np.zeros_like(truth) if masks is None else masks[-1]
-        inter, union = intersection_and_union(last, truth, ignore)
-        rows.append(
-            {
-                **{key: info[key] for key in ("dataset", "id", "image_path", "query", "is_sentence", "conversation")},
-                "index": position,
-                "target": target,
-                "intersection": inter,
-                "union": union,
-                "iou": float(iou(inter, union)),
-                "emitted": masks is not None,
-                "target_pixels": int(truth.sum()),
-                **_host_scores(masks, last, None if hosts is None else hosts[target].cpu().numpy()),
-            }
-        )
-    return rows
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _host_scores(masks: np.ndarray | None, last: np.ndarray, host: np.ndarray | None) -> dict[str, Any]:
-    """Why a run is good or stuck: does the first mask cover the host, does the last one lie on another object?"""
-    if host is None:
-        return {"first_host_iou": None, "wrong_host": None}
-    first = np.zeros_like(host) if masks is None else masks[0]
-    outside = (last & ~host).sum() > 0.5 * last.sum() if last.any() else True
-    return {"first_host_iou": float(iou(*intersection_and_union(first, host))), "wrong_host": bool(outside)}
+def _interval(pair: list[float]) -> str:
+    return f"[{100 * pair[0]:.1f}, {100 * pair[1]:.1f}]"
 
 
-def _pictures(image: np.ndarray, batch: Batch, row: int, result: Segmentation, processor: CoresProcessor) -> list[Example]:
-    out = []
-    said = answer_text(answer_from_ids(result.token_ids, processor.tokenizer, processor.levels)) if hasattr(result, "token_ids") else None
-    for target, truth in enumerate(batch.target_masks[row].cpu().numpy()):
-        masks = _level_masks(result, target, truth.shape)
-        score = float(iou(*intersection_and_union(np.zeros_like(truth) if masks is None else masks[-1], truth)))
-        empty = np.zeros((len(processor.levels), *truth.shape), dtype=bool)
-        levels = dict(zip(processor.levels, empty if masks is None else masks, strict=True))
-        out.append(Example(image, batch.info[row]["query"], said, levels, truth, score))
-    return out
+COLUMNS = {
+    "gIoU": lambda s: f"{_percent(s['giou'])} {_interval(s['giou_ci95'])}",
+    "cIoU": lambda s: f"{_percent(s['ciou'])} {_interval(s['ciou_ci95'])}",
+    "short": lambda s: _percent(s.get("giou_short")),
+    "long": lambda s: _percent(s.get("giou_long")),
+    "emission": lambda s: _percent(s.get("emission_rate")),
+    "wrong host": lambda s: _percent(s.get("wrong_host_rate")),
+    "1st mask on host": lambda s: _percent(s.get("first_host_iou")),
+    "n": lambda s: str(s["n"]),
+}
 
 
-# ----------------------------------------------------------------------------------------------------------------- reports
+def format_table(rows: dict[str, dict[str, Any]]) -> str:
+    """A text table in percent with 95 % intervals; ``rows``: name -> a summary of utils.metrics or utils.baselines.
 
-
-def table(reports: list[Report], trivial: dict[str, dict[str, float]]) -> str:
-    """Scores in percent with 95 % bootstrap intervals."""
-    header = f"{'':24} {'gIoU':>6} {'95 % interval':>15} {'cIoU':>6} {'short':>6} {'long':>6} {'emission':>9}"
-    lines = [header, "-" * len(header)]
-    percent = lambda value: f"{100 * value:6.1f}" if value is not None else f"{'–':>6}"  # noqa: E731
-    for report in reports:
-        s = report.summary
-        low, high = (100 * v for v in s["ci95"]["giou"])
-        emission = f"{100 * s['emission_rate']:8.1f}%" if "emission_rate" in s else f"{'–':>9}"
-        lines.append(
-            f"{report.mode.replace('_', ' '):24} {percent(s['giou'])} {f'{low:.1f} … {high:.1f}':>15} {percent(s['ciou'])} "
-            f"{percent(s.get('giou_short'))} {percent(s.get('giou_long'))} {emission}"
-        )
-    for name, scores in trivial.items():
-        lines.append(f"{name:24} {percent(scores['giou'])} {'':>15} {percent(scores['ciou'])}")
+    A column that no row fills is left out.
+    """
+    cells = {title: [show(summary) for summary in rows.values()] for title, show in COLUMNS.items()}
+    cells = {title: column for title, column in cells.items() if any(cell != "–" for cell in column)}
+    names = [name.replace("_", " ") for name in rows]
+    width = max(map(len, names))
+    widths = {title: max(len(title), *map(len, column)) for title, column in cells.items()}
+    lines = [" " * width + "  " + "  ".join(title.rjust(widths[title]) for title in cells)]
+    lines.append("─" * len(lines[0]))
+    for i, name in enumerate(names):
+        lines.append(name.ljust(width) + "  " + "  ".join(cells[title][i].rjust(widths[title]) for title in cells))
     return "\n".join(lines)
 
 
-def metrics(reports: list[Report], trivial: dict, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What metrics.json holds; every score is a fraction."""
-    import peft
-    import transformers
+def write_reports(
+    reports: Sequence[Report], dataset, folder: str | Path, config: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Prints the table and writes metrics.json, targets-<mode>.json and examples.png into ``folder``.
 
-    out: dict[str, Any] = {"unit": "fraction", "seconds": round(seconds, 1)}
+    ``dataset``: the EvalDataset of the reports; the trivial baselines are measured on it. ``config``: the settings of
+    the program; ``seconds``: how long it has run. Call on one rank only. Returns what metrics.json holds (fractions).
+    """
+    folder = Path(folder)
+    summaries = {report.mode: report.summary for report in reports}
+    baselines = score_baselines(dataset, seed=reports[0].seed)
+    metrics = {
+        "unit": "fraction",
+        "dataset": reports[0].dataset,
+        "texts": reports[0].texts,
+        **summaries,
+        "emission_rate": (summaries.get("free") or reports[0].summary)["emission_rate"],
+        "baselines": baselines,
+        "seconds": seconds,
+        "evaluation_seconds": {report.mode: report.seconds for report in reports},
+        "steps": _steps(config),
+        "config": config,
+        "versions": versions(),
+    }
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     for report in reports:
-        out[report.mode] = report.summary
-        if "emission_rate" in report.summary:
-            out["emission_rate"] = report.summary["emission_rate"]
-    steps = settings["epochs"] * settings["steps_per_epoch"]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    out |= {"baselines": trivial, "steps": steps, "settings": settings, "versions": versions | {"peft": peft.__version__}}
-    return out
+        report.config = config
+        report.to_json(folder / f"targets-{report.mode}.json")
+    if pictured := next((report for report in reports if report.examples), None):
+        title = f"{pictured.dataset}, {pictured.mode.replace('_', ' ')}: {pictured.line()}"
+        contact_sheet(pictured.examples, folder / "examples.png", title)
+    print(f"\n{reports[0].dataset}, percent [95 % interval]\n" + format_table(summaries | baselines))
+    print(f"written to {folder}/: metrics.json, targets-*.json, examples.png", flush=True)
+    return metrics
 
 
-def write_reports(reports: list[Report], data: Dataset, run: Path, settings: dict[str, Any], seconds: float) -> None:
-    """Prints the table and writes metrics.json, rows.json (per target) and examples.png into the run folder."""
-    trivial = baselines(data)
-    print(table(reports, trivial), flush=True)
-    write_text(run / "metrics.json", json.dumps(metrics(reports, trivial, settings, seconds), indent=1) + "\n")
-    write_text(run / "rows.json", json.dumps({report.mode: report.rows for report in reports}) + "\n")
-    pictured = next((report for report in reports if report.examples), None)
-    if pictured is not None:
-        title = f"{settings['val_dataset']} · {settings['method']} · {pictured.mode.replace('_', ' ')} · {pictured.line()}"
-        contact_sheet(pictured.examples, run / "examples.png", title)
-        print(f"pictures: {run / 'examples.png'}", flush=True)
-    print(f"numbers:  {run / 'metrics.json'}", flush=True)
+def _steps(config: dict[str, Any]) -> int | None:
+    """Optimizer steps of the run that was evaluated; None where the settings do not say."""
+    if config.get("eval_only") or not {"epochs", "steps_per_epoch"} <= config.keys():
+        return None
+    return (config["epochs"] - config.get("start_epoch", 0)) * config["steps_per_epoch"]

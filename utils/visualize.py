@@ -1,7 +1,13 @@
-"""Pictures: overlays and contact sheets."""
+"""Pictures for people: masks laid over an image, and contact sheets of an evaluation.
+
+Images are uint8 (H, W, 3) RGB, masks bool (H, W) in the same frame, colours (red, green, blue) in 0-255.
+"""
 
 from __future__ import annotations
 
+import io
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,104 +16,189 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = ((255, 176, 0), (220, 38, 127), (100, 143, 255), (120, 94, 240))  # told apart with any colour vision
-TRUTH = (0, 158, 115)
-TILE = 256
-MARGIN = 12
-INK, PAPER, FAINT = (24, 26, 30), (255, 255, 255), (110, 114, 120)
+from utils.metrics import mask_iou
+
+# Told apart by people with any kind of colour vision; coarse to fine, the last one for the answer itself.
+COARSE_COLOURS = ((60, 170, 240), (240, 200, 40), (170, 110, 230))
+FINAL_COLOUR = (240, 50, 110)
+TRUTH_COLOUR = (20, 190, 100)
+IGNORE_COLOUR = (120, 120, 120)
+
+INK, FAINT, PAPER, LINE = (25, 28, 33), (110, 116, 125), (255, 255, 255), (222, 225, 230)
+MARGIN, GAP = 16, 8
+MAX_LINES = 4  # of one text
 
 
 @dataclass
 class Example:
-    """One row of a contact sheet: image uint8 (H, W, 3), masks bool (H, W) by level name, coarse to fine, and the truth."""
+    """One answer to one query, ready to be drawn."""
 
     image: np.ndarray
+    """uint8 (H, W, 3) RGB, original frame."""
     query: str
-    answer: str | None
-    levels: dict[str, np.ndarray]
-    truth: np.ndarray
-    iou: float
+    answer: str
+    """The text of a free answer; "" in teacher-forced evaluation."""
+    levels: list[str]
+    masks: np.ndarray | None
+    """bool (T, H, W), one per level; None if the answer holds no mask."""
+    target: np.ndarray
+    """bool (H, W)."""
+    ignore: np.ndarray | None
+    """bool (H, W): pixels that are not scored."""
+    name: str
+    """Data set and sample."""
+
+
+def level_colour(level: int, levels: int) -> tuple[int, int, int]:
+    """The last level always has the same colour, however many come before it."""
+    return FINAL_COLOUR if level == levels - 1 else COARSE_COLOURS[level % len(COARSE_COLOURS)]
+
+
+def overlay(
+    image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], alpha: float = 0.45, contour: int = 2
+) -> np.ndarray:
+    """A copy of ``image`` with ``mask`` tinted, and outlined from outside so that the tint shows its exact pixels.
+
+    ``alpha``: share of the colour in [0, 1]; ``contour``: pixels of the outline, 0 for none. A thin white line around
+    it keeps the outline visible on a ground of its own colour. Raises ValueError if image and mask differ in size.
+    """
+    if image.shape[:2] != mask.shape:
+        raise ValueError(f"overlay: image {image.shape[:2]} and mask {mask.shape} differ in size")
+    out = image.copy()
+    if contour:
+        outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        # a line is drawn around its middle: half of it falls on the mask and is painted over below
+        cv2.drawContours(out, outlines, -1, (255, 255, 255), 2 * contour + 2, cv2.LINE_AA)
+        cv2.drawContours(out, outlines, -1, colour, 2 * contour, cv2.LINE_AA)
+    out[mask] = np.round((1 - alpha) * image[mask] + alpha * np.array(colour)).astype(np.uint8)
+    return out
 
 
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """A font that comes with matplotlib and covers Latin, Greek and Cyrillic."""
+    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic and more, the same on every machine."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], alpha: float = 0.5) -> np.ndarray:
-    """uint8 (H, W, 3) with the mask tinted and outlined."""
-    out = image.copy()
-    out[mask] = ((1 - alpha) * image[mask] + alpha * np.array(colour)).astype(np.uint8)
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    width = max(1, round(max(image.shape[:2]) / 250))
-    return cv2.drawContours(np.ascontiguousarray(out), contours, -1, colour, width)
+def printable(text: str) -> str:
+    """``text`` in one line without control characters."""
+    kept = (" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    return " ".join("".join(kept).split())
 
 
-def tile(image: np.ndarray, mask: np.ndarray | None, colour: tuple[int, int, int]) -> Image.Image:
-    """A TILE × TILE picture; small images are enlarged before the outline is drawn, so it stays thin."""
-    height, width = image.shape[:2]
-    scale = TILE / max(height, width)
+def wrap(text: str, face: ImageFont.FreeTypeFont, width: int, max_lines: int = MAX_LINES) -> list[str]:
+    """Lines of at most ``width`` pixels; a longer word is broken, a text of more lines ends with "…"."""
+    lines = [""]
+    for word in printable(text).split():
+        joined = f"{lines[-1]} {word}".strip()
+        if face.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if lines[-1] and face.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    if len(lines) > max_lines:
+        lines = lines[:max_lines]
+        while lines[-1] and face.getlength(lines[-1] + "…") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] = lines[-1].rstrip() + "…"
+    return lines
+
+
+def fit(array: np.ndarray, side: int) -> np.ndarray:
+    """An image or a mask scaled so that its longer side is ``side``; masks stay bool."""
+    height, width = array.shape[:2]
+    scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    enlarged = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
-    if mask is not None:
-        enlarged = overlay(enlarged, cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(bool), colour)
-    canvas = Image.new("RGB", (TILE, TILE), (240, 241, 243))
-    canvas.paste(Image.fromarray(enlarged), ((TILE - size[0]) // 2, (TILE - size[1]) // 2))
-    return canvas
+    if array.dtype == bool:
+        return cv2.resize(array.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(bool)
+    return cv2.resize(array, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
-def wrap(text: str, width: int, face: ImageFont.FreeTypeFont, lines: int) -> list[str]:
-    """At most ``lines`` lines of ``width`` pixels; what does not fit ends in an ellipsis."""
-    out: list[str] = [""]
-    for word in " ".join(text.split()).split(" "):
-        longer = f"{out[-1]} {word}".strip()
-        if face.getlength(longer) <= width:
-            out[-1] = longer
-        else:
-            out.append(word)
-    if len(out) > lines:
-        out = out[:lines]
-        out[-1] += " …"
-    for index, line in enumerate(out):
-        while line and face.getlength(line) > width:
-            line = line[:-2] + "…"
-        out[index] = line
-    return [line for line in out if line]
+def _panels(example: Example, side: int) -> list[tuple[str, np.ndarray]]:
+    """(caption, uint8 tile) of the image, every level and the ground truth."""
+    image = fit(example.image, side)
+    panels = [("image", image)]
+    for level, name in enumerate(example.levels):
+        if example.masks is None:
+            panels.append((f"[{name}]  not emitted", np.full_like(image, 236)))
+            continue
+        mask = example.masks[level]
+        # only the last level is meant to be the target; for the others the number would mislead
+        last = level == len(example.levels) - 1
+        score = f"  IoU {100 * mask_iou(mask, example.target, example.ignore):.0f}" if last else ""
+        empty = "" if mask.any() else "  (empty)"
+        tile = overlay(image, fit(mask, side), level_colour(level, len(example.levels)))
+        panels.append((f"[{name}]{score}{empty}", tile))
+    truth = image
+    if example.ignore is not None:
+        truth = overlay(truth, fit(example.ignore, side), IGNORE_COLOUR, alpha=0.7, contour=0)
+    panels.append(("ground truth", overlay(truth, fit(example.target, side), TRUTH_COLOUR)))
+    return panels
 
 
-def contact_sheet(examples: list[Example], path: str | Path, title: str = "") -> None:
-    """A PNG with one row per example: image, the mask of every level, the ground truth; query, answer and IoU above each row."""
+def _draw_lines(
+    draw: ImageDraw.ImageDraw, xy: tuple[int, int], lines: Sequence[str], face: ImageFont.FreeTypeFont, colour: tuple
+) -> int:
+    """Draws text lines from the top left corner ``xy`` (x, y); returns the y below the last one."""
+    x, y = xy
+    step = round(face.size * 1.35)
+    for line in lines:
+        draw.text((x, y), line, font=face, fill=colour)
+        y += step
+    return y
+
+
+def draw_row(example: Example, tile: int = 256) -> Image.Image:
+    """One example: the tiles with their captions, the query and the answer underneath."""
+    panels = _panels(example, tile)
+    small, text, bold = font(12), font(14), font(15, bold=True)
+    width = len(panels) * tile + (len(panels) - 1) * GAP
+    query = wrap(example.query, bold, width)
+    answer = wrap(f"Answer: {example.answer}", text, width) if example.answer else []
+    caption, height = 20, panels[0][1].shape[0]
+    text_height = round(15 * 1.35) * len(query) + round(14 * 1.35) * len(answer) + round(12 * 1.35)
+    row = Image.new("RGB", (width, caption + height + GAP + text_height), PAPER)
+    draw = ImageDraw.Draw(row)
+    for column, (title, picture) in enumerate(panels):
+        x = column * (tile + GAP)
+        draw.text((x, 2), title, font=small, fill=INK)
+        row.paste(Image.fromarray(picture), (x + (tile - picture.shape[1]) // 2, caption))
+    y = _draw_lines(draw, (0, caption + height + GAP - 2), query, bold, INK)
+    y = _draw_lines(draw, (0, y), answer, text, INK)
+    _draw_lines(draw, (0, y), wrap(example.name, small, width, max_lines=1), small, FAINT)
+    return row
+
+
+def contact_sheet(examples: Sequence[Example], path: str | Path, title: str = "", tile: int = 256) -> Path:
+    """Writes a PNG with a title and one row per example; ``tile``: pixels of the longer side of every picture.
+
+    Returns the path. Raises ValueError without examples.
+    """
     if not examples:
-        raise ValueError(f"{path}: no examples to draw")
-    names = list(examples[0].levels)
-    columns = 2 + len(names)
-    width = columns * (TILE + MARGIN) + MARGIN
-    head, text_height = 64, 62
-    sheet = Image.new("RGB", (width, head + len(examples) * (TILE + text_height + MARGIN) + MARGIN), PAPER)
+        raise ValueError(f"{path}: there is no example to draw")
+    path = Path(path)
+    rows = [draw_row(example, tile) for example in examples]
+    width = max(row.width for row in rows)
+    head = font(17, bold=True)
+    heading = wrap(title, head, width) if title else []
+    top = MARGIN + round(17 * 1.35) * len(heading) + (GAP if heading else 0)
+    height = top + sum(row.height + 2 * MARGIN for row in rows)
+    sheet = Image.new("RGB", (width + 2 * MARGIN, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, 10), wrap(title, width - 2 * MARGIN, font(15, True), 1)[0] if title else "", INK, font(15, True))
-    labels = ["image", *(f"[{name}]" + (" (coarse)" if i + 1 < len(names) else " (final)") for i, name in enumerate(names)), "ground truth"]
-    colours = [FAINT, *(COLOURS[i % len(COLOURS)] for i in range(len(names))), TRUTH]
-    for column, (label, colour) in enumerate(zip(labels, colours, strict=True)):
-        x = MARGIN + column * (TILE + MARGIN)
-        draw.rectangle((x, 42, x + 12, 54), colour)
-        draw.text((x + 18, 40), label, INK, font(13))
-    for row, example in enumerate(examples):
-        top = head + row * (TILE + text_height + MARGIN)
-        _draw_words(draw, example, top, width)
-        masks = [None, *example.levels.values(), example.truth]
-        for column, (mask, colour) in enumerate(zip(masks, colours, strict=True)):
-            sheet.paste(tile(example.image, mask, colour), (MARGIN + column * (TILE + MARGIN), top + text_height))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def _draw_words(draw: ImageDraw.ImageDraw, example: Example, top: int, width: int) -> None:
-    room = width - 2 * MARGIN - 90
-    lines = [(line, font(14, True), INK) for line in wrap(example.query, room, font(14, True), 2 if example.answer is None else 1)]
-    if example.answer is not None:
-        lines += [(line, font(13), FAINT) for line in wrap(example.answer or "(no answer)", room, font(13), 1)]
-    for index, (line, face, colour) in enumerate(lines):
-        draw.text((MARGIN, top + 12 + 21 * index), line, colour, face)
-    draw.text((width - MARGIN, top + 12), f"IoU {100 * example.iou:.0f}", INK, font(14, True), anchor="ra")
+    _draw_lines(draw, (MARGIN, MARGIN), heading, head, INK)
+    y = top
+    for row in rows:
+        draw.line([(MARGIN, y), (MARGIN + width, y)], fill=LINE)
+        sheet.paste(row, (MARGIN, y + MARGIN))
+        y += row.height + 2 * MARGIN
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG", optimize=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(buffer.getvalue())
+    partial.replace(path)
+    return path

@@ -1,0 +1,192 @@
+"""Free answers: groups of tokens, the key-value cache, hidden states, and masks like those of teacher forcing."""
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from dataset.sample import collate, collate_prompts
+from model.cores import complete_groups
+from tests.helpers import LEVELS, TEMPLATE, conversation, randomise, sample, tiny_model
+
+
+class Say(LogitsProcessor):
+    """Makes row n say ``rows[n]``, token by token, and the end token after that."""
+
+    def __init__(self, rows: list[list[int]], end: int):
+        self.rows, self.end, self.step = rows, end, 0
+
+    def __call__(self, input_ids, scores):
+        scores = torch.full_like(scores, -torch.inf)
+        for n, row in enumerate(self.rows):
+            scores[n, row[self.step] if self.step < len(row) else self.end] = 0.0
+        self.step += 1
+        return scores
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A model, its processor and two pictures with questions of three lengths. Not to be changed."""
+    model, processor = tiny_model()
+    randomise(model.segmenting.refiner, seed=7, scale=0.2)
+    samples = [
+        sample(conversation(1), conversation(2, question="Please segment the red wheel. what is the dog?"), name="0"),
+        sample(conversation(1, question="a b c? the dog", size=(30, 60)), name="1", size=(30, 60), seed=2),
+    ]
+    return model, processor, samples
+
+
+def prompts_and_answers(scene):
+    """The prompts of the scene, its teacher-forced batch, and the ids of its answers without the end token."""
+    _, processor, samples = scene
+    prompts = collate_prompts(samples, processor, LEVELS, TEMPLATE)
+    batch = collate(samples, processor, LEVELS, TEMPLATE)
+    answers = [row[row >= 0].tolist()[:-1] for row in batch.labels]
+    assert len({int(n) for n in prompts.attention_mask.sum(1)}) == 3
+    return prompts, batch, answers
+
+
+def say(processor, answers):
+    return LogitsProcessorList([Say(answers, processor.tokenizer.eos_token_id)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "groups"),
+    [
+        ([], []),
+        ([5, 6, 7], []),
+        ([8, 5, 9, 6], [[0, 2]]),
+        ([8, 9, 8, 5, 9], [[0, 1], [2, 4]]),
+        ([9, 5], []),  # [SEG] without [LOC]
+        ([9, 8, 9], [[1, 2]]),
+        ([8, 8, 9], [[1, 2]]),  # the later [LOC] starts over
+        ([8, 9, 9], [[0, 1]]),  # the second [SEG] has no [LOC]
+        ([8, 5], []),
+    ],
+)
+def test_complete_groups(answer, groups):
+    assert complete_groups(answer, [8, 9]) == groups
+
+
+def test_groups_of_one_and_three_levels():
+    assert complete_groups([9, 5, 9], [9]) == [[0], [2]]
+    assert complete_groups([1, 2, 3, 1, 3, 1, 2, 3], [1, 2, 3]) == [[0, 1, 2], [5, 6, 7]]
+
+
+def test_forced_answers_give_the_masks_of_teacher_forcing(scene):
+    """Left-padded prompts of three lengths against right-padded full sequences: same masks, texts and estimates."""
+    model, processor, _ = scene
+    prompts, batch, answers = prompts_and_answers(scene)
+    results = model.generate(prompts, processor.tokenizer, logits_processor=say(processor, answers))
+    expected = model.segment(batch)
+    assert [len(r.masks) for r in results] == [1, 2, 1]
+    assert results[0].text.split() == ["It", "appears", "on", "[LOC]", ".", "It", "is", "[SEG]", "."]
+    for result, truth, ids in zip(results, expected, answers, strict=True):
+        assert result.emitted
+        assert result.token_ids == ids
+        assert result.masks.dtype == torch.bool
+        assert result.masks.shape == truth.masks.shape
+        assert (result.masks != truth.masks).float().mean() < 1e-3  # measured: no pixel differs
+        assert torch.allclose(result.iou, truth.iou, atol=1e-4)
+
+
+def test_states_equal_those_of_one_pass(scene):
+    """Step by step with the cache, or over the whole sequence at once: the same hidden states. Measured: 1e-6."""
+    model, processor, _ = scene
+    prompts, batch, answers = prompts_and_answers(scene)
+    ids, states = model._speak(prompts, processor.tokenizer, 64, {"logits_processor": say(processor, answers)})
+    hidden = model._hidden(batch)
+    assert states.shape[:2] == ids.shape
+    for row, answer in enumerate(answers):
+        end = int(batch.attention_mask[row].sum()) - 1  # of the end token
+        start = end - len(answer)
+        assert batch.input_ids[row, start:end].tolist() == ids[row, : len(answer)].tolist() == answer
+        assert torch.allclose(states[row, : len(answer) + 1], hidden[row, start - 1 : end], atol=1e-5)
+
+
+def test_cache_changes_nothing(scene):
+    model, processor, _ = scene
+    prompts, _, _ = prompts_and_answers(scene)
+    with_cache = model._speak(prompts, processor.tokenizer, 12, {})
+    without = model._speak(prompts, processor.tokenizer, 12, {"use_cache": False})
+    assert torch.equal(with_cache[0], without[0])
+    assert len(with_cache[0].unique()) > 1
+    live = (with_cache[0] == processor.tokenizer.eos_token_id).cumsum(1) <= 1  # up to the end token
+    assert torch.allclose(with_cache[1][live[:, : with_cache[1].shape[1]]], without[1][live], atol=1e-5)
+
+
+def test_vision_runs_once_and_steps_are_short(scene):
+    """One pass of CLIP over the pictures, one of the language model over the prompt, then one position a step."""
+    model, processor, _ = scene
+    prompts, _, answers = prompts_and_answers(scene)
+    vision, language = [], []  # the shape of each output
+    llava = model.reasoning.llava.model
+    handles = [
+        part.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output.last_hidden_state.shape))
+        for part, seen in ((llava.vision_tower, vision), (llava.language_model, language))
+    ]
+    try:
+        model.generate(prompts, processor.tokenizer, logits_processor=say(processor, answers))
+    finally:
+        for handle in handles:
+            handle.remove()
+    steps = max(len(a) for a in answers)
+    assert [shape[0] for shape in vision] == [2]
+    assert [shape[1] for shape in language] == [prompts.input_ids.shape[1]] + [1] * steps
+
+
+def test_rows_answer_alone_as_together(scene):
+    model, processor, samples = scene
+    prompts, _, _ = prompts_and_answers(scene)
+    together = model.generate(prompts, processor.tokenizer, max_new_tokens=8)
+    alone = model.generate(
+        collate_prompts(samples[1:], processor, LEVELS, TEMPLATE), processor.tokenizer, max_new_tokens=8
+    )
+    assert alone[0].token_ids == together[2].token_ids
+
+
+def test_incomplete_answers_have_no_masks(scene):
+    """[SEG] without [LOC], [LOC] without [SEG] and no token at all count as not emitted, beside a row with a mask."""
+    model, processor, samples = scene
+    loc, seg = model.config.level_token_ids
+    prompts, _, _ = prompts_and_answers(scene)
+    results = model.generate(
+        prompts, processor.tokenizer, logits_processor=say(processor, [[6, seg], [loc, 6, seg, seg], [6, loc]])
+    )
+    assert [r.emitted for r in results] == [False, True, False]
+    assert [tuple(r.masks.shape) for r in results] == [(0, 2, 50, 40), (1, 2, 50, 40), (0, 2, 30, 60)]
+    assert [tuple(r.iou.shape) for r in results] == [(0, 2), (1, 2), (0, 2)]
+    nothing = model.generate(prompts, processor.tokenizer, logits_processor=say(processor, [[], [6], [7, 8]]))
+    assert [r.emitted for r in nothing] == [False] * 3
+    assert [r.token_ids for r in nothing] == [[], [6], [7, 8]]
+    assert nothing[0].text == ""
+
+
+def test_answers_stop_at_the_limit(scene):
+    model, processor, _ = scene
+    prompts, _, answers = prompts_and_answers(scene)
+    results = model.generate(prompts, processor.tokenizer, max_new_tokens=4, logits_processor=say(processor, answers))
+    assert [r.token_ids for r in results] == [a[:4] for a in answers]
+
+
+def test_sampling_follows_the_seed(scene):
+    model, processor, _ = scene
+    prompts, _, _ = prompts_and_answers(scene)
+    answers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results = model.generate(prompts, processor.tokenizer, max_new_tokens=12, do_sample=True, temperature=2.0)
+        answers.append([r.token_ids for r in results])
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_what_would_mix_up_states_is_refused(scene):
+    model, processor, _ = scene
+    prompts, _, _ = prompts_and_answers(scene)
+    with pytest.raises(ValueError, match="num_beams must be 1"):
+        model.generate(prompts, processor.tokenizer, num_beams=2)
+    try:
+        model.train()
+        with pytest.raises(ValueError, match="evaluation mode"):
+            model.generate(prompts, processor.tokenizer)
+    finally:
+        model.eval()

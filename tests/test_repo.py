@@ -1,0 +1,175 @@
+"""The repository itself: style, and rules that no linter knows."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("benchmarks", "dataset", "model", "scripts", "tests", "utils")
+SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
+
+
+def ruff(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "ruff", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Full names of everything imported: ``from torch import nn`` gives torch and torch.nn."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def methods_called(tree: ast.AST) -> set[str]:
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return {function.attr for function in calls if isinstance(function, ast.Attribute)}
+
+
+def test_ruff_finds_nothing():
+    found = ruff("check", ".")
+    assert found.returncode == 0, found.stdout + "run `make format`, then `make lint`"
+
+
+def test_ruff_would_format_nothing():
+    found = ruff("format", "--check", ".")
+    assert found.returncode == 0, found.stdout + "run `make format`"
+
+
+def test_ruff_is_really_at_work():
+    """The rules we rely on are switched on: docstrings of modules, order and use of imports, length of lines."""
+    source = "import sys\nimport os\nx = '" + "long " * 30 + "'\n"
+    found = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--output-format", "concise", "--stdin-filename", "utils/bad.py", "-"],
+        cwd=ROOT,
+        input=source,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert {"D100", "I001", "F401", "E501"} <= set(re.findall(r"[A-Z]\d{3}", found))
+
+
+def test_the_sources_are_seen():
+    assert ROOT / "train_ds.py" in SOURCES
+    assert Path(__file__).resolve() in SOURCES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_source_keeps_the_rules(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    assert ast.get_docstring(tree), "every module says what it is for"
+    assert "cuda" not in methods_called(tree), "the device follows the tensors: use .to(device), never .cuda()"
+    assert not imports(tree) & {"pickle"}, "pickles run code when they are read: use safetensors or JSON"
+    if path.parent.name == "dataset":
+        modules = {name for name in imports(tree) if name.startswith("torch.nn") or name.split(".")[0] == "model"}
+        assert not modules, "dataset knows nothing of networks"
+    if path.parent.name == "model":
+        assert not {name for name in imports(tree) if name.split(".")[0] == "utils"}, "model knows nothing of scripts"
+
+
+def test_the_rules_can_be_broken():
+    tree = ast.parse("import pickle\nfrom torch import nn\nx.cuda()")
+    assert methods_called(tree) == {"cuda"}
+    assert imports(tree) == {"pickle", "torch", "torch.nn"}
+
+
+def test_every_default_test_file_is_collected():
+    """pytest takes test_*.py only: a file with tests under another name would never run."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        functions = [
+            n.name for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)
+        ]
+        if any(name.startswith("test_") for name in functions):
+            assert path.name.startswith("test_"), f"{path.name} holds tests but is not collected"
+
+
+def test_changelog_has_an_entry():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert "## [Unreleased]" in text or re.search(r"## \[\d+\.\d+\.\d+\]", text)
+    assert re.search(r"^- \S", text, re.MULTILINE)
+
+
+def test_requirements_are_pinned():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    names = [line for line in lines if line and not line.startswith("#")]
+    assert names
+    assert [line for line in names if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+
+
+def setup(clone: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Runs setup.sh in a copy of the repository's set-up files."""
+    (clone / "scripts").mkdir(parents=True, exist_ok=True)
+    for name in ("scripts/setup.sh", "requirements.txt"):
+        (clone / name).write_bytes((ROOT / name).read_bytes())
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHON"} | environment
+    return subprocess.run(["bash", "scripts/setup.sh"], cwd=clone, env=environment, capture_output=True, text=True)
+
+
+def fake_python(folder: Path, body: str) -> str:
+    """A program that may stand for python."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "python"
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_setup_refuses_an_old_python(tmp_path):
+    old = fake_python(tmp_path / "bin", '[[ "$1" == --version ]] && echo Python 3.8.1 || exit 1')
+    found = setup(tmp_path / "clone", PYTHON=old, CORES_CACHE=str(tmp_path / "cache"))
+    assert found.returncode == 1
+    assert "Python 3.8.1, but Python >= 3.11 is needed" in found.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_setup_refuses_a_full_disk(tmp_path):
+    fake_python(tmp_path / "bin", "exit 1")
+    (tmp_path / "bin" / "df").write_text("#!/bin/sh\necho head\necho disk 10000000 5000000 2097152 71% /\n")
+    (tmp_path / "bin" / "df").chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    found = setup(tmp_path / "clone", PATH=path, PYTHON=sys.executable, CORES_CACHE=str(tmp_path / "cache"))
+    assert found.returncode == 1
+    assert "2 GB free, but the environment needs 9 GB" in found.stderr
+    assert not (tmp_path / "clone" / ".venv").exists()
+
+
+def test_setup_builds_once_and_repairs_an_interrupted_build(tmp_path):
+    """A stand-in for python makes "environments" whose pip does nothing, so that only the script itself is tested."""
+    pip = "#!/bin/sh\\nexit ${PIP_EXIT:-0}\\n"
+    python = fake_python(
+        tmp_path / "bin",
+        f"""if [[ "$1 $2" == "-m venv" ]]; then
+            echo built >> {tmp_path}/log; mkdir -p "$3/bin"; printf '{pip}' > "$3/bin/python"; chmod +x "$3/bin/python"
+        else exec {sys.executable} "$@"; fi""",
+    )
+    options = {"PYTHON": python, "CORES_CACHE": str(tmp_path / "cache")}
+    fake_df = tmp_path / "bin" / "df"
+    fake_df.write_text("#!/bin/sh\necho head\necho disk 1 1 99999999 1% /\n")
+    fake_df.chmod(0o755)
+    options["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+    def built() -> int:
+        return (tmp_path / "log").read_text().count("built")
+
+    broken = setup(tmp_path / "one", **options, PIP_EXIT="1")
+    assert broken.returncode == 1
+    assert "pip could not install" in broken.stderr
+    assert not (tmp_path / "one" / ".venv").exists()
+    assert setup(tmp_path / "one", **options).returncode == 0
+    assert built() == 2
+    second = setup(tmp_path / "two", **options)
+    assert (second.returncode, second.stderr, built()) == (0, "", 2)
+    assert (tmp_path / "one" / ".venv").resolve() == (tmp_path / "two" / ".venv").resolve()
+    (tmp_path / "one" / ".venv").unlink()
+    (tmp_path / "one" / ".venv").mkdir()
+    refused = setup(tmp_path / "one", **options)
+    assert refused.returncode == 1
+    assert "is not a link made by this script" in refused.stderr
