@@ -42,27 +42,17 @@ def read_arguments(argv: list[str] | None) -> Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--version", required=True, help="model folder that the merge script wrote")
     parser.add_argument("--precision", choices=list(DTYPES), help="default: as stored")
-    parser.add_argument(
-        "--vis_save_path", type=Path, default=Path("./vis_output"), help="folder for masks and overlays"
-    )
-    parser.add_argument(
-        "--conv_type", choices=list(TEMPLATES), help="conversation template (default: that of the training)"
-    )
+    parser.add_argument("--vis_save_path", type=Path, default=Path("./vis_output"), help="folder for masks and overlays")
+    parser.add_argument("--conv_type", choices=list(TEMPLATES), help="conversation template (default: that of the training)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
-    parser.add_argument(
-        "--image", type=Path, help="with --prompt: one answer and the end; alone: the first picture of a session"
-    )
+    parser.add_argument("--image", type=Path, help="with --prompt: one answer and the end; alone: the first picture of a session")
     parser.add_argument("--prompt", help="the one question")
     parser.add_argument("--json", action="store_true", help="with --prompt: print the answer as JSON")
     for bits in (8, 4):
-        parser.add_argument(
-            f"--load_in_{bits}bit", action="store_true", help="refused: not yet available in this version"
-        )
+        parser.add_argument(f"--load_in_{bits}bit", action="store_true", help="refused: not yet available in this version")
     args = parser.parse_args(argv)
     if args.load_in_8bit or args.load_in_4bit:
-        raise UsageError(
-            "--load_in_8bit, --load_in_4bit: need the bitsandbytes extra and are not yet available in this version"
-        )
+        raise UsageError("--load_in_8bit, --load_in_4bit: need the bitsandbytes extra and are not yet available in this version")
     if args.prompt is not None and args.image is None:
         raise UsageError("--prompt needs an --image")
     if args.json and args.prompt is None:
@@ -150,9 +140,7 @@ def show(report: dict[str, Any]) -> None:
     if not report["masks"]:
         print("  no mask in this answer")
     for mask in report["masks"]:
-        print(
-            f"  [{mask['level']}] {mask['file']} ({mask['pixels']} pixels, predicted IoU {mask['predicted_iou']:.2f})"
-        )
+        print(f"  [{mask['level']}] {mask['file']} ({mask['pixels']} pixels, predicted IoU {mask['predicted_iou']:.2f})")
     if report["overlay"]:
         print(f"  overlay {report['overlay']}")
 

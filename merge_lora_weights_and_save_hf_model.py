@@ -32,13 +32,9 @@ def read_arguments(argv: list[str] | None) -> tuple[Namespace, list[str]]:
     )
     parser.add_argument("--run", help="run folder that train_ds.py wrote, or one of its checkpoints")
     parser.add_argument("--weight", help="the same as --run, or a file with trained weights")
-    parser.add_argument(
-        "--which", choices=["best", "last"], default="best", help="checkpoint of the run (default: best)"
-    )
+    parser.add_argument("--which", choices=["best", "last"], default="best", help="checkpoint of the run (default: best)")
     parser.add_argument("--save_path", required=True, help="folder to write; must be new or empty")
-    parser.add_argument(
-        "--precision", choices=list(DTYPES), help="of the stored weights (default: that of the run, or bf16)"
-    )
+    parser.add_argument("--precision", choices=list(DTYPES), help="of the stored weights (default: that of the run, or bf16)")
     own, rest = parser.parse_known_args(argv)
     if bool(own.run) == bool(own.weight):
         raise UsageError("give either --run RUN_FOLDER or --weight FILE")

@@ -77,9 +77,7 @@ def check_ranks(s: Settings) -> None:
     if s.precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("--precision fp16 needs a GPU; use fp32 or bf16 here")
     if s.zero_stage == 3 and world > 1 and not (s.no_eval or s.eval_only):
-        raise UsageError(
-            "--zero_stage 3 on several ranks cannot generate during training; add --no_eval and use --eval_only later"
-        )
+        raise UsageError("--zero_stage 3 on several ranks cannot generate during training; add --no_eval and use --eval_only later")
     if s.global_batch_size:
         if s.global_batch_size % (s.batch_size * world):
             raise UsageError(
@@ -141,9 +139,7 @@ def evaluate_only(s: Settings, started: float) -> None:
         s.levels = ",".join(build.CoresProcessor.from_pretrained(s.version).levels)
         model, processor = build.build_model(s)
     else:
-        raise UsageError(
-            f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version or --resume RUN"
-        )
+        raise UsageError(f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version or --resume RUN")
     finish(model, processor, build.build_eval(s, processor), s, started)
 
 

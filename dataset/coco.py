@@ -63,9 +63,7 @@ def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path
     if isinstance(segmentation, dict):
         return decode_rle(segmentation, size, path, field)
     # pycocotools would read a list of four numbers as a box
-    if not isinstance(segmentation, list) or any(
-        not isinstance(p, list) or len(p) < 6 or len(p) % 2 for p in segmentation
-    ):
+    if not isinstance(segmentation, list) or any(not isinstance(p, list) or len(p) < 6 or len(p) % 2 for p in segmentation):
         raise DataError(f"{path}: {field} must be polygons of at least three points [x0, y0, x1, …] or run lengths")
     if not segmentation:
         return np.zeros(size, dtype=bool)
@@ -100,8 +98,7 @@ class CocoInstances:
         try:
             self.categories = {c["id"]: c["name"] for c in content["categories"]}
             images = {
-                i["id"]: {"file": i["file_name"], "size": [i["height"], i["width"]], "instances": []}
-                for i in content["images"]
+                i["id"]: {"file": i["file_name"], "size": [i["height"], i["width"]], "instances": []} for i in content["images"]
             }
             for entry in content["annotations"]:
                 if entry["image_id"] not in images or entry["category_id"] not in self.categories:
@@ -133,9 +130,7 @@ class CocoInstances:
         conversations = [self._conversation(c, by_category[c], size, rng) for c in categories]
         return Sample(image, str(path), conversations, "semantic", self.dataset, Path(record["file"]).stem)
 
-    def _conversation(
-        self, category: int, instances: list, size: tuple[int, int], rng: np.random.Generator
-    ) -> Conversation:
+    def _conversation(self, category: int, instances: list, size: tuple[int, int], rng: np.random.Generator) -> Conversation:
         target, crowd = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
         for number, _, is_crowd, segmentation in instances:
             mask = annotation_mask(segmentation, size, self.source, f'annotation {number} "segmentation"')

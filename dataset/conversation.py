@@ -197,12 +197,8 @@ def answer(
     if not levels:
         raise ValueError('levels is empty; give at least one answer token, for example ["SEG"]')
     if targets < 1:
-        raise ValueError(
-            f"an answer with tokens needs at least one target, got {targets}; text-only answers are plain text"
-        )
-    wordings, following = (
-        (MULTI_LEVEL_WORDINGS, _MULTI_LEVEL_NEXT) if len(levels) > 1 else (ONE_LEVEL_WORDINGS, _ONE_LEVEL_NEXT)
-    )
+        raise ValueError(f"an answer with tokens needs at least one target, got {targets}; text-only answers are plain text")
+    wordings, following = (MULTI_LEVEL_WORDINGS, _MULTI_LEVEL_NEXT) if len(levels) > 1 else (ONE_LEVEL_WORDINGS, _ONE_LEVEL_NEXT)
     parts = _fill(_pick(wordings, rng), levels)
     for _ in range(targets - 1):
         parts += _fill(following, levels)
@@ -302,9 +298,7 @@ class _Writer:
                 text = text.replace(token, f"{token[:1]} {token[1:]}")
             ids = self._continue(text)
             if found := self.control.keys() & ids:
-                raise ValueError(
-                    f"text {text!r} encodes to the special token {self.control[found.pop()]}; remove it from the text"
-                )
+                raise ValueError(f"text {text!r} encodes to the special token {self.control[found.pop()]}; remove it from the text")
         return ids
 
     def _continue(self, text: str) -> list[int]:
@@ -315,9 +309,7 @@ class _Writer:
         return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._plain(text)
 
 
-def _write_question(
-    writer: _Writer, template: ConversationTemplate, question: str, index: int, image_token_count: int
-) -> None:
+def _write_question(writer: _Writer, template: ConversationTemplate, question: str, index: int, image_token_count: int) -> None:
     """Turn ``index`` of the sequence up to where the assistant speaks; the image is left out if its count is 0."""
     bos = writer.tokenizer.bos_token_id
     if bos is not None and (index == 0 or template.bos_every_turn):

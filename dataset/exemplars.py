@@ -52,9 +52,7 @@ class ExemplarLibrary:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def draw(
-        self, rng: np.random.Generator, count: int, exclude_query: str | Sequence[str] | None = None
-    ) -> list[tuple[str, str]]:
+    def draw(self, rng: np.random.Generator, count: int, exclude_query: str | Sequence[str] | None = None) -> list[tuple[str, str]]:
         """``count`` different (question, answer) pairs; none asks what a query in ``exclude_query`` asks.
 
         Raises ValueError if the library is too small.
@@ -66,9 +64,7 @@ class ExemplarLibrary:
         # the query carries a wording around it ("... Please output segmentation mask."), hence containment
         allowed = [i for i, question in enumerate(self._questions) if not any(f" {question} " in q for q in queries)]
         if count > len(allowed):
-            raise ValueError(
-                f"{self.path}: {count} exemplars wanted, only {len(allowed)} to draw from; lower --exemplar_count"
-            )
+            raise ValueError(f"{self.path}: {count} exemplars wanted, only {len(allowed)} to draw from; lower --exemplar_count")
         return [self.pairs[i] for i in rng.choice(allowed, size=count, replace=False)]
 
 
@@ -78,8 +74,6 @@ def default_library() -> ExemplarLibrary:
     return ExemplarLibrary()
 
 
-def draw(
-    rng: np.random.Generator, count: int, exclude_query: str | Sequence[str] | None = None
-) -> list[tuple[str, str]]:
+def draw(rng: np.random.Generator, count: int, exclude_query: str | Sequence[str] | None = None) -> list[tuple[str, str]]:
     """Draws from the default library, see ExemplarLibrary.draw."""
     return default_library().draw(rng, count, exclude_query) if count > 0 else []

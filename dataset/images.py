@@ -60,9 +60,7 @@ def _open(path: Path) -> Image.Image:
     try:
         return Image.open(path)
     except FileNotFoundError:
-        raise MissingDataError(
-            f"{path}: image does not exist; restore it or remove its entry from the data set"
-        ) from None
+        raise MissingDataError(f"{path}: image does not exist; restore it or remove its entry from the data set") from None
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image ({_reason(error)}); replace or remove the file") from None
 
@@ -80,9 +78,7 @@ def _load(picture: Image.Image, path: Path) -> None:
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit grey: Pillow's own conversion would clip at 255
-        return Image.fromarray((np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+        return Image.fromarray((np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         # what lies under transparent pixels is arbitrary, and a viewer shows paper there
         picture = picture.convert("RGBA")

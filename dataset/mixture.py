@@ -147,9 +147,7 @@ class TrainMixture(Dataset):
                     raise
                 self.bad_samples += 1
                 logger.warning("bad sample replaced: %s", error)
-        raise DataError(
-            f"{MAX_REPLACEMENTS} draws in a row met unusable files (see the warnings above); repair the data set"
-        )
+        raise DataError(f"{MAX_REPLACEMENTS} draws in a row met unusable files (see the warnings above); repair the data set")
 
     def _draw(self, rng: np.random.Generator) -> Sample:
         family = self.families[int(rng.choice(len(self.families), p=self.rates))]

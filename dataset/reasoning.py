@@ -185,9 +185,7 @@ class ReasoningSegmentation:
                 return folder, length[2] == "long"
         if not folder.is_dir():
             known = sorted(p.name for p in self.root.iterdir() if p.is_dir() and p.name != "explanatory")
-            raise MissingDataError(
-                f"{folder}: no such split of {self.root.name}; there are: {', '.join(known) or 'none'}"
-            )
+            raise MissingDataError(f"{folder}: no such split of {self.root.name}; there are: {', '.join(known) or 'none'}")
         return folder, None
 
     def _read_split(self, split: str, explanations: dict[str, list[str]], groups: dict[Path, list[_Query]]) -> None:
@@ -199,22 +197,16 @@ class ReasoningSegmentation:
             image = images.get(record.get("image") or self._default_image(path, images))
             if image is None:
                 expected = record.get("image") or f"{path.stem}.jpg"
-                raise MissingDataError(
-                    f"{path}: its image {expected} is not in {folder}; restore it or remove the JSON"
-                )
+                raise MissingDataError(f"{path}: its image {expected} is not in {folder}; restore it or remove the JSON")
             used.add(image.name)
             if wanted is not None and record.get("is_sentence") is None:
                 raise DataError(f'{path}: has no "is_sentence", which {self.dataset} needs to tell short from long')
             if wanted in (None, record.get("is_sentence")):
                 found = True
-                query = _Query(
-                    path, tuple(record["text"]), record.get("is_sentence"), tuple(explanations.get(path.name, ()))
-                )
+                query = _Query(path, tuple(record["text"]), record.get("is_sentence"), tuple(explanations.get(path.name, ())))
                 groups[image].append(query)
         if lonely := sorted(images.keys() - used):
-            raise MissingDataError(
-                f"{images[lonely[0]]}: no JSON belongs to this image; restore it or remove the image"
-            )
+            raise MissingDataError(f"{images[lonely[0]]}: no JSON belongs to this image; restore it or remove the image")
         if not used:
             raise DataError(f"{folder}: split {self.dataset} is empty; it needs .jpg files with .json beside them")
         if not found:
@@ -231,9 +223,7 @@ class ReasoningSegmentation:
         """Image ``index`` with its queries: in training some drawn at random, otherwise all, canonically worded."""
         image_path = self.images[index]
         image = read_image(image_path)
-        conversations = [
-            self._conversation(query, text, image.shape[:2], rng) for query, text in self._choose(index, rng)
-        ]
+        conversations = [self._conversation(query, text, image.shape[:2], rng) for query, text in self._choose(index, rng)]
         return Sample(image, str(image_path), conversations, "reasoning", self.dataset, image_path.stem)
 
     def _choose(self, index: int, rng: np.random.Generator) -> list[tuple[_Query, str]]:
@@ -242,9 +232,7 @@ class ReasoningSegmentation:
             count = 1 if self.options.texts == "first" else None
             return [(query, text) for query in queries for text in query.texts[:count]]
         # every query once before any is asked again in another wording
-        shuffled = [
-            (query, rng.permutation(query.texts)) for query in (queries[i] for i in rng.permutation(len(queries)))
-        ]
+        shuffled = [(query, rng.permutation(query.texts)) for query in (queries[i] for i in rng.permutation(len(queries)))]
         rounds = range(max(len(texts) for _, texts in shuffled))
         pairs = [(query, str(texts[r])) for r in rounds for query, texts in shuffled if r < len(texts)]
         return pairs[: self.options.num_classes_per_sample]

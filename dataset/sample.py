@@ -256,9 +256,7 @@ def collate(
     return _assemble(samples, processor, encode_one, on_too_long, left=False)
 
 
-def collate_prompts(
-    samples: Sequence[Sample], processor, levels: Sequence[str], template: str | ConversationTemplate
-) -> Batch:
+def collate_prompts(samples: Sequence[Sample], processor, levels: Sequence[str], template: str | ConversationTemplate) -> Batch:
     """The batch for free generation: left-padded prompts that end where the assistant starts to speak, labels -100.
 
     The last question of each conversation is asked, its earlier turns are the history, and the masks are those of the
@@ -288,9 +286,7 @@ def collate_prompts(
 def _last_only(conversation: Conversation, levels: Sequence[str]) -> Conversation:
     start = len(conversation.masks) - count_groups(conversation.turns[-1:], levels)
     hosts = conversation.host_masks
-    return dataclasses.replace(
-        conversation, masks=conversation.masks[start:], host_masks=None if hosts is None else hosts[start:]
-    )
+    return dataclasses.replace(conversation, masks=conversation.masks[start:], host_masks=None if hosts is None else hosts[start:])
 
 
 def _check_policy(on_too_long: str) -> None:

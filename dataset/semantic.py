@@ -79,11 +79,7 @@ class SemanticSegmentation:
     @staticmethod
     def _read_classes(path: Path) -> list[str]:
         classes = read_json(path)
-        if (
-            not isinstance(classes, list)
-            or not classes
-            or any(not isinstance(c, str) or not c.strip() for c in classes)
-        ):
+        if not isinstance(classes, list) or not classes or any(not isinstance(c, str) or not c.strip() for c in classes):
             raise DataError(f"{path}: must be a non-empty list of class names")
         return classes
 
@@ -97,9 +93,7 @@ class SemanticSegmentation:
         check_size(label.shape, image.shape, label_path, "the label map")
         values = np.unique(label)
         if values[-1] > len(self.classes):
-            raise DataError(
-                f"{label_path}: holds the value {values[-1]}, but there are only {len(self.classes)} classes"
-            )
+            raise DataError(f"{label_path}: holds the value {values[-1]}, but there are only {len(self.classes)} classes")
         values = values[values > 0]
         if not len(values):
             raise DataError(f"{label_path}: holds no class at all; remove this pair")
@@ -109,9 +103,7 @@ class SemanticSegmentation:
         conversations = [self._conversation(int(value), label, void, rng) for value in values]
         return Sample(image, str(path), conversations, "semantic", self.dataset, path.stem)
 
-    def _conversation(
-        self, value: int, label: np.ndarray, void: np.ndarray | None, rng: np.random.Generator
-    ) -> Conversation:
+    def _conversation(self, value: int, label: np.ndarray, void: np.ndarray | None, rng: np.random.Generator) -> Conversation:
         question = phrase_question(f"the {self.classes[value - 1]}", self.options.wording(rng))
         reply = answer(self.options.levels, self.options.wording(rng))
         return Conversation([(question, reply)], (label == value)[None], void)

@@ -130,9 +130,7 @@ class CoresConfig(PretrainedConfig):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must not be negative")
         if min(self.level_loss_weights) < 0 or self.level_loss_weights[-1] == 0:
-            raise ValueError(
-                f"level_loss_weights is {self.level_loss_weights}; none may be negative, the last must be above 0"
-            )
+            raise ValueError(f"level_loss_weights is {self.level_loss_weights}; none may be negative, the last must be above 0")
         if self.pointing_host and (not self.pointing_weight or len(self.levels) == 1):
             raise ValueError("pointing_host needs a pointing_weight above 0 and a level before the last")
 

@@ -289,9 +289,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             sums["pointing"] = self._point(tokens[index], targets, hosts, has_host, resized)
         return sums
 
-    def _point(
-        self, tokens: Tensor, targets: Tensor, hosts: Tensor, has_host: Tensor, resized: tuple[int, int]
-    ) -> Tensor:
+    def _point(self, tokens: Tensor, targets: Tensor, hosts: Tensor, has_host: Tensor, resized: tuple[int, int]) -> Tensor:
         """Pointing loss of tokens (K, T, C): the last level at the target; with pointing_host, others at the host."""
         dims = self.config.sam_dims
         position = position_encoding(self.segmenting.sam)[0].flatten(1).T
@@ -326,9 +324,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         low_res, iou = self._segment(tokens, batch, counts)
         return [
             Generation(self._masks(masks, batch, row), ious.float(), answer, tokenizer.decode(answer).strip())
-            for row, (masks, ious, answer) in enumerate(
-                zip(low_res.split(counts), iou.split(counts), answers, strict=True)
-            )
+            for row, (masks, ious, answer) in enumerate(zip(low_res.split(counts), iou.split(counts), answers, strict=True))
         ]
 
     def _speak(self, batch: Batch, tokenizer, max_new_tokens: int, kwargs: dict) -> tuple[Tensor, Tensor]:
@@ -383,8 +379,7 @@ def _check_fit(version: str, llava: LlavaForConditionalGeneration, processor: Co
     expected, found = llava.config.image_token_id, processor.image_token_id
     if found != expected:
         raise ValueError(
-            f"{version}: the tokenizer's id of {processor.image_token} is {found}, config.json says {expected} "
-            "(image_token_index)"
+            f"{version}: the tokenizer's id of {processor.image_token} is {found}, config.json says {expected} (image_token_index)"
         )
     size = llava.config.vision_config.image_size
     given = tuple(processor.clip(np.zeros((size, 2 * size, 3), dtype=np.uint8)).shape[1:])

@@ -34,9 +34,7 @@ def bce_per_mask(logits: Tensor, target: Tensor, ignore: Tensor | None = None, b
     return (means[0] + means[1]) / halves.clamp(min=1)
 
 
-def dice_per_mask(
-    logits: Tensor, target: Tensor, ignore: Tensor | None = None, scale: float = 1000.0, eps: float = 1e-6
-) -> Tensor:
+def dice_per_mask(logits: Tensor, target: Tensor, ignore: Tensor | None = None, scale: float = 1000.0, eps: float = 1e-6) -> Tensor:
     """1 − (2Σ(p/s·y) + ε) / (Σp/s + Σy/s + ε) of each mask: (K, H, W), (K, H, W), ignore bool -> (K,).
 
     Sums are divided by ``scale`` first, as in the published code: it keeps half-precision sums finite and lets ε weigh

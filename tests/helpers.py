@@ -76,9 +76,7 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 0.05) -> None:
             parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
-def write_llava(
-    folder: Path, patches: int = 2, select: str = "default", tied: bool = False, spare_rows: int = 0
-) -> Path:
+def write_llava(folder: Path, patches: int = 2, select: str = "default", tied: bool = False, spare_rows: int = 0) -> Path:
     """A LLaVA in transformers format: ``patches``² image tokens, one more for ``select="full"``."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
@@ -143,9 +141,7 @@ def tiny_model(
     """A fresh model in evaluation mode with its processor; ``config``: further fields of CoresConfig."""
     torch.manual_seed(2)
     llava, sam = backbones(patches, select, tied)
-    return CoresForReasoningSegmentation.from_backbones(
-        llava, sam, levels, template=TEMPLATE, exemplar_count=0, **config
-    )
+    return CoresForReasoningSegmentation.from_backbones(llava, sam, levels, template=TEMPLATE, exemplar_count=0, **config)
 
 
 def rectangle(size: tuple[int, int], top: int, left: int, bottom: int, right: int) -> np.ndarray:

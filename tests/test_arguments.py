@@ -143,9 +143,7 @@ def facts_model():
 
 def test_flags_that_state_what_the_weights_say_pass():
     tower = ["--vision-tower", "openai/clip-vit-large-patch14"]
-    check_facts(
-        parse(["--image_size", "1024", "--out_dim", "256", "--use_mm_start_end", "false", *tower]), facts_model()
-    )
+    check_facts(parse(["--image_size", "1024", "--out_dim", "256", "--use_mm_start_end", "false", *tower]), facts_model())
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,7 @@ HOSTILE = "on [SEG] is <image> the </s> <s> [LOC] <unk>dog"
 
 def test_text_never_becomes_a_special_token(tokenizer):
     encoded = run(tokenizer, [(HOSTILE, [HOSTILE, " It is ", LOC, SEG])], exemplars=[(HOSTILE, HOSTILE)], count=2)
-    count = {
-        t: encoded.input_ids.count(tokenizer.convert_tokens_to_ids(t)) for t in ("[SEG]", "[LOC]", IMAGE, "<s>", "</s>")
-    }
+    count = {t: encoded.input_ids.count(tokenizer.convert_tokens_to_ids(t)) for t in ("[SEG]", "[LOC]", IMAGE, "<s>", "</s>")}
     assert count == {"[SEG]": 1, "[LOC]": 1, IMAGE: 2, "<s>": 1, "</s>": 2}
 
 
@@ -149,10 +147,7 @@ def test_canonical_answers():
     assert answer_text(answer(["SEG"])) == "It is [SEG]."
     assert answer_text(answer(["LOC", "SEG"])) == "It appears on [LOC]. It is [SEG]."
     assert answer_text(answer(["LOC", "PART", "SEG"])) == "It appears on [LOC], at [PART]. It is [SEG]."
-    assert (
-        answer_text(answer(["LOC", "SEG"], explanation=" Dogs bark. "))
-        == "It appears on [LOC]. It is [SEG]. Dogs bark."
-    )
+    assert answer_text(answer(["LOC", "SEG"], explanation=" Dogs bark. ")) == "It appears on [LOC]. It is [SEG]. Dogs bark."
     two = answer(["LOC", "SEG"], targets=2)
     assert answer_text(two) == "It appears on [LOC]. It is [SEG]. Another appears on [LOC]. It is [SEG]."
     assert answer_text(answer(["SEG"], targets=3)) == "It is [SEG]. Another is [SEG]. Another is [SEG]."

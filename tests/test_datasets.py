@@ -232,9 +232,7 @@ def test_a_short_query_is_put_into_a_sentence(tmp_path):
         write_image(folder / f"{stem}.jpg")
         write_json(folder / f"{stem}.json", {"text": text, "is_sentence": False, "shapes": []})
     loader = ReasoningSegmentation(tmp_path, "R|val", EVAL)
-    assert questions(loader.sample(0, rng())) == [
-        "What is the dog's nose in this image? Please output segmentation mask."
-    ]
+    assert questions(loader.sample(0, rng())) == ["What is the dog's nose in this image? Please output segmentation mask."]
     assert questions(loader.sample(1, rng())) == ["segment the nose. Please output segmentation mask."]
 
 
@@ -298,9 +296,7 @@ def test_explanations_follow_the_tokens(tmp_path):
         assert "expla" in question or "reason" in question
         assert "[SEG]" in reply and reply.endswith(" Because it is red.")
     assert not any(
-        "Because" in reply
-        for probability, index in ((1.0, 0), (0.0, 1), (-1, 1))
-        for _, reply in replies(probability, index)
+        "Because" in reply for probability, index in ((1.0, 0), (0.0, 1), (-1, 1)) for _, reply in replies(probability, index)
     )
     write_json(folder.parent / "explanatory" / "train.json", [{"json": "001.json"}])
     with pytest.raises(DataError, match='entry 0 needs the texts "json" and "outputs"'):
@@ -399,9 +395,7 @@ def test_real_coco_sample():
     content = json.loads((SAMPLES / "coco" / "annotations" / "instances_train2017.json").read_text())
     pairs = {(a["image_id"], a["category_id"]) for a in content["annotations"] if not a["iscrowd"]}
     assert len(content["annotations"]) == 939 and len(loader) == len({image for image, _ in pairs})
-    counted = sum(
-        len({c for _, c, crowd, _ in loader.records[i]["instances"] if not crowd}) for i in range(len(loader))
-    )
+    counted = sum(len({c for _, c, crowd, _ in loader.records[i]["instances"] if not crowd}) for i in range(len(loader)))
     assert counted == len(pairs)
     masks = [c.masks for i in range(0, len(loader), 12) for c in loader.sample(i, rng()).conversations]
     assert all(mask.any() for mask in masks)

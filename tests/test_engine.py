@@ -163,9 +163,7 @@ def test_gradient_checkpointing_changes_nothing():
     }
     assert train_ds.main(flags(toys(), **changes)) == 0
     assert train_ds.main(flags(toys(), **changes | {"exp_name": "keep", "gradient_checkpointing": "false"})) == 0
-    assert losses(toys() / "runs" / "recompute") == pytest.approx(
-        losses(toys() / "runs" / "keep"), abs=1e-5
-    )  # measured: 0
+    assert losses(toys() / "runs" / "recompute") == pytest.approx(losses(toys() / "runs" / "keep"), abs=1e-5)  # measured: 0
 
 
 def launch(*command: object) -> subprocess.CompletedProcess:

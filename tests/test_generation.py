@@ -138,9 +138,7 @@ def test_rows_answer_alone_as_together(scene):
     model, processor, samples = scene
     prompts, _, _ = prompts_and_answers(scene)
     together = model.generate(prompts, processor.tokenizer, max_new_tokens=8)
-    alone = model.generate(
-        collate_prompts(samples[1:], processor, LEVELS, TEMPLATE), processor.tokenizer, max_new_tokens=8
-    )
+    alone = model.generate(collate_prompts(samples[1:], processor, LEVELS, TEMPLATE), processor.tokenizer, max_new_tokens=8)
     assert alone[0].token_ids == together[2].token_ids
 
 

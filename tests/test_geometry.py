@@ -108,9 +108,7 @@ def test_mask_to_frame_and_back(size, box):
     """
     height, width = size
     top, left, tall, wide = box
-    mask = rectangle(
-        size, int(top * height), int(left * width), int((top + tall) * height) + 1, int((left + wide) * width) + 1
-    )
+    mask = rectangle(size, int(top * height), int(left * width), int((top + tall) * height) + 1, int((left + wide) * width) + 1)
     resized = resized_size(height, width, 64)
     share = to_grid(torch.from_numpy(mask)[None], resized, 64, 32)
     back = to_original(share - 0.5, resized, size, 64)[0].numpy() > 0
@@ -287,9 +285,7 @@ def test_shipped_layout_loads():
 @pytest.mark.parametrize(("case", "levels"), [("lisa_256", 1), ("cores_256", 2)])
 def test_chain_equals_the_published_code(case, levels):
     """Image to logits with the published code's weights. Measured 3e-5; between its own thread settings it has 7e-5."""
-    weights, inputs, golden = (
-        load_file(REFERENCE / case / f"{name}.safetensors") for name in ("weights", "inputs", "outputs")
-    )
+    weights, inputs, golden = (load_file(REFERENCE / case / f"{name}.safetensors") for name in ("weights", "inputs", "outputs"))
     dims = SamDims(image_size=256, embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,))
     prefix = "model.visual_model."
     sam = build_sam(dims)

@@ -34,9 +34,7 @@ def data(tmp_path):
     content["categories"] = [{"id": 1, "name": "dog"}]
     write_json(root / "coco" / "annotations" / "instances_train2017.json", content)
     spoken = [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "It is."}]
-    write_json(
-        root / "llava_dataset" / "llava_instruct_150k.json", [{"id": "1", "image": "a.jpg", "conversations": spoken}]
-    )
+    write_json(root / "llava_dataset" / "llava_instruct_150k.json", [{"id": "1", "image": "a.jpg", "conversations": spoken}])
     write_image(root / "synth_sem" / "images" / "train" / "a.jpg")
     (root / "synth_sem" / "annotations" / "train").mkdir(parents=True)
     Image.fromarray(np.ones((10, 12), np.uint8)).save(root / "synth_sem" / "annotations" / "train" / "a.png")
@@ -79,12 +77,8 @@ def test_rates_choose_the_families(data):
     found = Counter(train[i].dataset.split("|")[0] for i in range(800))
     shares = {name: found[name] / 800 for name in ("synthreason", "coco", "ReasonSeg", "vqa")}
     # three standard deviations of a share of 9/16 in 800 draws are 0.053
-    assert shares == pytest.approx(
-        {"synthreason": 9 / 16, "coco": 3 / 16, "ReasonSeg": 3 / 16, "vqa": 1 / 16}, abs=0.055
-    )
-    assert {mixture(data, names, (0, 1, 0, 0), sem_seg_data="synthreason")[i].dataset for i in range(20)} == {
-        "coco|train2017"
-    }
+    assert shares == pytest.approx({"synthreason": 9 / 16, "coco": 3 / 16, "ReasonSeg": 3 / 16, "vqa": 1 / 16}, abs=0.055)
+    assert {mixture(data, names, (0, 1, 0, 0), sem_seg_data="synthreason")[i].dataset for i in range(20)} == {"coco|train2017"}
 
 
 def test_several_data_sets_of_one_family(data):
@@ -248,9 +242,7 @@ def test_corrupt_file_is_found_before_training(data):
     write_json(data / "reason_seg" / "ReasonSeg" / "train" / "002.json", {"text": ["q"]})
     with pytest.raises(DataError, match='002.json: has no "shapes"'):
         mixture(data)
-    write_json(
-        data / "reason_seg" / "ReasonSeg" / "train" / "002.json", {"text": ["q"], "shapes": [square(0, 0, 1, 1)]}
-    )
+    write_json(data / "reason_seg" / "ReasonSeg" / "train" / "002.json", {"text": ["q"], "shapes": [square(0, 0, 1, 1)]})
     break_after_construction(data)
     with pytest.raises(DataError, match="001.jpg: not a readable image"):
         mixture(data)

@@ -57,9 +57,7 @@ def test_any_chain_runs_and_learns(levels):
     assert [tuple(x.shape) for x in output.iou] == [(k, len(levels)) for k in (0, 2, 1, 1)]
     assert output.losses.keys() == {"text", "bce", "dice"}
     parts = output.losses
-    assert output.loss.item() == pytest.approx(
-        (parts["text"] + 2 * parts["bce"] + 0.5 * parts["dice"]).item(), rel=1e-5
-    )
+    assert output.loss.item() == pytest.approx((parts["text"] + 2 * parts["bce"] + 0.5 * parts["dice"]).item(), rel=1e-5)
     output.loss.backward()
     trainable = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert not [name for name, grad in trainable.items() if grad is None]
@@ -138,9 +136,7 @@ def test_masks_equal_target_by_target(cores):
 def test_rows_do_not_depend_on_their_neighbours(cores):
     model, processor, batch = cores
     output = model(batch)
-    alone = collate(
-        [sample(conversation(2, ignore=True, question="what is red?"), name="0", seed=1)], processor, LEVELS, TEMPLATE
-    )
+    alone = collate([sample(conversation(2, ignore=True, question="what is red?"), name="0", seed=1)], processor, LEVELS, TEMPLATE)
     assert torch.allclose(model(alone).low_res[0], output.low_res[1], atol=1e-4)
 
 
@@ -581,9 +577,7 @@ def test_adapters_are_not_saved_apart(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_reload_gives_the_same(tmp_path, tied):
-    model, processor = tiny_model(
-        tied=tied, text_projection_norm=8.0, refiner={"prototypes": "regions"}, bce_weight=3.0
-    )
+    model, processor = tiny_model(tied=tied, text_projection_norm=8.0, refiner={"prototypes": "regions"}, bce_weight=3.0)
     randomise(model.segmenting.refiner, seed=5)
     randomise(model.text_projection, seed=6)
     model.save_pretrained(tmp_path)

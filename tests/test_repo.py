@@ -84,9 +84,7 @@ def test_the_rules_can_be_broken():
 def test_every_default_test_file_is_collected():
     """pytest takes test_*.py only: a file with tests under another name would never run."""
     for path in (ROOT / "tests").rglob("*.py"):
-        functions = [
-            n.name for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)
-        ]
+        functions = [n.name for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
         if any(name.startswith("test_") for name in functions):
             assert path.name.startswith("test_"), f"{path.name} holds tests but is not collected"
 

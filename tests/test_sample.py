@@ -151,9 +151,7 @@ def test_to_changes_the_dtype_of_floats_only():
     assert batch.to("meta").target_masks[0].device.type == "meta" and batch.to("meta").info == batch.info
 
 
-@pytest.mark.parametrize(
-    "fields", [{"levels": ()}, {"levels": ("SEG", "SEG")}, {"num_classes_per_sample": 0}, {"texts": "some"}]
-)
+@pytest.mark.parametrize("fields", [{"levels": ()}, {"levels": ("SEG", "SEG")}, {"num_classes_per_sample": 0}, {"texts": "some"}])
 def test_options_refuse_contradictions(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         LoaderOptions(**({"levels": LEVELS} | fields))

@@ -28,9 +28,7 @@ def option(default: Any, help: str, *aliases: str, choices: list | None = None) 
 
 @dataclass
 class ModelArguments:
-    version: str = option(
-        "liuhaotian/llava-llama-2-13b-chat-lightning-preview", "LLaVA folder or hub name; or a merged model"
-    )
+    version: str = option("liuhaotian/llava-llama-2-13b-chat-lightning-preview", "LLaVA folder or hub name; or a merged model")
     vision_pretrained: str = option("", "SAM checkpoint (.pth) or folder; not needed for a merged model")
     method: str = option("cores", "lisa: one token [SEG], no refiner, no exemplar", choices=["cores", "lisa"])
     levels: str = option("LOC,SEG", "answer tokens of the chain, coarse to fine, joined by commas")
@@ -77,9 +75,7 @@ class DataArguments:
     val_dataset: str = option("ReasonSeg|val", "evaluation set, name|split")
     explanatory: float = option(0.1, "probability that a query with a known explanation asks for it")
     num_classes_per_sample: int = option(3, "most conversations per image")
-    on_bad_sample: str = option(
-        "raise", "a file that cannot be used stops the run or is replaced", choices=["raise", "skip"]
-    )
+    on_bad_sample: str = option("raise", "a file that cannot be used stops the run or is replaced", choices=["raise", "skip"])
     workers: int = option(4, "data loading processes per rank")
 
 
@@ -91,9 +87,7 @@ class TrainArguments:
     steps_per_epoch: int = option(500, "optimizer steps per epoch")
     batch_size: int = option(2, "images per rank and micro step")
     grad_accumulation_steps: int = option(10, "micro steps per optimizer step")
-    global_batch_size: int = option(
-        0, "images per optimizer step of all ranks together; sets grad_accumulation_steps. 0: unset"
-    )
+    global_batch_size: int = option(0, "images per optimizer step of all ranks together; sets grad_accumulation_steps. 0: unset")
     lr: float = option(3e-4, "peak learning rate")
     beta1: float = option(0.9, "AdamW β1")
     beta2: float = option(0.95, "AdamW β2")
@@ -104,9 +98,7 @@ class TrainArguments:
     seed: int = option(0, "seed of everything")
     print_freq: int = option(10, "steps between two lines of the run log")
     save_every: int = option(0, "steps between checkpoints inside an epoch; 0: only at its end")
-    resume: str = option(
-        "", "run or checkpoint folder to continue, its settings are the defaults; auto: the same as --auto_resume"
-    )
+    resume: str = option("", "run or checkpoint folder to continue, its settings are the defaults; auto: the same as --auto_resume")
     auto_resume: bool = option(True, "continue this run if it has a checkpoint")
     start_epoch: int = option(0, "first epoch of a new run, counted from 0; data order and schedule start there")
     no_eval: bool = option(False, "no evaluation after the epochs")
@@ -197,9 +189,7 @@ def build_parser() -> ArgumentParser:
         parser.add_argument(f"--{name}", nargs="?", const=True, default=None, help="refused: " + REFUSED[name])
     for name, kind in FACTS.items():
         names = [f"--{name}"] + (["--vision-tower"] if name == "vision_tower" else [])
-        parser.add_argument(
-            *names, dest=name, type=kind, nargs="?", const="true", default=None, help="checked against the weights"
-        )
+        parser.add_argument(*names, dest=name, type=kind, nargs="?", const="true", default=None, help="checked against the weights")
     return parser
 
 
@@ -208,9 +198,7 @@ def _add(section, f: dataclasses.Field) -> None:
     shown = f.metadata["help"] + f" (default: {default})"
     if f.type == "bool":  # `--flag`, `--no-flag`, and LISA's `--flag true`
         section.add_argument(f"--{f.name}", nargs="?", const=True, default=None, type=_boolean, help=shown)
-        section.add_argument(
-            f"--no-{f.name}", dest=f.name, action="store_const", const=False, help=f"turn off --{f.name}"
-        )
+        section.add_argument(f"--no-{f.name}", dest=f.name, action="store_const", const=False, help=f"turn off --{f.name}")
         return
     section.add_argument(f"--{f.name}", type=_number(f.type), default=None, choices=f.metadata["choices"], help=shown)
 
@@ -281,9 +269,7 @@ def read_resumed(path: str | Path) -> dict[str, Any]:
         if (folder / "config.json").is_file() and (folder / "ckpt").is_dir():
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             return values | {"log_base_dir": str(folder.parent), "exp_name": folder.name}
-    raise UsageError(
-        f"{path}: neither a run folder nor a checkpoint in one (--resume); a run folder has config.json and ckpt/"
-    )
+    raise UsageError(f"{path}: neither a run folder nor a checkpoint in one (--resume); a run folder has config.json and ckpt/")
 
 
 def settings_of(values: dict[str, Any], facts: dict[str, Any] | None = None) -> Settings:
@@ -327,9 +313,7 @@ def _check(s: Settings) -> None:
         raise UsageError(f"--lr is {s.lr}; it must be above 0")
     numbers(s.sample_rates, "--sample_rates")
     if s.level_loss_weights and len(numbers(s.level_loss_weights, "--level_loss_weights")) != len(s.level_list):
-        raise UsageError(
-            f"--level_loss_weights {s.level_loss_weights}: give one number for each of the levels {s.levels}"
-        )
+        raise UsageError(f"--level_loss_weights {s.level_loss_weights}: give one number for each of the levels {s.levels}")
     if s.start_epoch >= s.epochs and not s.eval_only:
         raise UsageError(f"--start_epoch {s.start_epoch} leaves nothing of --epochs {s.epochs}; epochs count from 0")
 

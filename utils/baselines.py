@@ -67,10 +67,7 @@ class SceneBaselines:
             objects = [
                 SceneObject(
                     decode_rle(entry["rle"], size, path, "scene.objects.rle"),
-                    [
-                        (part["name"], decode_rle(part["rle"], size, path, "scene.objects.parts.rle"))
-                        for part in entry["parts"]
-                    ],
+                    [(part["name"], decode_rle(part["rle"], size, path, "scene.objects.parts.rle")) for part in entry["parts"]],
                 )
                 for entry in record["scene"]["objects"]
             ]

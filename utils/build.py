@@ -50,9 +50,7 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
     if is_merged(s.version):
         processor = CoresProcessor.from_pretrained(s.version)
         if processor.levels != s.level_list:
-            raise UsageError(
-                f"{s.version}: was trained with the levels {','.join(processor.levels)}, --levels says {s.levels}"
-            )
+            raise UsageError(f"{s.version}: was trained with the levels {','.join(processor.levels)}, --levels says {s.levels}")
         model = CoresForReasoningSegmentation.from_pretrained(s.version, dtype=DTYPES[s.precision])
         processor.tokenizer.model_max_length = s.model_max_length
         for name, value in loss_config(s).items():
@@ -98,9 +96,7 @@ def check_facts(s: Settings, model: CoresForReasoningSegmentation) -> None:
                 f"--{name} {value}: the SAM of {s.vision_pretrained or s.version} has {truth[name]}; leave the flag out"
             )
     if str(s.facts.get("use_mm_start_end", "false")).lower() != "false":
-        raise UsageError(
-            "--use_mm_start_end: LLaVA in transformers format has no start and end tokens; leave the flag out"
-        )
+        raise UsageError("--use_mm_start_end: LLaVA in transformers format has no start and end tokens; leave the flag out")
     tower = s.facts.get("vision_tower")
     found = model.config.llava.vision_config
     if tower is not None and VISION_TOWERS.get(tower) != (found.hidden_size, found.patch_size, found.image_size):
@@ -156,6 +152,4 @@ def build_mixture(s: Settings, prompt: PromptFormat | CoresProcessor) -> TrainMi
 
 
 def build_eval(s: Settings, prompt: PromptFormat | CoresProcessor) -> EvalDataset:
-    return EvalDataset(
-        s.dataset_dir, s.val_dataset, prompt.levels, prompt.exemplar_count, seed=s.seed, texts=s.eval_texts
-    )
+    return EvalDataset(s.dataset_dir, s.val_dataset, prompt.levels, prompt.exemplar_count, seed=s.seed, texts=s.eval_texts)

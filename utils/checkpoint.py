@@ -76,9 +76,7 @@ def save(engine, folder: Path, progress: dict[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     distributed.barrier()
-    engine.save_checkpoint(
-        str(partial), tag="state", client_state={"progress": progress}, exclude_frozen_parameters=True
-    )
+    engine.save_checkpoint(str(partial), tag="state", client_state={"progress": progress}, exclude_frozen_parameters=True)
     torch.save(_random_state(), partial / f"random_{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.is_main():

@@ -197,11 +197,7 @@ class Trainer:
                 if self.progress["step"] < s.steps_per_epoch and distributed.any_true(self.stop):
                     self._save()
                     self._interrupt()
-                if (
-                    s.save_every
-                    and self.progress["step"] % s.save_every == 0
-                    and self.progress["step"] < s.steps_per_epoch
-                ):
+                if s.save_every and self.progress["step"] % s.save_every == 0 and self.progress["step"] < s.steps_per_epoch:
                     self._save()
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
@@ -233,9 +229,7 @@ class Trainer:
 
     def _refuse_non_finite_gradient(self) -> None:
         norm = self.engine.get_global_grad_norm()  # the same on every rank; None where the engine does not know it
-        if (
-            self.s.precision != "fp16" and norm is not None and not math.isfinite(norm)
-        ):  # fp16 has loss scaling for this
+        if self.s.precision != "fp16" and norm is not None and not math.isfinite(norm):  # fp16 has loss scaling for this
             raise NonFiniteLoss(
                 f"step {self.global_step + 1}: the gradient is not finite although the loss is; nothing was saved from "
                 f"this step, the last checkpoint is in {self.run / 'ckpt' / 'last'}"
@@ -271,9 +265,7 @@ class Trainer:
         return True
 
     def _interrupt(self) -> None:
-        raise Interrupted(
-            f"stopped at step {self.global_step}; the same command continues from {self.run / 'ckpt' / 'last'}"
-        )
+        raise Interrupted(f"stopped at step {self.global_step}; the same command continues from {self.run / 'ckpt' / 'last'}")
 
     def _save(self) -> None:
         checkpoint.save(self.engine, self.run / "ckpt" / "last", self.progress)

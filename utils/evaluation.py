@@ -123,8 +123,7 @@ def _parts(dataset, indices: Sequence[int]) -> Iterator[_Part]:
         if len(asked) != len(sample.conversations):
             text_only = next(i for i, c in enumerate(sample.conversations) if not len(c.masks))
             raise ValueError(
-                f"{sample.name}, conversation {text_only}: has no target mask, so it cannot be scored; "
-                "evaluate a segmentation set"
+                f"{sample.name}, conversation {text_only}: has no target mask, so it cannot be scored; evaluate a segmentation set"
             )
         for first in range(0, len(asked), CONVERSATIONS_PER_IMAGE):
             chosen = sample.conversations[first : first + CONVERSATIONS_PER_IMAGE]
@@ -317,9 +316,7 @@ def format_table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_reports(
-    reports: Sequence[Report], dataset, folder: str | Path, config: dict[str, Any], seconds: float
-) -> dict[str, Any]:
+def write_reports(reports: Sequence[Report], dataset, folder: str | Path, config: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Prints the table and writes metrics.json, targets-<mode>.json and examples.png into ``folder``.
 
     ``dataset``: the EvalDataset of the reports; the trivial baselines are measured on it. ``config``: the settings of

@@ -153,9 +153,7 @@ def summarise(scores: Sequence[TargetScore], seed: int = 0, draws: int = 1000) -
     }
 
 
-def score_target(
-    masks: torch.Tensor | None, target: torch.Tensor, ignore: torch.Tensor | None, host: torch.Tensor | None
-) -> dict:
+def score_target(masks: torch.Tensor | None, target: torch.Tensor, ignore: torch.Tensor | None, host: torch.Tensor | None) -> dict:
     """The measured fields of a TargetScore.
 
     ``masks``: bool (T, H, W), coarse to fine, or None if the answer holds none for this target; ``target``, ``ignore``

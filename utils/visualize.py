@@ -54,9 +54,7 @@ def level_colour(level: int, levels: int) -> tuple[int, int, int]:
     return FINAL_COLOUR if level == levels - 1 else COARSE_COLOURS[level % len(COARSE_COLOURS)]
 
 
-def overlay(
-    image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], alpha: float = 0.45, contour: int = 2
-) -> np.ndarray:
+def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], alpha: float = 0.45, contour: int = 2) -> np.ndarray:
     """A copy of ``image`` with ``mask`` tinted, and outlined from outside so that the tint shows its exact pixels.
 
     ``alpha``: share of the colour in [0, 1]; ``contour``: pixels of the outline, 0 for none. A thin white line around
