@@ -499,9 +499,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = generate(**vars(args))
     counts = Counter(p.suffix for p in (out / "reason_seg").rglob("*") if p.is_file())
-    print(
-        f"{out}: {counts['.jpg']} scenes, {counts['.json']} queries in reason_seg/SynthReason, {args.semantic} label maps in synth_sem"
-    )
+    found = f"{counts['.jpg']} scenes and {counts['.json']} queries in reason_seg/SynthReason"
+    print(f"{out}: {found}, {args.semantic} training label maps in synth_sem")
 
 
 if __name__ == "__main__":

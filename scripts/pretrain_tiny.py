@@ -1,7 +1,7 @@
 """Pre-trains the tiny backbones that ``configs/tiny.yaml`` starts from, and writes them to ``assets/tiny/``.
 
-The order is that of the real recipe: a CLIP that knows what it sees, a promptable SAM, a LLaVA that reads, answers and points; CoReS
-comes after (``train_ds.py``). All stages see scenes of SynthReason only, drawn from seeds that neither the training nor the
+The order is that of the real recipe: a CLIP that knows what it sees, a promptable SAM, a LLaVA that reads, answers and points;
+CoReS comes after (``train_ds.py``). All stages see scenes of SynthReason only, drawn from seeds that neither the training nor the
 validation split uses, and no query with a wording or a combination that is held out for validation.
 
     python scripts/pretrain_tiny.py all            # about an hour on 2 cores
@@ -59,23 +59,7 @@ SCENE_SEED = 777  # apart from every seed of the data set on disk, whose generat
 HIDDEN = 192
 LOOKING_LAYER = 2  # of four: its attention is supervised in pre-training
 # Frequent words, so that texts outside SynthReason (exemplars, a user's question) do not fall apart into letters.
-ENGLISH = """
-a about above across after against all along also always an and animal are around as at attached away back bar base be because bed behind
-below beneath beside between big blade body bottom box bright button by can cap car carry case cavity center circle clear close cloth color
-common commonly container control cool corner cover cup curved cut cylinder dark deep door down drink dry each edge electric end engine
-every eye face far fasten feet female fiber find fine fit flat flexible flow flower food foot for form found frame from front full gas give
-glass ground hair hand handle hang hard has have head heat heavy held help hidden high hold hole hollow home hook horse hot house how
-hung ice if in inside into is it its joint just keep key kind kitchen large leaf leather leg lens lever lid light like line liquid long loop
-loose low machine made main make male many mark material metal middle mirror mount mounted mouth move musician narrow near neck needle
-next not nozzle object of off often oil on one only open opening or other out outer outside over padded pair panel paper part parts path
-person piece pin pipe place plant plastic plate player point pointed poured power press protect pull pump push quite rail raised rest ribbon
-rider ridge right rim ring rod roof room root rope rotate round rounded row rows rubber run safe screen screw seat seed seen see sharp shell
-shiny short side sides sit skin sliding slim slot small smooth soft sole solid sound spout spring square stand steel stem step stick stone
-stop stored storage straight strap string strip strong stem support surface switch tail tall tank taper tapered tell that the their them then
-there these they thick thin thing this threads through tight tip to tongue tool tooth top toward tray tree trunk tube turn two typically
-under up upper upright use used user usually valve very wall warm water way wear what wheel when where which while wide wind window wing wire
-with without wood wooden work worn you your
-""".split()
+ENGLISH = (Path(__file__).parent / "english_words.txt").read_text().split()
 PART_WORDS = [plural(part) for parts in world.PARTS.values() for part in parts]
 WORDS = [*world.COLOURS, *world.CATEGORIES, *PART_WORDS]
 PLACES = [f"<c{i:02d}>" for i in range(GRID * GRID)]
