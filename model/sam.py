@@ -7,10 +7,10 @@ docs/architecture.md.
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError  # torch.load(weights_only=True) raises it
 
 import numpy as np
 import torch
@@ -170,7 +170,7 @@ def _read_pth(path: Path) -> tuple[SamDims, dict[str, Tensor]]:
         raise FileNotFoundError(f"{path}: not found (--vision_pretrained: a SAM .pth or a folder with sam.json)")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, UnpicklingError) as error:
         raise ValueError(f"{path}: cannot be read as a SAM .pth; copy or download it again") from error
     return _detect_preset(weights, path), weights
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from dataset_toys import IMAGE, LEVELS, SHARED, metaspace_tokenizer, word_tokenizer
 from transformers import LlamaTokenizer
 
 from dataset.conversation import (
@@ -20,6 +19,7 @@ from dataset.conversation import (
     phrase_question,
 )
 from dataset.sample import Conversation
+from tests.dataset_toys import IMAGE, LEVELS, SHARED, metaspace_tokenizer, word_tokenizer
 
 LLAMA = SHARED / "samples" / "tokenizers" / "llama"
 LOC, SEG = AnswerToken("LOC"), AnswerToken("SEG")

@@ -5,7 +5,6 @@ import json
 import cv2
 import numpy as np
 import pytest
-from dataset_toys import SAMPLES, SHARED, square, write_image, write_json, write_reason_seg
 from PIL import Image
 from pycocotools import mask as rle_codec
 
@@ -27,6 +26,7 @@ from dataset.reasoning import ReasoningSegmentation, paint_shapes, read_record, 
 from dataset.sample import LoaderOptions
 from dataset.semantic import ADE20K_CLASSES, SemanticSegmentation
 from dataset.vqa import VisualQuestionAnswering
+from tests.dataset_toys import SAMPLES, SHARED, square, write_image, write_json, write_reason_seg
 
 GOLDEN = SHARED / "reference" / "utils"
 # The goldens were drawn by an older OpenCV; 4.14 leaves out so many pixels of the outline (measured).

@@ -5,7 +5,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from dataset_toys import LEVELS, ToyProcessor, square, write_image, write_json, write_reason_seg
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -13,6 +12,7 @@ from dataset import exemplars
 from dataset.images import DataError, MissingDataError
 from dataset.mixture import EvalDataset, TrainMixture
 from dataset.sample import collate
+from tests.dataset_toys import LEVELS, ToyProcessor, square, write_image, write_json, write_reason_seg
 
 
 @pytest.fixture(autouse=True)

@@ -133,6 +133,22 @@ def test_masks_equal_target_by_target(cores):
             assert torch.allclose(output.iou[row][k, 1], iou[0], atol=1e-5)
 
 
+def test_third_level_follows_the_second():
+    """Every level is prompted and refined by the mask just before it, not by the first."""
+    model, _ = tiny_model(("LOC", "PART", "SEG"))
+    chain, sam = model.segmenting, model.segmenting.sam
+    randomise(chain.refiner, seed=7, scale=0.2)
+    generator = torch.Generator().manual_seed(0)
+    tokens, features = torch.randn(2, 3, 32, generator=generator), torch.randn(1, 32, 4, 4, generator=generator)
+    valid = torch.ones(1, 4, 4)
+    masks, _ = chain(tokens, features, torch.zeros(2, dtype=torch.long), valid)
+    both, covered = features.expand(2, -1, -1, -1), valid.expand(2, -1, -1)
+    token = chain.refiner(tokens[:, 2], both, masks[:, 1], covered)
+    third, _ = decode_masks(sam, both, token[:, None], mask_prompt(sam, masks[:, 1]))
+    assert torch.allclose(masks[:, 2], third, atol=1e-5)
+    assert not torch.allclose(masks[:, 1], masks[:, 0], atol=1e-2)
+
+
 def test_rows_do_not_depend_on_their_neighbours(cores):
     model, processor, batch = cores
     output = model(batch)

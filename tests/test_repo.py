@@ -67,7 +67,9 @@ def test_source_keeps_the_rules(path):
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     assert ast.get_docstring(tree), "every module says what it is for"
     assert "cuda" not in methods_called(tree), "the device follows the tensors: use .to(device), never .cuda()"
-    assert not imports(tree) & {"pickle"}, "pickles run code when they are read: use safetensors or JSON"
+    pickles = {name for name in imports(tree) if name.split(".")[0] == "pickle"}
+    harmless = {"pickle", "pickle.UnpicklingError"}  # the exception alone
+    assert not pickles or pickles == harmless, "pickles run code when they are read: use safetensors or JSON"
     if path.parent.name == "dataset":
         modules = {name for name in imports(tree) if name.startswith("torch.nn") or name.split(".")[0] == "model"}
         assert not modules, "dataset knows nothing of networks"

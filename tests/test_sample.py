@@ -6,11 +6,11 @@ import logging
 import numpy as np
 import pytest
 import torch
-from dataset_toys import LEVELS, ToyProcessor, word_tokenizer
 
 from dataset.conversation import IGNORE_INDEX, answer
 from dataset.images import DataError
 from dataset.sample import Batch, Conversation, LoaderOptions, Sample, collate, collate_prompts
+from tests.dataset_toys import LEVELS, ToyProcessor, word_tokenizer
 
 
 def talk(targets: int, size=(6, 8), question="What is the dog?", **fields) -> Conversation:
