@@ -25,7 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dataset.conversation import answer_from_ids, answer_text
 from dataset.sample import Batch, Sample, collate, collate_prompts
+from model.cores import Generation, Segmentation
 from utils import distributed
 from utils.baselines import score_baselines
 from utils.checkpoint import write_text
@@ -171,8 +173,14 @@ class _Runner:
         for row, ((part, conversation), answer) in enumerate(zip(rows, answers, strict=True)):
             self._score(part, conversation, batch, row, answer.masks)
             if conversation == 0 and part.index in self.pictured:
-                text = getattr(answer, "text", "")
+                text = self._words(answer)
                 self.examples.append((part.index, self._picture(part, batch, row, answer.masks, text)))
+
+    def _words(self, answer: Segmentation) -> str:
+        """What the model said, spaced as people read it; nothing in a teacher-forced pass."""
+        if not isinstance(answer, Generation):
+            return ""
+        return answer_text(answer_from_ids(answer.token_ids, self.processor.tokenizer, self.processor.levels)).strip()
 
     def _score(self, part: _Part, conversation: int, batch: Batch, row: int, masks: torch.Tensor) -> None:
         """The k-th group of masks (G, T, H, W) belongs to the k-th target, as the answer names them in order."""
