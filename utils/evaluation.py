@@ -121,13 +121,12 @@ class _Part:
 def _parts(dataset, indices: Sequence[int]) -> Iterator[_Part]:
     for index in indices:
         sample = dataset[index]
-        asked = [i for i, conversation in enumerate(sample.conversations) if len(conversation.masks)]
-        if len(asked) != len(sample.conversations):
-            text_only = next(i for i, c in enumerate(sample.conversations) if not len(c.masks))
+        text_only = next((i for i, conversation in enumerate(sample.conversations) if not len(conversation.masks)), None)
+        if text_only is not None:
             raise ValueError(
                 f"{sample.name}, conversation {text_only}: has no target mask, so it cannot be scored; evaluate a segmentation set"
             )
-        for first in range(0, len(asked), CONVERSATIONS_PER_IMAGE):
+        for first in range(0, len(sample.conversations), CONVERSATIONS_PER_IMAGE):
             chosen = sample.conversations[first : first + CONVERSATIONS_PER_IMAGE]
             yield _Part(index, dataclasses.replace(sample, conversations=chosen), first)
 
