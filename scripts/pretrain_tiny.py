@@ -130,7 +130,7 @@ def optimise(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        history.append({key: float(value) for key, value in losses.items()})
+        history.append({key: float(value.detach()) for key, value in losses.items()})
         if i % 100 == 0 or i == steps:
             keys = sorted({key for row in history for key in row})
             means = {key: float(np.mean([row[key] for row in history if key in row])) for key in keys}

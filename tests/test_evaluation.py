@@ -7,18 +7,20 @@ import pytest
 import torch
 
 from dataset import synthetic
+from dataset.conversation import answer
 from dataset.images import DataError
 from dataset.mixture import EvalDataset
 from dataset.reasoning import read_record, record_masks
+from dataset.sample import Conversation, LoaderOptions, Sample
 from model.cores import Generation, Segmentation
 from tests.dataset_toys import LEVELS, ToyProcessor, square, write_image, write_json, write_reason_seg
 from utils import distributed, evaluation
-from utils.baselines import SceneBaselines, SceneObject, score_baselines
+from utils.baselines import Guess, SceneBaselines, SceneObject, score_baselines
 from utils.evaluation import evaluate, format_table, write_reports
 
 
 class FirstRow(torch.nn.Module):
-    """Predicts row 1, columns 1 to 4 whatever is asked, and no mask for the ids in ``silent``."""
+    """Predicts columns 1 to 4 of row 1, then of row 2 … for ``groups`` targets; no mask for the ids in ``silent``."""
 
     def __init__(self, silent: tuple[str, ...] = (), groups: int = 1):
         super().__init__()
@@ -29,7 +31,8 @@ class FirstRow(torch.nn.Module):
 
     def _masks(self, batch, row: int) -> torch.Tensor:
         masks = torch.zeros((self.groups, len(LEVELS), *batch.target_masks[row].shape[-2:]), dtype=torch.bool)
-        masks[:, 1, 1, 1:5] = True
+        for group in range(self.groups):
+            masks[group, 1, 1 + group, 1:5] = True
         masks[:, 0, 1:3, 1:5] = True
         return masks[:0] if batch.info[row]["id"] in self.silent else masks
 
@@ -46,6 +49,16 @@ class FirstRow(torch.nn.Module):
         assert max_new_tokens == 9
         ids = tokenizer("It is", add_special_tokens=False)["input_ids"] + [tokenizer.convert_tokens_to_ids("[SEG]")]
         return [Generation(self._masks(batch, row), torch.zeros(1, len(LEVELS)), ids, "") for row in self._see(batch)]
+
+
+class InMemory(list):
+    """Samples that stand for an EvalDataset."""
+
+    dataset, options = "toy", LoaderOptions(LEVELS, training=False)
+
+    @property
+    def loader(self) -> "InMemory":
+        return self
 
 
 def processor() -> ToyProcessor:
@@ -97,6 +110,16 @@ def test_a_flood_of_masks_is_reported_and_does_not_help(tmp_path):
     report = run(FirstRow(groups=4), toy_data(tmp_path))
     assert report.summary["surplus_rate"] == 3.0
     assert report.summary["n"] == 3
+
+
+def test_masks_belong_to_targets_in_their_order():
+    masks = np.zeros((3, 10, 12), dtype=bool)
+    masks[0, 1, 1:5] = masks[1, 2, 1:3] = masks[2, 9, 9] = True
+    turns = [("where are they?", answer(LEVELS, None, targets=3))]
+    sample = Sample(np.zeros((10, 12, 3), np.uint8), "a.jpg", [Conversation(turns, masks)], "reasoning", "toy", "a")
+    report = run(FirstRow(groups=2), InMemory([sample]))
+    assert [(s.target, s.iou, s.emitted) for s in report.scores] == [(0, 1.0, True), (1, 0.5, True), (2, 0.0, False)]
+    assert report.summary["surplus_rate"] == 0.0
 
 
 def test_published_protocol_asks_the_first_wording_only(tmp_path):
@@ -257,7 +280,7 @@ def test_baselines_are_expectations_over_all_guesses():
     scene = two_cars()
     target = scene.objects[0].union("wheel")
     scores = scene.score(target)
-    assert scores["largest_object"].iou == 0.0
+    assert scores["largest_object"] == Guess(0.0, 32.0 + 4.0, 0.0)
     part = scores["random_part_of_the_right_name"]  # two hits of half the target, one miss
     assert (part.inter, part.union, part.iou) == (pytest.approx(4 / 3), pytest.approx((4 + 4 + 8) / 3), pytest.approx(1 / 3))
     host = scores["right_part_of_a_random_host"]  # one full hit, one miss; the object without wheels is no candidate
