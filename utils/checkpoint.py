@@ -69,6 +69,16 @@ def recover(folder: Path) -> None:
         old.rename(folder)
 
 
+def _replace(folder: Path, partial: Path) -> None:
+    """Puts the complete ``partial`` in the place of ``folder``; ``recover`` mends an interruption between the two renames."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def save(engine, folder: Path, progress: dict[str, Any]) -> None:
     """Writes engine state and ``progress`` to ``folder``, all or nothing. Every rank calls it."""
     partial = folder.with_name(folder.name + ".partial")
@@ -82,12 +92,7 @@ def save(engine, folder: Path, progress: dict[str, Any]) -> None:
     if distributed.is_main():
         _sync(partial)
         write_text(partial / PROGRESS, json.dumps(progress, indent=1) + "\n")
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        _replace(folder, partial)
     distributed.barrier()
 
 
@@ -97,12 +102,7 @@ def copy(source: Path, target: Path) -> None:
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial)
-        old = target.with_name(target.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        _replace(target, partial)
     distributed.barrier()
 
 
