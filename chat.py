@@ -101,7 +101,7 @@ class Chat:
         nothing = np.zeros((0, *image.shape[:2]), dtype=bool)
         sample = Sample(image, str(path), [Conversation([(question, [])], nothing)], "chat", "chat", path.name)
         sample = with_exemplars(sample, np.random.default_rng(0), self.processor.exemplar_count)
-        batch = collate_prompts([sample], self.processor, self.processor.levels, self.processor.template)
+        batch = collate_prompts([sample], self.processor, self.processor.levels, self.processor.conversation)
         batch = batch.to(self.model.device, self.model.dtype)
         return self.model.generate(batch, self.processor.tokenizer, max_new_tokens=self.max_new_tokens)[0]
 

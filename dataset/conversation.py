@@ -9,6 +9,7 @@ L is the number of tokens of a sequence.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,22 +68,77 @@ def answer_from_ids(ids: Sequence[int], tokenizer, levels: Sequence[str]) -> Ans
 
 @dataclass(frozen=True)
 class ConversationTemplate:
-    """How turns are written. Every answer ends with the end-of-sequence token, so generation always stops by id."""
+    """How turns are written. Every answer ends with the end-of-sequence token, so generation always stops by id.
+
+    What belongs to a checkpoint rather than to a style comes last; ``CoresProcessor.conversation`` sets it.
+    """
 
     name: str
-    opening: str  # before the first question of the sequence
+    system: str
+    opening: str  # before the first question of the sequence, with {system} in it
     user: str  # before every later question
     assistant: str  # between a question and its answer
     image_gap: str  # between the image and the question
     answer_end: str = ""  # after an answer, before the end-of-sequence token
     bos_every_turn: bool = False
+    image_marks: tuple[str, str] | None = None  # tokens around the image, such as ("<im_start>", "<im_end>")
+    strip_at_tokens: bool = False
+    """No white space next to a token, and text after one starts like the first text of a sequence: what transformers'
+    slow LLaMA tokenizer made of every sequence that the checkpoints of LLaVA v1, LISA and CoReS were trained on."""
+
+    def before(self, index: int) -> str:
+        """What stands before question ``index`` of a sequence, counted from 0."""
+        return self.user if index else self.opening.replace("{system}", self.system)
+
+    def chat_template(self, image_token: str) -> str:
+        """The same format as a Jinja template of transformers' ``apply_chat_template``, one ``image_token`` per image.
+
+        Answers and their end are inside ``{% generation %}``, so that ``return_assistant_tokens_mask`` gives the labels.
+        A first message of the role "system" replaces the system text.
+        """
+        start, end = self.image_marks or ("", "")
+        words = {
+            "SYSTEM": self.system,
+            "OPENING": self.opening,
+            "USER": self.user,
+            "ASSISTANT": self.assistant,
+            "IMAGE": start + image_token + end + ("" if self.strip_at_tokens else self.image_gap),
+            "ANSWER_END": self.answer_end,
+        }
+        text = _CHAT_TEMPLATE.replace("BOS_EVERY_TURN", "true" if self.bos_every_turn else "false")
+        for name, value in words.items():
+            text = text.replace(f"<<{name}>>", json.dumps(value))
+        return text
 
 
-_VICUNA_SYSTEM = (
+_CHAT_TEMPLATE = """
+{%- if messages[0]['role'] == 'system' -%}
+  {%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}
+{%- else -%}
+  {%- set system = <<SYSTEM>> -%}{%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+  {%- if message['role'] == 'user' -%}
+    {%- if loop.first or BOS_EVERY_TURN -%}{{- bos_token -}}{%- endif -%}
+    {%- if loop.first -%}{{- <<OPENING>>.replace('{system}', system) -}}{%- else -%}{{- <<USER>> -}}{%- endif -%}
+    {%- if message['content'] is string -%}
+      {{- message['content'] -}}
+    {%- else -%}
+      {%- for part in message['content'] if part['type'] == 'image' -%}{{- <<IMAGE>> -}}{%- endfor -%}
+      {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
+    {%- endif -%}
+    {{- <<ASSISTANT>> -}}
+  {%- else -%}
+    {%- generation -%}{{- ' ' + message['content'] + <<ANSWER_END>> + eos_token -}}{%- endgeneration -%}
+  {%- endif -%}
+{%- endfor -%}"""
+
+
+_USER_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-_V0_SYSTEM = _VICUNA_SYSTEM.replace("curious user", "curious human").replace("user's", "human's")
+_HUMAN_SYSTEM = _USER_SYSTEM.replace("curious user", "curious human").replace("user's", "human's")
 _LLAMA_2_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
@@ -91,17 +147,20 @@ _LLAMA_2_SYSTEM = (
 TEMPLATES: dict[str, ConversationTemplate] = {
     template.name: template
     for template in (
-        ConversationTemplate("llava_v1", f"{_VICUNA_SYSTEM} USER: ", "USER: ", " ASSISTANT:", "\n"),
-        ConversationTemplate("llava_v0", f"{_V0_SYSTEM}###Human: ", "Human: ", "###Assistant:", "\n", answer_end="###"),
+        ConversationTemplate("llava_v1", _HUMAN_SYSTEM, "{system} USER: ", "USER: ", " ASSISTANT:", "\n"),
+        ConversationTemplate("vicuna_v1", _USER_SYSTEM, "{system} USER: ", "USER: ", " ASSISTANT:", "\n"),
+        ConversationTemplate("llava_v0", _HUMAN_SYSTEM, "{system}###Human: ", "Human: ", "###Assistant:", "\n", answer_end="###"),
         ConversationTemplate(
             "llava_llama_2",
-            f"[INST] <<SYS>>\n{_LLAMA_2_SYSTEM}\n<</SYS>>\n\n",
+            _LLAMA_2_SYSTEM,
+            "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
             "[INST] ",
             " [/INST]",
             "\n",
+            answer_end=" ",
             bos_every_turn=True,
         ),
-        ConversationTemplate("tiny", "USER: ", "USER: ", " ASSISTANT:", " "),
+        ConversationTemplate("tiny", "", "USER: ", "USER: ", " ASSISTANT:", " "),
     )
 }
 
@@ -247,20 +306,23 @@ _ANCHOR = "\n"  # no sentence-piece vocabulary merges a newline with what follow
 class _Writer:
     """Collects pieces. Consecutive texts of equal supervision are tokenised together."""
 
-    def __init__(self, tokenizer, image_token: str, levels: Sequence[str]):
+    def __init__(self, tokenizer, template: ConversationTemplate, image_token: str, levels: Sequence[str]):
         self.tokenizer = tokenizer
+        self.strip = template.strip_at_tokens
+        self.marks = [_token_id(tokenizer, mark) for mark in template.image_marks or ()]
         self.image_id = _token_id(tokenizer, image_token)
         self.level_ids = {level: _token_id(tokenizer, f"[{level}]") for level in levels}
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token; generation could never stop")
         # unknown words are ordinary text, every other special token is control
-        control = {*tokenizer.all_special_ids, self.image_id, *self.level_ids.values()} - {tokenizer.unk_token_id}
+        control = {*tokenizer.all_special_ids, self.image_id, *self.marks, *self.level_ids.values()} - {tokenizer.unk_token_id}
         self.control = {index: tokenizer.convert_ids_to_tokens(index) for index in control}
         self.ids: list[int] = []
         self.labels: list[int] = []
         self._text = ""
         self._supervised = False
         self._at_start = True  # nothing but the beginning-of-sequence token stands before the pending text
+        self._strip_next = False
 
     def text(self, text: str, supervised: bool = False) -> None:
         if supervised != self._supervised:
@@ -270,15 +332,33 @@ class _Writer:
 
     def token(self, index: int, supervised: bool = False, count: int = 1) -> None:
         # A space before a token would become a token of its own, which no published checkpoint has seen.
-        self._text = self._text.rstrip(" ")
+        self._text = self._text.rstrip() if self.strip else self._text.rstrip(" ")
+        self._token(index, supervised, count)
+
+    def end(self, text: str, supervised: bool) -> None:
+        """The end of an answer: ``text``, which must not merge with the last word, and the end-of-sequence token."""
+        self._text = self._text.rstrip()
+        self.flush()
+        self.text(text, supervised)
+        self._token(self.tokenizer.eos_token_id, supervised)
+
+    def _token(self, index: int, supervised: bool = False, count: int = 1) -> None:
         self.flush()
         self._append([index] * count, supervised)
-        self._at_start = index == self.tokenizer.bos_token_id
+        self._at_start = self.strip or index == self.tokenizer.bos_token_id
+        self._strip_next = self.strip and index != self.tokenizer.bos_token_id
+
+    def image(self, count: int) -> None:
+        before, after = (self.marks[:1], self.marks[1:]) if self.marks else ((), ())
+        for index, repeat in (*((i, 1) for i in before), (self.image_id, count), *((i, 1) for i in after)):
+            self.token(index, count=repeat)
 
     def flush(self) -> None:
+        if self._strip_next:
+            self._text = self._text.lstrip()
         if self._text:
             self._append(self._tokenise(self._text), self._supervised)
-            self._at_start = False
+            self._at_start = self._strip_next = False
         self._text = ""
 
     def _append(self, ids: list[int], supervised: bool) -> None:
@@ -303,8 +383,8 @@ class _Writer:
 
     def _continue(self, text: str) -> list[int]:
         """Token ids of ``text`` after what is written, without the space that sentence-piece models put before it."""
-        if self._at_start:
-            return self._plain(text)
+        if self._at_start:  # the slow tokenizer put its space before a space, too
+            return self._plain(f" {text}" if self.strip and text.startswith(" ") else text)
         anchor, ids = self._plain(_ANCHOR), self._plain(_ANCHOR + text)
         return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._plain(text)
 
@@ -314,9 +394,9 @@ def _write_question(writer: _Writer, template: ConversationTemplate, question: s
     bos = writer.tokenizer.bos_token_id
     if bos is not None and (index == 0 or template.bos_every_turn):
         writer.token(bos)
-    writer.text(template.opening if index == 0 else template.user)
+    writer.text(template.before(index))
     if image_token_count:
-        writer.token(writer.image_id, count=image_token_count)
+        writer.image(image_token_count)
         writer.text(template.image_gap)
     writer.text(question.strip() + template.assistant)
     writer.flush()
@@ -332,9 +412,7 @@ def _write_answer(writer: _Writer, template: ConversationTemplate, reply: Answer
             writer.token(writer.level_ids[part.level], supervised)
         else:
             writer.text(part if position else " " + part.lstrip(), supervised)
-    writer.flush()  # the end mark must not merge with the last word
-    writer.text(template.answer_end, supervised)
-    writer.token(writer.tokenizer.eos_token_id, supervised)
+    writer.end(template.answer_end, supervised)
 
 
 def _write_turns(
@@ -368,8 +446,9 @@ def encode(
     ``image_token_count`` times before the first question, as transformers' LLaVA expects it. Raises ValueError for an
     answer without text, a token that is not one of ``levels`` and a tokenizer that lacks one.
     """
-    writer = _Writer(tokenizer, image_token, levels)
-    _write_turns(writer, get_template(template), exemplars, conversation.turns, image_token_count, supervised=True)
+    template = get_template(template)
+    writer = _Writer(tokenizer, template, image_token, levels)
+    _write_turns(writer, template, exemplars, conversation.turns, image_token_count, supervised=True)
     return Encoded(writer.ids, writer.labels)
 
 
@@ -388,8 +467,27 @@ def encode_prompt(
     They are exactly the first ids of ``encode`` for the same turns.
     """
     template = get_template(template)
-    writer = _Writer(tokenizer, image_token, levels)
+    writer = _Writer(tokenizer, template, image_token, levels)
     _write_turns(writer, template, exemplars, history, image_token_count, supervised=False)
     index = len(exemplars) + len(history)
     _write_question(writer, template, question, index, 0 if history else image_token_count)
+    return writer.ids
+
+
+def encode_text(text: str, tokenizer, template: str | ConversationTemplate, image_token: str, levels: Sequence[str]) -> list[int]:
+    """The token ids (L,) of a text in which special tokens are written out: trusted text only, such as recorded prompts.
+
+    It starts with the beginning-of-sequence token, where the tokenizer has one.
+    """
+    template = get_template(template)
+    writer = _Writer(tokenizer, template, image_token, levels)
+    tokens = {token: index for index, token in writer.control.items()}
+    if tokenizer.bos_token_id is not None:
+        writer.token(tokenizer.bos_token_id)
+    for part in re.split(f"({'|'.join(map(re.escape, tokens))})", text):
+        if part in tokens:
+            writer.token(tokens[part])
+        elif part:
+            writer.text(part)
+    writer.flush()
     return writer.ids

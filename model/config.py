@@ -15,7 +15,7 @@ class RefinerConfig:
     """The token refiner: ĥᵗ = h + CA(h, prototypes of the previous mask)."""
 
     kind: str = "attention"
-    """"attention", or "none" to prompt with h itself."""
+    """"attention"; "attention+norm": h + LayerNorm(h + CA), the released code; "none" to prompt with h itself."""
     prototypes: str = "foreground"
     """"foreground": one masked average, the paper's (attention over one key cannot depend on the query: it adds a
     linear map of the prototype); "foreground+background": a second average over the rest; "regions": foreground
@@ -23,16 +23,16 @@ class RefinerConfig:
     region_grid: int = 4
     """Regions per side, for "regions"."""
     pooling: str = "soft"
-    """"soft": sigmoid weights, which let the gradient through to the earlier level; "hard": logits > 0, the released
-    code."""
+    """"soft": sigmoid weights, which let the gradient through to the earlier level; "hard": logits > 0; "released": hard,
+    over the padding too and with the mask's area rounded to bfloat16, as the released code does."""
     heads: int = 8
     """Attention heads; must divide SAM's prompt width."""
 
     def __post_init__(self):
         allowed = {
-            "kind": ("none", "attention"),
+            "kind": ("none", "attention", "attention+norm"),
             "prototypes": ("foreground", "foreground+background", "regions"),
-            "pooling": ("soft", "hard"),
+            "pooling": ("soft", "hard", "released"),
         }
         for field, values in allowed.items():
             if getattr(self, field) not in values:
@@ -115,7 +115,7 @@ class CoresConfig(PretrainedConfig):
             values = getattr(self, field)
             if values is not None and len(values) != count:
                 raise ValueError(f"{field} has {len(values)} values for {count} levels, {','.join(self.levels)}")
-        if self.refiner["kind"] == "attention":
+        if self.refiner["kind"] != "none":
             if count == 1:
                 raise ValueError(
                     f"refiner attends to the mask of the level before, but {self.levels[0]} is the only level; "

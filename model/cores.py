@@ -8,11 +8,9 @@ B images · N conversations · L tokens · K targets · T levels · C prompt wid
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, LlavaForConditionalGeneration, PreTrainedModel
 
 from dataset.sample import Batch
-from model import losses
+from model import losses, published
 from model.config import CoresConfig
-from model.llava import add_level_tokens, load_llava, refuse_bad_loading
+from model.llava import add_image_token, add_level_tokens, assemble, llava_class, load_llava, load_tokenizer
 from model.lora import has_lora
 from model.processor import CoresProcessor
 from model.reasoning_chain import ReasoningChain
@@ -39,6 +37,7 @@ from model.sam import (
     valid_cells,
 )
 from model.segmenting_chain import SegmentingChain, TokenRefiner
+from model.weights import read_all, read_json_file, refuse_bad_loading
 
 
 @dataclass
@@ -102,7 +101,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         if config.level_token_ids is None:
             raise ValueError("config: level_token_ids is missing; `from_backbones` adds the tokens to a tokenizer")
         super().__init__(config)
-        self.reasoning = ReasoningChain(LlavaForConditionalGeneration(config.llava), config.level_token_ids)
+        self.reasoning = ReasoningChain(llava_class(config.llava)(config.llava), config.level_token_ids)
         self.segmenting = SegmentingChain(build_sam(config.sam_dims), config.refiner_config, config.decode_chunk)
         self.text_projection = self._new_text_projection(config)
         self.post_init()
@@ -131,22 +130,39 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         dtype: torch.dtype = torch.float32,
         model_max_length: int | None = None,
         attn_implementation: str | None = None,
+        quantization_config: Any = None,
+        vision_tower: str | None = None,
+        system: str | None = None,
         **config: Any,
     ) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
         """A new model, in evaluation mode, of a LLaVA (``version``) and a SAM (``vision_pretrained``).
 
         ``config``: further fields of CoresConfig. ``model_max_length``: longest sequence in tokens, None for the
-        tokenizer's own. Raises FileNotFoundError or ValueError where parts are missing or do not fit together.
+        tokenizer's own. ``quantization_config``: transformers', for the language model (``model.quantize``).
+        ``vision_tower``: see ``load_llava``. ``system``: system text in place of the template's. Raises
+        FileNotFoundError or ValueError where parts are missing or do not fit together.
         """
         unknown = config.keys() - signature(CoresConfig).parameters.keys()
         if unknown:
             raise ValueError(f"no such field of CoresConfig: {', '.join(sorted(unknown))}")
         sam, dims = load_sam(vision_pretrained)
-        llava, tokenizer, image_processor = load_llava(version, dtype, attn_implementation)
+        loading = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
+        backbone = load_llava(version, dtype, vision_tower, **{k: v for k, v in loading.items() if v is not None})
+        llava, tokenizer = backbone.model, backbone.tokenizer
         ids = add_level_tokens(llava, tokenizer, list(levels))
+        add_image_token(llava.config, tokenizer)
         full = CoresConfig(llava=llava.config, sam=vars(dims), levels=list(levels), level_token_ids=ids, **config)
         processor = CoresProcessor(
-            tokenizer, image_processor, dims.image_size, _image_tokens(llava), list(levels), template, exemplar_count
+            tokenizer,
+            backbone.image_processor,
+            dims.image_size,
+            _image_tokens(llava),
+            list(levels),
+            template,
+            exemplar_count,
+            system=system,
+            image_marks=backbone.image_marks,
+            strip_at_tokens=backbone.strip_at_tokens,
         )
         _check_fit(version, llava, processor)
         with torch.device("meta"):  # the parts come ready made: nothing is initialised twice
@@ -161,22 +177,49 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         return model.eval(), processor
 
     @classmethod
-    def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> CoresForReasoningSegmentation:
+    def from_pretrained(
+        cls, name: str, *args: Any, vision_tower: str | None = None, **kwargs: Any
+    ) -> CoresForReasoningSegmentation:
         """As in transformers, but a missing, unexpected or wrongly shaped weight is an error that names it.
 
-        ``name``: a folder that ``save_pretrained`` wrote. Raises FileNotFoundError where there is none and ValueError
-        for another kind of model.
+        ``name``: a folder that ``save_pretrained`` wrote, or a folder or hub name of a published LISA or CoReS
+        (model/published.py; ``vision_tower``: its CLIP, in place of the one that its config.json names). Raises
+        FileNotFoundError where there is none and ValueError for another kind of model.
         """
-        config_file = Path(name) / "config.json"
-        if not config_file.is_file():
-            raise FileNotFoundError(f"{config_file}: not found; --version needs the folder of a merged model")
-        found = json.loads(config_file.read_text()).get("model_type")
-        if found != CoresConfig.model_type:
-            raise ValueError(f"{config_file}: model_type is {found!r}; a merged model says {CoresConfig.model_type!r}")
+        content = read_json_file(name, "config.json")
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        if published.is_published(content):
+            kwargs |= cls._published_parts(str(name), content, kwargs.get("dtype") or torch.float32, vision_tower)
+            source = None
+        elif content.get("model_type") == CoresConfig.model_type:
+            source = name
+            kwargs.setdefault("key_mapping", {r"(\.vision_tower\.)(?:vision_model\.)?": rf"\1{published.clip_prefix()}"})
+        else:
+            found = content.get("model_type")
+            raise ValueError(f"{name}: model_type is {found!r}; a merged model says {CoresConfig.model_type!r}")
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         refuse_bad_loading(str(name), info)
         return (model, info) if wants_info else model
+
+    @staticmethod
+    def _published_parts(name: str, content: dict, dtype: torch.dtype, vision_tower: str | None) -> dict[str, Any]:
+        """``config`` and ``state_dict`` of a published LISA or CoReS."""
+        weights = read_all(name)
+        if not published.has_masks(weights):
+            raise ValueError(f"{name}: a LLaVA without masks; it is a backbone, which needs --vision_pretrained")
+        tokenizer = load_tokenizer(name)
+        levels = published.levels_of(tokenizer.get_vocab(), name)
+        llava, ours, _ = assemble(name, content, weights, tokenizer, dtype, vision_tower)
+        add_image_token(llava, tokenizer)
+        has_refiner = any(key.startswith(published.REFINER) for key in ours)
+        config = CoresConfig(
+            llava=llava,
+            sam=vars(published.sam_dims(weights, name)),
+            levels=levels,
+            level_token_ids=tokenizer.convert_tokens_to_ids([f"[{level}]" for level in levels]),
+            refiner={"kind": "attention+norm", "pooling": "released"} if has_refiner else {"kind": "none"},
+        )
+        return {"config": config, "state_dict": ours}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers. Raises ValueError while adapters are apart: nothing could read such a folder."""

@@ -1,65 +1,124 @@
-"""Loading a LLaVA with its tokenizer and image processor, and teaching it the answer tokens."""
+"""Loading a LLaVA, with its tokenizer and image processor, from every layout it is published in, and teaching it the
+answer tokens.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, LlavaForConditionalGeneration
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+
+from model import published
+from model.published import CLIPImageProcessor
+from model.weights import read_all, read_json_file, refuse_bad_loading
+
+IMAGE_TOKEN = "<image>"
 
 
-def load_llava(version: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None):
-    """(model, tokenizer, image processor) of a hub name or a folder in transformers' LLaVA format.
+class LinearProjector(nn.Module):
+    """LLaVA v1's projector: CLIP features (…, c) -> (…, d)."""
 
-    ``attn_implementation`` is transformers' ("eager", "sdpa", "flash_attention_2"; None: its choice). Raises
-    FileNotFoundError for a missing folder and ValueError, naming what was found, for another kind of model or for
-    weights that are missing or left over.
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_1(features)
+
+
+class LinearLlava(LlavaForConditionalGeneration):
+    """transformers' LLaVA with the projector of LLaVA v1."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.model.multi_modal_projector = LinearProjector(config)
+
+
+def llava_class(config: LlavaConfig) -> type[LlavaForConditionalGeneration]:
+    """transformers' own class wherever its projector fits: it converts checkpoints of its older versions."""
+    return LinearLlava if published.is_linear_config(config) else LlavaForConditionalGeneration
+
+
+@dataclass
+class Backbone:
+    """A LLaVA with what belongs to it."""
+
+    model: LlavaForConditionalGeneration
+    tokenizer: Any
+    image_processor: CLIPImageProcessor
+    image_marks: tuple[str, str] | None = None
+    """Tokens around the image."""
+    strip_at_tokens: bool = False
+    """See ``ConversationTemplate``."""
+
+
+def load_llava(version: str, dtype: torch.dtype = torch.float32, vision_tower: str | None = None, **kwargs: Any) -> Backbone:
+    """The LLaVA of a hub name or a folder, in transformers' layout or in its authors' (model/published.py).
+
+    ``vision_tower``: CLIP for a checkpoint that does not hold its own, in place of the one that its config.json names.
+    ``kwargs`` go to ``from_pretrained``: attn_implementation, quantization_config, …. Raises FileNotFoundError for what
+    is not there and ValueError, naming what was found, for another kind of model or for weights that are missing or
+    left over.
     """
-    if _looks_like_path(version) and not Path(version).is_dir():
-        raise FileNotFoundError(f"{version}: no such folder; --version takes a LLaVA folder or a hub name")
-    _check_kind(version)
-    model, info = LlavaForConditionalGeneration.from_pretrained(
-        version, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-    )
+    config = read_json_file(version, "config.json")
+    if config.get("model_type") != "llava":
+        raise ValueError(f"{version}: --version needs a model of type 'llava', this is {config.get('model_type')!r}")
+    if published.is_published(config):
+        return _load_published(version, config, dtype, vision_tower, kwargs)
+    model, info = LlavaForConditionalGeneration.from_pretrained(version, dtype=dtype, output_loading_info=True, **kwargs)
     refuse_bad_loading(version, info)
-    tokenizer = AutoTokenizer.from_pretrained(version)
+    return Backbone(model, load_tokenizer(version), CLIPImageProcessor.from_pretrained(version))
+
+
+def _load_published(version: str, config: dict, dtype: torch.dtype, vision_tower: str | None, kwargs: dict) -> Backbone:
+    weights = read_all(version)
+    if published.has_masks(weights):
+        raise ValueError(f"{version}: is a whole LISA or CoReS, not a LLaVA; load it without --vision_pretrained")
+    tokenizer = load_tokenizer(version)
+    full, ours, image_processor = assemble(version, config, weights, tokenizer, dtype, vision_tower)
+    state = {name.removeprefix(published.LLAVA): tensor for name, tensor in ours.items()}
+    loading = {"config": full, "state_dict": state, "dtype": dtype, "output_loading_info": True}
+    model, info = llava_class(full).from_pretrained(None, **loading, **kwargs)
+    refuse_bad_loading(version, info)
+    marks = published.IMAGE_MARKS if published.uses_image_marks(config, tokenizer.get_vocab()) else None
+    return Backbone(model, tokenizer, image_processor, marks, strip_at_tokens=True)
+
+
+def assemble(
+    version: str,
+    config: dict,
+    weights: Mapping[str, Tensor],
+    tokenizer,
+    dtype: torch.dtype,
+    vision_tower: str | None = None,
+) -> tuple[LlavaConfig, dict[str, Tensor], CLIPImageProcessor]:
+    """(LlavaConfig, all weights under our names, image processor) of a published checkpoint, its CLIP included."""
+    try:
+        linear = published.is_linear(config)
+        tower = published.tower_of(config, version, vision_tower)
+        vision = published.tower_config(tower)
+        rows = weights["model.embed_tokens.weight"].shape[0]
+        full = published.llava_config(config, vision, rows, len(tokenizer))
+    except KeyError as error:
+        raise ValueError(f"{version}: has no weight {error}") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(version) else f"{version}: {error}") from None
+    ours = published.to_ours(weights, linear)
+    if not any(name.startswith(published.TOWER) for name in ours):
+        ours |= published.tower_weights(tower, dtype)
+    return full, ours, published.tower_processor(tower, vision)
+
+
+def load_tokenizer(source: str):
+    """The tokenizer of a folder or hub name, able to pad."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:  # masks come from lengths, so padding may share an id with a real token
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return model, tokenizer, CLIPImageProcessor.from_pretrained(version)
-
-
-def _check_kind(version: str) -> None:
-    """Raises ValueError unless ``version`` is a LLaVA in transformers' format; before anything large is read."""
-    try:
-        config = AutoConfig.from_pretrained(version)
-    except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"{version}: no LLaVA in transformers format (--version): {first_line}") from error
-    if config.model_type != "llava":
-        raise ValueError(f"{version}: --version needs a model of type 'llava', this is {config.model_type!r}")
-    # The authors' own checkpoints say "llava" too, but name and nest their weights otherwise.
-    if LlavaForConditionalGeneration.__name__ not in (config.architectures or []):
-        found = ", ".join(config.architectures or ["no architecture"])
-        raise ValueError(
-            f"{version}: --version needs a LLaVA in transformers format (LlavaForConditionalGeneration, for example "
-            f"llava-hf/llava-1.5-7b-hf), its config.json names {found}"
-        )
-
-
-def refuse_bad_loading(name: str, info: dict) -> None:
-    """Raises ValueError naming every missing, unexpected or wrongly shaped weight that transformers reports."""
-    problems = []
-    kinds = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "wrong shape"}
-    for key, label in kinds.items():
-        names = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(key, ()))
-        if names:
-            problems.append(f"{label}: {', '.join(names)}")
-    if problems:
-        raise ValueError(f"{name}: the weights do not fit the model; " + "; ".join(problems))
-
-
-def _looks_like_path(version: str) -> bool:
-    return version.startswith((".", "/", "~")) or version.count("/") != 1
+    return tokenizer
 
 
 def add_level_tokens(model: LlavaForConditionalGeneration, tokenizer, levels: list[str]) -> list[int]:
@@ -78,5 +137,13 @@ def add_level_tokens(model: LlavaForConditionalGeneration, tokenizer, levels: li
     if new:
         with torch.no_grad():
             for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-                table[new] = table[old].float().mean(0).to(table.dtype)
+                old_rows = [i for i in old if i < table.shape[0]]
+                table[new] = table[old_rows].float().mean(0).to(table.dtype)
     return ids
+
+
+def add_image_token(config: LlavaConfig, tokenizer) -> None:
+    """Gives a tokenizer without "<image>" one, last, and tells ``config`` its id; no row of any table belongs to it."""
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+        config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

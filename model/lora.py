@@ -4,11 +4,17 @@ decoder and the refiner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from model import published
+from model.weights import compare
 
 
 def add_lora(
@@ -32,6 +38,27 @@ def add_lora(
     except ValueError as error:
         raise ValueError(f"--lora_target_modules {','.join(target_modules)}: {error}") from error
     language_model.train(language_model.training)  # new dropout layers train, whatever the model around them does
+
+
+def load_adapter(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
+    """Puts the weights of a PEFT adapter, in the names of this program or of a published LISA, into ``model``'s LoRA.
+
+    ``source``: where they come from. Raises ValueError naming every one that is missing, unexpected or wrongly shaped.
+    """
+    own = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    found = {adapter_name(name): weight for name, weight in weights.items()}
+    compare({name: p.shape for name, p in own.items()}, found, source)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(found[name])
+
+
+def adapter_name(name: str) -> str:
+    """Our name of a weight that PEFT saved: without its wrappers, with the name of its adapter."""
+    name = name.removeprefix("base_model.model.")
+    if re.search(r"\.lora_[AB]\.weight$", name):
+        name = f"{name.removesuffix('.weight')}.default.weight"
+    return published.our_name(name, linear_projector=True) or name
 
 
 def trainable_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

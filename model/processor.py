@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessor
+from transformers import AutoProcessor
+from transformers.utils import PushToHubMixin
 
+from dataset.conversation import ConversationTemplate, get_template
+from model import published
+from model.config import CoresConfig
+from model.llava import IMAGE_TOKEN, add_image_token, load_tokenizer
+from model.published import CLIPImageProcessor
 from model.sam import preprocess
+from model.weights import find_file, read_all, read_json_file
 
 FILE = "cores_processor.json"
+FIELDS = (
+    "image_size", "image_token_count", "levels", "template", "exemplar_count", "image_token", "system", "image_marks",
+    "strip_at_tokens",
+)  # fmt: skip
 
 
-class CoresProcessor:
+class CoresProcessor(PushToHubMixin):
     """Saved beside the model, so that whoever loads it prepares inputs as training did."""
 
     def __init__(
@@ -26,7 +40,10 @@ class CoresProcessor:
         levels: list[str],
         template: str = "llava_v1",
         exemplar_count: int = 1,
-        image_token: str = "<image>",
+        image_token: str = IMAGE_TOKEN,
+        system: str | None = None,
+        image_marks: Sequence[str] | None = None,
+        strip_at_tokens: bool = False,
     ):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -38,6 +55,17 @@ class CoresProcessor:
         self.template = template
         self.exemplar_count = exemplar_count
         self.image_token = image_token
+        self.system = system
+        """System text in place of the template's, None for its own."""
+        self.image_marks = tuple(image_marks) if image_marks else None
+        self.strip_at_tokens = strip_at_tokens
+
+    @property
+    def conversation(self) -> ConversationTemplate:
+        """The template with what belongs to this checkpoint: system text, marks around the image, white space."""
+        template = get_template(self.template)
+        system = template.system if self.system is None else self.system
+        return replace(template, system=system, image_marks=self.image_marks, strip_at_tokens=self.strip_at_tokens)
 
     @property
     def image_token_id(self) -> int:
@@ -52,23 +80,60 @@ class CoresProcessor:
         """uint8 (H, W, 3) RGB -> float (3, S, S) padded, and the (height, width) of the image inside."""
         return preprocess(image, self.image_size)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes cores_processor.json, the tokenizer and preprocessor_config.json."""
+    def save_pretrained(self, folder: str | Path, **unused: Any) -> None:
+        """Writes cores_processor.json, the tokenizer with its chat template, and preprocessor_config.json.
+
+        ``unused``: what transformers' ``push_to_hub`` says about shards.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.chat_template = self.conversation.chat_template(self.image_token)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-        fields = ("image_size", "image_token_count", "levels", "template", "exemplar_count", "image_token")
-        (folder / FILE).write_text(json.dumps({name: getattr(self, name) for name in fields}, indent=1) + "\n")
+        fields = {name: getattr(self, name) for name in FIELDS}
+        (folder / FILE).write_text(json.dumps(fields, indent=1) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> CoresProcessor:
-        """Raises FileNotFoundError where ``folder`` holds no processor, ValueError naming a field that does not fit."""
-        file = Path(folder) / FILE
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: not found; --version needs the folder of a merged model")
+    def from_pretrained(
+        cls, source: str | Path, template: str = "llava_v1", vision_tower: str | None = None, **unused: Any
+    ) -> CoresProcessor:
+        """Of a folder or hub name with one of our models, or with a published LISA or CoReS.
+
+        ``template``, ``vision_tower``: for a published one, whose files do not say. Raises FileNotFoundError where
+        there is no processor, ValueError naming a field that does not fit.
+        """
+        file = find_file(source, FILE)
+        if file is None:
+            return cls._from_published(str(source), template, vision_tower)
+        fields = read_json_file(source, FILE)
         try:
-            fields = json.loads(file.read_text())
-            return cls(AutoTokenizer.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder), **fields)
-        except (TypeError, json.JSONDecodeError) as error:
+            return cls(load_tokenizer(str(source)), CLIPImageProcessor.from_pretrained(source), **fields)
+        except TypeError as error:
             raise ValueError(f"{file}: {error}; save the processor again") from error
+
+    @classmethod
+    def _from_published(cls, source: str, template: str, vision_tower: str | None) -> CoresProcessor:
+        config = read_json_file(source, "config.json") if find_file(source, "config.json") else {}
+        if not published.is_published(config):
+            raise FileNotFoundError(f"{source}/{FILE}: not found; --version needs the folder of a merged model")
+        tokenizer = load_tokenizer(source)
+        tower = published.tower_of(config, source, vision_tower)
+        vision = published.tower_config(tower)
+        marks = published.IMAGE_MARKS if published.uses_image_marks(config, tokenizer.get_vocab()) else None
+        levels = published.levels_of(tokenizer.get_vocab(), source)
+        llava = published.llava_config(config, vision, len(tokenizer), len(tokenizer))
+        add_image_token(llava, tokenizer)
+        return cls(
+            tokenizer,
+            published.tower_processor(tower, vision),
+            published.sam_dims(read_all(source), source).image_size,
+            llava.image_seq_length,
+            levels,
+            template,
+            exemplar_count=0,
+            image_marks=marks,
+            strip_at_tokens=True,
+        )
+
+
+AutoProcessor.register(CoresConfig, CoresProcessor)

@@ -39,7 +39,8 @@ class ReasoningChain(nn.Module):
         if wrong:
             row = wrong[0]
             raise ValueError(f"row {row} of the batch: {int(found[row])} image tokens but {expected} image features")
-        embeddings = self.llava.get_input_embeddings()(input_ids)
+        # a published LLaVA has no row for the image token: its id stands beyond the table
+        embeddings = self.llava.get_input_embeddings()(input_ids.masked_fill(places, 0))
         return embeddings.masked_scatter(places[..., None], features[image_index].to(embeddings.dtype))
 
     def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:

@@ -10,16 +10,16 @@ import json
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError  # torch.load(weights_only=True) raises it
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
+
+from model.weights import load_strict, read_file
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0…255
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -106,42 +106,45 @@ def build_sam(dims: SamDims) -> Sam:
     )
 
 
-def _detect_preset(weights: dict[str, Tensor], path: Path) -> SamDims:
-    key = "image_encoder.patch_embed.proj.weight"
-    width = weights[key].shape[0] if isinstance(weights, dict) and key in weights else None
-    for dims in PRESETS.values():
-        if dims.embed_dim == width:
-            return dims
-    found = f"{key} has {width} channels" if width else f"it has no {key}"
-    raise ValueError(f"{path}: not a SAM checkpoint of type vit_b, vit_l or vit_h ({found})")
+def detect_dims(weights: dict[str, Tensor], source: Path | str) -> SamDims:
+    """The sizes of the SAM that ``weights`` (its state dict) belong to, read off their shapes.
 
-
-def load_strict(module: nn.Module, weights: dict[str, Tensor], path: Path | str) -> None:
-    """Loads all of ``weights`` into all of ``module``.
-
-    Raises ValueError naming every missing, unexpected or wrongly shaped weight; ``path`` says where they come from.
+    Only the number of heads of the mask decoder leaves no trace; it is SAM's 8. Raises ValueError naming ``source``.
     """
-    own = module.state_dict()
-    problems = {
-        "missing": sorted(own.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - own.keys()),
-        "wrong shape": sorted(
-            f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
-            for k in own.keys() & weights.keys()
-            if own[k].shape != weights[k].shape
-        ),
-    }
-    lines = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-    if lines:
-        raise ValueError(f"{path}: the weights do not fit the model; " + "; ".join(lines))
-    module.load_state_dict(weights)
+    try:
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        width, _, patch, _ = shapes["image_encoder.patch_embed.proj.weight"]
+        grid = shapes["image_encoder.pos_embed"][1]
+        depth = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("image_encoder.blocks."))
+        # a block's table of relative positions has 2 · side - 1 rows for a window of that side
+        tables = [shapes[f"image_encoder.blocks.{i}.attn.rel_pos_h"] for i in range(depth)]
+        sides = [(rows + 1) // 2 for rows, _ in tables]
+        windows = {side for side in sides if side != grid}
+        if len(windows) > 1:
+            raise ValueError(f"windows of different sizes, {sorted(windows)}")
+        window = windows.pop() if windows else 0
+        return SamDims(
+            image_size=grid * patch,
+            patch_size=patch,
+            embed_dim=width,
+            depth=depth,
+            num_heads=width // tables[0][1],
+            global_attn_indexes=tuple(i for i, side in enumerate(sides) if side == grid) if window else (),
+            window_size=window,
+            prompt_dim=shapes["image_encoder.neck.0.weight"][0],
+            decoder_mlp_dim=shapes["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0],
+            mask_in_chans=shapes["prompt_encoder.mask_downscaling.3.weight"][0],
+            iou_head_hidden_dim=shapes["mask_decoder.iou_prediction_head.layers.0.weight"][0],
+        )
+    except (AttributeError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{source}: not the weights of a SAM ({type(error).__name__}: {error})") from None
 
 
 def load_sam(path: str | Path) -> tuple[Sam, SamDims]:
     """A SAM in float32 from an original ``.pth`` or from a folder that ``save_sam`` wrote.
 
-    The type of a ``.pth`` (vit_b, vit_l, vit_h) is read off its weights. Raises FileNotFoundError for what is not there
-    and ValueError for a file that holds no SAM or other weights than its sizes ask for.
+    The sizes of a ``.pth`` (vit_b, vit_l, vit_h or any other) are read off its weights. Raises FileNotFoundError for
+    what is not there and ValueError for a file that holds no SAM or other weights than its sizes ask for.
     """
     path = Path(path)
     dims, weights = _read_folder(path) if path.is_dir() else _read_pth(path)
@@ -159,20 +162,14 @@ def _read_folder(folder: Path) -> tuple[SamDims, dict[str, Tensor]]:
         dims = SamDims(**json.loads(config.read_text()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config}: not the sizes of a SAM: {error}") from error
-    try:
-        return dims, load_file(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{weights}: cannot be read ({error}); copy or download it again") from error
+    return dims, read_file(weights)
 
 
 def _read_pth(path: Path) -> tuple[SamDims, dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found (--vision_pretrained: a SAM .pth or a folder with sam.json)")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{path}: cannot be read as a SAM .pth; copy or download it again") from error
-    return _detect_preset(weights, path), weights
+    weights = read_file(path)
+    return detect_dims(weights, path), weights
 
 
 def save_sam(sam: Sam, dims: SamDims, folder: str | Path) -> None:

@@ -25,7 +25,7 @@ def prototypes(features: Tensor, mask_logits: Tensor, valid: Tensor, config: Ref
     """
     weights = mask_logits.sigmoid() if config.pooling == "soft" else (mask_logits > 0).to(mask_logits.dtype)
     weights = F.interpolate(weights[:, None], features.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-    valid = valid.to(features.dtype)
+    valid = torch.ones_like(weights) if config.pooling == "released" else valid.to(features.dtype)
     inside = (weights * valid)[:, None]
     if config.prototypes == "foreground+background":
         maps = torch.cat([inside, ((1 - weights) * valid)[:, None]], dim=1)
@@ -34,7 +34,10 @@ def prototypes(features: Tensor, mask_logits: Tensor, valid: Tensor, config: Ref
     else:
         maps = inside
     mass = maps.sum((2, 3))
-    pooled = torch.einsum("kngh,kcgh->knc", maps, features) / (mass + POOLING_EPS)[..., None]
+    area = mass + POOLING_EPS
+    if config.pooling == "released":
+        area = (mass.bfloat16() + POOLING_EPS).to(mass.dtype)
+    pooled = torch.einsum("kngh,kcgh->knc", maps, features) / area[..., None]
     empty = mass < POOLING_EPS
     empty[:, 0] &= ~empty.all(1)
     return pooled, empty
@@ -48,23 +51,29 @@ def _regions(grid: int, per_side: int, like: Tensor) -> Tensor:
 
 
 class TokenRefiner(nn.Module):
-    """ĥᵗ = h + CA(h, MAP(F, mᵗ⁻¹)) (CoReS, token refiner). Starts as the identity: its output projection is zero."""
+    """ĥᵗ = h + CA(h, MAP(F, mᵗ⁻¹)) (CoReS, token refiner). Starts as the identity: its output projection is zero.
+
+    Of the kind "attention+norm" it is h + LayerNorm(h + CA), which the released code has; its gain starts at zero.
+    """
 
     def __init__(self, width: int, config: RefinerConfig):
         super().__init__()
         self.config = config
         self.attention = nn.MultiheadAttention(width, config.heads, batch_first=True)
+        self.norm = nn.LayerNorm(width) if config.kind == "attention+norm" else None
         self.reset_output()
 
     def reset_output(self) -> None:
-        nn.init.zeros_(self.attention.out_proj.weight)
-        nn.init.zeros_(self.attention.out_proj.bias)
+        last = self.attention.out_proj if self.norm is None else self.norm
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, token: Tensor, features: Tensor, mask_logits: Tensor, valid: Tensor) -> Tensor:
         """token (K, C), features (K, C, G, G), mask_logits (K, h, w), valid (K, G, G) -> (K, C)."""
         keys, empty = prototypes(features, mask_logits, valid, self.config)
         update, _ = self.attention(token[:, None], keys, keys, key_padding_mask=empty, need_weights=False)
-        return token + update[:, 0]
+        update = update[:, 0]
+        return token + (update if self.norm is None else self.norm(token + update))
 
 
 class SegmentingChain(nn.Module):
@@ -73,7 +82,7 @@ class SegmentingChain(nn.Module):
     def __init__(self, sam: Sam, refiner: RefinerConfig, decode_chunk: int | None = None):
         super().__init__()
         self.sam = sam
-        self.refiner = TokenRefiner(sam.prompt_encoder.embed_dim, refiner) if refiner.kind == "attention" else None
+        self.refiner = TokenRefiner(sam.prompt_encoder.embed_dim, refiner) if refiner.kind != "none" else None
         self.decode_chunk = decode_chunk
 
     @torch.no_grad()

@@ -58,7 +58,7 @@ def test_merging_changes_no_mask(merged):
     whole = CoresForReasoningSegmentation.from_pretrained(merged).eval()
     assert not any("lora" in name for name in whole.state_dict())
     data = EvalDataset(toys() / "data", "Toy|val", processor.levels, 0)
-    batch = collate([data[0], data[1]], processor, processor.levels, processor.template)
+    batch = collate([data[0], data[1]], processor, processor.levels, processor.conversation)
     with torch.no_grad():
         for a, b in zip(apart(batch).low_res, whole(batch).low_res, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)  # measured: 2e-7

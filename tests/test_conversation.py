@@ -95,7 +95,7 @@ def test_only_the_answers_of_the_conversation_are_supervised(tokenizer, template
     assert len(encoded.labels) == len(encoded.input_ids)
     ids = [i for i in encoded.labels if i != IGNORE_INDEX]
     assert ids.count(tokenizer.eos_token_id) == 2 and ids[-1] == tokenizer.eos_token_id
-    end = TEMPLATES[template].answer_end
+    end = TEMPLATES[template].answer_end.strip()
     shown = "".join(tokenizer.decode(ids).split())  # how a decoder spaces words is its own matter
     assert shown == f"Itappearson[LOC].Itis[SEG].{end}</s>Itisaredbus.{end}</s>"
     # exemplars and conversation: three answers end, one of them unsupervised

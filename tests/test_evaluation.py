@@ -63,7 +63,7 @@ class InMemory(list):
 
 def processor() -> ToyProcessor:
     toy = ToyProcessor()
-    toy.levels, toy.template = list(LEVELS), "tiny"
+    toy.levels, toy.conversation = list(LEVELS), "tiny"
     return toy
 
 

@@ -109,7 +109,7 @@ def make_loader(data: TrainMixture, processor: CoresProcessor, s: Settings) -> t
     policy = "skip" if s.on_bad_sample == "skip" else "raise"
 
     def build(samples: list) -> Batch:
-        return collate(samples, processor, processor.levels, processor.template, on_too_long=policy)
+        return collate(samples, processor, processor.levels, processor.conversation, on_too_long=policy)
 
     loader = DataLoader(
         data, s.batch_size, sampler=sampler, num_workers=s.workers, collate_fn=build, persistent_workers=s.workers > 0,

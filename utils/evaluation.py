@@ -163,7 +163,7 @@ class _Runner:
         """Scores the conversations of ``parts``; their masks are dropped at once."""
         samples, levels = [part.sample for part in parts], self.processor.levels
         build = collate if self.mode == "teacher_forced" else collate_prompts
-        batch = build(samples, self.processor, levels, self.processor.template).to(self.device, self.dtype)
+        batch = build(samples, self.processor, levels, self.processor.conversation).to(self.device, self.dtype)
         if self.mode == "teacher_forced":
             answers = self.model.segment(batch)
         else:

@@ -1,0 +1,146 @@
+"""Compares this program with recorded runs of the published LISA and CoReS code.
+
+    python -m utils.parity CASE_DIR [CASE_DIR …] [--tolerance 10] [--all]
+
+A case folder holds either a model (``weights.safetensors`` under the published names, ``config.json``, ``inputs`` and
+``outputs.safetensors``, ``noise.json`` with the noise floor of the published code itself), or recorded tokenisation
+(``values.json`` with "cases" and "tokenize"), or recorded utilities. A model case is written out as a published
+checkpoint folder and loaded by ``CoresForReasoningSegmentation.from_pretrained``, as a user would.
+
+A float tensor may differ by ``--tolerance`` times its noise floor, a loss by 1e-4, a metric by 1e-4, a mask by no pixel,
+token ids and labels not at all. A pixel whose recorded logit is nearer to 0 than the noise floor is undecided and not
+counted; the table says how many there are. Exit code 0: everything agrees; 1: something does not; 2: no such case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+LOSS_TOLERANCE = 1e-4
+METRIC_TOLERANCE = 1e-4
+ROUNDING = 1e-6  # of a tensor's largest value: what one float32 operation in another order may change
+
+
+@dataclass
+class Row:
+    """One comparison. ``error`` and ``tolerance`` in the unit of the values, or in pixels or tokens that differ."""
+
+    name: str
+    error: float
+    tolerance: float
+    unit: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance  # False for NaN, too
+
+
+@dataclass
+class Table:
+    """What was compared in one case, and what was left out and why."""
+
+    case: str
+    factor: float = 10.0
+    noise: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, error: float, tolerance: float, unit: str = "") -> None:
+        self.rows.append(Row(name, float(error), tolerance, unit))
+
+    def tensors(self, name: str, ours: Tensor, theirs: Tensor, tolerance: float | None = None) -> None:
+        """Largest difference; ``tolerance`` None: the noise floor of ``name`` times the factor."""
+        if ours.shape != theirs.shape:
+            self.add(f"{name}: shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}", float("inf"), 0.0)
+            return
+        ours, theirs = ours.detach().double(), theirs.double()
+        if tolerance is None:
+            largest = theirs.abs().max().item() if theirs.numel() else 0.0
+            tolerance = self.factor * self.noise.get(name, 0.0) + ROUNDING * max(1.0, largest)
+        self.add(name, (ours - theirs).abs().max().item() if theirs.numel() else 0.0, tolerance)
+
+    def equal(self, name: str, ours: Tensor, theirs: Tensor, unit: str = "tokens") -> None:
+        """Number of places that differ; none may."""
+        if ours.shape != theirs.shape:
+            self.add(f"{name}: shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}", float("inf"), 0.0, unit)
+        else:
+            self.add(name, (ours != theirs).sum().item(), 0, unit)
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    def text(self, everything: bool = False) -> str:
+        """The rows that fail, or all of them, and a summary."""
+        lines = [f"{self.case}: {len(self.rows)} comparisons, {sum(not row.ok for row in self.rows)} beyond tolerance"]
+        for row in self.rows:
+            if everything or not row.ok:
+                mark = "ok  " if row.ok else "FAIL"
+                lines.append(f"  {mark} {row.name:<70} {row.error:.3g} (may be {row.tolerance:.3g}) {row.unit}".rstrip())
+        lines += [f"  left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join(lines)
+
+
+def compare_case(folder: Path, factor: float = 10.0) -> Table:
+    """Everything that a case folder records. Raises FileNotFoundError or ValueError for a folder that is no case."""
+    from utils import parity_model, parity_parts
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    table = Table(str(folder), factor, read_noise(folder / "noise.json"))
+    if (folder / "weights.safetensors").is_file():
+        parity_model.compare(folder, table)
+        return table
+    values = folder / "values.json"
+    if not values.is_file():
+        raise FileNotFoundError(f"{folder}: no case here; it needs weights.safetensors or values.json")
+    content = json.loads(values.read_text())
+    (parity_parts.compare_tokens if "cases" in content else parity_parts.compare_utilities)(folder, content, table)
+    return table
+
+
+def read_noise(file: Path) -> dict[str, float]:
+    """Largest difference between two runs of the published code, by tensor; empty where there is no file."""
+    if not file.is_file():
+        return {}
+    content = json.loads(file.read_text())
+    return {name: value["max_abs_diff"] for name, value in content["max_abs_diff"].items()} | {
+        f"grad_norms.{run}": value for run, value in content.get("grad_norm_max_rel", {}).items()
+    }
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found; a case folder needs it")
+    return load_file(file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m utils.parity", description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="+", type=Path, metavar="CASE_DIR")
+    parser.add_argument("--tolerance", type=float, default=10.0, help="how many times the noise floor is allowed (default: 10)")
+    parser.add_argument("--all", action="store_true", help="print every comparison, not only those that fail")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    ok = True
+    for folder in args.cases:
+        try:
+            table = compare_case(folder, args.tolerance)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"error: {folder}: {error}", file=sys.stderr)
+            return 2
+        print(table.text(args.all))
+        ok &= table.ok
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
