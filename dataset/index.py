@@ -9,6 +9,7 @@ I is the number of images, A the number of annotations of a file.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from array import array
 from collections.abc import Callable
@@ -140,9 +141,10 @@ class _Spool:
 
     def copy(self, store: StoreWriter, name: str, order: np.ndarray) -> None:
         with store.records(name) as records, self._stream:
-            for row in order:
-                self._stream.seek(self._ends[row])
-                records.add(self._stream.read(self._ends[row + 1] - self._ends[row]))
+            self._stream.flush()
+            for row in order.tolist():
+                start, end = self._ends[row], self._ends[row + 1]
+                records.add(os.pread(self._stream.fileno(), end - start, start))
 
 
 class _CocoParser:
