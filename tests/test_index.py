@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -168,12 +168,21 @@ def read_all(reader: JsonReader):
 
 
 @given(value=VALUES, indent=st.sampled_from([None, 1]), window=st.integers(1, 9))
+@example(value=[-1.5e-300, 10], indent=None, window=1)
+@example(value=-1.5e-300, indent=None, window=1)
 @settings(max_examples=100, deadline=None)
 def test_the_window_of_the_reader_does_not_matter(value, indent, window):
     text = f" {json.dumps(value, indent=indent)}\r\n"
     reader = JsonReader(io.StringIO(text, newline=""), window)
     assert read_all(reader) == value
     reader.end()
+
+
+def test_the_window_stays_small():
+    """Of 300 kB in entries of 30 no more is held than two windows; an entry that is longer is held as a whole."""
+    reader = JsonReader(io.StringIO(json.dumps([{"id": i, "x": "abc"} for i in range(10_000)] + ["y" * 5000])), window=1000)
+    held = [len(reader._text) for _ in reader.items()]
+    assert max(held[:-1]) < 2100 and 5000 < held[-1] < 20_000
 
 
 def test_the_reader_says_where_it_failed():
@@ -325,17 +334,15 @@ def test_of_many_processes_one_builds(tmp_path):
     source = tmp_path / "a.json"
     source.write_text("content")
 
-    def rank(queue):
-        store = open_store(source, "toy-1", slow_build, tmp_path / "cache")
-        queue.put(store.json("content"))
+    def rank():
+        assert open_store(source, "toy-1", slow_build, tmp_path / "cache").json("content") == "content"
 
-    queue = FORK.SimpleQueue()
-    ranks = [FORK.Process(target=rank, args=(queue,)) for _ in range(5)]
+    ranks = [FORK.Process(target=rank) for _ in range(5)]
     for process in ranks:
         process.start()
-    assert [queue.get() for _ in ranks] == ["content"] * 5
     for process in ranks:
-        process.join(20)
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0] * 5
     assert len((tmp_path / "builds").read_text().split()) == 1
 
 
@@ -415,6 +422,14 @@ def test_the_default_cache(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert store_module.cache_root() == Path("/home/me/.cache/cores/index")
+
+
+def test_a_long_build_is_announced(tmp_path, monkeypatch, caplog):
+    CocoIndex.open(write_json(tmp_path / "a.json", coco()), tmp_path / "cache")
+    assert not caplog.text
+    monkeypatch.setattr(store_module, "LARGE", 100)
+    CocoIndex.open(write_json(tmp_path / "a.json", coco(2)), tmp_path / "cache")
+    assert "a.json: its index is built, once, in" in caplog.text
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
