@@ -5,10 +5,10 @@ import json
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import tempfile
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -378,13 +378,13 @@ def test_workers_read_the_same_however_they_are_started(tmp_path, start):
 def test_a_pickle_holds_the_name_of_the_file_only(tmp_path, builds, monkeypatch):
     monkeypatch.setenv("CORES_CACHE", str(tmp_path / "cache"))
     loader = CocoInstances(write_data(tmp_path), "train2017", LoaderOptions(("SEG",)))
-    text = pickle.dumps(loader)
+    text = ForkingPickler.dumps(loader)
     assert len(text) < 1500 < (tmp_path / "coco" / "annotations" / "instances_train2017.json").stat().st_size
-    assert_same(pickle.loads(text).index, coco(3, 40))
+    assert_same(ForkingPickler.loads(text).index, coco(3, 40))
     assert len(builds) == 1
     write_json(loader.source, coco(3, 41))
     with pytest.raises(DataError, match="is not the file it was when this process was started"):
-        pickle.loads(text)
+        ForkingPickler.loads(text)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, caplog):
@@ -607,7 +607,7 @@ def test_lists_of_records(tmp_path, caplog):
         with pytest.raises(IndexError):
             index[2]
     assert caplog.text.count("index built") == 1
-    assert list(pickle.loads(pickle.dumps(index))) == list(index)
+    assert list(ForkingPickler.loads(ForkingPickler.dumps(index))) == list(index)
     for content, message in (([], "must be a non-empty list"), ({}, "must be a non-empty list"), ([{}], "record 0 has no name")):
         with pytest.raises(DataError, match=f"a.json: {message}"):
             RecordIndex.open(write_json(path, content), "toy-1", prepare, tmp_path / "cache")
