@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -368,6 +369,10 @@ class _Writer:
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
+    @cached_property
+    def _anchor(self) -> list[int]:
+        return self._plain(_ANCHOR)
+
     def _tokenise(self, text: str) -> list[int]:
         ids = self._continue(text)
         if self.control.keys() & ids:
@@ -385,7 +390,7 @@ class _Writer:
         """Token ids of ``text`` after what is written, without the space that sentence-piece models put before it."""
         if self._at_start:  # the slow tokenizer put its space before a space, too
             return self._plain(f" {text}" if self.strip and text.startswith(" ") else text)
-        anchor, ids = self._plain(_ANCHOR), self._plain(_ANCHOR + text)
+        anchor, ids = self._anchor, self._plain(_ANCHOR + text)
         return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._plain(text)
 
 
