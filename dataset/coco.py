@@ -55,20 +55,29 @@ def without_missing(records: list, names: list[str], folder: Path, source: Path,
     return kept
 
 
-def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path, field: str) -> np.ndarray:
-    """A COCO segmentation (polygons, run lengths, compressed run lengths) as bool (H, W).
+def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path, field: str, thin: bool = False) -> np.ndarray:
+    """A COCO segmentation (polygons, run lengths, compressed run lengths, a list of either) as bool (H, W).
 
-    Raises DataError naming ``path`` and ``field``.
+    ``thin``: polygons of one or two points, which enclose nothing, are skipped. Raises DataError naming ``path`` and ``field``.
     """
     if isinstance(segmentation, dict):
         return decode_rle(segmentation, size, path, field)
+    if not isinstance(segmentation, list):
+        raise DataError(f"{path}: {field} must be polygons or run lengths")
+    mask = np.zeros(size, dtype=bool)
+    polygons = [part for part in segmentation if not isinstance(part, dict)]
+    for part in segmentation:
+        if isinstance(part, dict):  # refCLEF: one region, several run lengths
+            mask |= decode_rle(part, size, path, field)
+    if thin:
+        polygons = [p for p in polygons if not isinstance(p, list) or len(p) not in (2, 4)]
     # pycocotools would read a list of four numbers as a box
-    if not isinstance(segmentation, list) or any(not isinstance(p, list) or len(p) < 6 or len(p) % 2 for p in segmentation):
+    if any(not isinstance(p, list) or len(p) < 6 or len(p) % 2 for p in polygons):
         raise DataError(f"{path}: {field} must be polygons of at least three points [x0, y0, x1, …] or run lengths")
-    if not segmentation:
-        return np.zeros(size, dtype=bool)
+    if not polygons:
+        return mask
     try:
-        return rle_codec.decode(rle_codec.merge(rle_codec.frPyObjects(segmentation, *size))).astype(bool)
+        return mask | rle_codec.decode(rle_codec.merge(rle_codec.frPyObjects(polygons, *size))).astype(bool)
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: {field} is not a valid polygon ({error})") from None
 
