@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +22,19 @@ from dataset.conversation import answer, phrase_question
 from dataset.images import (
     DataError,
     MissingDataError,
-    PackedRecords,
     check_size,
     decode_rle,
     read_image,
-    read_json,
     require_folder,
     resolve_inside,
 )
+from dataset.index import CocoIndex
 from dataset.sample import Conversation, LoaderOptions, Sample
 
 logger = logging.getLogger(__name__)
 
 
-def without_missing(records: list, names: list[str], folder: Path, source: Path, skip: bool) -> list:
+def without_missing(records: Sequence, names: list[str], folder: Path, source: Path, skip: bool) -> Sequence:
     """The ``records`` whose image (``names``, in the same order) is in ``folder``.
 
     Raises MissingDataError for the first that is not, unless ``skip``, which logs how many were left out.
@@ -91,60 +91,41 @@ class CocoInstances:
         self.options = options
         root = require_folder(Path(dataset_dir) / "coco", "COCO-format data")
         self.source = resolve_inside(root / "annotations", f"instances_{split}.json")
-        content = read_json(self.source)
+        self.index = CocoIndex.open(self.source)
         self.folder = require_folder(resolve_inside(root, split), "the folder of this split's images")
-        records = self._index(content)
-        if not records:
+        positions = self.index.with_instances().tolist()
+        if not positions:
             raise DataError(f"{self.source}: split {split} is empty; no image has an annotated instance")
-        names = [record["file"] for record in records]
-        self.records = PackedRecords(without_missing(records, names, self.folder, self.source, options.skip_missing))
-
-    def _index(self, content: dict) -> list[dict]:
-        """One record per image with at least one instance, sorted by file name."""
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(content, dict) or not isinstance(content.get(key), list):
-                raise DataError(f'{self.source}: has no list "{key}"; a COCO instances file is expected')
-        try:
-            self.categories = {c["id"]: c["name"] for c in content["categories"]}
-            images = {
-                i["id"]: {"file": i["file_name"], "size": [i["height"], i["width"]], "instances": []} for i in content["images"]
-            }
-            for entry in content["annotations"]:
-                if entry["image_id"] not in images or entry["category_id"] not in self.categories:
-                    raise DataError(f"{self.source}: annotation {entry.get('id')} names an unknown image or category")
-                instance = [entry["id"], entry["category_id"], int(entry.get("iscrowd", 0)), entry["segmentation"]]
-                images[entry["image_id"]]["instances"].append(instance)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{self.source}: an entry lacks the field {error}") from None
-        kept = [image for image in images.values() if any(not crowd for _, _, crowd, _ in image["instances"])]
-        return sorted(kept, key=lambda image: image["file"])
+        names = [self.index.file_names[position] for position in positions]
+        self.positions = np.array(without_missing(positions, names, self.folder, self.source, options.skip_missing))
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.positions)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its categories in training, all of them otherwise."""
-        record = self.records[index]
-        path = resolve_inside(self.folder, record["file"])
+        position = int(self.positions[index])
+        record = self.index.image(position)
+        path = resolve_inside(self.folder, record["file_name"])
         image = read_image(path)
         size = image.shape[:2]
-        check_size(tuple(record["size"]), size, path, f"the size in {self.source.name}")
-        by_category: dict[int, list] = defaultdict(list)
-        for instance in record["instances"]:
-            by_category[instance[1]].append(instance)
-        categories = sorted(c for c, instances in by_category.items() if any(not crowd for _, _, crowd, _ in instances))
+        check_size((record["height"], record["width"]), size, path, f"the size in {self.source.name}")
+        by_category: dict[int, list[dict]] = defaultdict(list)
+        for entry in self.index.annotations(position):
+            by_category[entry["category_id"]].append(entry)
+        categories = sorted(c for c, entries in by_category.items() if not all(entry.get("iscrowd") for entry in entries))
         if self.options.training:
             count = min(self.options.num_classes_per_sample, len(categories))
             categories = [int(c) for c in rng.choice(categories, size=count, replace=False)]
         conversations = [self._conversation(c, by_category[c], size, rng) for c in categories]
-        return Sample(image, str(path), conversations, "semantic", self.dataset, Path(record["file"]).stem)
+        return Sample(image, str(path), conversations, "semantic", self.dataset, Path(record["file_name"]).stem)
 
-    def _conversation(self, category: int, instances: list, size: tuple[int, int], rng: np.random.Generator) -> Conversation:
+    def _conversation(self, category: int, entries: list[dict], size: tuple[int, int], rng: np.random.Generator) -> Conversation:
         target, crowd = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
-        for number, _, is_crowd, segmentation in instances:
-            mask = annotation_mask(segmentation, size, self.source, f'annotation {number} "segmentation"')
-            (crowd if is_crowd else target)[mask] = True
+        for entry in entries:
+            mask = annotation_mask(entry["segmentation"], size, self.source, f'annotation {entry["id"]} "segmentation"')
+            (crowd if entry.get("iscrowd") else target)[mask] = True
         crowd &= ~target
-        question = phrase_question(f"the {self.categories[category]}", self.options.wording(rng))
+        question = phrase_question(f"the {self.index.categories[category]['name']}", self.options.wording(rng))
         reply = answer(self.options.levels, self.options.wording(rng))
         return Conversation([(question, reply)], target[None], crowd if crowd.any() else None)

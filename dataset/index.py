@@ -9,6 +9,7 @@ I is the number of images, A the number of annotations of a file.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from array import array
 from collections.abc import Callable
@@ -140,9 +141,10 @@ class _Spool:
 
     def copy(self, store: StoreWriter, name: str, order: np.ndarray) -> None:
         with store.records(name) as records, self._stream:
-            for row in order:
-                self._stream.seek(self._ends[row])
-                records.add(self._stream.read(self._ends[row + 1] - self._ends[row]))
+            self._stream.flush()
+            for row in order.tolist():
+                start, end = self._ends[row], self._ends[row + 1]
+                records.add(os.pread(self._stream.fileno(), end - start, start))
 
 
 class _CocoParser:
@@ -159,7 +161,7 @@ class _CocoParser:
     def parse(self, reader: JsonReader) -> None:
         take = {"images": self._image, "annotations": self._annotation, "categories": self._category}
         missing = set(take)
-        for key in reader.members() if reader.peek() == "{" else ():
+        for key in reader.members() if reader.peek() == "{" else _other(reader):
             if key in missing and reader.peek() == "[":
                 missing.remove(key)
                 for number, (entry, text) in enumerate(reader.items()):
@@ -202,6 +204,12 @@ class _CocoParser:
         if not isinstance(_field(entry, "name", where), str):
             raise DataError(f'{where}: "name" must be a text')
         self.categories.append(entry)
+
+
+def _other(reader: JsonReader) -> tuple:
+    """Steps over a value of another kind than expected, as nothing. Raises ValueError if it is no JSON either."""
+    reader.value()
+    return ()
 
 
 def _field(entry: dict, name: str, where: str) -> Any:
@@ -306,12 +314,11 @@ class _RecordBuilder:
         def parse(reader: JsonReader) -> int:
             count = 0
             with store.records("names", small=True) as names, store.records("records") as records:
-                for count, (entry, _) in enumerate(reader.items() if reader.peek() == "[" else (), start=1):
+                for count, (entry, _) in enumerate(reader.items() if reader.peek() == "[" else _other(reader), start=1):
                     name, record = self.prepare(source, entry, count - 1)
                     names.add(json.dumps(name).encode())
                     records.add(json.dumps(record, separators=(",", ":")).encode())
-            if count:
-                reader.end()
+            reader.end()
             return count
 
         if not parse_stream(source, parse):

@@ -61,10 +61,10 @@ class JsonReader:
                 value, end = self._decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 if self._ended:
-                    self._fail(error.msg, error.pos)
+                    self._fail(error.msg.removesuffix(" starting at"), error.pos)
             else:
-                # a number at the window's end may go on behind it
-                if end < len(self._text) or self._ended:
+                # a number at the window's end may go on behind it, and the parser takes "1." or "1e+" for a 1
+                if self._ended or (end < len(self._text) and self._text[end] not in ".eE+-"):
                     text, self._at = self._text[self._at : end], end
                     return value, text
             self._fill()
