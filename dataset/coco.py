@@ -19,6 +19,7 @@ import numpy as np
 from pycocotools import mask as rle_codec
 
 from dataset.conversation import answer, phrase_question
+from dataset.exclusion import without_excluded
 from dataset.images import (
     DataError,
     MissingDataError,
@@ -39,9 +40,10 @@ def without_missing(records: Sequence, names: list[str], folder: Path, source: P
 
     Raises MissingDataError for the first that is not, unless ``skip``, which logs how many were left out.
     """
-    there = {path.name for path in folder.iterdir()}
-    # names with a folder in them are rare; only those are asked from the disk one by one
-    present = [n in there if "/" not in n else resolve_inside(folder, n).is_file() for n in names]
+    parents = {name[: name.rfind("/") + 1] for name in names}
+    places = {parent: resolve_inside(folder, parent) if parent else folder for parent in parents}
+    there = {parent: {path.name for path in place.iterdir()} if place.is_dir() else set() for parent, place in places.items()}
+    present = [name[name.rfind("/") + 1 :] in there[name[: name.rfind("/") + 1]] for name in names]
     missing = [name for name, ok in zip(names, present, strict=True) if not ok]
     if not missing:
         return records
@@ -53,6 +55,16 @@ def without_missing(records: Sequence, names: list[str], folder: Path, source: P
     if not kept:
         raise MissingDataError(f"{message}; nothing is left to load")
     return kept
+
+
+def usable(positions: Sequence[int], name_of: Sequence[str], folder: Path, source: Path, options: LoaderOptions, dataset: str):
+    """The ``positions``, int64, whose image may be trained on and is in ``folder``. ``name_of``: file name by position.
+
+    Raises DataError, as ``without_excluded`` and ``without_missing`` do.
+    """
+    allowed = without_excluded(positions, [name_of[position] for position in positions], options, dataset)
+    names = [name_of[position] for position in allowed]
+    return np.array(without_missing(allowed, names, folder, source, options.skip_missing), dtype=np.int64)
 
 
 def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path, field: str, thin: bool = False) -> np.ndarray:
@@ -96,8 +108,7 @@ class CocoInstances:
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(f"{self.source}: split {split} is empty; no image has an annotated instance")
-        names = [self.index.file_names[position] for position in positions]
-        self.positions = np.array(without_missing(positions, names, self.folder, self.source, options.skip_missing))
+        self.positions = usable(positions, self.index.file_names, self.folder, self.source, options, self.dataset)
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -1,7 +1,7 @@
 """--exclude_val: photos that are validated on are left out of training, whatever data set they come with.
 
-COCO's photos are used again and again: those of refCOCO's val and test splits are training images of COCO, COCO-Stuff, PACO and
-LLaVA-Instruct. All of these name a photo by COCO's number.
+COCO's photos are used again and again: those of refCOCO's val and test splits are training images of COCO, COCO-Stuff, PACO,
+LLaVA-Instruct and LLM-Seg40K. All of these name a photo by COCO's number.
 """
 
 from __future__ import annotations

@@ -24,9 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.coco import annotation_mask, without_missing
+from dataset.coco import annotation_mask, usable
 from dataset.conversation import answer, phrase_question
-from dataset.exclusion import without_excluded
 from dataset.images import DataError, NothingToAsk, check_size, read_image, require_folder, resolve_inside
 from dataset.index import CocoIndex
 from dataset.sample import Conversation, LoaderOptions, Sample
@@ -56,13 +55,12 @@ class PartSource:
     train_split: str = "train"
     separator: str = ":"
     """Between the object and the part in a category's name."""
-    coco_images: bool = False
     by_synset: bool = False
     """Images may lie in a folder named as the first nine letters of the file name."""
 
 
 SOURCES = {
-    "paco_lvis": PartSource("vlpart/paco/annotations/paco_lvis_v1_{split}.json", ("coco",), coco_images=True),
+    "paco_lvis": PartSource("vlpart/paco/annotations/paco_lvis_v1_{split}.json", ("coco",)),
     "pascal_part": PartSource("vlpart/pascal_part/{split}.json", ("vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages",)),
     "partimagenet": PartSource(
         "vlpart/partimagenet/{split}.json",
@@ -113,10 +111,8 @@ class PartSegmentation:
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(f"{self.source}: is empty; no image has an annotated part")
-        if self.kind.coco_images:
-            positions = without_excluded(positions, [self.index.file_names[i] for i in positions], options, self.dataset)
-        files = [self._file(self.index.file_names[i]) for i in positions]
-        self.positions = np.array(without_missing(positions, files, self.folder, self.source, options.skip_missing))
+        files = [self._file(file) for file in self.index.file_names]
+        self.positions = usable(positions, files, self.folder, self.source, options, self.dataset)
 
     @staticmethod
     def _folder(folders: list[Path], name: str) -> Path:

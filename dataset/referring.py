@@ -20,7 +20,6 @@ The published evaluation scores every sentence of every reference, so ``LoaderOp
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.coco import annotation_mask, without_missing
+from dataset.coco import annotation_mask, usable
 from dataset.conversation import answer, phrase_question
-from dataset.exclusion import without_excluded
 from dataset.images import (
     DataError,
     MissingDataError,
@@ -44,8 +42,6 @@ from dataset.images import (
 from dataset.index import CocoIndex
 from dataset.refs_pickle import read_pickle
 from dataset.sample import Conversation, LoaderOptions, Sample, draw_queries
-
-logger = logging.getLogger(__name__)
 
 COCO_IMAGES = "images/mscoco/images/train2014"
 NOTHING = -1  # gRefCOCO's ann_id where a sentence means nothing in the image
@@ -184,13 +180,10 @@ class ReferringSegmentation:
                 raise DataError(f"{self.source}: lacks the image {reference.image_id} of a reference of {self.dataset}") from None
             if reference.sentences:
                 by_image[position].append([reference.annotations, reference.sentences])
-        records = sorted(by_image.items())
-        if not records:
+        if not by_image:
             raise DataError(f"{self.source.parent}: the references of {self.dataset} have no sentences")
-        names = [self.index.file_names[position] for position, _ in records]
-        kept = without_excluded(records, names, self.options, self.dataset)
-        names = [self.index.file_names[position] for position, _ in kept]
-        self.records = PackedRecords(without_missing(kept, names, self.folder, self.source, self.options.skip_missing))
+        positions = usable(sorted(by_image), self.index.file_names, self.folder, self.source, self.options, self.dataset)
+        self.records = PackedRecords([position, by_image[position]] for position in positions.tolist())
 
     def __len__(self) -> int:
         return len(self.records)

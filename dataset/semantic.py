@@ -100,16 +100,17 @@ FAMILIES = {
 def read_classes(path: Path) -> tuple[list[str], set[int]]:
     """(names, indices of those that are not evaluated) of a JSON list or of a Mapillary config. Raises DataError."""
     content = read_json(path)
-    is_config = isinstance(content, dict)
-    entries = content.get("labels") if is_config else content
-    if not isinstance(entries, list) or not entries:
+    if is_list := isinstance(content, list):
+        labels = [{"readable": name} for name in content]
+    else:
+        labels = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(labels, list) or not labels:
         raise DataError(f'{path}: must be a non-empty list of class names, or a Mapillary config with the list "labels"')
-    names = [entry.get("readable") if isinstance(entry, dict) and is_config else entry for entry in entries]
+    names = [label.get("readable") if isinstance(label, dict) else None for label in labels]
     if any(not isinstance(name, str) or not name.strip() for name in names):
         raise DataError(f'{path}: must be a non-empty list of class names; those of a Mapillary config are called "readable"')
-    if not is_config:
-        return names, set()
-    return [name.lower() for name in names], {i for i, entry in enumerate(entries) if entry.get("evaluate") is False}
+    silent = {i for i, label in enumerate(labels) if label.get("evaluate") is False}
+    return names if is_list else [name.lower() for name in names], silent
 
 
 class SemanticSegmentation:
