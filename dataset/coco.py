@@ -135,7 +135,8 @@ class CocoInstances:
         target, crowd = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
         for entry in entries:
             mask = annotation_mask(entry["segmentation"], size, self.source, f'annotation {entry["id"]} "segmentation"')
-            (crowd if entry.get("iscrowd") else target)[mask] = True
+            union = crowd if entry.get("iscrowd") else target
+            union |= mask
         crowd &= ~target
         question = phrase_question(f"the {self.index.categories[category]['name']}", self.options.wording(rng))
         reply = answer(self.options.levels, self.options.wording(rng))

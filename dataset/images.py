@@ -88,7 +88,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         # what lies under transparent pixels is arbitrary, and a viewer shows paper there
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -99,7 +99,8 @@ def read_image(path: str | Path) -> np.ndarray:
     path = Path(path)
     with _open(path) as picture:
         _load(picture, path)
-        return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
+        ImageOps.exif_transpose(picture, in_place=True)
+        return np.array(_to_rgb(picture))
 
 
 def read_label(path: str | Path) -> np.ndarray:
