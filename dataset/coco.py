@@ -19,6 +19,7 @@ import numpy as np
 from pycocotools import mask as rle_codec
 
 from dataset.conversation import answer, phrase_question
+from dataset.exclusion import without_excluded
 from dataset.images import (
     DataError,
     MissingDataError,
@@ -39,9 +40,10 @@ def without_missing(records: Sequence, names: list[str], folder: Path, source: P
 
     Raises MissingDataError for the first that is not, unless ``skip``, which logs how many were left out.
     """
-    there = {path.name for path in folder.iterdir()}
-    # names with a folder in them are rare; only those are asked from the disk one by one
-    present = [n in there if "/" not in n else resolve_inside(folder, n).is_file() for n in names]
+    parents = {name[: name.rfind("/") + 1] for name in names}
+    places = {parent: resolve_inside(folder, parent) if parent else folder for parent in parents}
+    there = {parent: {path.name for path in place.iterdir()} if place.is_dir() else set() for parent, place in places.items()}
+    present = [name[name.rfind("/") + 1 :] in there[name[: name.rfind("/") + 1]] for name in names]
     missing = [name for name, ok in zip(names, present, strict=True) if not ok]
     if not missing:
         return records
@@ -55,20 +57,41 @@ def without_missing(records: Sequence, names: list[str], folder: Path, source: P
     return kept
 
 
-def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path, field: str) -> np.ndarray:
-    """A COCO segmentation (polygons, run lengths, compressed run lengths) as bool (H, W).
+def usable(
+    positions: Sequence[int], name_of: Sequence[str], folder: Path, source: Path, options: LoaderOptions, dataset: str
+) -> np.ndarray:
+    """The ``positions``, int64, whose image may be trained on and is in ``folder``. ``name_of``: file name by position.
 
-    Raises DataError naming ``path`` and ``field``.
+    Raises DataError, as ``without_excluded`` and ``without_missing`` do.
+    """
+    allowed = without_excluded(positions, [name_of[position] for position in positions], options, dataset)
+    names = [name_of[position] for position in allowed]
+    return np.array(without_missing(allowed, names, folder, source, options.skip_missing), dtype=np.int64)
+
+
+def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path, field: str, thin: bool = False) -> np.ndarray:
+    """A COCO segmentation (polygons, run lengths, compressed run lengths, a list of either) as bool (H, W).
+
+    ``thin``: polygons of one or two points, which enclose nothing, are skipped. Raises DataError naming ``path`` and ``field``.
     """
     if isinstance(segmentation, dict):
         return decode_rle(segmentation, size, path, field)
+    if not isinstance(segmentation, list):
+        raise DataError(f"{path}: {field} must be polygons or run lengths")
+    mask = np.zeros(size, dtype=bool)
+    polygons = [part for part in segmentation if not isinstance(part, dict)]
+    for part in segmentation:
+        if isinstance(part, dict):  # refCLEF: one region, several run lengths
+            mask |= decode_rle(part, size, path, field)
+    if thin:
+        polygons = [p for p in polygons if not isinstance(p, list) or len(p) not in (2, 4)]
     # pycocotools would read a list of four numbers as a box
-    if not isinstance(segmentation, list) or any(not isinstance(p, list) or len(p) < 6 or len(p) % 2 for p in segmentation):
+    if any(not isinstance(p, list) or len(p) < 6 or len(p) % 2 for p in polygons):
         raise DataError(f"{path}: {field} must be polygons of at least three points [x0, y0, x1, …] or run lengths")
-    if not segmentation:
-        return np.zeros(size, dtype=bool)
+    if not polygons:
+        return mask
     try:
-        return rle_codec.decode(rle_codec.merge(rle_codec.frPyObjects(segmentation, *size))).astype(bool)
+        return mask | rle_codec.decode(rle_codec.merge(rle_codec.frPyObjects(polygons, *size))).astype(bool)
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: {field} is not a valid polygon ({error})") from None
 
@@ -87,8 +110,7 @@ class CocoInstances:
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(f"{self.source}: split {split} is empty; no image has an annotated instance")
-        names = [self.index.file_names[position] for position in positions]
-        self.positions = np.array(without_missing(positions, names, self.folder, self.source, options.skip_missing))
+        self.positions = usable(positions, self.index.file_names, self.folder, self.source, options, self.dataset)
 
     def __len__(self) -> int:
         return len(self.positions)

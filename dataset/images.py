@@ -27,6 +27,10 @@ class MissingDataError(DataError, FileNotFoundError):
     """A file or folder that a data set needs is not there."""
 
 
+class NothingToAsk(DataError):
+    """A sound image in which nothing may be asked for, such as one of void classes only. Training takes another one."""
+
+
 def resolve_inside(root: str | Path, name: str) -> Path:
     """The path ``root/name`` for a ``name`` that was read from a file, if it stays inside ``root``.
 

@@ -16,16 +16,19 @@ from torch.utils.data import Dataset
 
 from dataset import exemplars
 from dataset.coco import CocoInstances
-from dataset.images import DataError, require_folder
+from dataset.images import DataError, NothingToAsk, require_folder
+from dataset.llm_seg40k import NAME as LLM_SEG40K
+from dataset.llm_seg40k import LlmSeg40K
+from dataset.parts import SOURCES, PartSegmentation
 from dataset.reasoning import ReasoningSegmentation
+from dataset.referring import SETS, ReferringSegmentation, validation_images
 from dataset.sample import LoaderOptions, Sample
 from dataset.semantic import FAMILIES, SemanticSegmentation
 from dataset.vqa import VisualQuestionAnswering
 
 logger = logging.getLogger(__name__)
 
-KNOWN = ("sem_seg", "coco", "reason_seg", "vqa")
-PLANNED = ("refer_seg",)
+KNOWN = ("sem_seg", "refer_seg", "coco", "reason_seg", "vqa")
 MAX_REPLACEMENTS = 20  # tries before a training set is called unusable
 
 
@@ -51,17 +54,29 @@ def build_family(name: str, dataset_dir: str | Path, data: dict[str, str], optio
 
     Raises ValueError that lists the known names, DataError for missing or broken files.
     """
-    if name in PLANNED:
-        raise ValueError(f"data set {name!r} is not yet available in this version; known: {', '.join(KNOWN)}")
     if name not in KNOWN:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(KNOWN)}")
     loaders = {
-        "sem_seg": SemanticSegmentation,
+        "sem_seg": semantic_loader,
+        "refer_seg": ReferringSegmentation,
         "coco": CocoInstances,
-        "reason_seg": ReasoningSegmentation,
+        "reason_seg": reasoning_loader,
         "vqa": VisualQuestionAnswering,
     }
     return [loaders[name](dataset_dir, part, options) for part in _names(data[name], f"--{name}_data")]
+
+
+def semantic_loader(dataset_dir: str | Path, name: str, options: LoaderOptions, split: str | None = None) -> Loader:
+    """The loader of a semantic set, from label maps or from parts; ``split`` defaults to its training split."""
+    known = dict.fromkeys(FAMILIES, SemanticSegmentation) | dict.fromkeys(SOURCES, PartSegmentation)
+    if name not in known:
+        raise ValueError(f"unknown semantic data set {name!r}; known: {', '.join(known)}")
+    return known[name](dataset_dir, name, options, split)
+
+
+def reasoning_loader(dataset_dir: str | Path, spec: str, options: LoaderOptions) -> Loader:
+    """The loader of "name|split" for a folder under reason_seg."""
+    return (LlmSeg40K if spec.split("|")[0] == LLM_SEG40K else ReasoningSegmentation)(dataset_dir, spec, options)
 
 
 def with_exemplars(sample: Sample, rng: np.random.Generator, count: int) -> Sample:
@@ -88,16 +103,19 @@ class TrainMixture(Dataset):
         exemplar_count: int = 1,
         num_classes_per_sample: int = 3,
         sem_seg_data: str = "ade20k",
+        refer_seg_data: str = "refclef||refcoco||refcoco+||refcocog",
         coco_data: str = "train2017",
         reason_seg_data: str = "ReasonSeg|train",
         vqa_data: str = "llava_instruct_150k",
         explanatory: float = 0.1,
         on_bad_sample: str = "raise",
+        exclude_val: bool = False,
     ):
         """``dataset``: names of KNOWN joined by "||", with one rate each in ``sample_rates``. ``explanatory``:
         probability that a query with a known explanation asks for it. ``on_bad_sample``: "raise" stops at a file that
-        cannot be used, "skip" logs it and takes another one, the same in every run. Raises ValueError or DataError for
-        whatever can be known now."""
+        cannot be used, "skip" logs it and takes another one, the same in every run. ``exclude_val``: no source shows a
+        photo of COCO that the val and test splits of refCOCO, refCOCO+ and refCOCOg hold. Raises ValueError or DataError
+        for whatever can be known now."""
         names = _names(dataset, "--dataset")
         rates = np.array(sample_rates, dtype=float)
         if rates.shape != (len(names),) or not np.all(rates >= 0) or not rates.sum() > 0:
@@ -113,8 +131,10 @@ class TrainMixture(Dataset):
             num_classes_per_sample=num_classes_per_sample,
             explanatory=explanatory,
             skip_missing=on_bad_sample == "skip",
+            excluded_coco=validation_images(dataset_dir) if exclude_val else frozenset(),
         )
-        data = {"sem_seg": sem_seg_data, "coco": coco_data, "reason_seg": reason_seg_data, "vqa": vqa_data}
+        data = {"sem_seg": sem_seg_data, "refer_seg": refer_seg_data, "coco": coco_data}
+        data |= {"reason_seg": reason_seg_data, "vqa": vqa_data}
         self.families = [build_family(name, dataset_dir, data, options) for name in names]
         self.rates = rates / rates.sum()
         self.samples_per_epoch = samples_per_epoch
@@ -142,12 +162,14 @@ class TrainMixture(Dataset):
             rng = np.random.default_rng(np.random.SeedSequence(key + [attempt] * (attempt > 0)))
             try:
                 return self._draw(rng)
+            except NothingToAsk:
+                continue  # a sound image, only not one to learn from
             except DataError as error:
                 if self.on_bad_sample == "raise":
                     raise
                 self.bad_samples += 1
                 logger.warning("bad sample replaced: %s", error)
-        raise DataError(f"{MAX_REPLACEMENTS} draws in a row met unusable files (see the warnings above); repair the data set")
+        raise DataError(f"{MAX_REPLACEMENTS} draws in a row met unusable images (see any warnings above); repair the data set")
 
     def _draw(self, rng: np.random.Generator) -> Sample:
         family = self.families[int(rng.choice(len(self.families), p=self.rates))]
@@ -176,9 +198,9 @@ class EvalDataset(Dataset):
         texts: str = "first",
     ):
         """``name``: "ReasonSeg|val", "ReasonSeg|testshort", "SynthReason|val" (a folder under reason_seg and its
-        split), "coco|val2017", or a semantic set such as "ade20k|validation". ``texts``: "first" scores the first
-        wording of a query as published, "all" every one. Exemplars depend on (seed, index) only. Raises ValueError or
-        DataError."""
+        split), "LLM-Seg40K|val", "refcoco|unc|testA", "coco|val2017", or a semantic set such as "ade20k|validation".
+        ``texts``: "first" scores the first wording of a query as published, "all" every one; the referring sets score
+        every sentence. Exemplars depend on (seed, index) only. Raises ValueError or DataError."""
         require_folder(dataset_dir, "the data")
         options = LoaderOptions(tuple(levels), training=False, texts=texts)
         family, _, split = name.partition("|")
@@ -187,10 +209,12 @@ class EvalDataset(Dataset):
         self.loader: Loader
         if family == "coco":
             self.loader = CocoInstances(dataset_dir, split, options)
-        elif family in FAMILIES:
-            self.loader = SemanticSegmentation(dataset_dir, family, options, split)
+        elif family in FAMILIES or family in SOURCES:
+            self.loader = semantic_loader(dataset_dir, family, options, split)
+        elif family in SETS:
+            self.loader = ReferringSegmentation(dataset_dir, name, options)
         else:
-            self.loader = ReasoningSegmentation(dataset_dir, name, options)
+            self.loader = reasoning_loader(dataset_dir, name, options)
         self.exemplar_count = exemplar_count
         self.seed = seed
         _try_exemplars(exemplar_count)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.coco import without_missing
+from dataset.coco import usable
 from dataset.conversation import Turn
 from dataset.images import DataError, read_image, require_folder, resolve_inside
 from dataset.index import RecordIndex
@@ -53,7 +53,7 @@ class VisualQuestionAnswering:
         self.index = RecordIndex.open(self.source, "vqa-1", prepare)
         self.folder = require_folder(Path(dataset_dir) / "coco" / "train2017", f"the images of {self.source.name}")
         positions, names = range(len(self.index)), list(self.index.names)
-        self.positions = np.array(without_missing(positions, names, self.folder, self.source, options.skip_missing))
+        self.positions = usable(positions, names, self.folder, self.source, options, self.dataset)
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -496,7 +496,7 @@ def test_semantic_errors(tmp_path):
     def build(name="synthreason"):
         return SemanticSegmentation(tmp_path, name, TRAIN)
 
-    with pytest.raises(ValueError, match="unknown semantic data set 'mars'; known: ade20k, synthreason"):
+    with pytest.raises(ValueError, match="unknown semantic data set 'mars'; known: ade20k, cocostuff, mapillary, synthreason"):
         build("mars")
     with pytest.raises(MissingDataError, match="synth_sem: does not exist"):
         build()
