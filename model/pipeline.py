@@ -383,18 +383,23 @@ class Session:
 
     def stream(self, question: str) -> Stream:
         """As ``ask``, in pieces of text. A stream of this session that is still running is given up."""
-        if self._running is not None:
-            self._running.close()
+        self._give_up()
         self._running = Stream(self._answer(question))
         return self._running
 
     def undo(self) -> str | None:
         """Takes the last turn back and returns its question; None where there is none."""
+        self._give_up()
         return self.turns.pop()[0] if self.turns else None
 
     def reset(self) -> None:
         """Forgets the conversation, not the picture."""
-        self.turns.clear()
+        self._give_up()
+        self.turns = []
+
+    def _give_up(self) -> None:
+        if self._running is not None:
+            self._running.close()
 
     @torch.no_grad()
     def read_ahead(self) -> None:
