@@ -105,6 +105,8 @@ class Result:
     text: str
     """The answer, its tokens written as [LOC] and [SEG]."""
     masks: list[AnswerMask]
+    token_ids: list[int]
+    """Of the answer, without the end token."""
     finished: bool
     """False: the answer was cut at the limit of new tokens."""
     forgotten_turns: int = 0
@@ -339,7 +341,7 @@ class ReasoningSegmenter:
             AnswerMask(dict(zip(levels, group, strict=True)), dict(zip(levels, ious, strict=True)))
             for group, ious in zip(spoken.masks.cpu().numpy(), spoken.iou.tolist(), strict=True)
         ]
-        return Result(image, name, question, self.text(spoken.token_ids), masks, spoken.finished, forgotten)
+        return Result(image, name, question, self.text(spoken.token_ids), masks, spoken.token_ids, spoken.finished, forgotten)
 
     def _sample(self, pixels: np.ndarray, name: str, questions: list[str]) -> Sample:
         nothing = np.zeros((0, *pixels.shape[:2]), dtype=bool)
