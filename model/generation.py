@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from dataset.sample import Batch
@@ -90,12 +91,50 @@ class Decoding:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
+class _Layer(DynamicLayer):
+    """Keys and values in buffers with room to spare: a further token is written, where transformers copies all of them."""
+
+    ROOM = 256  # tokens by which a buffer grows
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As DynamicLayer.update: (N, heads, l, width) each, returns everything so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if self._buffers is None or self._buffers[0].shape[-2] < end:
+            self._buffers = _with_room(self.keys, end + self.ROOM), _with_room(self.values, end + self.ROOM)
+        keys, values = self._buffers
+        keys[..., start:end, :], values[..., start:end, :] = key_states, value_states
+        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        return self.keys, self.values
+
+    def keep(self, length: int) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._buffers = None  # of the old rows
+
+
+def _with_room(old: Tensor, length: int) -> Tensor:
+    new = old.new_empty((*old.shape[:-2], length, old.shape[-1]))
+    new[..., : old.shape[-2], :] = old
+    return new
+
+
 class Context:
     """What the language model has read: keys and values of every layer, and which positions are tokens."""
 
     def __init__(self, reasoning: ReasoningChain):
         self.reasoning = reasoning
-        self.cache = DynamicCache()
+        self.cache = Cache(layer_class_to_replicate=_Layer)
         self.mask: Tensor | None = None
         """int64 (N, length): 0 where a position is padding; None before anything is read."""
 
@@ -115,8 +154,7 @@ class Context:
     def keep(self, length: int) -> None:
         """Forgets all but the first ``length`` positions; also after a reading that was interrupted between two layers."""
         for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+            layer.keep(length)
         if self.mask is not None:
             self.mask = self.mask[:, :length]
 
