@@ -10,7 +10,8 @@ from typing import Any
 
 from dataset.images import DataError, read_json
 from utils.metrics import TargetScore, ciou, giou, paired_bootstrap
-from utils.tables import percent, signed, signed_interval, words
+from utils.tables import percent, score_text, signed, signed_interval, words
+from utils.visualize import printable
 
 PROTOCOL = {"dataset": "data set", "texts": "wordings", "mode": "mode"}
 FIELDS = {f.name: f for f in dataclasses.fields(TargetScore)}
@@ -122,8 +123,8 @@ class Comparison:
         """Everything for a terminal, in percent."""
         counts = self.counts
         lines = [
-            f"A  {self.a.name}  ({self.a.path})",
-            f"B  {self.b.name}  ({self.b.path})",
+            f"A  {printable(self.a.name)}  ({self.a.path})",
+            f"B  {printable(self.b.name)}  ({self.b.path})",
             f"{self.a.dataset}, {words(self.a.mode)}, {self.a.texts} wording{'s' if self.a.texts == 'all' else ''}: "
             f"{len(self.pairs)} pairs of {self.images} images",
             "",
@@ -143,8 +144,7 @@ class Comparison:
 
 def _line(change: Change) -> str:
     a, b = change.a, change.b
-    place = a.id + (f".{a.conversation}.{a.target}" if a.conversation or a.target else "")
-    return f"  {signed(change.difference):>7}  {percent(a.iou):>5} → {percent(b.iou):>5}  {place}  {a.query}"
+    return f"  {signed(change.difference):>7}  {score_text(a):>7} → {score_text(b):>7}  {printable(f'{a.place}: {a.query}')}"
 
 
 def compare(a: Targets, b: Targets, top: int = 10, seed: int = 0) -> Comparison:

@@ -399,7 +399,10 @@ def write_reports(
     if pictured := next((report for report in reports if report.examples), None):
         title = f"{pictured.dataset}, {words(pictured.mode)}: {pictured.line()}"
         contact_sheet(pictured.examples, folder / "examples.png", title)
-    print(f"\n{reports[0].dataset}, percent [95 % interval]\n" + format_table(summaries | baselines))
+    print(
+        f"\n{f'{printable(name)} on ' if name else ''}{reports[0].dataset}, percent [95 % interval]\n"
+        + format_table(summaries | baselines)
+    )
     print(f"written to {folder}/: report.html, metrics.json, targets-*.json, targets-*.csv, examples.png", flush=True)
     return metrics
 
@@ -414,4 +417,7 @@ def _steps(config: dict[str, Any]) -> int | None:
 if __name__ == "__main__":
     from utils.evaluation_cli import main  # which imports this module under its own name
 
-    sys.exit(main())
+    code = main()
+    if code == 0:
+        distributed.stop()
+    sys.exit(code)

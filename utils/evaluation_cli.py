@@ -192,7 +192,6 @@ def main(argv: list[str] | None = None) -> int:
             score_command(argv[1:], started)
         else:
             run_command(argv, started)
-            distributed.stop()
     except (UsageError, DataError, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

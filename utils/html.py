@@ -48,7 +48,7 @@ svg { display: block; max-width: 100%; height: auto; } svg text { fill: var(--fa
 svg .axis { stroke: var(--line); } svg .bar { fill: var(--bar); } svg .alarm { fill: var(--alarm); }
 svg .range { stroke: var(--bar); stroke-width: 2; } svg .dot { fill: var(--bar); }
 svg .cloud { fill: var(--bar); fill-opacity: .45; }
-td svg { display: inline-block; vertical-align: middle; }
+td svg { display: inline-block; vertical-align: middle; max-width: none; }
 details { margin: 10px 0; } summary { cursor: pointer; font-weight: 600; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px; overflow-x: auto;
   font-size: 12px; }
@@ -136,14 +136,14 @@ def histogram(counts: Sequence[int], alarms: Sequence[int], edges: Sequence[str]
 
     ``edges``: one more than bars; an empty text leaves a tick without a number.
     """
-    width, height, left, bottom, top = 560, 220, 44, 28, 18
+    width, height, left, right, bottom, top = 560, 220, 44, 18, 28, 18
     most = max(1, *counts)
-    step = (width - left - 8) / len(counts)
+    step = (width - left - right) / len(counts)
     room = height - bottom - top
     parts: list[Markup] = []
     for share in (0, 0.5, 1):
         y = round(top + room * (1 - share), 1)
-        parts.append(tag("line", x1=left, x2=width - 8, y1=y, y2=y, class_="axis"))
+        parts.append(tag("line", x1=left, x2=width - right, y1=y, y2=y, class_="axis"))
         if share * most == round(share * most):
             parts.append(tag("text", round(share * most), x=left - 8, y=y + 4, text_anchor="end"))
     for i, (count, alarm) in enumerate(zip(counts, alarms, strict=True)):

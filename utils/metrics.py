@@ -51,6 +51,12 @@ class TargetScore:
     inside_host: float | None = None
     """Share of the final mask that lies on the host; None without a host or with an empty mask."""
 
+    @property
+    def place(self) -> str:
+        """The sample, with what tells its targets apart where there are several: "000", "000, conversation 1"."""
+        extra = [f"{word} {value}" for word, value in (("conversation", self.conversation), ("target", self.target)) if value]
+        return ", ".join([self.id, *extra])
+
 
 def intersection_and_union(prediction: Mask, target: Mask, ignore: Mask | None = None) -> tuple[Mask, Mask]:
     """Pixel counts int64 (...) of masks bool (..., H, W); ``ignore``, bool (H, W), takes pixels out of both."""
@@ -191,6 +197,7 @@ QUERY_LENGTHS = {
     "17–24 words": (17, 25),
     "25 words and more": (25, np.inf),
 }
+QUERY_KINDS = {"short (phrases)": (0, 1), "long (sentences)": (1, 2)}  # ReasonSeg's own
 TARGET_SIZES = {
     "no target": (0, 1e-12),
     "under 1 % of the image": (1e-12, 0.01),
@@ -201,7 +208,7 @@ TARGET_SIZES = {
 
 
 def breakdown(scores: Sequence[TargetScore], seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
-    """{"query_length", "target_size"} -> class -> {n, giou, giou_ci95, ciou, ciou_ci95}; empty classes are left out.
+    """{"query_length", "query_kind", "target_size"} -> class -> {n, giou, giou_ci95, ciou, ciou_ci95}; empty classes are left out.
 
     The length of a query counts the words of the question as it was asked, the request for a mask included.
     """
@@ -209,6 +216,7 @@ def breakdown(scores: Sequence[TargetScore], seed: int = 0) -> dict[str, dict[st
     shares = [np.nan if score.image_area is None else score.target_area / score.image_area for score in scores]
     return {
         "query_length": _by_class(scores, words, QUERY_LENGTHS, seed),
+        "query_kind": _by_class(scores, [np.nan if s.is_sentence is None else s.is_sentence for s in scores], QUERY_KINDS, seed),
         "target_size": _by_class(scores, shares, TARGET_SIZES, seed),
     }
 

@@ -14,7 +14,7 @@ import numpy as np
 from utils.gallery import Picture
 from utils.html import Markup, histogram, interval_bar, join, page, picture, scatter, table, tag, text
 from utils.metrics import TargetScore, breakdown
-from utils.tables import columns, interval, percent, signed, signed_interval, words
+from utils.tables import columns, interval, percent, score_text, signed, signed_interval, words
 
 if TYPE_CHECKING:
     from utils.compare import Change, Comparison
@@ -107,7 +107,8 @@ def _difference_histogram(found: Comparison) -> Markup:
     bins = [min(int((pair.difference + 1) / 2 * BINS), BINS - 1) for pair in found.pairs if pair.difference != 0]
     counts = np.bincount(bins, minlength=BINS).tolist()
     worse = [count if i < BINS // 2 else 0 for i, count in enumerate(counts)]
-    edges = [f"{200 * i // BINS - 100:+d}".replace("-", "−") if i % 5 == 0 else "" for i in range(BINS + 1)]
+    edges = ["−100", "−50", "0", "+50", "+100"]
+    edges = [edges[i * 4 // BINS] if i * 4 % BINS == 0 else "" for i in range(BINS + 1)]
     chart = histogram(counts, worse, edges, "histogram of the differences")
     note = f"Targets by difference in IoU, B − A, in percentage points. The {found.counts['equal']} equal ones are left out."
     return tag("div", chart, tag("p", note, class_="faint small"))
@@ -118,9 +119,9 @@ def _changes(changes: Sequence[Change]) -> Markup:
         return tag("p", "None.", class_="faint")
     rows = [
         [
-            _name(change.a),
+            change.a.place,
             tag("span", signed(change.difference), class_="better" if change.difference > 0 else "worse"),
-            *(percent(score.iou) if score.emitted else "no mask" for score in (change.a, change.b)),
+            *(score_text(score) for score in (change.a, change.b)),
             change.a.query,
         ]
         for change in changes
@@ -170,7 +171,7 @@ def _mode(report: Report) -> Markup:
         ),
         tag(
             "div",
-            tag("div", tag("h3", "By length of the question"), _groups(groups["query_length"] | _by_kind(report))),
+            tag("div", tag("h3", "By length of the question"), _groups(groups["query_length"] | groups["query_kind"])),
             tag("div", tag("h3", "By size of the target"), _groups(groups["target_size"])),
             class_="columns",
         ),
@@ -179,26 +180,13 @@ def _mode(report: Report) -> Markup:
     return join([*parts, _failures(report.scores)])
 
 
-def _by_kind(report: Report) -> dict[str, dict[str, Any]]:
-    """ReasonSeg's own two classes, which have no interval in the summary."""
-    shares = {"short (phrases)": False, "long (sentences)": True}
-    kept = {name: [x.iou for x in report.scores if x.is_sentence is flag] for name, flag in shares.items()}
-    return {name: {"n": len(ious), "giou": float(np.mean(ious))} for name, ious in kept.items() if ious}
-
-
 def _groups(rows: dict[str, dict[str, Any]]) -> Markup:
     if not rows:
         return tag("p", "Not known for these data.", class_="faint")
-    lines = [
-        [
-            name,
-            row["n"],
-            percent(row["giou"]),
-            interval(row["giou_ci95"]) if "giou_ci95" in row else "",
-            interval_bar(row["giou"], row["giou_ci95"]) if "giou_ci95" in row else "",
-        ]
-        for name, row in rows.items()
-    ]
+    lines = []
+    for name, row in rows.items():
+        value, pair = row["giou"], row["giou_ci95"]
+        lines.append([name, row["n"], percent(value), interval(pair), interval_bar(value, pair)])
     return table(["", "n", "gIoU", "95 %", ""], lines)
 
 
@@ -247,23 +235,17 @@ def _gallery(kind: str, pictures: Sequence[Picture]) -> Markup:
 
 def _answer(shown: Picture) -> Markup:
     score = shown.score
-    value = f"IoU {percent(score.iou)}" if score.emitted else "no mask"
+    value = f"IoU {score_text(score)}" if score.emitted else score_text(score)
     figures = [tag("figure", picture(jpeg, caption), tag("figcaption", caption, title=caption)) for caption, jpeg in shown.tiles]
-    said = [tag("div", "Answer: ", score.answer, class_="small")] if score.answer else []
+    said = [tag("div", f"Answer: {score.answer}", class_="small")] if score.answer else []
     return tag(
         "article",
         tag("div", tag("span", score.query, class_="query"), tag("span", value, class_="score"), class_="head"),
         tag("div", *figures, class_="tiles"),
         *said,
-        tag("div", f"{score.dataset} · {_name(score)}", class_="faint small"),
+        tag("div", f"{score.dataset} · {score.place}", class_="faint small"),
         class_="answer",
     )
-
-
-def _name(score: TargetScore) -> str:
-    """The sample, with what tells its targets apart where there are several."""
-    extra = [f"{word} {value}" for word, value in (("conversation", score.conversation), ("target", score.target)) if value]
-    return ", ".join([score.id, *extra])
 
 
 def _failures(scores: Sequence[TargetScore]) -> Markup:
@@ -271,7 +253,7 @@ def _failures(scores: Sequence[TargetScore]) -> Markup:
     silent = [score for score in scores if not score.emitted]
     if not silent:
         return Markup()
-    rows = [[_name(score), score.query, score.answer or "(nothing)"] for score in silent[:MOST_FAILURES]]
+    rows = [[score.place, score.query, score.answer or "(nothing)"] for score in silent[:MOST_FAILURES]]
     head = (
         f"All {len(silent)} targets without a mask" if len(silent) == len(rows) else f"{len(rows)} of {len(silent)} without a mask"
     )

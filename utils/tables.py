@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from utils.metrics import TargetScore
+
 
 def percent(value: float | None) -> str:
     """A fraction in percent with one digit; "–" for what is not known."""
@@ -12,6 +14,11 @@ def percent(value: float | None) -> str:
 
 def interval(pair: list[float]) -> str:
     return f"[{100 * pair[0]:.1f}, {100 * pair[1]:.1f}]"
+
+
+def score_text(score: TargetScore) -> str:
+    """The IoU of one answer in percent, or that there was no mask."""
+    return percent(score.iou) if score.emitted else "no mask"
 
 
 def signed(difference: float) -> str:
