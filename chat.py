@@ -1,205 +1,276 @@
 """Ask a model about pictures: it answers in words and with masks.
 
-    python chat.py --version runs/demo/model                # a session; /help lists what can be typed
+    python chat.py --version runs/demo/model                # a conversation; /help lists what can be typed
     python chat.py --version runs/demo/model --image dog.jpg --prompt "Where is the dog's nose?" --json
 
-Every question stands for itself: the model sees the picture and this question, not the ones before. Each mask of each
-level is saved as a PNG (0 or 255, size of the picture) beside an overlay of the final ones; the paths are printed.
+The model sees the picture and the conversation so far. Each mask of each level is saved as a PNG (0 or 255, size of the
+picture) beside an overlay of the final ones; the paths are printed. Exit codes with --prompt: 0 an answer with a mask,
+1 an answer without one, 2 a mistake in flags or files, 130 Ctrl-C. docs/chat.md has more.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import json
-import re
+import os
 import sys
+import unicodedata
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
+from transformers import BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
 
-from dataset.conversation import TEMPLATES, answer_from_ids, answer_text
-from dataset.images import read_image
-from dataset.mixture import with_exemplars
-from dataset.sample import Conversation, Sample, collate_prompts
-from model.cores import CoresForReasoningSegmentation, Generation
-from model.processor import CoresProcessor
-from utils import distributed
+from dataset.conversation import TEMPLATES
+from model.pipeline import ReasoningSegmenter, Result, Session, load_image
 from utils.arguments import OneLineParser, UsageError
-from utils.visualize import FINAL_COLOUR, overlay
+from utils.checkpoint import write_text
+
+with contextlib.suppress(ImportError):  # line editing and history of what was typed, where the platform has it
+    import readline  # noqa: F401
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HELP = """Type a question about the picture.
-  /image PATH   another picture
+HELP = """Type a question about the picture, or the path of another picture.
+  /image PATH   another picture and a new conversation
+  /undo         take the last question and its answer back
+  /reset        a new conversation about the same picture
+  /save [FILE]  write the conversation, masks included, as JSON
   /help         this text
-  /quit         the end (Ctrl-D, too)"""
+  /quit         the end (Ctrl-D, too); Ctrl-C stops an answer"""
 
 
 def read_arguments(argv: list[str] | None) -> Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--version", required=True, help="model folder that the merge script wrote")
     parser.add_argument("--precision", choices=list(DTYPES), help="default: as stored")
+    for bits in (8, 4):
+        parser.add_argument(f"--load_in_{bits}bit", action="store_true", help=f"{bits}-bit weights; needs a GPU and bitsandbytes")
     parser.add_argument("--vis_save_path", type=Path, default=Path("./vis_output"), help="folder for masks and overlays")
     parser.add_argument("--conv_type", choices=list(TEMPLATES), help="conversation template (default: that of the training)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
-    parser.add_argument("--image", type=Path, help="with --prompt: one answer and the end; alone: the first picture of a session")
+    parser.add_argument("--model_max_length", type=int, help="longest conversation, in tokens (default: that of the model)")
+    parser.add_argument("--image", type=Path, help="with --prompt: one answer and the end; alone: the first picture")
     parser.add_argument("--prompt", help="the one question")
     parser.add_argument("--json", action="store_true", help="with --prompt: print the answer as JSON")
-    for bits in (8, 4):
-        parser.add_argument(f"--load_in_{bits}bit", action="store_true", help="refused: not yet available in this version")
     args = parser.parse_args(argv)
-    if args.load_in_8bit or args.load_in_4bit:
-        raise UsageError("--load_in_8bit, --load_in_4bit: need the bitsandbytes extra and are not yet available in this version")
+    _check(args)
+    return args
+
+
+def _check(args: Namespace) -> None:
     if args.prompt is not None and args.image is None:
         raise UsageError("--prompt needs an --image")
     if args.json and args.prompt is None:
         raise UsageError("--json needs --image and --prompt")
     if args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt is empty")
-    if args.max_new_tokens < 1:
-        raise UsageError(f"--max_new_tokens is {args.max_new_tokens}; it must be at least 1")
-    return args
+    for name in ("max_new_tokens", "model_max_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}; it must be at least 1")
 
 
-@dataclass
+def quantization(args: Namespace) -> dict[str, Any]:
+    """The argument of from_pretrained for --load_in_4bit or --load_in_8bit, {} for neither. Raises UsageError."""
+    if args.load_in_4bit and args.load_in_8bit:
+        raise UsageError("--load_in_4bit and --load_in_8bit exclude each other")
+    if not (args.load_in_4bit or args.load_in_8bit):
+        return {}
+    flag = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit"
+    if not torch.cuda.is_available():
+        raise UsageError(f"{flag}: bitsandbytes needs an NVIDIA GPU and this machine has none; leave the flag out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"{flag}: needs the package bitsandbytes; see requirements-optional.txt")
+    if args.load_in_8bit:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    compute = DTYPES[args.precision or "bf16"]
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4)}
+
+
+def load(args: Namespace) -> ReasoningSegmenter:
+    """Raises UsageError, FileNotFoundError or ValueError for flags or a folder that do not work."""
+    quantized = quantization(args)
+    dtype = DTYPES[args.precision or "bf16"] if quantized or args.precision else "auto"
+    segmenter = ReasoningSegmenter.from_pretrained(
+        args.version, dtype=dtype, template=args.conv_type, max_new_tokens=args.max_new_tokens, **quantized
+    )
+    if args.model_max_length is not None:
+        segmenter.processor.tokenizer.model_max_length = args.model_max_length
+    return segmenter
+
+
+# ---------------------------------------------------------------------------------------------------------- conversation
+
+
 class Chat:
-    """A loaded model that answers questions and saves what it points at."""
+    """What is typed, and what becomes of it. ``folder``: where masks go."""
 
-    model: CoresForReasoningSegmentation
-    processor: CoresProcessor
-    folder: Path
-    max_new_tokens: int = 64
+    def __init__(self, segmenter: ReasoningSegmenter, folder: Path):
+        self.segmenter, self.folder = segmenter, folder
+        self.session: Session | None = None
+        self.answers: list[dict[str, Any]] = []
+        """Of this conversation, ready for JSON."""
+        self.commands = {"/image": self.open, "/undo": self.undo, "/reset": self.reset, "/save": self.save,
+                         "/help": lambda _: print(HELP)}  # fmt: skip
 
-    @classmethod
-    def load(cls, args: Namespace) -> Chat:
-        processor = CoresProcessor.from_pretrained(args.version)
-        processor.template = args.conv_type or processor.template
-        dtype = DTYPES[args.precision] if args.precision else "auto"
-        model = CoresForReasoningSegmentation.from_pretrained(args.version, dtype=dtype).eval()
-        return cls(model.to(distributed.device()), processor, args.vis_save_path, args.max_new_tokens)
+    @property
+    def prompt(self) -> str:
+        return "image> " if self.session is None else "question> "
 
-    def ask(self, image: np.ndarray, path: Path, question: str) -> dict[str, Any]:
-        """The answer to a question about ``image``, uint8 (H, W, 3) RGB, read from ``path``, and the files that were
-        written; ready for JSON."""
-        generation = self._generate(image, path, question)
-        words = answer_from_ids(generation.token_ids, self.processor.tokenizer, self.processor.levels)
-        report = {
-            "image": str(path),
-            "question": question,
-            "answer": answer_text(words).strip(),
-            "masks": [],
-            "overlay": None,
-        }
-        if generation.emitted:
-            self._save(generation, image, path, report)
-        return report
+    def take(self, line: str) -> bool:
+        """Does what a line says; False for the end. Raises ValueError or OSError and leaves the conversation as it was."""
+        command, _, rest = line.strip().partition(" ")
+        if command == "/quit":
+            return False
+        if command in self.commands:
+            self.commands[command](rest.strip())
+        elif line.strip() and (self.session is None or _is_file(line)):
+            self.open(line)
+        elif command.startswith("/"):
+            raise ValueError(f"unknown command {shown(command)}; /help lists them")
+        elif line.strip():
+            print_answer(*self.ask(line, stream=True))
+        return True
 
-    def _generate(self, image: np.ndarray, path: Path, question: str) -> Generation:
-        nothing = np.zeros((0, *image.shape[:2]), dtype=bool)
-        sample = Sample(image, str(path), [Conversation([(question, [])], nothing)], "chat", "chat", path.name)
-        sample = with_exemplars(sample, np.random.default_rng(0), self.processor.exemplar_count)
-        batch = collate_prompts([sample], self.processor, self.processor.levels, self.processor.template)
-        batch = batch.to(self.model.device, self.model.dtype)
-        return self.model.generate(batch, self.processor.tokenizer, max_new_tokens=self.max_new_tokens)[0]
+    def open(self, name: str) -> None:
+        path = _path(name)
+        if not path.exists():
+            raise ValueError(f"{shown(str(path))}: there is no such picture; give the path of one")
+        self.session = self.segmenter.open(path)
+        self.answers = []
+        height, width = self.session.image.shape[:2]
+        print(f"{shown(str(path))}: {width} × {height} pixels")
 
-    def _save(self, generation: Generation, image: np.ndarray, path: Path, report: dict[str, Any]) -> None:
-        stem = self._free_stem(path)
-        masks, shown = generation.masks.cpu().numpy(), image
-        for target, levels in enumerate(masks):
-            for level, mask in enumerate(levels):
-                name = self.processor.levels[level]
-                file = f"{stem}_{target}_{name}.png"
-                _write(self.folder / file, 255 * mask.astype(np.uint8))
-                score = float(generation.iou[target, level])
-                row = {"target": target, "level": name, "file": str(self.folder / file), "pixels": int(mask.sum())}
-                report["masks"].append(row | {"predicted_iou": round(score, 4)})
-            shown = overlay(shown, levels[-1], FINAL_COLOUR)
-        _write(self.folder / f"{stem}_overlay.png", cv2.cvtColor(shown, cv2.COLOR_RGB2BGR))
-        report["overlay"] = str(self.folder / f"{stem}_overlay.png")
+    def ask(self, question: str, stream: bool = False) -> tuple[Result, dict[str, Any]]:
+        """The answer and its report with the files that were written; ``stream`` prints the text as it comes."""
+        answer = self.session.stream(question)
+        if stream:
+            try:
+                for piece in answer:
+                    print(shown(piece), end="", flush=True)
+            finally:
+                print(flush=True)
+        result = answer.result
+        files = None
+        try:
+            files = result.save(self.folder)
+        finally:
+            self.answers.append(result.to_dict(files))
+        return result, self.answers[-1]
 
-    def _free_stem(self, path: Path) -> str:
-        """A name for the files of one answer that overwrites no earlier one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        stem = re.sub(r"[^\w.-]", "_", path.stem)
-        number = 0
-        while any(self.folder.glob(f"{stem}_{number:03d}_*")):
-            number += 1
-        return f"{stem}_{number:03d}"
+    def undo(self, _: str) -> None:
+        question = self.session.undo() if self.session else None
+        if question is None:
+            print("there is nothing to take back")
+            return
+        while self.answers and self.answers.pop()["question"] != question:
+            pass  # answers without words are in no history
+        print(f"taken back: {shown(question)}")
+
+    def reset(self, _: str) -> None:
+        if self.session:
+            self.session.reset()
+        self.answers = []
+        print("a new conversation")
+
+    def save(self, name: str) -> None:
+        if not self.answers:
+            raise ValueError("there is no answer to save yet")
+        path = _path(name) if name else self.folder / "conversation.json"
+        write_text(path, json.dumps(self.answers, indent=1) + "\n")
+        print(f"{len(self.answers)} answers saved in {shown(str(path))}")
 
 
-def _write(path: Path, picture: np.ndarray) -> None:
-    if not cv2.imwrite(str(path), picture):
-        raise OSError(f"{path}: could not be written (--vis_save_path)")
+def _path(text: str) -> Path:
+    """A path as people type or drop it: in quotes, with a ~, with escaped spaces."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    return Path(os.path.expanduser(text.replace("\\ ", " ")))
 
 
-def show(report: dict[str, Any]) -> None:
-    print(report["answer"] or "(no words)")
-    if not report["masks"]:
+def _is_file(text: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # too long for a path, or with a NUL in it
+        return _path(text).is_file()
+    return False
+
+
+def shown(text: str) -> str:
+    """``text`` without what would steer the terminal."""
+    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+
+
+def print_answer(result: Result, report: dict[str, Any]) -> None:
+    """What is to be said besides the text."""
+    if result.forgotten_turns:
+        print(f"  (the oldest {result.forgotten_turns} questions were forgotten to make room)")
+    if not result.text:
+        print("  (no words; this question is not remembered)")
+    if not result.finished:
+        print("  (cut at --max_new_tokens)")
+    if not result.masks:
         print("  no mask in this answer")
-    for mask in report["masks"]:
-        print(f"  [{mask['level']}] {mask['file']} ({mask['pixels']} pixels, predicted IoU {mask['predicted_iou']:.2f})")
+    for found, row in zip(result.masks, report["masks"], strict=True):
+        for level, file in row["files"].items():
+            print(f"  [{level}] {file} ({int(found.levels[level].sum())} pixels, predicted IoU {found.ious[level]:.2f})")
     if report["overlay"]:
         print(f"  overlay {report['overlay']}")
 
 
-def session(chat: Chat, first_image: Path | None) -> None:
-    """Reads lines until /quit or the end of the input. A wrong path or a failed answer does not end it."""
+def converse(chat: Chat, first_image: Path | None) -> None:
+    """Reads lines until /quit or the end of the input. No mistake and no Ctrl-C ends it or loses the conversation."""
     print(HELP)
-    image, path = None, None
-    line = "" if first_image is None else f"/image {first_image}"
-    while True:
-        try:
-            line = line or input("image> " if image is None else "question> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        command, _, rest = line.partition(" ")
-        given, line = line, ""
-        try:
-            if not given:
-                continue
-            if command == "/quit":
-                return
-            if command == "/help":
-                print(HELP)
-            elif command == "/image" or image is None:  # an absolute path starts with "/", too
-                new = Path(_unquoted(rest if command == "/image" else given)).expanduser()
-                image, path = read_image(new), new
-                print(f"{path}: {image.shape[1]} × {image.shape[0]} pixels")
-            elif given.startswith("/"):
-                print(f"unknown command {command}; /help lists them")
-            else:
-                show(chat.ask(image, path, given))
-        except (ValueError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}")
+    line = None if first_image is None else f"/image {first_image}"
+    going = True
+    while going:
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C while the first one is answered
+            try:
+                given, line = (input(chat.prompt) if line is None else line), None
+                going = chat.take(given)
+            except EOFError:
+                print()
+                going = False
+            except KeyboardInterrupt:
+                print("\nstopped; the conversation is as it was (/quit or Ctrl-D ends it)")
+            except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+                print(f"error: {one_line(error)}")
 
 
-def _unquoted(path: str) -> str:
-    path = path.strip()
-    return path[1:-1] if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"" else path
+def one_line(error: Exception) -> str:
+    return shown(" ".join(str(error).split())) or type(error).__name__
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for a mistake in flags or files."""
+    """Returns the exit code; see the top of this file."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         args = read_arguments(argv)
-        image = None if args.prompt is None else read_image(args.image)
-        chat = Chat.load(args)
-        if image is None:
-            session(chat, args.image)
+        if args.prompt is not None:
+            load_image(args.image)  # before anything large is read
+        transformers_logging.disable_progress_bar()
+        chat = Chat(load(args), args.vis_save_path)
+        if args.prompt is None:
+            converse(chat, args.image)
             return 0
-        report = chat.ask(image, args.image, args.prompt.strip())
+        chat.session = chat.segmenter.open(args.image)
+        result, report = chat.ask(args.prompt, stream=not args.json)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     if args.json:
         print(json.dumps(report))
     else:
-        show(report)
-    return 0
+        print_answer(result, report)
+    return 0 if result.masks else 1
 
 
 if __name__ == "__main__":

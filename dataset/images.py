@@ -7,6 +7,8 @@ orientation stored in EXIF is already applied.
 from __future__ import annotations
 
 import json
+import struct
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,11 +59,14 @@ def list_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
 
 
 def _open(path: Path) -> Image.Image:
+    """The file, not yet decoded. One that claims more pixels than Pillow's limit (89 million) is refused with that limit."""
     try:
-        return Image.open(path)
+        with warnings.catch_warnings():  # Pillow only warns below twice its limit
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(path)
     except FileNotFoundError:
         raise MissingDataError(f"{path}: image does not exist; restore it or remove its entry from the data set") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image ({_reason(error)}); replace or remove the file") from None
 
 
@@ -74,6 +79,18 @@ def _load(picture: Image.Image, path: Path) -> None:
         picture.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: broken image ({_reason(error)}); replace or remove the file") from None
+
+
+def rgb_array(picture: Image.Image) -> np.ndarray:
+    """A decoded picture as uint8 (H, W, 3) RGB, turned as its EXIF orientation says, transparent parts on white."""
+    return np.array(_to_rgb(_turned(picture)))
+
+
+def _turned(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (OSError, ValueError, SyntaxError, struct.error, TypeError, ZeroDivisionError):
+        return picture  # broken EXIF says nothing about the pixels
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -94,7 +111,7 @@ def read_image(path: str | Path) -> np.ndarray:
     path = Path(path)
     with _open(path) as picture:
         _load(picture, path)
-        return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
+        return rgb_array(picture)
 
 
 def read_label(path: str | Path) -> np.ndarray:
@@ -163,6 +180,12 @@ def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) ->
         return rle_codec.decode({"size": [height, width], "counts": rle["counts"]}).astype(bool)
     except (ValueError, TypeError) as error:
         raise DataError(f'{path}: "{field}" is not a valid run-length mask ({_reason(error)})') from None
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """A mask bool (H, W) as COCO's compressed run lengths, ready for JSON: {"size": [H, W], "counts": text}."""
+    rle = rle_codec.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 class PackedRecords:

@@ -30,8 +30,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from pycocotools import mask as rle_codec
 from tqdm import tqdm
+
+from dataset.images import encode_rle
 
 SIZE = 128  # pixels; scenes are square
 VERSION = 1  # raise it whenever the same seed would give other files
@@ -380,12 +381,6 @@ def make_query(scene: Scene, split: str, rng: np.random.Generator, texts: int = 
 # ------------------------------------------------------------------------------------------------------------------ files
 
 
-def encode(mask: np.ndarray) -> dict:
-    """Mask bool (H, W) as a COCO compressed RLE that JSON can hold."""
-    rle = rle_codec.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
-
-
 def polygons(mask: np.ndarray) -> list[list[list[int]]]:
     """Outer contours as point lists [[x, y], …] for readers that know ReasonSeg's polygons only."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -401,16 +396,16 @@ def query_record(scene: Scene, query: Query, image_name: str) -> dict:
         "text": query.texts,
         "is_sentence": query.is_sentence,
         "shapes": [{"label": "target", "points": points} for points in polygons(target)],
-        "target_rle": encode(target),
-        "host_rle": encode(host.mask),
+        "target_rle": encode_rle(target),
+        "host_rle": encode_rle(host.mask),
         "target": {"object": query.object_index, "part": query.part},
         "scene": {
             "objects": [
                 {
                     "category": obj.category,
                     "colour": obj.colour,
-                    "rle": encode(obj.mask),
-                    "parts": [{"name": part.name, "rle": encode(part.mask)} for part in obj.parts],
+                    "rle": encode_rle(obj.mask),
+                    "parts": [{"name": part.name, "rle": encode_rle(part.mask)} for part in obj.parts],
                 }
                 for obj in scene.objects
             ]

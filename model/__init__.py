@@ -1,15 +1,23 @@
 """The model: one file per box of the paper's figure, assembled in ``cores.py``."""
 
 from model.config import CoresConfig, RefinerConfig
-from model.cores import CoresForReasoningSegmentation, CoresOutput, Generation, Segmentation
+from model.cores import CoresForReasoningSegmentation, CoresOutput
+from model.generation import Decoding, Generation, Segmentation
+from model.pipeline import AnswerMask, ReasoningSegmenter, Result, Session, Stream
 from model.processor import CoresProcessor
 
 __all__ = [
+    "AnswerMask",
     "CoresConfig",
     "CoresForReasoningSegmentation",
     "CoresOutput",
     "CoresProcessor",
+    "Decoding",
     "Generation",
+    "ReasoningSegmenter",
     "RefinerConfig",
+    "Result",
     "Segmentation",
+    "Session",
+    "Stream",
 ]

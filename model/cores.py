@@ -24,6 +24,7 @@ from transformers import AutoModel, LlavaForConditionalGeneration, PreTrainedMod
 from dataset.sample import Batch
 from model import losses
 from model.config import CoresConfig
+from model.generation import Decoding, Generation, Segmentation, generate
 from model.llava import add_level_tokens, load_llava, refuse_bad_loading
 from model.lora import has_lora
 from model.processor import CoresProcessor
@@ -53,29 +54,6 @@ class CoresOutput:
     """N × float (K, T, 4G, 4G): mask logits, low-res frame."""
     iou: list[Tensor]
     """N × float (K, T): SAM's own prediction of its masks' IoU."""
-
-
-@dataclass
-class Segmentation:
-    """The masks of one conversation. ``masks``: bool (K, T, H, W), original frame; ``iou``: float (K, T)."""
-
-    masks: Tensor
-    iou: Tensor
-
-
-@dataclass
-class Generation(Segmentation):
-    """A free answer, with the masks of every complete group of its answer tokens."""
-
-    token_ids: list[int]
-    """Without the end token."""
-    text: str
-    """The answer as people read it, answer tokens included."""
-
-    @property
-    def emitted(self) -> bool:
-        """Whether the answer holds at least one complete group of answer tokens, [LOC] … [SEG] in order."""
-        return len(self.masks) > 0
 
 
 class TextProjection(nn.Sequential):
@@ -304,74 +282,16 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     # ------------------------------------------------------------------------------------------------------- generation
 
     @torch.no_grad()
-    def generate(self, batch: Batch, tokenizer, max_new_tokens: int = 64, **kwargs: Any) -> list[Generation]:
+    def generate(self, batch: Batch, tokenizer, max_new_tokens: int = 64, **decoding: Any) -> list[Generation]:
         """Free answers to left-padded prompts (``collate_prompts``), with masks for every complete group of tokens.
 
-        Greedy unless ``kwargs`` (of transformers' ``generate``) say otherwise; beams are refused, as they reorder rows
-        while their hidden states are kept. An answer that lacks a level's token before [SEG] has no group there and
-        so no mask: it counts as not emitted. The model must be in evaluation mode.
+        ``decoding``: further fields of model.generation.Decoding; greedy unless they say otherwise. An answer that lacks
+        a level's token before [SEG] has no group there and so no mask: it counts as not emitted. Raises ValueError for
+        an unknown option and for a model in training mode.
         """
         if self.training:
             raise ValueError("generate needs a model in evaluation mode: call `model.eval()` first")
-        if kwargs.get("num_beams", 1) != 1:
-            raise ValueError("num_beams must be 1: masks come from the hidden states of the tokens that were chosen")
-        ids, states = self._speak(batch, tokenizer, max_new_tokens, kwargs)
-        answers = [_before(row, tokenizer.eos_token_id) for row in ids.tolist()]
-        groups = [complete_groups(answer, self.config.level_token_ids) for answer in answers]
-        positions = [torch.tensor(g, dtype=torch.long).reshape(-1, len(self.config.levels)) for g in groups]
-        tokens = self.text_projection(torch.cat([states[row, p.to(states.device)] for row, p in enumerate(positions)]))
-        counts = [len(g) for g in groups]
-        low_res, iou = self._segment(tokens, batch, counts)
-        return [
-            Generation(self._masks(masks, batch, row), ious.float(), answer, tokenizer.decode(answer).strip())
-            for row, (masks, ious, answer) in enumerate(zip(low_res.split(counts), iou.split(counts), answers, strict=True))
-        ]
-
-    def _speak(self, batch: Batch, tokenizer, max_new_tokens: int, kwargs: dict) -> tuple[Tensor, Tensor]:
-        """New token ids (N, M) and the hidden states (N, M, d) that predicted them; the key-value cache is on."""
-        features = self.reasoning.image_features(batch.clip_pixels)
-        embeddings = self.reasoning.embed(batch.input_ids, features, batch.image_index)
-        states: list[Tensor] = []
-        keep = lambda module, args, output: states.append(output.last_hidden_state[:, -1])  # noqa: E731
-        hook = self.reasoning.llava.model.language_model.register_forward_hook(keep)
-        try:
-            ids = self.reasoning.llava.generate(
-                inputs_embeds=embeddings,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                **{"do_sample": False, "use_cache": True} | kwargs,
-            )
-        finally:
-            hook.remove()
-        return ids, torch.stack(states, dim=1)
-
-
-def complete_groups(answer: Sequence[int], level_token_ids: Sequence[int]) -> list[list[int]]:
-    """Positions of each complete group of level tokens in an answer.
-
-    A group is one token of every level, in order, with anything but level tokens between them. A token out of order
-    starts over.
-    """
-    groups: list[list[int]] = []
-    pending: list[int] = []
-    for position, token in enumerate(answer):
-        if token not in level_token_ids:
-            continue
-        if token != level_token_ids[len(pending)]:
-            pending = []
-        if token == level_token_ids[len(pending)]:
-            pending.append(position)
-        if len(pending) == len(level_token_ids):
-            groups.append(pending)
-            pending = []
-    return groups
-
-
-def _before(row: list[int], end: int) -> list[int]:
-    """What stands before the first ``end``; all of it where there is none."""
-    return row[: row.index(end)] if end in row else row
+        return generate(self, batch, tokenizer, Decoding.of(max_new_tokens=max_new_tokens, **decoding))
 
 
 def _check_fit(version: str, llava: LlavaForConditionalGeneration, processor: CoresProcessor) -> None:

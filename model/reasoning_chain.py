@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import Cache, LlavaForConditionalGeneration
 
 
 class ReasoningChain(nn.Module):
@@ -45,6 +45,20 @@ class ReasoningChain(nn.Module):
     def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
         """Last-layer hidden states after the final norm: (N, L, d) -> (N, L, d); ``lm_head`` of them are the logits."""
         out = self.llava.model.language_model(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False)
+        return out.last_hidden_state
+
+    def read_on(self, embeddings: Tensor, attention_mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Hidden states of l further tokens after what ``cache`` holds, which grows by them: (N, l, d) -> (N, l, d).
+
+        attention_mask (N, length in the cache + l), positions int64 (N, l) within each row's own tokens.
+        """
+        out = self.llava.model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
         return out.last_hidden_state
 
     def supervised_logits(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

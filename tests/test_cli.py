@@ -1,15 +1,11 @@
 """The scripts, called as a user calls them, on pictures of one bright square."""
 
-import io
 import json
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 
-import chat
 import merge_lora_weights_and_save_hf_model as merge
 import train_ds
 from model import CoresForReasoningSegmentation, CoresProcessor
@@ -162,81 +158,3 @@ def test_bad_input_is_one_clear_line_before_any_work(changes, words, tmp_path, c
 def test_eval_only_of_a_backbone_is_refused(capsys):
     assert train_ds.main([*flags(toys()), "--eval_only"]) == 2
     assert "backbone" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------------------------- chat
-
-
-@pytest.fixture
-def talkative(monkeypatch):
-    """A toy model is too small to learn to point: make it answer "[LOC] [SEG]"."""
-    original = CoresForReasoningSegmentation._speak
-
-    def speak(model, batch, tokenizer, max_new_tokens, kwargs):
-        ids, states = original(model, batch, tokenizer, max_new_tokens, kwargs | {"min_new_tokens": 3})
-        ids = ids.clone()
-        ids[:, :3] = torch.tensor([*model.config.level_token_ids, tokenizer.eos_token_id])
-        return ids, states
-
-    monkeypatch.setattr(CoresForReasoningSegmentation, "_speak", speak)
-
-
-def picture() -> str:
-    return str(toys() / "data" / "reason_seg" / "Toy" / "val" / "000.jpg")
-
-
-def test_one_question_as_json(merged, talkative, tmp_path, capsys):
-    argv = ["--version", str(merged), "--image", picture(), "--prompt", "the bright thing", "--json"]
-    for _ in range(2):
-        capsys.readouterr()
-        assert chat.main([*argv, "--vis_save_path", str(tmp_path), "--max_new_tokens", "4"]) == 0
-        report = json.loads(capsys.readouterr().out)
-        assert report["answer"] == "[LOC][SEG]"
-        assert [m["level"] for m in report["masks"]] == ["LOC", "SEG"]
-        for mask in report["masks"]:
-            saved = cv2.imread(mask["file"], cv2.IMREAD_UNCHANGED)
-            assert saved.shape == (24, 32)
-            assert set(np.unique(saved)) <= {0, 255}
-            assert (saved > 0).sum() == mask["pixels"]
-        assert cv2.imread(report["overlay"]).shape == (24, 32, 3)
-    assert len(list(tmp_path.iterdir())) == 6  # the second answer overwrote nothing
-
-
-def test_a_session_survives_every_mistake(merged, talkative, tmp_path, monkeypatch, capsys):
-    (tmp_path / "text.jpg").write_text("no picture")
-    lines = [
-        "absent.jpg", "", f"{tmp_path / 'text.jpg'}", f"'{picture()}'", "", "/nonsense", "where is it?",
-        f"/image {tmp_path}", "/help", "and again?", "/quit", "never read",
-    ]  # fmt: skip
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-    assert chat.main(["--version", str(merged), "--vis_save_path", str(tmp_path / "out"), "--max_new_tokens", "4"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("error: ") == 3
-    assert "unknown command /nonsense" in said
-    assert said.count("[SEG] " + str(tmp_path)) == 2
-    assert len(list((tmp_path / "out").iterdir())) == 6
-
-
-def test_a_session_ends_with_its_input(merged, monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert chat.main(["--version", str(merged), "--vis_save_path", str(tmp_path / "out")]) == 0
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--version", "/nowhere"], "/nowhere"),
-        ([], "--version"),
-        (["--version", "x", "--load_in_4bit"], "bitsandbytes"),
-        (["--version", "x", "--prompt", "where?"], "needs an --image"),
-        (["--version", "x", "--image", "/nowhere.jpg", "--prompt", "where?"], "/nowhere.jpg"),
-        (["--version", "x", "--image", "y", "--prompt", " "], "empty"),
-        (["--version", "x", "--json"], "--json needs"),
-    ],
-)
-def test_chat_refuses_in_one_line(argv, words, capsys):
-    assert chat.main(argv) == 2
-    message = capsys.readouterr().err
-    assert words in message
-    assert message.count("\n") == 1

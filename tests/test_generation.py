@@ -5,7 +5,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from dataset.sample import collate, collate_prompts
-from model.cores import complete_groups
+from model.generation import Decoding, complete_groups, read_prompts, speak
 from tests.helpers import LEVELS, TEMPLATE, conversation, randomise, sample, tiny_model
 
 
@@ -81,7 +81,7 @@ def test_forced_answers_give_the_masks_of_teacher_forcing(scene):
     assert [len(r.masks) for r in results] == [1, 2, 1]
     assert results[0].text.split() == ["It", "appears", "on", "[LOC]", ".", "It", "is", "[SEG]", "."]
     for result, truth, ids in zip(results, expected, answers, strict=True):
-        assert result.emitted
+        assert result.emitted and result.finished
         assert result.token_ids == ids
         assert result.masks.dtype == torch.bool
         assert result.masks.shape == truth.masks.shape
@@ -89,11 +89,21 @@ def test_forced_answers_give_the_masks_of_teacher_forcing(scene):
         assert torch.allclose(result.iou, truth.iou, atol=1e-4)
 
 
+def spoken(model, prompts, processor, **options):
+    """(ids (N, M), states (N, M, d)) of free answers, before any mask is made."""
+    features = model.reasoning.image_features(prompts.clip_pixels)
+    context, hidden = read_prompts(model.reasoning, prompts, features)
+    steps = speak(context, hidden, processor.tokenizer.eos_token_id, Decoding.of(**options))
+    ids, states = zip(*steps, strict=True)
+    return torch.stack(ids, 1), torch.stack(states, 1)
+
+
+@torch.no_grad()
 def test_states_equal_those_of_one_pass(scene):
     """Step by step with the cache, or over the whole sequence at once: the same hidden states. Measured: 1e-6."""
     model, processor, _ = scene
     prompts, batch, answers = prompts_and_answers(scene)
-    ids, states = model._speak(prompts, processor.tokenizer, 64, {"logits_processor": say(processor, answers)})
+    ids, states = spoken(model, prompts, processor, logits_processor=say(processor, answers))
     hidden = model._hidden(batch)
     assert states.shape[:2] == ids.shape
     for row, answer in enumerate(answers):
@@ -103,19 +113,29 @@ def test_states_equal_those_of_one_pass(scene):
         assert torch.allclose(states[row, : len(answer) + 1], hidden[row, start - 1 : end], atol=1e-5)
 
 
-def test_cache_changes_nothing(scene):
-    model, processor, _ = scene
+@torch.no_grad()
+def test_cache_and_shared_prefix_change_nothing(scene):
+    """Against the whole sequence read anew for every token, each row alone."""
+    model, processor, samples = scene
     prompts, _, _ = prompts_and_answers(scene)
-    with_cache = model._speak(prompts, processor.tokenizer, 12, {})
-    without = model._speak(prompts, processor.tokenizer, 12, {"use_cache": False})
-    assert torch.equal(with_cache[0], without[0])
-    assert len(with_cache[0].unique()) > 1
-    live = (with_cache[0] == processor.tokenizer.eos_token_id).cumsum(1) <= 1  # up to the end token
-    assert torch.allclose(with_cache[1][live[:, : with_cache[1].shape[1]]], without[1][live], atol=1e-5)
+    ids, states = spoken(model, prompts, processor, max_new_tokens=12)
+    assert len(ids.unique()) > 1
+    features = model.reasoning.image_features(prompts.clip_pixels)
+    for row, image in enumerate(prompts.image_index.tolist()):
+        text = prompts.input_ids[row, prompts.attention_mask[row].bool()].tolist()
+        for step, token in enumerate(ids[row].tolist()):
+            embeddings = model.reasoning.embed(torch.tensor([text]), features, torch.tensor([image]))
+            last = model.reasoning.hidden_states(embeddings, torch.ones(1, len(text), dtype=torch.int64))[0, -1]
+            assert torch.allclose(states[row, step], last, atol=1e-5)
+            assert int(model.reasoning.llava.lm_head(last).argmax()) == token
+            if token == processor.tokenizer.eos_token_id:
+                break
+            text.append(token)
 
 
 def test_vision_runs_once_and_steps_are_short(scene):
-    """One pass of CLIP over the pictures, one of the language model over the prompt, then one position a step."""
+    """One pass of CLIP over the pictures, one of the language model over what questions of an image share, one over the
+    rest, then one position a step."""
     model, processor, _ = scene
     prompts, _, answers = prompts_and_answers(scene)
     vision, language = [], []  # the shape of each output
@@ -130,8 +150,25 @@ def test_vision_runs_once_and_steps_are_short(scene):
         for handle in handles:
             handle.remove()
     steps = max(len(a) for a in answers)
-    assert [shape[0] for shape in vision] == [2]
-    assert [shape[1] for shape in language] == [prompts.input_ids.shape[1]] + [1] * steps
+    shared, rest = (n for _, n, _ in language[:2])
+    assert [tuple(shape[:2]) for shape in vision] == [(2, 5)]
+    assert [shape[0] for shape in language] == [2, 3] + [3] * steps
+    assert [shape[1] for shape in language[2:]] == [1] * steps
+    assert shared > 4 and shared + rest == prompts.input_ids.shape[1], "the picture is in the shared part"
+
+
+def test_masks_need_one_pass_of_sam(scene):
+    model, processor, _ = scene
+    prompts, _, answers = prompts_and_answers(scene)
+    shapes = []
+    handle = model.segmenting.sam.image_encoder.register_forward_hook(lambda module, args, output: shapes.append(len(output)))
+    try:
+        model.generate(prompts, processor.tokenizer, logits_processor=say(processor, [[7], [7], [7]]))
+        assert shapes == [], "nothing to segment"
+        model.generate(prompts, processor.tokenizer, logits_processor=say(processor, answers))
+        assert shapes == [2]
+    finally:
+        handle.remove()
 
 
 def test_rows_answer_alone_as_together(scene):
@@ -164,6 +201,7 @@ def test_answers_stop_at_the_limit(scene):
     prompts, _, answers = prompts_and_answers(scene)
     results = model.generate(prompts, processor.tokenizer, max_new_tokens=4, logits_processor=say(processor, answers))
     assert [r.token_ids for r in results] == [a[:4] for a in answers]
+    assert not any(r.finished for r in results)
 
 
 def test_sampling_follows_the_seed(scene):
@@ -180,8 +218,14 @@ def test_sampling_follows_the_seed(scene):
 def test_what_would_mix_up_states_is_refused(scene):
     model, processor, _ = scene
     prompts, _, _ = prompts_and_answers(scene)
-    with pytest.raises(ValueError, match="num_beams must be 1"):
-        model.generate(prompts, processor.tokenizer, num_beams=2)
+    for options, words in (
+        ({"num_beams": 2}, "no such option of generation: num_beams"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.generate(prompts, processor.tokenizer, **options)
     try:
         model.train()
         with pytest.raises(ValueError, match="evaluation mode"):

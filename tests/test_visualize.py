@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataset import drawing
 from utils import visualize
 from utils.visualize import Example, contact_sheet, draw_row, fit, font, overlay, printable, wrap
 
@@ -67,9 +68,9 @@ def test_control_characters_do_not_reach_the_picture():
 
 def test_level_colours_differ_and_the_answer_keeps_its_own():
     for count in (1, 2, 3, 4):
-        colours = [visualize.level_colour(level, count) for level in range(count)]
+        colours = [drawing.level_colour(level, count) for level in range(count)]
         assert len(set(colours)) == count
-        assert colours[-1] == visualize.FINAL_COLOUR
+        assert colours[-1] == drawing.FINAL_COLOUR
         assert visualize.TRUTH_COLOUR not in colours
 
 

@@ -16,11 +16,9 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dataset.drawing import level_colour, overlay
 from utils.metrics import mask_iou
 
-# Told apart by people with any kind of colour vision; coarse to fine, the last one for the answer itself.
-COARSE_COLOURS = ((60, 170, 240), (240, 200, 40), (170, 110, 230))
-FINAL_COLOUR = (240, 50, 110)
 TRUTH_COLOUR = (20, 190, 100)
 IGNORE_COLOUR = (120, 120, 120)
 
@@ -47,29 +45,6 @@ class Example:
     """bool (H, W): pixels that are not scored."""
     name: str
     """Data set and sample."""
-
-
-def level_colour(level: int, levels: int) -> tuple[int, int, int]:
-    """The last level always has the same colour, however many come before it."""
-    return FINAL_COLOUR if level == levels - 1 else COARSE_COLOURS[level % len(COARSE_COLOURS)]
-
-
-def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], alpha: float = 0.45, contour: int = 2) -> np.ndarray:
-    """A copy of ``image`` with ``mask`` tinted, and outlined from outside so that the tint shows its exact pixels.
-
-    ``alpha``: share of the colour in [0, 1]; ``contour``: pixels of the outline, 0 for none. A thin white line around
-    it keeps the outline visible on a ground of its own colour. Raises ValueError if image and mask differ in size.
-    """
-    if image.shape[:2] != mask.shape:
-        raise ValueError(f"overlay: image {image.shape[:2]} and mask {mask.shape} differ in size")
-    out = image.copy()
-    if contour:
-        outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        # a line is drawn around its middle: half of it falls on the mask and is painted over below
-        cv2.drawContours(out, outlines, -1, (255, 255, 255), 2 * contour + 2, cv2.LINE_AA)
-        cv2.drawContours(out, outlines, -1, colour, 2 * contour, cv2.LINE_AA)
-    out[mask] = np.round((1 - alpha) * image[mask] + alpha * np.array(colour)).astype(np.uint8)
-    return out
 
 
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:

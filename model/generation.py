@@ -1,0 +1,315 @@
+"""Free answers: read each image's prompt once, speak token by token, turn answer tokens into masks.
+
+B images · N conversations · L tokens of a prompt · M new tokens · d hidden size · K targets · T levels · (H, W) original frame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from dataset.sample import Batch
+from model.reasoning_chain import ReasoningChain
+from model.sam import to_original, valid_cells
+
+if TYPE_CHECKING:
+    from model.cores import CoresForReasoningSegmentation
+
+
+@dataclass
+class Segmentation:
+    """The masks of one conversation. ``masks``: bool (K, T, H, W), original frame; ``iou``: float (K, T)."""
+
+    masks: Tensor
+    iou: Tensor
+
+
+@dataclass
+class Generation(Segmentation):
+    """A free answer, with the masks of every complete group of its answer tokens."""
+
+    token_ids: list[int]
+    """Without the end token."""
+    text: str
+    """The answer as people read it, answer tokens included."""
+    finished: bool = True
+    """False: the answer was cut at the limit of new tokens."""
+
+    @property
+    def emitted(self) -> bool:
+        """Whether the answer holds at least one complete group of answer tokens, [LOC] … [SEG] in order."""
+        return len(self.masks) > 0
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen: the likeliest one, or with ``do_sample`` drawn from torch's global generator."""
+
+    max_new_tokens: int = 64
+    do_sample: bool = False
+    temperature: float = 1.0
+    """Above 0; only with ``do_sample``."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability; only with ``do_sample``."""
+    logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
+    """transformers' processors: (ids said so far (N, M), logits (N, V)) -> logits (N, V)."""
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0 (do_sample=False takes the likeliest token)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+
+    @classmethod
+    def of(cls, **options: Any) -> Decoding:
+        """Raises ValueError for an option that is not here. Beams are not: they reorder rows while states are kept."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := options.keys() - set(known):
+            raise ValueError(f"no such option of generation: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+        return cls(**options)
+
+    def choose(self, said: Tensor, logits: Tensor) -> Tensor:
+        """The next token of each row: said int64 (N, M), logits (N, V) -> int64 (N,)."""
+        processors = LogitsProcessorList(self.logits_processor)
+        if not self.do_sample:
+            return processors(said, logits.float()).argmax(-1)
+        processors += [TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p)]
+        return torch.multinomial(processors(said, logits.float()).softmax(-1), 1)[:, 0]
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+class _Layer(DynamicLayer):
+    """Keys and values in buffers with room to spare: a further token is written, where transformers copies all of them."""
+
+    ROOM = 256  # tokens by which a buffer grows
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As DynamicLayer.update: (N, heads, l, width) each, returns everything so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if self._buffers is None or self._buffers[0].shape[-2] < end:
+            self._buffers = _with_room(self.keys, end + self.ROOM), _with_room(self.values, end + self.ROOM)
+        keys, values = self._buffers
+        keys[..., start:end, :], values[..., start:end, :] = key_states, value_states
+        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        return self.keys, self.values
+
+    def keep(self, length: int) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._buffers = None  # of the old rows
+
+
+def _with_room(old: Tensor, length: int) -> Tensor:
+    new = old.new_empty((*old.shape[:-2], length, old.shape[-1]))
+    new[..., : old.shape[-2], :] = old
+    return new
+
+
+class Context:
+    """What the language model has read: keys and values of every layer, and which positions are tokens."""
+
+    def __init__(self, reasoning: ReasoningChain):
+        self.reasoning = reasoning
+        self.cache = Cache(layer_class_to_replicate=_Layer)
+        self.mask: Tensor | None = None
+        """int64 (N, length): 0 where a position is padding; None before anything is read."""
+
+    def read(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Reads on: embeddings (N, l, d), mask (N, l) -> last-layer hidden states (N, l, d)."""
+        everything = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        positions = (everything.cumsum(1) - 1).clamp(min=0)[:, -mask.shape[1] :]  # padding takes up no position
+        hidden = self.reasoning.read_on(embeddings, everything, positions, self.cache)
+        self.mask = everything
+        return hidden
+
+    def select(self, rows: Tensor) -> None:
+        """Row n becomes a copy of what is now row ``rows[n]``, int64 (N,)."""
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+
+    def keep(self, length: int) -> None:
+        """Forgets all but the first ``length`` positions; also after a reading that was interrupted between two layers."""
+        for layer in self.cache.layers:
+            layer.keep(length)
+        if self.mask is not None:
+            self.mask = self.mask[:, :length]
+
+
+def read_prompts(reasoning: ReasoningChain, batch: Batch, features: Tensor) -> tuple[Context, Tensor]:
+    """Reads left-padded prompts; what the conversations of an image have in common is read once per image.
+
+    features (B, P, d). Returns the context, with one row per conversation, and the last hidden states (N, d).
+    """
+    embeddings = reasoning.embed(batch.input_ids, features, batch.image_index)
+    context = Context(reasoning)
+    images, image_of_row = batch.image_index.unique(return_inverse=True)
+    if len(images) == len(embeddings):
+        return context, context.read(embeddings, batch.attention_mask)[:, -1]
+    width = batch.input_ids.shape[1]
+    starts = (width - batch.attention_mask.sum(1)).tolist()
+    prompts = [row[start:] for row, start in zip(batch.input_ids.tolist(), starts, strict=True)]
+    index = image_of_row.tolist()
+    firsts = [index.index(image) for image in range(len(images))]
+    # never a whole prompt: each still has its last token to read
+    shared = min(min(common_prefix(p, prompts[firsts[i]]), len(p) - 1) for p, i in zip(prompts, index, strict=True))
+    begin = torch.stack([embeddings[n, starts[n] : starts[n] + shared] for n in firsts])
+    context.read(begin, torch.ones_like(batch.attention_mask)[: len(begin), :shared])
+    context.select(image_of_row)
+    start = min(starts) + shared
+    rest = torch.arange(start, width, device=embeddings.device) >= torch.tensor(starts, device=embeddings.device)[:, None] + shared
+    return context, context.read(embeddings[:, start:], rest.long())[:, -1]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids the two begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# ------------------------------------------------------------------------------------------------------------- speaking
+
+
+def speak(context: Context, hidden: Tensor, end: int, decoding: Decoding) -> Iterator[tuple[Tensor, Tensor]]:
+    """Goes on from the last hidden states (N, d) of what was read, one token per row and step.
+
+    Yields the tokens int64 (N,), ``end`` for a row that has ended, and the states (N, d) that predicted them. Each token
+    is read before the next one is chosen, the last one never.
+    """
+    llava = context.reasoning.llava
+    embed = llava.get_input_embeddings()
+    said = torch.zeros((len(hidden), 0), dtype=torch.int64, device=hidden.device)
+    ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    one = torch.ones((len(hidden), 1), dtype=torch.int64, device=hidden.device)
+    while True:
+        token = decoding.choose(said, llava.lm_head(hidden)).masked_fill(ended, end)
+        yield token, hidden
+        said, ended = torch.cat([said, token[:, None]], dim=1), ended | (token == end)
+        if said.shape[1] == decoding.max_new_tokens or ended.all():
+            return
+        hidden = context.read(embed(token)[:, None], one)[:, -1]
+
+
+def generate(model: CoresForReasoningSegmentation, batch: Batch, tokenizer, decoding: Decoding) -> list[Generation]:
+    """See CoresForReasoningSegmentation.generate."""
+    scene = Scene(model, batch.clip_pixels, batch.sam_pixels, batch.original_sizes, batch.resized_sizes)
+    context, hidden = read_prompts(model.reasoning, batch, scene.features)
+    steps = list(speak(context, hidden, tokenizer.eos_token_id, decoding))
+    del context  # keys and values make room for SAM
+    ids, states = (torch.stack(part, dim=1) for part in zip(*steps, strict=True))
+    spoken = [_before(row, tokenizer.eos_token_id) for row in ids.tolist()]
+    found = scene.segment([row[: len(a)] for row, a in zip(states, spoken, strict=True)], spoken, batch.image_index)
+    return [
+        Generation(f.masks, f.iou, answer, tokenizer.decode(answer).strip(), len(answer) < ids.shape[1])
+        for f, answer in zip(found, spoken, strict=True)
+    ]
+
+
+def _before(row: list[int], end: int) -> list[int]:
+    """What stands before the first ``end``; all of it where there is none."""
+    return row[: row.index(end)] if end in row else row
+
+
+# ------------------------------------------------------------------------------------------------------------ segmenting
+
+
+class Scene:
+    """B images as a model sees them. CLIP runs now and SAM's encoder when the first mask is asked for, each once."""
+
+    def __init__(
+        self,
+        model: CoresForReasoningSegmentation,
+        clip_pixels: Tensor,
+        sam_pixels: Tensor,
+        original_sizes: list[tuple[int, int]],
+        resized_sizes: list[tuple[int, int]],
+    ):
+        """clip_pixels (B, 3, h, w), sam_pixels (B, 3, S, S), sizes (height, width) as in a Batch."""
+        self.model = model
+        self.features = model.reasoning.image_features(clip_pixels)
+        """(B, P, d): image tokens of the language model."""
+        self.original_sizes, self.resized_sizes = original_sizes, resized_sizes
+        self._sam_pixels = sam_pixels
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """(B, C, G, G): SAM's view of the images."""
+        return self.model.segmenting.embed(self._sam_pixels)
+
+    @cached_property
+    def _valid(self) -> Tensor:
+        dims, device = self.model.config.sam_dims, self.embeddings.device
+        return torch.stack([valid_cells(size, dims.image_size, dims.grid, device) for size in self.resized_sizes])
+
+    def segment(self, states: Sequence[Tensor], answers: Sequence[Sequence[int]], image_index: Tensor) -> list[Segmentation]:
+        """Masks of every complete group of answer tokens.
+
+        states: N × (M, d), the hidden states that predicted the tokens of ``answers``, N × M ids; image_index (N,).
+        """
+        config = self.model.config
+        levels = len(config.levels)
+        groups = [complete_groups(answer, config.level_token_ids) for answer in answers]
+        counts = [len(g) for g in groups]
+        if not any(counts):  # SAM's encoder is the most expensive part: nothing asks for it here
+            sizes = [self.original_sizes[i] for i in image_index.tolist()]
+            device = self.features.device
+            return [Segmentation(torch.zeros((0, levels, *size), dtype=torch.bool, device=device),
+                                 torch.zeros((0, levels), device=device)) for size in sizes]  # fmt: skip
+        chosen = torch.cat([state[torch.tensor(g, device=state.device)] for state, g in zip(states, groups, strict=True) if g])
+        of_target = image_index.repeat_interleave(torch.tensor(counts, device=image_index.device))
+        low_res, iou = self.model.segmenting(self.model.text_projection(chosen), self.embeddings, of_target, self._valid)
+        return [
+            Segmentation(self._masks(masks, image), ious.float())
+            for masks, ious, image in zip(low_res.split(counts), iou.split(counts), image_index.tolist(), strict=True)
+        ]
+
+    def _masks(self, low_res: Tensor, image: int) -> Tensor:
+        """Low-res logits (K, T, h, w) of targets in one image -> bool (K, T, H, W), target by target: logits are large."""
+        resized, original = self.resized_sizes[image], self.original_sizes[image]
+        out = torch.zeros((*low_res.shape[:2], *original), dtype=torch.bool, device=low_res.device)
+        for target, levels in enumerate(low_res):
+            out[target] = to_original(levels, resized, original, self.model.config.sam["image_size"]) > 0
+        return out
+
+
+def complete_groups(answer: Sequence[int], level_token_ids: Sequence[int]) -> list[list[int]]:
+    """Positions of each complete group of level tokens in an answer.
+
+    A group is one token of every level, in order, with anything but level tokens between them. A token out of order
+    starts over.
+    """
+    groups: list[list[int]] = []
+    pending: list[int] = []
+    for position, token in enumerate(answer):
+        if token not in level_token_ids:
+            continue
+        if token != level_token_ids[len(pending)]:
+            pending = []
+        if token == level_token_ids[len(pending)]:
+            pending.append(position)
+        if len(pending) == len(level_token_ids):
+            groups.append(pending)
+            pending = []
+    return groups

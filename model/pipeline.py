@@ -1,0 +1,472 @@
+"""Ask a picture from Python.
+
+    segmenter = ReasoningSegmenter.from_pretrained("runs/demo/model")
+    result = segmenter("dog.jpg", "the part that lets the dog smell")
+    result.text, result.masks[0].mask, result.overlay(), result.save("out")
+
+    session = segmenter.open("dog.jpg")  # the picture is read once; what was said before is remembered
+    session.ask("Where is the dog?")
+    session.ask("And what does it hear with?")
+
+H, W a picture in the original frame · K masks of an answer · T levels.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset import exemplars
+from dataset.conversation import Turn, answer_from_ids, answer_text, encode_prompt
+from dataset.drawing import level_colour, overlay
+from dataset.images import DataError, encode_rle, read_image, rgb_array
+from dataset.sample import Conversation, Sample, collate_prompts
+from model.cores import CoresForReasoningSegmentation
+from model.generation import Context, Decoding, Generation, Scene, common_prefix, speak
+from model.processor import CoresProcessor
+
+ImageLike = str | Path | Image.Image | np.ndarray
+MAX_ASPECT = 100  # CLIP's transform enlarges the shorter side: a line of pixels would become gigabytes
+CONVERSATIONS_PER_PASS = 8  # of one picture; more take several passes
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+@dataclass
+class AnswerMask:
+    """One group of answer tokens, [LOC] … [SEG]: the mask that was asked for and the coarser ones on the way to it."""
+
+    levels: dict[str, np.ndarray]
+    """Level name, coarse to fine -> bool (H, W)."""
+    ious: dict[str, float]
+    """Level name -> SAM's own prediction of its mask's IoU."""
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool (H, W): the last level's."""
+        return list(self.levels.values())[-1]
+
+    @property
+    def coarse(self) -> dict[str, np.ndarray]:
+        """The levels before the last one; empty for LISA."""
+        return dict(islice(self.levels.items(), len(self.levels) - 1))
+
+    @property
+    def predicted_iou(self) -> float:
+        return list(self.ious.values())[-1]
+
+    @property
+    def area(self) -> int:
+        """Pixels of ``mask``."""
+        return int(self.mask.sum())
+
+    @property
+    def box(self) -> tuple[int, int, int, int] | None:
+        """(x0, y0, x1, y1) around ``mask`` in pixels, x1 and y1 exclusive; None where it is empty."""
+        if not self.mask.any():
+            return None
+        columns, rows = (np.flatnonzero(self.mask.any(axis)) for axis in (0, 1))
+        return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+    @property
+    def rle(self) -> dict[str, Any]:
+        """``mask`` as COCO's compressed run lengths."""
+        return encode_rle(self.mask)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold of it, the coarse masks as "chain"."""
+        coarse = [
+            {"level": name, "rle": encode_rle(mask), "predicted_iou": round(self.ious[name], 4)}
+            for name, mask in self.coarse.items()
+        ]
+        box = None if self.box is None else list(self.box)
+        return {"rle": self.rle, "box": box, "area": self.area, "predicted_iou": round(self.predicted_iou, 4), "chain": coarse}
+
+
+@dataclass
+class Result:
+    """One answer. An answer without a complete group of answer tokens has no ``masks``."""
+
+    image: np.ndarray
+    """uint8 (H, W, 3) RGB."""
+    name: str
+    """Path of the picture, or "image"."""
+    question: str
+    text: str
+    """The answer, its tokens written as [LOC] and [SEG]."""
+    masks: list[AnswerMask]
+    token_ids: list[int]
+    """Of the answer, without the end token."""
+    finished: bool
+    """False: the answer was cut at the limit of new tokens."""
+    forgotten_turns: int = 0
+    """The oldest turns of the conversation that had to be left out for this question to fit."""
+
+    def overlay(self, coarse: bool = False, alpha: float = 0.45) -> np.ndarray:
+        """uint8 (H, W, 3): the masks over the picture, with ``coarse`` those on the way to them below; alpha in [0, 1]."""
+        out = self.image.copy()
+        for found in self.masks:
+            for level, (name, mask) in enumerate(found.levels.items()):
+                if coarse or name not in found.coarse:
+                    out = overlay(out, mask, level_colour(level, len(found.levels)), alpha)
+        return out
+
+    def save(self, folder: str | Path) -> dict[str, Any]:
+        """Writes every mask of every level (PNG, 0 or 255) and the overlay under new names; overwrites nothing.
+
+        Returns {"masks": one {level: path} per mask, "overlay": path or None}. Raises OSError where it cannot write.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.masks:
+            return {"masks": [], "overlay": None}
+        stem, files = _free_stem(folder, Path(self.name).stem), []
+        for index, found in enumerate(self.masks):
+            paths = {name: folder / f"{stem}_{index}_{_safe(name)}.png" for name in found.levels}
+            for name, mask in found.levels.items():
+                Image.fromarray(255 * mask.astype(np.uint8)).save(paths[name])
+            files.append({name: str(path) for name, path in paths.items()})
+        picture = folder / f"{stem}_overlay.png"
+        Image.fromarray(self.overlay()).save(picture)
+        return {"masks": files, "overlay": str(picture)}
+
+    def to_dict(self, files: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What JSON can hold; ``files``: what ``save`` returned."""
+        report = {"image": self.name, "question": self.question, "text": self.text, "finished": self.finished}
+        report["masks"] = [found.to_dict() for found in self.masks]
+        if files is not None:
+            for row, paths in zip(report["masks"], files["masks"], strict=True):
+                row["files"] = paths
+            report["overlay"] = files["overlay"]
+        return report | {"forgotten_turns": self.forgotten_turns}
+
+    def to_coco(self, image_id: int = 1) -> dict[str, Any]:
+        """A COCO data set of one picture; boxes are COCO's [x, y, width, height], ``score`` is the predicted IoU."""
+        height, width = self.image.shape[:2]
+        rows = []
+        for number, found in enumerate(self.masks, start=1):
+            x0, y0, x1, y1 = found.box or (0, 0, 0, 0)
+            rows.append({"id": number, "image_id": image_id, "category_id": 1, "segmentation": found.rle, "area": found.area,
+                         "bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0, "score": found.predicted_iou})  # fmt: skip
+        return {
+            "images": [{"id": image_id, "file_name": Path(self.name).name, "height": height, "width": width}],
+            "categories": [{"id": 1, "name": self.question}],
+            "annotations": rows,
+        }
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def _free_stem(folder: Path, stem: str) -> str:
+    """STEM_000, or the number after the highest one in use."""
+    stem = _safe(stem)[:100]
+    used = [re.match(re.escape(stem) + r"_(\d{3,})_", path.name) for path in folder.iterdir()]
+    return f"{stem}_{max((int(match[1]) + 1 for match in used if match), default=0):03d}"
+
+
+class Stream(Iterator[str]):
+    """An answer in the making: iterate over its pieces of text, which join to ``result.text``; then take ``result``."""
+
+    def __init__(self, pieces: Generator[str, None, Result]):
+        self._pieces = pieces
+        self._result: Result | None = None
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self._result = self._result or end.value
+            raise
+
+    @property
+    def result(self) -> Result:
+        """Waits for the end of the answer. Raises ValueError where the answer was given up before its end."""
+        for _ in self:
+            pass
+        if self._result is None:
+            raise ValueError("this answer was interrupted, by an error or by another question of its session; ask again")
+        return self._result
+
+    def close(self) -> None:
+        """Gives the answer up; the conversation stays as it was before the question."""
+        self._pieces.close()
+
+
+# -------------------------------------------------------------------------------------------------------------- inputs
+
+
+def load_image(image: ImageLike) -> tuple[np.ndarray, str]:
+    """(uint8 (H, W, 3) RGB, name) of a path, a PIL image or an array uint8 (H, W, 3) RGB.
+
+    Raises DataError for a file that is no image or too large, ValueError for another array or an extreme shape.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(
+                f"image: an array must be uint8 (H, W, 3) RGB, got {image.dtype} {image.shape}; "
+                "PIL.Image.fromarray(array) takes other kinds"
+            )
+        pixels, name = image, "image"
+    elif isinstance(image, Image.Image):
+        pixels, name = _pixels_of(image), getattr(image, "filename", "") or "image"
+    elif isinstance(image, (str, Path)):
+        pixels, name = read_image(image), str(image)
+    else:
+        raise ValueError(f"image: give a path, a PIL image or an array uint8 (H, W, 3), got {type(image).__name__}")
+    height, width = pixels.shape[:2]
+    if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"{name}: {width}×{height} pixels; one side may be at most {MAX_ASPECT} times the other, crop the picture")
+    return pixels, str(name)
+
+
+def _pixels_of(image: Image.Image) -> np.ndarray:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise DataError(f"image: {image.width}×{image.height} pixels, more than the limit of {limit} pixels; make it smaller")
+    try:
+        return rgb_array(image)
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"image: cannot be decoded ({' '.join(str(error).split())})") from None
+
+
+def clean_question(text: str) -> str:
+    """One line without control characters or broken Unicode. Raises ValueError for one that says nothing."""
+    if not isinstance(text, str):
+        raise ValueError(f"a question must be a text, got {type(text).__name__}")
+    kept = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else "\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
+    question = " ".join("".join(kept).split())
+    if not question:
+        raise ValueError("the question is empty")
+    return question
+
+
+# ------------------------------------------------------------------------------------------------------------ pipeline
+
+
+class ReasoningSegmenter:
+    """A model that answers questions about pictures in words and masks.
+
+    ``max_new_tokens``: longest answer. The in-context exemplars of the prompt are drawn once, by ``seed``.
+    """
+
+    def __init__(self, model: CoresForReasoningSegmentation, processor: CoresProcessor, max_new_tokens: int = 64, seed: int = 0):
+        self.model, self.processor = model.eval(), processor
+        self.decoding = Decoding(max_new_tokens)
+        self.exemplars = exemplars.draw(np.random.default_rng(seed), processor.exemplar_count)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        template: str | None = None,
+        max_new_tokens: int = 64,
+        **kwargs: Any,
+    ) -> ReasoningSegmenter:
+        """A model folder, read as CoresForReasoningSegmentation.from_pretrained does, which takes ``kwargs``.
+
+        ``device`` "auto": CUDA where there is one, or the CPU. ``dtype`` "auto": as stored. ``template``: of the prompt,
+        instead of that of the training. Raises FileNotFoundError or ValueError for a folder that holds no such model.
+        """
+        processor = CoresProcessor.from_pretrained(str(path))
+        processor.template = template or processor.template
+        model = CoresForReasoningSegmentation.from_pretrained(str(path), dtype=dtype, **kwargs)
+        if kwargs.get("quantization_config") is None:  # quantised weights are on their device already
+            model = model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        return cls(model, processor, max_new_tokens)
+
+    def __call__(self, image: ImageLike | Sequence[ImageLike], query: str | Sequence, batch_size: int = 4) -> Any:
+        """The answer to ``query`` about ``image``, a Result; the questions of a list are separate conversations.
+
+        One picture and a list of questions give a list of Results. Several pictures take one question for all, or a
+        list with one question, or one list of questions, for each; the Results are nested as the questions are.
+        ``batch_size``: pictures in one pass. Raises DataError or ValueError, naming the picture, for bad input.
+        """
+        if not isinstance(image, (list, tuple)):
+            return self([image], [query if isinstance(query, str) else list(query)], batch_size)[0]
+        queries = [query] * len(image) if isinstance(query, str) else list(query)
+        if len(queries) != len(image):
+            raise ValueError(f"{len(image)} images but {len(queries)} entries of questions; give one for each image")
+        asked = [[q] if isinstance(q, str) else list(q) for q in queries]
+        answers = self._answer_all(list(image), asked, batch_size)
+        return [found[0] if isinstance(q, str) else found for q, found in zip(queries, answers, strict=True)]
+
+    def stream(self, image: ImageLike, query: str) -> Stream:
+        """As a call with one picture and one question, but the text comes in pieces."""
+        return Session(self, *load_image(image)).stream(query)
+
+    def open(self, image: ImageLike) -> Session:
+        """A conversation about one picture, which is read now."""
+        session = Session(self, *load_image(image))
+        session.read_ahead()
+        return session
+
+    def _answer_all(self, images: list[ImageLike], queries: list[list[str]], batch_size: int) -> list[list[Result]]:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        answers: list[list[Result]] = [[] for _ in images]
+        parts = (
+            (index, questions[start : start + CONVERSATIONS_PER_PASS])
+            for index, questions in enumerate(queries)
+            for start in range(0, len(questions), CONVERSATIONS_PER_PASS)
+        )
+        while batch := list(islice(parts, batch_size)):
+            for (index, _), found in zip(batch, self._one_pass([(images[i], questions) for i, questions in batch]), strict=True):
+                answers[index] += found
+        return answers
+
+    def _one_pass(self, parts: list[tuple[ImageLike, list[str]]]) -> list[list[Result]]:
+        samples = [self._sample(*load_image(image), [clean_question(q) for q in questions]) for image, questions in parts]
+        batch = collate_prompts(samples, self.processor, self.processor.levels, self.processor.template)
+        batch = batch.to(self.model.device, self.model.dtype)
+        found = iter(self.model.generate(batch, self.processor.tokenizer, **vars(self.decoding)))
+        return [[self._result(s.image, s.image_path, talk.turns[0][0], next(found)) for talk in s.conversations] for s in samples]
+
+    def _result(self, image: np.ndarray, name: str, question: str, spoken: Generation, forgotten: int = 0) -> Result:
+        levels = self.processor.levels
+        masks = [
+            AnswerMask(dict(zip(levels, group, strict=True)), dict(zip(levels, ious, strict=True)))
+            for group, ious in zip(spoken.masks.cpu().numpy(), spoken.iou.tolist(), strict=True)
+        ]
+        return Result(image, name, question, self.text(spoken.token_ids), masks, spoken.token_ids, spoken.finished, forgotten)
+
+    def _sample(self, pixels: np.ndarray, name: str, questions: list[str]) -> Sample:
+        nothing = np.zeros((0, *pixels.shape[:2]), dtype=bool)
+        talks = [Conversation([(question, [])], nothing) for question in questions]
+        return Sample(pixels, name, talks, "chat", "chat", Path(name).name, self.exemplars)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Generated ids as people read them."""
+        return answer_text(answer_from_ids(ids, self.processor.tokenizer, self.processor.levels)).strip()
+
+
+class Session:
+    """A conversation about one picture. It keeps SAM's embedding, CLIP's features and the keys and values of what was
+    read, so that a further question costs its own tokens only.
+
+    ``turns`` are the (question, answer) pairs that the next question will see. An answer that is interrupted leaves the
+    conversation as it was.
+    """
+
+    @torch.no_grad()
+    def __init__(self, segmenter: ReasoningSegmenter, image: np.ndarray, name: str):
+        """image: uint8 (H, W, 3) RGB; see ReasoningSegmenter.open."""
+        model, processor = segmenter.model, segmenter.processor
+        self.segmenter, self.image, self.name = segmenter, image, name
+        self.turns: list[Turn] = []
+        sam_pixels, resized = processor.sam(image)
+        clip_pixels, sam_pixels = (pixels[None].to(model.device, model.dtype) for pixels in (processor.clip(image), sam_pixels))
+        self._scene = Scene(model, clip_pixels, sam_pixels, [image.shape[:2]], [resized])
+        self._context = Context(model.reasoning)
+        self._read: list[int] = []
+        """Token ids that the context holds."""
+        self._running: Stream | None = None
+
+    def ask(self, question: str) -> Result:
+        """The answer; it stands in the history of the next question if it has words.
+
+        Where the conversation does not fit any more, its oldest turns are forgotten; ``Result.forgotten_turns`` counts
+        them. Raises ValueError for a question that is empty or too long on its own.
+        """
+        return self.stream(question).result
+
+    def stream(self, question: str) -> Stream:
+        """As ``ask``, in pieces of text. A stream of this session that is still running is given up."""
+        self._give_up()
+        self._running = Stream(self._answer(question))
+        return self._running
+
+    def undo(self) -> str | None:
+        """Takes the last turn back and returns its question; None where there is none."""
+        self._give_up()
+        return self.turns.pop()[0] if self.turns else None
+
+    def reset(self) -> None:
+        """Forgets the conversation, not the picture."""
+        self._give_up()
+        self.turns = []
+
+    def _give_up(self) -> None:
+        if self._running is not None:
+            self._running.close()
+
+    @torch.no_grad()
+    def read_ahead(self) -> None:
+        """Reads now what every question shares: the prompt up to the picture, and the picture for SAM."""
+        ids = self._encode("?", [])
+        last = len(ids) - 1 - ids[::-1].index(self.segmenter.processor.image_token_id)
+        self._read_up_to(ids[: last + 1])
+        _ = self._scene.embeddings
+
+    def _encode(self, question: str, history: Sequence[Turn]) -> list[int]:
+        p = self.segmenter.processor
+        return encode_prompt(
+            question, history, self.segmenter.exemplars, p.tokenizer, p.template, p.image_token, p.image_token_count, p.levels
+        )
+
+    def _fit(self, question: str) -> tuple[list[Turn], list[int]]:
+        """(history, token ids) of the prompt, without as many of the oldest turns as it takes to leave room to answer."""
+        limit = self.segmenter.processor.tokenizer.model_max_length
+        for start in range(len(self.turns) + 1):
+            history = self.turns[start:]
+            ids = self._encode(question, history)
+            room = limit - self.segmenter.decoding.max_new_tokens if history else limit
+            if len(ids) <= room:
+                return history, ids
+        raise DataError(f"the question is too long: {len(ids)} tokens with its prompt, the model takes {limit}; shorten it")
+
+    def _read_up_to(self, ids: list[int]) -> torch.Tensor:
+        """Hidden states (1, d) at the end of ``ids``. What the context holds of them is not read again."""
+        reasoning = self.segmenter.model.reasoning
+        shared = min(common_prefix(self._read, ids), len(ids) - 1)
+        self._read = self._read[:shared]
+        self._context.keep(shared)
+        tokens = torch.tensor([ids], device=self._scene.features.device)
+        embeddings = reasoning.embed(tokens, self._scene.features, torch.zeros_like(tokens[:, 0]))
+        hidden = self._context.read(embeddings[:, shared:], torch.ones_like(tokens[:, shared:]))
+        self._read = list(ids)
+        return hidden[:, -1]
+
+    @torch.no_grad()
+    def _answer(self, question: str) -> Generator[str, None, Result]:
+        segmenter, end = self.segmenter, self.segmenter.processor.tokenizer.eos_token_id
+        question = clean_question(question)
+        history, ids = self._fit(question)
+        hidden = self._read_up_to(ids)
+        said: list[int] = []
+        states = [hidden[:0]]
+        shown, finished = "", False
+        for token, state in speak(self._context, hidden, end, segmenter.decoding):
+            self._read = ids + said  # every token is read before the next one is chosen
+            finished = int(token) == end
+            if finished:
+                break
+            said.append(int(token))
+            states.append(state)
+            ready = segmenter.text(said).rstrip("\ufffd")  # a character may take several tokens
+            if ready.startswith(shown) and ready != shown:
+                yield ready[len(shown) :]
+                shown = ready
+        text = segmenter.text(said)
+        if text != shown:
+            yield text[common_prefix(text, shown) :]
+        index = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+        found = self._scene.segment([torch.cat(states)], [said], index)[0]
+        spoken = Generation(found.masks, found.iou, said, text, finished)
+        result = segmenter._result(self.image, self.name, question, spoken, len(self.turns) - len(history))
+        reply = answer_from_ids(said, segmenter.processor.tokenizer, segmenter.processor.levels)
+        self.turns = [*history, (question, reply)] if text else history
+        return result
