@@ -31,7 +31,8 @@ from dataset.images import DataError, read_image, read_json
 from model.pipeline import ReasoningSegmenter, Result, Session
 from utils import distributed
 from utils.arguments import OneLineParser, UsageError
-from utils.html import Markup, join, tag
+from utils.gallery import jpeg
+from utils.html import Markup, join, picture, tag
 from utils.visualize import fit
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -45,6 +46,10 @@ CSS = """
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 14px; min-height: 22px; }
 .legend i { display: inline-block; width: 13px; height: 13px; border-radius: 3px; margin-right: 6px; vertical-align: -1px; }
 .legend span { white-space: nowrap; }
+.chain { display: flex; gap: 10px; }
+.chain figure { margin: 0; flex: 1 1 0; min-width: 0; max-width: 33%; }
+.chain img { width: 100%; border-radius: 6px; margin: 0; }
+.chain figcaption { font-size: 13px; margin-top: 4px; }
 """
 INTRODUCTION = (
     "Drop a picture, ask about it, and see where the answer is. The model first marks **where to look**, then **what was meant**. "
@@ -115,14 +120,15 @@ def paint(result: Result, view: str, alpha: float, side: int) -> np.ndarray:
     return out
 
 
-def steps(result: Result, alpha: float) -> list[tuple[np.ndarray, str]]:
-    """(picture, caption) of the chain, coarse to fine."""
+def steps(result: Result, alpha: float) -> Markup:
+    """The chain, coarse to fine: the picture and one tile for every level."""
     names = levels_of(result)
     if not names:
-        return []
+        return Markup()
     captions = [f"{i + 1}. [{name}] {'the answer' if i == len(names) - 1 else 'where to look'}" for i, name in enumerate(names)]
-    pictures = [paint(result, name, alpha, TILE) for name in names]
-    return [(paint(result, PICTURE, alpha, TILE), "the picture"), *zip(pictures, captions, strict=True)]
+    shown = [(PICTURE, "the picture"), *zip(names, captions, strict=True)]
+    tiles = [(picture(jpeg(paint(result, view, alpha, TILE)), caption), caption) for view, caption in shown]
+    return tag("div", *(tag("figure", tile, tag("figcaption", caption)) for tile, caption in tiles), class_="chain")
 
 
 def legend(result: Result | None) -> Markup:
@@ -258,7 +264,7 @@ class Page:
         if talk is None:
             return self._nothing()[:3]
         if not talk.results or chosen is None or not 0 <= chosen < len(talk.results):
-            return fit(talk.session.image, shown_side(talk.session.image)), legend(None), []
+            return fit(talk.session.image, shown_side(talk.session.image)), legend(None), Markup()
         result, alpha = talk.results[chosen], opacity / 100
         return paint(result, view, alpha, shown_side(result.image)), legend(result), steps(result, alpha)
 
@@ -267,7 +273,7 @@ class Page:
         return *self.view(talk, chosen, view, opacity), *self._files(talk, chosen)
 
     def _nothing(self) -> tuple:
-        return None, legend(None), [], *self._files(None, None)
+        return None, legend(None), Markup(), *self._files(None, None)
 
     def _files(self, talk: Talk | None, chosen: int | None) -> tuple:
         """The two buttons, which work if the answer has a mask."""
@@ -288,12 +294,12 @@ class Page:
             gr.Markdown(f"# Ask a picture\n{INTRODUCTION}")
             with gr.Row():
                 with gr.Column(scale=5):
-                    picture = gr.Image(
+                    sent = gr.Image(
                         label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=260,
                         buttons=[], elem_id="upload",
                     )  # fmt: skip
                     # gradio would decode the file itself first, without our limits and our words for what is wrong with it
-                    picture.preprocess = lambda sent: None if sent is None else sent.path
+                    sent.preprocess = lambda file: None if file is None else file.path
                     messages = gr.Chatbot(
                         label="Conversation", height=300, render_markdown=False, latex_delimiters=[], buttons=[],
                         elem_id="conversation", placeholder="Ask where something is, or what it is for.",
@@ -308,7 +314,7 @@ class Page:
                         stop = gr.Button("Stop", elem_id="stop")
                         undo = gr.Button("Take back", elem_id="undo")
                     if examples:
-                        gr.Examples(examples, inputs=[picture, question], label="Examples", elem_id="examples")
+                        gr.Examples(examples, inputs=[sent, question], label="Examples", elem_id="examples")
                 with gr.Column(scale=6):
                     result = gr.Image(
                         label="Answer", interactive=False, buttons=["download", "fullscreen"], height=480, elem_id="result"
@@ -318,10 +324,7 @@ class Page:
                         view = gr.Radio(views, value=ANSWER, label="Show", elem_id="view", scale=3)
                         opacity = gr.Slider(0, 100, value=45, step=5, label="Opacity in percent", elem_id="opacity", scale=2)
                     chosen = gr.Dropdown([], label="Answer to", interactive=False, elem_id="chosen")
-                    chain = gr.Gallery(
-                        label="The chain, coarse to final", show_label=False, columns=3, height=230, object_fit="contain",
-                        buttons=[], elem_id="chain",
-                    )  # fmt: skip
+                    chain = gr.HTML(elem_id="chain")
                     with gr.Row():
                         masks = gr.DownloadButton("Masks (PNG)", interactive=False, elem_id="masks")
                         coco = gr.DownloadButton("COCO JSON", interactive=False, elem_id="coco")
@@ -330,7 +333,7 @@ class Page:
             # the model answers one question at a time; a drag of the slider need not wait for it
             model = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
             light = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
-            picture.change(self.open, [picture], [talk, messages, chosen, *shown, masks, coco], **model)
+            sent.change(self.open, [sent], [talk, messages, chosen, *shown, masks, coco], **model)
             inputs = [talk, question, view, opacity]
             answering = gr.on([ask.click, question.submit], self.ask, inputs, everything, show_progress_on=[messages], **model)
             stop.click(None, cancels=[answering], api_visibility="private")

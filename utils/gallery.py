@@ -45,10 +45,11 @@ class Entry:
 
 
 def draw(example: Example, score: TargetScore) -> Picture:
-    return Picture(score, [(caption, _jpeg(tile)) for caption, tile in panels(example, TILE)])
+    return Picture(score, [(caption, jpeg(tile)) for caption, tile in panels(example, TILE)])
 
 
-def _jpeg(tile: np.ndarray) -> bytes:
+def jpeg(tile: np.ndarray) -> bytes:
+    """``tile``: uint8 (h, w, 3) RGB."""
     buffer = io.BytesIO()
     Image.fromarray(tile).save(buffer, format="JPEG", quality=88)
     return buffer.getvalue()
