@@ -1,5 +1,6 @@
 """ReasoningSegmenter and its sessions, on a model that answers by rule (tests/scripted.py) and on random ones."""
 
+import io
 import json
 import tracemalloc
 import warnings
@@ -253,6 +254,13 @@ def test_old_turns_make_room(segmenter):
     assert session.turns == turns, "a question that never fits costs no history"
 
 
+def test_half_precision_answers_too():
+    half = ReasoningSegmenter(*tiny_model(dtype=torch.bfloat16), max_new_tokens=8)
+    session = half.open(picture())
+    assert session.ask("where is the dog?").text == half(picture(), ["where is the dog?", "a b c"])[0].text
+    assert session._scene.embeddings.dtype == session._context.cache.layers[0].keys.dtype == torch.bfloat16
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -318,6 +326,26 @@ def test_a_decompression_bomb_is_refused_with_the_limit(tmp_path):
                 load_image(source)
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_files_are_read_or_refused(tmp_path, kind):
+    """Bytes changed or cut off at random: never another error than the one line."""
+    rng, whole = np.random.default_rng(0), io.BytesIO()
+    Image.fromarray(picture()).save(whole, kind)
+    messages = []
+    for _ in range(80):
+        data = bytearray(whole.getvalue())
+        for place in rng.integers(0, min(len(data), 400), rng.integers(1, 8)):
+            data[place] = rng.integers(0, 256)
+        (tmp_path / "damaged").write_bytes(data[: rng.integers(0, len(data)) if rng.random() < 0.2 else None])
+        try:
+            load_image(tmp_path / "damaged")
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) > 8
+    assert not any("\n" in message for message in messages)
 
 
 def test_files_of_every_mode(tmp_path):
