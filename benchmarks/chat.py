@@ -43,6 +43,7 @@ from model.sam import SamDims
 
 RESULTS = ROOT / "benchmarks" / "results" / "chat.json"
 LEVELS = ["LOC", "SEG"]
+COMPARISONS = ("generation", "follow_up", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ SIZES = {
 }
 
 
-def build(size: Size) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+def build(size: Size, vocabulary: int = 0) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
     """A model with random weights; patches of 14 for CLIP and 16 for SAM, as in LISA.
 
-    The vocabulary is that of assets/tiny, for at this width 32,000 words would be 40 % of the weights (LLaVA-7B: 2 %).
+    ``vocabulary``: rows of the word tables where that is more than the tokenizer of assets/tiny has. Llama's 32,000 would
+    be 40 % of the weights read for a token at this width (LLaVA-7B: 2 %).
     """
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny" / "llava")
@@ -75,7 +77,7 @@ def build(size: Size) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
                               num_attention_heads=heads, image_size=pixels, patch_size=14, projection_dim=width)  # fmt: skip
     tokens = (pixels // 14) ** 2
     width, layers, heads = size.llama
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3,
+    text = LlamaConfig(vocab_size=max(vocabulary, len(tokenizer)), hidden_size=width, intermediate_size=8 * width // 3,
                        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=4096,
                        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
     llava = LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=False,
@@ -150,8 +152,8 @@ class Published:
 class Comparison:
     """A prompt, a picture, and both ways to answer."""
 
-    def __init__(self, size: Size, tokens: int, queries: int):
-        self.model, self.processor = build(size)
+    def __init__(self, size: Size, tokens: int, queries: int, vocabulary: int = 0):
+        self.model, self.processor = build(size, vocabulary)
         script = Script(tokens - 1, self.model.config.level_token_ids, self.processor.tokenizer.eos_token_id)
         self.tokens, self.queries = tokens, queries
         self.segmenter = ReasoningSegmenter(self.model, self.processor, tokens)
@@ -247,21 +249,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of every answer, the end token included")
     parser.add_argument("--queries", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=0, help="words, where more than the tokenizer's")
+    parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     args = parser.parse_args(argv)
-    comparison = Comparison(SIZES[args.size], args.tokens, args.queries)
+    comparison = Comparison(SIZES[args.size], args.tokens, args.queries, args.vocabulary)
     results = {}
-    for name, sides in (
-        ("generation", comparison.generation),
-        ("follow_up", comparison.follow_up),
-        ("evaluation", comparison.evaluation),
-    ):
-        results[name] = compare(name, *sides(), args.repeats)
+    for name in args.only:
+        results[name] = compare(name, *getattr(comparison, name)(), args.repeats)
         medians = results[name]["median_seconds"]
         print(f"{name:10}  {results[name]['ratio']:6.1f}×   published {medians['published']:8.3f} s   "
               f"here {medians['ours']:8.3f} s", flush=True)  # fmt: skip
     if args.json:
-        shown = " ".join(["python -m benchmarks.chat", *(sys.argv[1:] if argv is None else argv)])
+        flags = {name: value for name, value in vars(args).items() if name not in ("json", "only")}
+        shown = " ".join(["python -m benchmarks.chat", *(f"--{name} {value}" for name, value in flags.items())])
         machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         prompt = {"prompt_tokens": len(comparison.prompt("Where is the dog?")), "new_tokens": args.tokens, "queries": args.queries}
         args.json.parent.mkdir(parents=True, exist_ok=True)

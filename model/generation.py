@@ -256,7 +256,9 @@ class Scene:
     @cached_property
     def embeddings(self) -> Tensor:
         """(B, C, G, G): SAM's view of the images."""
-        return self.model.segmenting.embed(self._sam_pixels)
+        embeddings = self.model.segmenting.embed(self._sam_pixels)
+        del self._sam_pixels  # 12 MB a picture, not needed again
+        return embeddings
 
     @cached_property
     def _valid(self) -> Tensor:
