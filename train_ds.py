@@ -4,7 +4,7 @@
     deepspeed --num_gpus 2 train_ds.py --config configs/cores-7b.yaml --exp_name cores-7b
     python train_ds.py --eval_only --version runs/demo/model --dataset_dir data/synthreason --val_dataset NAME
 
-Everything goes to <log_base_dir>/<exp_name>: config.json, ckpt/, log.jsonl, tensorboard/, metrics.json, examples.png.
+Everything goes to <log_base_dir>/<exp_name>: config.json, ckpt/, log.jsonl, tensorboard/, metrics.json, report.html, examples.png.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ distributed.prepare_environment()  # before anything imports deepspeed
 from utils import build, checkpoint  # noqa: E402
 from utils.arguments import Settings, UsageError, parse  # noqa: E402
 from utils.engine import Interrupted, NonFiniteLoss, Trainer  # noqa: E402
-from utils.evaluation import Report, evaluate, write_reports  # noqa: E402
+from utils.evaluation import evaluate  # noqa: E402
+from utils.evaluation_cli import finish, modes_of  # noqa: E402
 
 CLEAR_ERRORS = (UsageError, ValueError, FileNotFoundError, OSError)
 
@@ -41,41 +42,10 @@ def say(*words: Any) -> None:
         print(*words, flush=True)
 
 
-def evaluate_settings(model, processor, data, s: Settings, modes: list[str]) -> list[Report]:
-    model.to(distributed.device())
-    return [
-        evaluate(
-            model,
-            processor,
-            data,
-            mode,
-            batch_size=s.val_batch_size,
-            max_new_tokens=s.max_new_tokens,
-            examples=s.examples,
-            seed=s.seed,
-            progress=distributed.is_main(),
-        )  # fmt: skip
-        for mode in modes
-    ]
-
-
-def modes_of(s: Settings) -> list[str]:
-    return ["free", "teacher_forced"] if s.eval_mode == "both" else [s.eval_mode]
-
-
-def finish(model, processor, data, s: Settings, started: float) -> None:
-    """The final evaluation: tables on the screen, metrics.json and examples.png in the run folder."""
-    reports = evaluate_settings(model, processor, data, s, modes_of(s))
-    if distributed.is_main():
-        write_reports(reports, data, s.run_dir, s.saved() | {"eval_only": s.eval_only}, seconds=time.time() - started)
-    distributed.barrier()
-
-
 def check_ranks(s: Settings) -> None:
     """Raises UsageError for what this machine or number of ranks cannot do; applies --global_batch_size."""
     world = distributed.world_size()
-    if s.precision == "fp16" and not torch.cuda.is_available():
-        raise UsageError("--precision fp16 needs a GPU; use fp32 or bf16 here")
+    build.refuse_half_on_cpu(s)
     if s.zero_stage == 3 and world > 1 and not (s.no_eval or s.eval_only):
         raise UsageError("--zero_stage 3 on several ranks cannot generate during training; add --no_eval and use --eval_only later")
     if s.global_batch_size:
@@ -133,13 +103,7 @@ def find_resume(s: Settings) -> Path | None:
 
 
 def evaluate_only(s: Settings, started: float) -> None:
-    if s.resume:
-        model, processor, _ = build.build_trained(s.run_dir if s.resume == "auto" else s.resume, precision=s.precision)
-    elif build.is_merged(s.version):
-        s.levels = ",".join(build.CoresProcessor.from_pretrained(s.version).levels)
-        model, processor = build.build_model(s)
-    else:
-        raise UsageError(f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version or --resume RUN")
+    model, processor = build.load_for_evaluation(s)
     finish(model, processor, build.build_eval(s, processor), s, started)
 
 

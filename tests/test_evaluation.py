@@ -156,14 +156,14 @@ def test_ignored_pixels_do_not_count(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_ranks_share_the_images_without_counting_one_twice(tmp_path, monkeypatch, ranks):
     data = toy_data(tmp_path, count=4)
-    alone = run(FirstRow(), data, examples=2)
+    alone = run(FirstRow(silent=("001",)), data, examples=2, gallery=2)
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     sent = {}
 
     def visit(rank: int, gather) -> evaluation.Report:
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         monkeypatch.setattr(distributed, "gather_lists", gather)
-        return run(FirstRow(), data, examples=2)
+        return run(FirstRow(silent=("001",)), data, examples=2, gallery=2)
 
     for rank in range(ranks):
         calls = sent.setdefault(rank, [])
@@ -171,11 +171,13 @@ def test_ranks_share_the_images_without_counting_one_twice(tmp_path, monkeypatch
         visit(rank, lambda items, calls=calls: calls.append(items) or [((0, 0, 0), alone.scores[0])] * (len(calls) == 1))
     ids = [score.id for rank in range(ranks) for _, score in sent[rank][0]]
     assert sorted(ids) == ["000", "001", "002", "003"]
-    together = iter([[item for rank in range(ranks) for item in sent[rank][kind]] for kind in (0, 1)])
+    together = iter([[item for rank in range(ranks) for item in sent[rank][kind]] for kind in (0, 1, 2)])
     report = visit(0, lambda items: next(together))
     assert report.summary == alone.summary
     assert [s.id for s in report.scores] == [s.id for s in alone.scores]
     assert [e.name for e in report.examples] == [e.name for e in alone.examples]
+    assert report.pictures == alone.pictures
+    assert set(alone.pictures) == {"worst", "random", "best", "silent"}
 
 
 def test_limit_and_examples_are_spread_over_the_set(tmp_path):
@@ -210,7 +212,7 @@ def test_a_conversation_without_a_mask_is_named(tmp_path):
     sample = data[1]
     sample.conversations[0].masks = np.zeros((0, 10, 12), dtype=bool)
     with pytest.raises(ValueError, match="001.*conversation 0: has no target mask"):
-        list(evaluation._parts([sample], [0]))
+        list(evaluation.parts_of([sample], [0]))
 
 
 def test_the_report_is_written_whole(tmp_path):
@@ -224,8 +226,8 @@ def test_the_report_is_written_whole(tmp_path):
     assert len(written["targets"]) == 3
     assert written["targets"][2] | {"query": ""} == {
         "dataset": "ReasonSeg|val", "id": "002", "conversation": 0, "target": 0, "query": "", "is_sentence": True, "inter": 0,
-        "union": 12, "iou": 0.0, "emitted": False, "surplus": 0, "target_area": 12, "first_iou": None, "first_host_iou": None,
-        "inside_host": None,
+        "union": 12, "iou": 0.0, "emitted": False, "surplus": 0, "target_area": 12, "image_area": 120, "answer": "It is [SEG]",
+        "first_iou": None, "first_host_iou": None, "inside_host": None,
     }  # fmt: skip
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "report.json"]
 
@@ -254,7 +256,8 @@ def test_write_reports_fills_the_run_folder(tmp_path, capsys):
     assert {"free", "teacher_forced", "emission_rate", "baselines", "seconds", "steps", "unit"} <= written.keys()
     assert (written["seconds"], written["steps"]) == (12.5, 60)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "metrics.json", "targets-free.json", "targets-teacher_forced.json", "examples.png",
+        "metrics.json", "examples.png", "report.html", "targets-free.json", "targets-free.csv",
+        "targets-teacher_forced.json", "targets-teacher_forced.csv",
     }  # fmt: skip
     assert "whole image" in capsys.readouterr().out
 

@@ -71,7 +71,7 @@ def test_no_target_is_an_error_with_a_reason():
 
 def test_a_missing_mask_counts_as_zero_even_for_an_empty_target():
     found = metrics.score_target(None, mask((0, 0), (1, 1)), mask((1, 1)), None)
-    assert found == {"inter": 0, "union": 1, "iou": 0.0, "emitted": False, "target_area": 1}
+    assert found == {"inter": 0, "union": 1, "iou": 0.0, "emitted": False, "target_area": 1, "image_area": 16}
     assert metrics.score_target(None, mask(), None, None)["iou"] == 0.0
 
 

@@ -81,21 +81,21 @@ def test_a_row_has_a_tile_for_every_level(levels):
 
 
 def test_an_answer_without_masks_shows_no_mask():
-    tile = dict(visualize._panels(example(emitted=False), 64))["[SEG]  not emitted"]
+    tile = dict(visualize.panels(example(emitted=False), 64))["[SEG]  not emitted"]
     assert (tile == 236).all()
 
 
 def test_captions_say_the_score_of_the_answer():
-    captions = [caption for caption, _ in visualize._panels(example(), 64)]
+    captions = [caption for caption, _ in visualize.panels(example(), 64)]
     assert captions == ["image", "[LOC]", "[SEG]  IoU 100", "ground truth"]
     empty = example(masks=np.zeros((2, 40, 60), dtype=bool))
-    assert visualize._panels(empty, 64)[2][0] == "[SEG]  IoU 0  (empty)"
+    assert visualize.panels(empty, 64)[2][0] == "[SEG]  IoU 0  (empty)"
 
 
 def test_ignored_pixels_are_shown_grey():
     ignore = np.zeros((40, 60), dtype=bool)
     ignore[30:, :] = True
-    truth = visualize._panels(example(ignore=ignore), 60)[-1][1]
+    truth = visualize.panels(example(ignore=ignore), 60)[-1][1]
     assert (truth[35, 30] == round(0.3 * 100 + 0.7 * 120)).all()
 
 

@@ -117,6 +117,7 @@ class EvalArguments:
     eval_texts: str = option("first", "wordings of a query that are scored", choices=["first", "all"])
     max_new_tokens: int = option(64, "longest free answer, in tokens")
     examples: int = option(16, "rows of the contact sheet")
+    gallery: int = option(8, "answers of each kind (worst, random, best, without a mask) in report.html")
 
 
 GROUPS = (ModelArguments, LossArguments, DataArguments, TrainArguments, EvalArguments)
@@ -124,7 +125,7 @@ GROUPS = (ModelArguments, LossArguments, DataArguments, TrainArguments, EvalArgu
 FREE_ON_RESUME = {
     "resume", "auto_resume", "eval_only", "exp_name", "log_base_dir", "dataset_dir", "workers", "print_freq",
     "save_every", "no_eval", "eval_every", "eval_mode", "eval_limit", "eval_texts", "val_dataset", "val_batch_size",
-    "max_new_tokens", "examples",
+    "max_new_tokens", "examples", "gallery",
 }  # fmt: skip
 # Flags of the published scripts that have no meaning here: the value named is what this program does anyway.
 REFUSED = {
@@ -304,6 +305,7 @@ def _check(s: Settings) -> None:
         "start_epoch",
         "eval_limit",
         "examples",
+        "gallery",
     ):
         if getattr(s, name) < 0:
             raise UsageError(f"--{name} is {getattr(s, name)}; it must not be negative")

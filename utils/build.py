@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from dataset.mixture import EvalDataset, TrainMixture
 from model.cores import CoresForReasoningSegmentation
 from model.lora import add_lora, set_trainable
@@ -104,6 +106,22 @@ def check_facts(s: Settings, model: CoresForReasoningSegmentation) -> None:
             f"--vision-tower {tower}: the tower is part of {s.version}, which has width {found.hidden_size}, patches "
             f"of {found.patch_size} and images of {found.image_size} pixels; leave the flag out"
         )
+
+
+def refuse_half_on_cpu(s: Settings) -> None:
+    if s.precision == "fp16" and not torch.cuda.is_available():
+        raise UsageError("--precision fp16 needs a GPU; use fp32 or bf16 here")
+
+
+def load_for_evaluation(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+    """The model of the run --resume, or the merged --version. Raises UsageError for a backbone."""
+    if s.resume:
+        model, processor, _ = build_trained(s.run_dir if s.resume == "auto" else s.resume, precision=s.precision)
+        return model, processor
+    if not is_merged(s.version):
+        raise UsageError(f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version or --resume RUN")
+    s.levels = ",".join(CoresProcessor.from_pretrained(s.version).levels)
+    return build_model(s)
 
 
 def make_trainable(model: CoresForReasoningSegmentation, s: Settings) -> dict[str, int]:

@@ -11,9 +11,12 @@ K targets of one conversation · T levels · H, W an image in the original frame
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +34,11 @@ from model.cores import Generation, Segmentation
 from utils import distributed
 from utils.baselines import score_baselines
 from utils.checkpoint import write_text
-from utils.metrics import TargetScore, score_target, summarise
-from utils.visualize import Example, contact_sheet
+from utils.gallery import Gallery, Order, Picture
+from utils.metrics import TargetScore, breakdown, score_target, summarise
+from utils.report import evaluation_page
+from utils.tables import format_table, interval, percent, words
+from utils.visualize import Example, contact_sheet, printable
 
 MODES = ("free", "teacher_forced")
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy")
@@ -57,7 +63,11 @@ class Report:
     examples: list[Example]
     seconds: float
     seed: int
-    """Of the bootstrap."""
+    """Of the bootstrap and of the choice of pictures."""
+    pictures: dict[str, list[Picture]] = field(default_factory=dict)
+    """Kind of gallery -> what it shows; see utils.gallery."""
+    name: str = ""
+    """Who answered: a model folder, a run, or a system whose predictions were read."""
     config: dict[str, Any] = field(default_factory=dict)
     """The settings of the program that made the report."""
 
@@ -67,22 +77,24 @@ class Report:
     def line(self) -> str:
         """The summary in one line, in percent."""
         s = self.summary
-        shown = f"gIoU {_percent(s['giou'])} {_interval(s['giou_ci95'])}, cIoU {_percent(s['ciou'])}"
-        shown += f", emission {_percent(s['emission_rate'])} %"
+        shown = f"gIoU {percent(s['giou'])} {interval(s['giou_ci95'])}, cIoU {percent(s['ciou'])}"
+        shown += f", emission {percent(s['emission_rate'])} %"
         if s["wrong_host_rate"] is not None:
-            shown += f", wrong host {_percent(s['wrong_host_rate'])} %"
+            shown += f", wrong host {percent(s['wrong_host_rate'])} %"
         if s["first_host_iou"] is not None:
-            shown += f", first mask on host {_percent(s['first_host_iou'])}"
+            shown += f", first mask on host {percent(s['first_host_iou'])}"
         return shown + f" (n = {s['n']})"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures."""
         return {
             "unit": "fraction",
+            "name": self.name,
             "mode": self.mode,
             "dataset": self.dataset,
             "texts": self.texts,
             "summary": self.summary,
+            "breakdown": breakdown(self.scores, self.seed),
             "seconds": self.seconds,
             "seed": self.seed,
             "config": self.config,
@@ -93,6 +105,15 @@ class Report:
     def to_json(self, path: str | Path) -> None:
         """Writes ``to_dict`` in one step: the file is never half written."""
         write_text(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    def to_csv(self, path: str | Path) -> None:
+        """One row per target with the fields of TargetScore; what is not known is an empty cell."""
+        rows = [dataclasses.asdict(score) for score in self.scores]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: printable(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows)
+        write_text(Path(path), table.getvalue())
 
 
 def versions() -> dict[str, str]:
@@ -110,7 +131,7 @@ def versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Some conversations of one image; ``first`` is the index of their first one in the whole sample."""
 
     index: int
@@ -118,7 +139,8 @@ class _Part:
     first: int
 
 
-def _parts(dataset, indices: Sequence[int]) -> Iterator[_Part]:
+def parts_of(dataset, indices: Sequence[int]) -> Iterator[Part]:
+    """The conversations of these images, few at a time. Raises ValueError for one without a target."""
     for index in indices:
         sample = dataset[index]
         text_only = next((i for i, conversation in enumerate(sample.conversations) if not len(conversation.masks)), None)
@@ -128,11 +150,11 @@ def _parts(dataset, indices: Sequence[int]) -> Iterator[_Part]:
             )
         for first in range(0, len(sample.conversations), CONVERSATIONS_PER_IMAGE):
             chosen = sample.conversations[first : first + CONVERSATIONS_PER_IMAGE]
-            yield _Part(index, dataclasses.replace(sample, conversations=chosen), first)
+            yield Part(index, dataclasses.replace(sample, conversations=chosen), first)
 
 
-def _batches(parts: Iterator[_Part], batch_size: int) -> Iterator[list[_Part]]:
-    batch: list[_Part] = []
+def _batches(parts: Iterator[Part], batch_size: int) -> Iterator[list[Part]]:
+    batch: list[Part] = []
     for part in parts:
         batch.append(part)
         if len(batch) == batch_size:
@@ -147,19 +169,102 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What one conversation should have been answered: K targets, all masks bool on one device."""
+
+    sample: Sample
+    conversation: int
+    """Its index in the whole sample."""
+    query: str
+    is_sentence: bool | None
+    targets: torch.Tensor
+    """(K, H, W)."""
+    ignore: torch.Tensor | None
+    """(H, W)."""
+    hosts: torch.Tensor | None
+    """(K, H, W)."""
+
+
+class Collector:
+    """Scores answers one by one and forgets their masks, except those of a few pictures.
+
+    ``levels``: the names of the masks of a group, coarse to fine. ``pictured``: images whose first answer goes to the
+    contact sheet. ``gallery``: pictures of each kind in the report.
+    """
+
+    def __init__(self, levels: Sequence[str], pictured: set[int], gallery: int, seed: int):
+        self.levels, self.pictured = list(levels), pictured
+        self.gallery = Gallery(gallery, seed)
+        self.scores: list[tuple[Order, TargetScore]] = []
+        self.examples: list[tuple[int, Example]] = []
+
+    def add(self, index: int, truth: Truth, masks: Sequence[torch.Tensor | None], answer: str = "", surplus: int = 0) -> None:
+        """The k-th of ``masks``, bool (T, H, W) or None, belongs to the k-th target of image ``index``; missing ones
+        were not answered, those beyond the targets are counted, with ``surplus``, as unasked."""
+        surplus += max(0, len(masks) - len(truth.targets))
+        for k, target in enumerate(truth.targets):
+            group = masks[k] if k < len(masks) else None
+            score = TargetScore(
+                dataset=truth.sample.dataset,
+                id=truth.sample.id,
+                conversation=truth.conversation,
+                target=k,
+                query=truth.query,
+                is_sentence=truth.is_sentence,
+                surplus=surplus if k == 0 else 0,
+                answer=answer,
+                **score_target(group, target, truth.ignore, None if truth.hosts is None else truth.hosts[k]),
+            )
+            order = (index, truth.conversation, k)
+            self.scores.append((order, score))
+            self.gallery.offer(order, score, lambda k=k, group=group: self._example(truth, k, group, answer))
+        if truth.conversation == 0 and index in self.pictured:
+            first = masks[0] if len(masks) else None
+            self.examples.append((index, self._example(truth, 0, first, answer)))
+
+    def _example(self, truth: Truth, target: int, masks: torch.Tensor | None, answer: str) -> Example:
+        return Example(
+            image=truth.sample.image,
+            query=truth.query,
+            answer=answer,
+            levels=self.levels,
+            masks=None if masks is None else masks.cpu().numpy(),
+            target=truth.targets[target].cpu().numpy(),
+            ignore=None if truth.ignore is None else truth.ignore.cpu().numpy(),
+            name=f"{truth.sample.dataset} {truth.sample.id}",
+        )
+
+    def report(self, mode: str, dataset, seconds: float) -> Report:
+        """Of all ranks together, the same on every one of them. Raises ValueError if none scored a target."""
+        scores = [score for _, score in sorted(distributed.gather_lists(self.scores), key=lambda pair: pair[0])]
+        kept = [example for _, example in sorted(distributed.gather_lists(self.examples), key=lambda pair: pair[0])]
+        shown = Gallery(self.gallery.count, self.gallery.seed)
+        shown.add(distributed.gather_lists(self.gallery.entries))
+        return Report(
+            mode=mode,
+            dataset=dataset.loader.dataset,
+            texts=dataset.loader.options.texts,
+            summary=summarise(scores, seed=shown.seed),
+            scores=scores,
+            examples=kept,
+            seconds=seconds,
+            seed=shown.seed,
+            pictures=shown.pictures,
+        )
+
+
 class _Runner:
     """One rank's share of an evaluation."""
 
-    def __init__(self, model, processor, mode: str, max_new_tokens: int, pictured: set[int]):
+    def __init__(self, model, processor, mode: str, max_new_tokens: int, collector: Collector):
         self.model, self.processor = model, processor
         self.mode, self.max_new_tokens = mode, max_new_tokens
-        self.pictured = pictured
+        self.collector = collector
         weights = [p for p in model.parameters() if p.is_floating_point()]
         self.device, self.dtype = weights[0].device, weights[0].dtype
-        self.scores: list[tuple[tuple[int, int, int], TargetScore]] = []
-        self.examples: list[tuple[int, Example]] = []
 
-    def run(self, parts: Sequence[_Part]) -> None:
+    def run(self, parts: Sequence[Part]) -> None:
         """Scores the conversations of ``parts``; their masks are dropped at once."""
         samples, levels = [part.sample for part in parts], self.processor.levels
         build = collate if self.mode == "teacher_forced" else collate_prompts
@@ -170,10 +275,7 @@ class _Runner:
             answers = self.model.generate(batch, self.processor.tokenizer, max_new_tokens=self.max_new_tokens)
         rows = [(part, part.first + i) for part in parts for i in range(len(part.sample.conversations))]
         for row, ((part, conversation), answer) in enumerate(zip(rows, answers, strict=True)):
-            self._score(part, conversation, batch, row, answer.masks)
-            if conversation == 0 and part.index in self.pictured:
-                text = self._words(answer)
-                self.examples.append((part.index, self._picture(part, batch, row, answer.masks, text)))
+            self.collector.add(part.index, _truth(part.sample, conversation, batch, row), answer.masks, self._words(answer))
 
     def _words(self, answer: Segmentation) -> str:
         """What the model said, spaced as people read it; nothing in a teacher-forced pass."""
@@ -181,41 +283,17 @@ class _Runner:
             return ""
         return answer_text(answer_from_ids(answer.token_ids, self.processor.tokenizer, self.processor.levels)).strip()
 
-    def _score(self, part: _Part, conversation: int, batch: Batch, row: int, masks: torch.Tensor) -> None:
-        """The k-th group of masks (G, T, H, W) belongs to the k-th target, as the answer names them in order."""
-        targets, hosts = batch.target_masks[row], batch.host_masks[row]
-        for k, target in enumerate(targets):
-            found = score_target(
-                masks[k] if k < len(masks) else None,
-                target,
-                batch.ignore_masks[row],
-                None if hosts is None else hosts[k],
-            )
-            surplus = max(0, len(masks) - len(targets)) if k == 0 else 0
-            score = TargetScore(
-                dataset=part.sample.dataset,
-                id=part.sample.id,
-                conversation=conversation,
-                target=k,
-                query=batch.info[row]["query"],
-                is_sentence=batch.info[row]["is_sentence"],
-                surplus=surplus,
-                **found,
-            )
-            self.scores.append(((part.index, conversation, k), score))
 
-    def _picture(self, part: _Part, batch: Batch, row: int, masks: torch.Tensor, text: str) -> Example:
-        ignore = batch.ignore_masks[row]
-        return Example(
-            image=part.sample.image,
-            query=batch.info[row]["query"],
-            answer=text,
-            levels=list(self.processor.levels),
-            masks=masks[0].cpu().numpy() if len(masks) else None,
-            target=batch.target_masks[row][0].cpu().numpy(),
-            ignore=None if ignore is None else ignore.cpu().numpy(),
-            name=f"{part.sample.dataset} {part.sample.id}",
-        )
+def _truth(sample: Sample, conversation: int, batch: Batch, row: int) -> Truth:
+    return Truth(
+        sample=sample,
+        conversation=conversation,
+        query=batch.info[row]["query"],
+        is_sentence=batch.info[row]["is_sentence"],
+        targets=batch.target_masks[row],
+        ignore=batch.ignore_masks[row],
+        hosts=batch.host_masks[row],
+    )
 
 
 @torch.no_grad()
@@ -229,6 +307,7 @@ def evaluate(
     max_new_tokens: int = 64,
     limit: int | None = None,
     examples: int = 0,
+    gallery: int = 0,
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
@@ -236,9 +315,10 @@ def evaluate(
 
     ``model``: CoresForReasoningSegmentation, on the device and in the precision to use. ``dataset``: an EvalDataset.
     ``mode``: "teacher_forced" or "free". ``batch_size``: images per rank in a pass. ``limit``: at most so many images,
-    spread evenly over the set. ``examples``: pictures to keep. Rank r takes the images r, r + ranks, …, so no target is
-    counted twice, whatever the number of ranks; with ZeRO-3 the ranks' shares must be equal. The model's
-    training mode is restored. Raises ValueError for an unknown mode or a set without targets.
+    spread evenly over the set. ``examples``: rows of the contact sheet; ``gallery``: pictures of each kind in the
+    report. Rank r takes the images r, r + ranks, …, so no target is counted twice, whatever the number of ranks; with
+    ZeRO-3 the ranks' shares must be equal. The model's training mode is restored. Raises ValueError for an unknown
+    mode or a set without targets.
     """
     if mode not in MODES:
         raise ValueError(f"evaluation mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
@@ -249,91 +329,55 @@ def evaluate(
     indices = evenly_spaced(len(dataset), len(dataset) if limit is None else limit)
     pictured = {indices[i] for i in evenly_spaced(len(indices), examples)}
     mine = indices[distributed.rank() :: distributed.world_size()]
-    runner = _Runner(model, processor, mode, max_new_tokens, pictured)
+    collector = Collector(processor.levels, pictured, gallery, seed)
+    runner = _Runner(model, processor, mode, max_new_tokens, collector)
     training, started = model.training, time.perf_counter()
     model.eval()
     try:
         _run_all(runner, dataset, mine, batch_size, progress and distributed.is_main())
     finally:
         model.train(training)
-    scores = [score for _, score in sorted(distributed.gather_lists(runner.scores), key=lambda pair: pair[0])]
-    kept = [example for _, example in sorted(distributed.gather_lists(runner.examples), key=lambda pair: pair[0])]
-    return Report(
-        mode=mode,
-        dataset=dataset.loader.dataset,
-        texts=dataset.loader.options.texts,
-        summary=summarise(scores, seed=seed),
-        scores=scores,
-        examples=kept,
-        seconds=time.perf_counter() - started,
-        seed=seed,
-    )
+    return collector.report(mode, dataset, time.perf_counter() - started)
 
 
 def _run_all(runner: _Runner, dataset, indices: Sequence[int], batch_size: int, progress: bool) -> None:
     done = 0
     with tqdm(total=len(indices), desc=runner.mode.replace("_", " "), unit="image", disable=not progress) as bar:
-        for parts in _batches(_parts(dataset, indices), batch_size):
+        for parts in _batches(parts_of(dataset, indices), batch_size):
             runner.run(parts)
             bar.update(sum(part.first == 0 for part in parts))
-            fresh = runner.scores[done:]
-            done = len(runner.scores)
-            if fresh:
-                mean = sum(score.iou for _, score in runner.scores) / done
+            scores = runner.collector.scores
+            if len(scores) > done:
+                done = len(scores)
+                mean = sum(score.iou for _, score in scores) / done
                 bar.set_postfix({"gIoU": f"{100 * mean:.1f}"}, refresh=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- reporting
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def _interval(pair: list[float]) -> str:
-    return f"[{100 * pair[0]:.1f}, {100 * pair[1]:.1f}]"
-
-
-COLUMNS = {
-    "gIoU": lambda s: f"{_percent(s['giou'])} {_interval(s['giou_ci95'])}",
-    "cIoU": lambda s: f"{_percent(s['ciou'])} {_interval(s['ciou_ci95'])}",
-    "short": lambda s: _percent(s.get("giou_short")),
-    "long": lambda s: _percent(s.get("giou_long")),
-    "emission": lambda s: _percent(s.get("emission_rate")),
-    "wrong host": lambda s: _percent(s.get("wrong_host_rate")),
-    "1st mask on host": lambda s: _percent(s.get("first_host_iou")),
-    "n": lambda s: str(s["n"]),
-}
-
-
-def format_table(rows: dict[str, dict[str, Any]]) -> str:
-    """A text table in percent with 95 % intervals; ``rows``: name -> a summary of utils.metrics or utils.baselines.
-
-    A column that no row fills is left out.
-    """
-    cells = {title: [show(summary) for summary in rows.values()] for title, show in COLUMNS.items()}
-    cells = {title: column for title, column in cells.items() if any(cell != "–" for cell in column)}
-    names = [name.replace("_", " ") for name in rows]
-    width = max(map(len, names))
-    widths = {title: max(len(title), *map(len, column)) for title, column in cells.items()}
-    lines = [" " * width + "  " + "  ".join(title.rjust(widths[title]) for title in cells)]
-    lines.append("─" * len(lines[0]))
-    for i, name in enumerate(names):
-        lines.append(name.ljust(width) + "  " + "  ".join(cells[title][i].rjust(widths[title]) for title in cells))
-    return "\n".join(lines)
-
-
-def write_reports(reports: Sequence[Report], dataset, folder: str | Path, config: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Prints the table and writes metrics.json, targets-<mode>.json and examples.png into ``folder``.
+def write_reports(
+    reports: Sequence[Report],
+    dataset,
+    folder: str | Path,
+    config: dict[str, Any],
+    seconds: float,
+    name: str = "",
+    facts: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Prints the table and writes metrics.json, targets-<mode>.json and .csv, report.html and examples.png.
 
     ``dataset``: the EvalDataset of the reports; the trivial baselines are measured on it. ``config``: the settings of
-    the program; ``seconds``: how long it has run. Call on one rank only. Returns what metrics.json holds (fractions).
+    the program; ``seconds``: how long it has run; ``name``: who answered; ``facts``: more entries for
+    metrics.json. Call on one rank only. Returns what
+    metrics.json holds (fractions).
     """
     folder = Path(folder)
     summaries = {report.mode: report.summary for report in reports}
     baselines = score_baselines(dataset, seed=reports[0].seed)
     metrics = {
         "unit": "fraction",
+        "name": name,
         "dataset": reports[0].dataset,
         "texts": reports[0].texts,
         **summaries,
@@ -344,16 +388,22 @@ def write_reports(reports: Sequence[Report], dataset, folder: str | Path, config
         "steps": _steps(config),
         "config": config,
         "versions": versions(),
+        **(facts or {}),
     }
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     for report in reports:
-        report.config = config
+        report.config, report.name = config, name
         report.to_json(folder / f"targets-{report.mode}.json")
+        report.to_csv(folder / f"targets-{report.mode}.csv")
+    write_text(folder / "report.html", evaluation_page(reports, baselines, versions()))
     if pictured := next((report for report in reports if report.examples), None):
-        title = f"{pictured.dataset}, {pictured.mode.replace('_', ' ')}: {pictured.line()}"
+        title = f"{pictured.dataset}, {words(pictured.mode)}: {pictured.line()}"
         contact_sheet(pictured.examples, folder / "examples.png", title)
-    print(f"\n{reports[0].dataset}, percent [95 % interval]\n" + format_table(summaries | baselines))
-    print(f"written to {folder}/: metrics.json, targets-*.json, examples.png", flush=True)
+    print(
+        f"\n{f'{printable(name)} on ' if name else ''}{reports[0].dataset}, percent [95 % interval]\n"
+        + format_table(summaries | baselines)
+    )
+    print(f"written to {folder}/: report.html, metrics.json, targets-*.json, targets-*.csv, examples.png", flush=True)
     return metrics
 
 
@@ -362,3 +412,12 @@ def _steps(config: dict[str, Any]) -> int | None:
     if config.get("eval_only") or not {"epochs", "steps_per_epoch"} <= config.keys():
         return None
     return (config["epochs"] - config.get("start_epoch", 0)) * config["steps_per_epoch"]
+
+
+if __name__ == "__main__":
+    from utils.evaluation_cli import main  # which imports this module under its own name
+
+    code = main()
+    if code == 0:
+        distributed.stop()
+    sys.exit(code)

@@ -8,9 +8,9 @@ cIoU  sum of all intersections / sum of all unions: large targets weigh more
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,12 +40,22 @@ class TargetScore:
     surplus: int
     """Masks of the answer beyond the targets of the conversation; counted with its first target only."""
     target_area: int
+    image_area: int | None = None
+    """Pixels of the image, ignored ones included."""
+    answer: str = ""
+    """What the model said; "" in teacher-forced evaluation."""
     first_iou: float | None = None
     """IoU of the first level's mask with the target; None without a mask or with one level only."""
     first_host_iou: float | None = None
     """IoU of the first level's mask with the object that holds the target; None without a mask or a host."""
     inside_host: float | None = None
     """Share of the final mask that lies on the host; None without a host or with an empty mask."""
+
+    @property
+    def place(self) -> str:
+        """The sample, with what tells its targets apart where there are several: "000", "000, conversation 1"."""
+        extra = [f"{word} {value}" for word, value in (("conversation", self.conversation), ("target", self.target)) if value]
+        return ", ".join([self.id, *extra])
 
 
 def intersection_and_union(prediction: Mask, target: Mask, ignore: Mask | None = None) -> tuple[Mask, Mask]:
@@ -95,6 +105,12 @@ def bootstrap(
     if len(scores) == 0:
         raise ValueError("no target was scored, so there is no interval; check the evaluation set")
     columns = np.stack([np.asarray(c, dtype=float) for c in (scores, np.ones(len(scores)), inter, union)], axis=1)
+    score, count, inters, unions = _resample(columns, groups, draws, seed).T
+    return {"giou": _tails(score / count, confidence), "ciou": _tails(iou(inters, unions), confidence)}
+
+
+def _resample(columns: np.ndarray, groups: Sequence[Hashable] | None, draws: int, seed: int) -> np.ndarray:
+    """Sums of the columns (n, c) over ``draws`` bootstrap samples of the groups: (draws, c)."""
     if groups is not None:
         index = {key: i for i, key in enumerate(dict.fromkeys(groups))}
         sums = np.zeros((len(index), columns.shape[1]))
@@ -102,11 +118,38 @@ def bootstrap(
         columns = sums
     # how often each group is drawn: a matrix product then does all draws at once
     times = np.random.default_rng(seed).multinomial(len(columns), np.full(len(columns), 1 / len(columns)), size=draws)
-    score, count, inters, unions = (times @ columns).T
-    tails = [50 * (1 - confidence), 50 * (1 + confidence)]
+    return times @ columns
+
+
+def _tails(values: np.ndarray, confidence: float) -> list[float]:
+    return np.percentile(values, [50 * (1 - confidence), 50 * (1 + confidence)]).tolist()
+
+
+def paired_bootstrap(
+    a: Sequence[TargetScore], b: Sequence[TargetScore], draws: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """{"giou": …, "ciou": …} of b minus a, where a[i] and b[i] are answers to the same target.
+
+    Each entry holds ``difference``, its percentile interval ``ci95`` over images, drawn together for both sides, and
+    ``share_above_zero`` of the draws. Raises ValueError for no or unequal numbers of targets.
+    """
+    if len(a) != len(b) or not a:
+        raise ValueError(f"paired bootstrap: {len(a)} and {len(b)} targets cannot be paired")
+    columns = np.array([[1.0, x.iou, x.inter, x.union, y.iou, y.inter, y.union] for x, y in zip(a, b, strict=True)])
+    sums = _resample(columns, [(x.dataset, x.id) for x in a], draws, seed)
+
+    def differences(table: np.ndarray) -> dict[str, np.ndarray]:
+        n, iou_a, inter_a, union_a, iou_b, inter_b, union_b = table.T
+        return {"giou": (iou_b - iou_a) / n, "ciou": iou(inter_b, union_b) - iou(inter_a, union_a)}
+
+    found, drawn = differences(columns.sum(0)[None]), differences(sums)
     return {
-        "giou": np.percentile(score / count, tails).tolist(),
-        "ciou": np.percentile(iou(inters, unions), tails).tolist(),
+        name: {
+            "difference": float(found[name][0]),
+            "ci95": _tails(drawn[name], confidence),
+            "share_above_zero": float((drawn[name] > 0).mean()),
+        }
+        for name in found
     }
 
 
@@ -133,16 +176,9 @@ def summarise(scores: Sequence[TargetScore], seed: int = 0, draws: int = 1000) -
     """
     if not scores:
         raise ValueError("no target was scored; check the evaluation set: it holds no query with a mask")
-    inter, union = np.array([s.inter for s in scores]), np.array([s.union for s in scores])
-    ious = np.array([s.iou for s in scores])
-    intervals = bootstrap(inter, union, ious, [(s.dataset, s.id) for s in scores], draws=draws, seed=seed)
     return {
         "unit": "fraction",
-        "n": len(scores),
-        "giou": giou(ious),
-        "giou_ci95": intervals["giou"],
-        "ciou": ciou(inter, union),
-        "ciou_ci95": intervals["ciou"],
+        **_core_summary(scores, seed, draws),
         "giou_short": _mean([s.iou for s in scores if s.is_sentence is False]),
         "giou_long": _mean([s.iou for s in scores if s.is_sentence is True]),
         "emission_rate": _mean([s.emitted for s in scores]),
@@ -153,6 +189,59 @@ def summarise(scores: Sequence[TargetScore], seed: int = 0, draws: int = 1000) -
     }
 
 
+# class -> [from, below)
+QUERY_LENGTHS = {
+    "1–8 words": (0, 9),
+    "9–12 words": (9, 13),
+    "13–16 words": (13, 17),
+    "17–24 words": (17, 25),
+    "25 words and more": (25, np.inf),
+}
+QUERY_KINDS = {"short (phrases)": (0, 1), "long (sentences)": (1, 2)}  # ReasonSeg's own
+TARGET_SIZES = {
+    "no target": (0, 1e-12),
+    "under 1 % of the image": (1e-12, 0.01),
+    "1–5 % of the image": (0.01, 0.05),
+    "5–20 % of the image": (0.05, 0.2),
+    "20 % of the image and more": (0.2, np.inf),
+}  # fmt: skip
+
+
+def breakdown(scores: Sequence[TargetScore], seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
+    """{"query_length", "query_kind", "target_size"} -> class -> {n, giou, giou_ci95, ciou, ciou_ci95}; empty classes are left out.
+
+    The length of a query counts the words of the question as it was asked, the request for a mask included.
+    """
+    words = [len(score.query.split()) for score in scores]
+    shares = [np.nan if score.image_area is None else score.target_area / score.image_area for score in scores]
+    return {
+        "query_length": _by_class(scores, words, QUERY_LENGTHS, seed),
+        "query_kind": _by_class(scores, [np.nan if s.is_sentence is None else s.is_sentence for s in scores], QUERY_KINDS, seed),
+        "target_size": _by_class(scores, shares, TARGET_SIZES, seed),
+    }
+
+
+def _by_class(scores: Sequence[TargetScore], values: Sequence[float], classes: dict[str, tuple], seed: int) -> dict[str, dict]:
+    members = {
+        name: [score for score, value in zip(scores, values, strict=True) if low <= value < high]
+        for name, (low, high) in classes.items()
+    }
+    return {name: _core_summary(found, seed) for name, found in members.items() if found}
+
+
+def _core_summary(scores: Sequence[TargetScore], seed: int, draws: int = 1000) -> dict[str, Any]:
+    inter, union = np.array([s.inter for s in scores]), np.array([s.union for s in scores])
+    ious = np.array([s.iou for s in scores])
+    intervals = bootstrap(inter, union, ious, [(s.dataset, s.id) for s in scores], draws=draws, seed=seed)
+    return {
+        "n": len(scores),
+        "giou": giou(ious),
+        "giou_ci95": intervals["giou"],
+        "ciou": ciou(inter, union),
+        "ciou_ci95": intervals["ciou"],
+    }
+
+
 def score_target(masks: torch.Tensor | None, target: torch.Tensor, ignore: torch.Tensor | None, host: torch.Tensor | None) -> dict:
     """The measured fields of a TargetScore.
 
@@ -160,11 +249,11 @@ def score_target(masks: torch.Tensor | None, target: torch.Tensor, ignore: torch
     and ``host``: bool (H, W) on the same device.
     """
     kept = target if ignore is None else target & ~ignore
-    area = int(kept.sum())
+    areas = {"target_area": int(kept.sum()), "image_area": target.shape[-2] * target.shape[-1]}
     if masks is None:
-        return {"inter": 0, "union": area, "iou": 0.0, "emitted": False, "target_area": area}
+        return {"inter": 0, "union": areas["target_area"], "iou": 0.0, "emitted": False, **areas}
     inter, union = (int(count) for count in intersection_and_union(masks[-1], target, ignore))
-    found = {"inter": inter, "union": union, "iou": float(iou(inter, union)), "emitted": True, "target_area": area}
+    found = {"inter": inter, "union": union, "iou": float(iou(inter, union)), "emitted": True, **areas}
     if len(masks) > 1:
         found["first_iou"] = mask_iou(masks[0], target, ignore)
     if host is not None:

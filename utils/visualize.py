@@ -91,7 +91,7 @@ def fit(array: np.ndarray, side: int) -> np.ndarray:
     return cv2.resize(array, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
-def _panels(example: Example, side: int) -> list[tuple[str, np.ndarray]]:
+def panels(example: Example, side: int) -> list[tuple[str, np.ndarray]]:
     """(caption, uint8 tile) of the image, every level and the ground truth."""
     image = fit(example.image, side)
     panels = [("image", image)]
@@ -127,16 +127,16 @@ def _draw_lines(
 
 def draw_row(example: Example, tile: int = 256) -> Image.Image:
     """One example: the tiles with their captions, the query and the answer underneath."""
-    panels = _panels(example, tile)
+    tiles = panels(example, tile)
     small, text, bold = font(12), font(14), font(15, bold=True)
-    width = len(panels) * tile + (len(panels) - 1) * GAP
+    width = len(tiles) * tile + (len(tiles) - 1) * GAP
     query = wrap(example.query, bold, width)
     answer = wrap(f"Answer: {example.answer}", text, width) if example.answer else []
-    caption, height = 20, panels[0][1].shape[0]
+    caption, height = 20, tiles[0][1].shape[0]
     text_height = round(15 * 1.35) * len(query) + round(14 * 1.35) * len(answer) + round(12 * 1.35)
     row = Image.new("RGB", (width, caption + height + GAP + text_height), PAPER)
     draw = ImageDraw.Draw(row)
-    for column, (title, picture) in enumerate(panels):
+    for column, (title, picture) in enumerate(tiles):
         x = column * (tile + GAP)
         draw.text((x, 2), title, font=small, fill=INK)
         row.paste(Image.fromarray(picture), (x + (tile - picture.shape[1]) // 2, caption))
