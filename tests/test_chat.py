@@ -199,7 +199,7 @@ class Terminal:
         )  # fmt: skip
         os.close(slave)
 
-    def until(self, words: str, seconds: float = 60) -> str:
+    def until(self, words: str, seconds: float = 240) -> str:
         """What is printed up to ``words``."""
         seen, end = "", time.monotonic() + seconds
         while words not in seen:
