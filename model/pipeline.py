@@ -286,6 +286,8 @@ class ReasoningSegmenter:
         model = CoresForReasoningSegmentation.from_pretrained(str(path), dtype=dtype, **kwargs)
         if kwargs.get("quantization_config") is None:  # quantised weights are on their device already
             model = model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+            if dtype != "auto":  # transformers loads CLIP and the language model in the dtype of their own configs
+                model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return cls(model, processor, max_new_tokens)
 
     def __call__(self, image: ImageLike | Sequence[ImageLike], query: str | Sequence, batch_size: int = 4) -> Any:

@@ -199,7 +199,7 @@ class Terminal:
         )  # fmt: skip
         os.close(slave)
 
-    def until(self, words: str, seconds: float = 60) -> str:
+    def until(self, words: str, seconds: float = 240) -> str:
         """What is printed up to ``words``."""
         seen, end = "", time.monotonic() + seconds
         while words not in seen:
@@ -212,12 +212,20 @@ class Terminal:
         return seen
 
     def type(self, text: str) -> None:
-        time.sleep(0.2)  # a signal between the prompt and the first wait for a key is seen with the next key only
         os.write(self.master, text.encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C until it is answered: a signal just before the wait for a key is noticed with the next key only."""
+        seen, end = "", time.monotonic() + 240
+        while "stopped" not in seen:
+            assert time.monotonic() < end, f"Ctrl-C without effect, saw {seen!r}"
+            self.type("\x03")
+            while select.select([self.master], [], [], 2)[0] and "stopped" not in seen:
+                seen += os.read(self.master, 1).decode(errors="replace")
 
     def close(self) -> int:
         try:
-            return self.process.wait(30)
+            return self.process.wait(120)
         finally:
             self.process.kill()
             os.close(self.master)
@@ -241,14 +249,14 @@ def test_a_conversation_on_a_terminal(photo, tmp_path):
     """Streaming, Ctrl-C in an answer and at the prompt, the arrow key for the last line, Ctrl-D at the end."""
     terminal = Terminal("-c", SLOW, *flags(tmp_path / "out"))
     terminal.until("image> ")
-    terminal.type("\x03")
+    terminal.interrupt()
     terminal.until("image> ")
     terminal.type(f"{photo}\r")
     terminal.until("question> ")
     terminal.type("where is the dog?\r")
     terminal.until("It")
-    terminal.type("\x03")
-    assert "stopped" in terminal.until("question> ")
+    terminal.interrupt()
+    terminal.until("question> ")
     terminal.type("where?\r")
     assert "[SEG]" in terminal.until("overlay")
     terminal.until("question> ")
@@ -257,7 +265,8 @@ def test_a_conversation_on_a_terminal(photo, tmp_path):
     terminal.type("\x1b[A\x1b[A\r")  # up, up: "where?"
     assert "where?" in terminal.until("overlay")
     terminal.until("question> ")
-    terminal.type("\x03\x03")
+    terminal.interrupt()
+    terminal.interrupt()
     terminal.until("question> ")
     terminal.type("/quit\r")
     assert terminal.close() == 0

@@ -254,6 +254,14 @@ def test_old_turns_make_room(segmenter):
     assert session.turns == turns, "a question that never fits costs no history"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "float16", "auto"])
+def test_weights_have_the_dtype_that_was_asked_for(dtype):
+    loaded = ReasoningSegmenter.from_pretrained(scripted_model(), dtype=dtype)
+    expected = {"auto": torch.float32, "float16": torch.float16}.get(dtype, dtype)
+    assert {p.dtype for p in loaded.model.parameters()} == {expected}
+    assert loaded(picture(), "where?").text == ANSWER
+
+
 def test_half_precision_answers_too():
     half = ReasoningSegmenter(*tiny_model(dtype=torch.bfloat16), max_new_tokens=8)
     session = half.open(picture())
