@@ -21,7 +21,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class DataError(ValueError):
-    """A file of a data set is missing, broken or contradicts another one. The message names the file and what to do."""
+    """A file of a data set is missing, broken or contradicts another one. The message names the file and what to do.
+
+    ``item``: the file, or the place in one, that is to blame, where it is not the whole sample (see dataset/faults.py).
+    """
+
+    item: str | None = None
 
 
 class MissingDataError(DataError, FileNotFoundError):
