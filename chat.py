@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from dataset.conversation import TEMPLATES, answer_from_ids, answer_text
+from dataset.drawing import overlay
 from dataset.images import read_image
 from dataset.mixture import with_exemplars
 from dataset.sample import Conversation, Sample, collate_prompts
@@ -29,7 +30,7 @@ from model.cores import CoresForReasoningSegmentation, Generation
 from model.processor import CoresProcessor
 from utils import distributed
 from utils.arguments import OneLineParser, UsageError
-from utils.visualize import FINAL_COLOUR, overlay
+from utils.visualize import FINAL_COLOUR
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HELP = """Type a question about the picture.

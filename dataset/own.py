@@ -6,10 +6,10 @@
     <dataset_dir>/own/<name>/{train,val,…}/*.json         labelme, one JSON per image, beside the images
     <dataset_dir>/own/<name>/train.jsonl, val.csv …       a table, one query per row
 
-One file may hold everything: ``own/<name>.json``, ``.jsonl`` or ``.csv``, or one of these alone in ``own/<name>/``. Its rows or images
-may name their ``split``; those that do not are "train", and so is a folder of labelme JSONs without folders for splits. Images are
-looked for beside the file that names them, in ``images/`` there, and in a folder named as the file without its ending; masks beside
-the file and in ``masks/``.
+One file may hold everything: ``own/<name>.json``, ``.jsonl`` or ``.csv``, or one of these alone in ``own/<name>/``. Its rows or
+images may name their ``split``; those that do not are "train", and so is a folder of labelme JSONs without folders for splits.
+Images are looked for beside the file that names them, in ``images/`` there, and in a folder named as the file without its ending;
+masks beside the file and in ``masks/``.
 
 Queries with the same text about the same image are one query; its target is the union. Separate masks for one query are the table's
 ``targets``. A sample is an image with its queries.
@@ -247,11 +247,10 @@ class OwnData:
     def _is_usable(self, image: Path) -> bool:
         if self.faults.skips(self.dataset, image):
             return False
-        usable = False
         with self.faults.guard(self.dataset, image):
             probe_images([image])
-            usable = True
-        return usable
+            return True
+        return False
 
     def __len__(self) -> int:
         return len(self.records)
