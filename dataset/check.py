@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset.conversation import answer_text
+from dataset.conversation import SENTENCE_QUESTIONS, answer_text
 from dataset.drawing import Cell, card_sheet
 from dataset.faults import BadItem, Faults, write_skip_list
 from dataset.images import DataError, require_folder
@@ -102,11 +102,12 @@ def _count(sample: Sample, finding: Finding) -> None:
         if number < CELLS_PER_IMAGE and len(finding.cells) < SHEET_CELLS:
             question, reply = conversation.turns[0]
             note = "" if len(conversation.masks) else answer_text(reply)
-            finding.cells.append(Cell(sample.image, conversation.masks, conversation.ignore, question, note, sample.id))
+            query = question.removesuffix(SENTENCE_QUESTIONS[0].removeprefix("{text}"))  # every question ends with it
+            finding.cells.append(Cell(sample.image, conversation.masks, conversation.ignore, query, note, sample.id))
 
 
 def inspect_all(root: Path, samples: int | None, only: list[str] | None = None) -> tuple[list[Finding], list[Entry]]:
-    """(findings of all splits of which something is there, data sets of which nothing is). Raises ValueError for an unknown name."""
+    """(findings of all splits of which something is there, sets of which nothing is). Raises ValueError for an unknown name."""
     known = entries(root)
     if only and (unknown := set(only) - {entry.name for entry in known}):
         names = ", ".join(dict.fromkeys(entry.name for entry in known))

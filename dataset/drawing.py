@@ -109,7 +109,7 @@ def save_png(picture: Image.Image, path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- cards
 
-TARGET_COLOURS = (TRUTH_COLOUR, (240, 50, 110), (60, 140, 240), (240, 170, 30), (150, 90, 220))
+TARGET_COLOURS = ((240, 50, 110), (60, 140, 240), (240, 170, 30), (20, 190, 100), (150, 90, 220))
 
 
 @dataclass
@@ -139,7 +139,7 @@ def draw_card(cell: Cell, side: int) -> Image.Image:
     what = f"{len(cell.masks)} targets" if len(cell.masks) > 1 else ""
     what += " empty target" if len(cell.masks) and not cell.masks.any() else ""
     caption = "  ".join(part for part in (cell.name, what.strip()) if part)
-    query, note = wrap(cell.query, text, side, max_lines=3), wrap(cell.note, text, side, max_lines=2) if cell.note else []
+    query, note = wrap(cell.query, text, side, max_lines=5), wrap(cell.note, text, side, max_lines=2) if cell.note else []
     height = picture.shape[0] + GAP + round(13 * 1.35) * (len(query) + len(note)) + round(11 * 1.35)
     card = Image.new("RGB", (side, height), PAPER)
     card.paste(Image.fromarray(picture), ((side - picture.shape[1]) // 2, 0))
@@ -164,13 +164,14 @@ def card_sheet(cells: Sequence[Cell], path: str | Path, title: str, columns: int
     if not cells:
         raise ValueError(f"{path}: there is nothing to draw")
     path = Path(path)
+    columns = min(columns, len(cells))
     cards = [draw_card(cell, side) for cell in cells]
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
     heights = [max(card.height for card in row) for row in rows]
     width = columns * side + (columns - 1) * MARGIN
-    head = font(16, bold=True)
+    head = font(14, bold=True)
     heading = wrap(title, head, width)
-    top = MARGIN + round(16 * 1.35) * len(heading) + GAP
+    top = MARGIN + round(14 * 1.35) * len(heading) + GAP
     sheet = Image.new("RGB", (width + 2 * MARGIN, top + sum(heights) + MARGIN * len(rows)), PAPER)
     draw_lines(ImageDraw.Draw(sheet), (MARGIN, MARGIN), heading, head, INK)
     y = top
