@@ -94,9 +94,7 @@ def find_sources(root: Path, name: str) -> dict[str, Path]:
         path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in found and _is_labelme(path)
     }
     if not found:
-        raise DataError(
-            f"{folder}: is empty; it needs train.json (COCO), train.jsonl, train.csv or a folder train with labelme JSONs"
-        )
+        raise DataError(f"{folder}: holds no data; it needs train.json (COCO), train.jsonl, train.csv or train/ with labelme JSONs")
     return {"": next(iter(found.values()))} if len(found) == 1 and next(iter(found)) not in SPLITS else found
 
 
@@ -156,8 +154,11 @@ def _draw(shape: tuple[str, Any, str], size: tuple[int, int]) -> np.ndarray:
             return _labelme_stencil(value, size, item)
         if kind == "polygons":
             return annotation_mask(value, size, item, '"polygons"')
-        mask = _read_mask(Path(value))
-        check_size(mask.shape, size, value, "the mask")
+        try:
+            mask = _read_mask(Path(value))
+            check_size(mask.shape, size, value, "the mask")
+        except DataError as error:
+            raise DataError(f"{item}: {error}") from None
         return mask
 
 

@@ -339,7 +339,7 @@ def _outline(kind: str, points: list[list[float]]) -> list[list[float]]:
         return [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
     radius = math.hypot(x1 - x0, y1 - y0)  # a circle's second point lies on it
     angles = [2 * math.pi * k / CIRCLE_POINTS for k in range(CIRCLE_POINTS)]
-    return [[x0 + radius * math.cos(a), y0 + radius * math.sin(a)] for a in angles]
+    return [[round(x0 + radius * math.cos(a)), round(y0 + radius * math.sin(a))] for a in angles]  # cutting would shift it
 
 
 def _labelme_mask(value: Any, where: str) -> str:
@@ -373,10 +373,14 @@ def read_coco(path: Path, content: dict, faults: Faults, dataset: str) -> Iterat
 
 
 def _entries(entries: list, singular: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """(name for errors and skip lists, entry) pairs."""
+    """(name for errors and skip lists, entry) pairs. The name has the id, or the position where that is no name."""
+    seen = set()
     for position, entry in enumerate(entries):
         number = entry.get("id") if isinstance(entry, dict) else None
-        yield f"{path}:{singular} {number if type(number) is int else f'at position {position}'}", entry
+        is_name = type(number) is int and number not in seen
+        yield f"{path}:{singular} {number if is_name else f'at position {position}'}", entry
+        if is_name:
+            seen.add(number)
 
 
 def _identity(entry: Any, where: str, seen: Any) -> int:
