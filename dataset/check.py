@@ -167,7 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)  # exits with 2 by itself
-    logging.getLogger("dataset").setLevel(logging.ERROR)  # what is left out is in the report
+    logger = logging.getLogger("dataset")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what is left out is in the report
     try:
         if args.samples < 1:
             raise ValueError(f"--samples is {args.samples}; it must be at least 1")
@@ -177,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        logger.setLevel(level)
     print(report(findings, absent))
     bad = [item for finding in findings for item in finding.bad]
     broken = [finding for finding in findings if finding.error]

@@ -12,63 +12,95 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as rle_codec
 
 from dataset.conversation import answer, phrase_question
+from dataset.exclusion import without_excluded
 from dataset.images import (
     DataError,
     MissingDataError,
-    PackedRecords,
     check_size,
     decode_rle,
     read_image,
-    read_json,
     require_folder,
     resolve_inside,
 )
+from dataset.index import CocoIndex
 from dataset.sample import Conversation, LoaderOptions, Sample
 
 logger = logging.getLogger(__name__)
 
 
-def without_missing(records: list, names: list[str], folder: Path, source: Path, skip: bool) -> list:
-    """The ``records`` whose image (``names``, in the same order) is in ``folder``.
+def without_missing(
+    records: Sequence, names: list[str], folder: Path, source: Path, options: LoaderOptions, dataset: str
+) -> Sequence:
+    """The ``records`` whose image (``names``, in the same order) is in ``folder``, without those on the skip list.
 
-    Raises MissingDataError for the first that is not, unless ``skip``, which logs how many were left out.
+    Raises MissingDataError for the first that is not there, unless ``options`` say to skip them, which logs how many were left out.
     """
-    there = {path.name for path in folder.iterdir()}
-    # names with a folder in them are rare; only those are asked from the disk one by one
-    present = [n in there if "/" not in n else resolve_inside(folder, n).is_file() for n in names]
+    if options.faults.has_skip_list:
+        wanted = [not options.faults.skips(dataset, folder / name) for name in names]
+        records = [record for record, ok in zip(records, wanted, strict=True) if ok]
+        names = [name for name, ok in zip(names, wanted, strict=True) if ok]
+        if not names:
+            raise DataError(f"{source}: --skip_list leaves nothing of {dataset}; leave the data set out")
+    parents = {name[: name.rfind("/") + 1] for name in names}
+    places = {parent: resolve_inside(folder, parent) if parent else folder for parent in parents}
+    there = {parent: {path.name for path in place.iterdir()} if place.is_dir() else set() for parent, place in places.items()}
+    present = [name[name.rfind("/") + 1 :] in there[name[: name.rfind("/") + 1]] for name in names]
     missing = [name for name, ok in zip(names, present, strict=True) if not ok]
     if not missing:
         return records
     message = f"{source}: {len(missing)} of {len(names)} images are not in {folder}, for example {missing[0]}"
-    if not skip:
+    if not options.skip_missing:
         raise MissingDataError(f"{message}; restore them or set --on_bad_sample skip")
     logger.warning("%s; their entries are left out", message)
+    options.faults.note_all(dataset, [(folder / name, f"{folder / name}: image does not exist") for name in missing])
     kept = [record for record, ok in zip(records, present, strict=True) if ok]
     if not kept:
         raise MissingDataError(f"{message}; nothing is left to load")
     return kept
 
 
-def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path, field: str) -> np.ndarray:
-    """A COCO segmentation (polygons, run lengths, compressed run lengths) as bool (H, W).
+def usable(
+    positions: Sequence[int], name_of: Sequence[str], folder: Path, source: Path, options: LoaderOptions, dataset: str
+) -> np.ndarray:
+    """The ``positions``, int64, whose image may be trained on and is in ``folder``. ``name_of``: file name by position.
 
-    Raises DataError naming ``path`` and ``field``.
+    Raises DataError, as ``without_excluded`` and ``without_missing`` do.
+    """
+    allowed = without_excluded(positions, [name_of[position] for position in positions], options, dataset)
+    names = [name_of[position] for position in allowed]
+    return np.array(without_missing(allowed, names, folder, source, options, dataset), dtype=np.int64)
+
+
+def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path, field: str, thin: bool = False) -> np.ndarray:
+    """A COCO segmentation (polygons, run lengths, compressed run lengths, a list of either) as bool (H, W).
+
+    ``thin``: polygons of one or two points, which enclose nothing, are skipped. Raises DataError naming ``path`` and ``field``.
     """
     if isinstance(segmentation, dict):
         return decode_rle(segmentation, size, path, field)
+    if not isinstance(segmentation, list):
+        raise DataError(f"{path}: {field} must be polygons or run lengths")
+    mask = np.zeros(size, dtype=bool)
+    polygons = [part for part in segmentation if not isinstance(part, dict)]
+    for part in segmentation:
+        if isinstance(part, dict):  # refCLEF: one region, several run lengths
+            mask |= decode_rle(part, size, path, field)
+    if thin:
+        polygons = [p for p in polygons if not isinstance(p, list) or len(p) not in (2, 4)]
     # pycocotools would read a list of four numbers as a box
-    if not isinstance(segmentation, list) or any(not isinstance(p, list) or len(p) < 6 or len(p) % 2 for p in segmentation):
+    if any(not isinstance(p, list) or len(p) < 6 or len(p) % 2 for p in polygons):
         raise DataError(f"{path}: {field} must be polygons of at least three points [x0, y0, x1, …] or run lengths")
-    if not segmentation:
-        return np.zeros(size, dtype=bool)
+    if not polygons:
+        return mask
     try:
-        return rle_codec.decode(rle_codec.merge(rle_codec.frPyObjects(segmentation, *size))).astype(bool)
+        return mask | rle_codec.decode(rle_codec.merge(rle_codec.frPyObjects(polygons, *size))).astype(bool)
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: {field} is not a valid polygon ({error})") from None
 
@@ -82,60 +114,45 @@ class CocoInstances:
         self.options = options
         root = require_folder(Path(dataset_dir) / "coco", "COCO-format data")
         self.source = resolve_inside(root / "annotations", f"instances_{split}.json")
-        content = read_json(self.source)
+        self.index = CocoIndex.open(self.source)
         self.folder = require_folder(resolve_inside(root, split), "the folder of this split's images")
-        records = self._index(content)
-        if not records:
+        positions = self.index.with_instances().tolist()
+        if not positions:
             raise DataError(f"{self.source}: split {split} is empty; no image has an annotated instance")
-        names = [record["file"] for record in records]
-        self.records = PackedRecords(without_missing(records, names, self.folder, self.source, options.skip_missing))
-
-    def _index(self, content: dict) -> list[dict]:
-        """One record per image with at least one instance, sorted by file name."""
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(content, dict) or not isinstance(content.get(key), list):
-                raise DataError(f'{self.source}: has no list "{key}"; a COCO instances file is expected')
-        try:
-            self.categories = {c["id"]: c["name"] for c in content["categories"]}
-            images = {
-                i["id"]: {"file": i["file_name"], "size": [i["height"], i["width"]], "instances": []} for i in content["images"]
-            }
-            for entry in content["annotations"]:
-                if entry["image_id"] not in images or entry["category_id"] not in self.categories:
-                    raise DataError(f"{self.source}: annotation {entry.get('id')} names an unknown image or category")
-                instance = [entry["id"], entry["category_id"], int(entry.get("iscrowd", 0)), entry["segmentation"]]
-                images[entry["image_id"]]["instances"].append(instance)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{self.source}: an entry lacks the field {error}") from None
-        kept = [image for image in images.values() if any(not crowd for _, _, crowd, _ in image["instances"])]
-        return sorted(kept, key=lambda image: image["file"])
+        self.positions = usable(positions, self.index.file_names, self.folder, self.source, options, self.dataset)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.positions)
+
+    def path(self, index: int) -> Path:
+        """The image of sample ``index``."""
+        return self.folder / self.index.file_names[int(self.positions[index])]
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its categories in training, all of them otherwise."""
-        record = self.records[index]
-        path = resolve_inside(self.folder, record["file"])
+        position = int(self.positions[index])
+        record = self.index.image(position)
+        path = resolve_inside(self.folder, record["file_name"])
         image = read_image(path)
         size = image.shape[:2]
-        check_size(tuple(record["size"]), size, path, f"the size in {self.source.name}")
-        by_category: dict[int, list] = defaultdict(list)
-        for instance in record["instances"]:
-            by_category[instance[1]].append(instance)
-        categories = sorted(c for c, instances in by_category.items() if any(not crowd for _, _, crowd, _ in instances))
+        check_size((record["height"], record["width"]), size, path, f"the size in {self.source.name}")
+        by_category: dict[int, list[dict]] = defaultdict(list)
+        for entry in self.index.annotations(position):
+            by_category[entry["category_id"]].append(entry)
+        categories = sorted(c for c, entries in by_category.items() if not all(entry.get("iscrowd") for entry in entries))
         if self.options.training:
             count = min(self.options.num_classes_per_sample, len(categories))
             categories = [int(c) for c in rng.choice(categories, size=count, replace=False)]
         conversations = [self._conversation(c, by_category[c], size, rng) for c in categories]
-        return Sample(image, str(path), conversations, "semantic", self.dataset, Path(record["file"]).stem)
+        return Sample(image, str(path), conversations, "semantic", self.dataset, Path(record["file_name"]).stem)
 
-    def _conversation(self, category: int, instances: list, size: tuple[int, int], rng: np.random.Generator) -> Conversation:
+    def _conversation(self, category: int, entries: list[dict], size: tuple[int, int], rng: np.random.Generator) -> Conversation:
         target, crowd = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
-        for number, _, is_crowd, segmentation in instances:
-            mask = annotation_mask(segmentation, size, self.source, f'annotation {number} "segmentation"')
-            (crowd if is_crowd else target)[mask] = True
+        for entry in entries:
+            mask = annotation_mask(entry["segmentation"], size, self.source, f'annotation {entry["id"]} "segmentation"')
+            union = crowd if entry.get("iscrowd") else target
+            union |= mask
         crowd &= ~target
-        question = phrase_question(f"the {self.categories[category]}", self.options.wording(rng))
+        question = phrase_question(f"the {self.index.categories[category]['name']}", self.options.wording(rng))
         reply = answer(self.options.levels, self.options.wording(rng))
         return Conversation([(question, reply)], target[None], crowd if crowd.any() else None)

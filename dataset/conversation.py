@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -288,6 +289,10 @@ class _Writer:
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
+    @cached_property
+    def _anchor(self) -> list[int]:
+        return self._plain(_ANCHOR)
+
     def _tokenise(self, text: str) -> list[int]:
         ids = self._continue(text)
         if self.control.keys() & ids:
@@ -305,7 +310,7 @@ class _Writer:
         """Token ids of ``text`` after what is written, without the space that sentence-piece models put before it."""
         if self._at_start:
             return self._plain(text)
-        anchor, ids = self._plain(_ANCHOR), self._plain(_ANCHOR + text)
+        anchor, ids = self._anchor, self._plain(_ANCHOR + text)
         return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._plain(text)
 
 

@@ -88,6 +88,10 @@ class Faults:
         self._reported: set[tuple[str, str]] = set()
         self._read = 0  # bytes of the report that are in _reported
 
+    @property
+    def has_skip_list(self) -> bool:
+        return bool(self._skip)
+
     def name(self, item: str | Path) -> str:
         """The item below the data folder, with "/" on every system."""
         path = Path(item)
@@ -95,7 +99,7 @@ class Faults:
 
     def skips(self, dataset: str, item: str | Path) -> bool:
         """Whether the skip list holds the item; counted by data set in ``left_out``."""
-        listed = bool(self._skip) and BadItem(dataset, self.name(item), "").key in self._skip
+        listed = self.has_skip_list and BadItem(dataset, self.name(item), "").key in self._skip
         self.left_out[dataset] += listed
         return listed
 
@@ -110,22 +114,28 @@ class Faults:
             self.note(dataset, error.item or item, error)
 
     def note(self, dataset: str, item: str | Path, reason: object) -> None:
-        bad = BadItem(dataset, self.name(item), " ".join(str(reason).split()))
-        if bad.key in self.found:
-            return
-        self.found[bad.key] = bad
-        logger.warning("%s: %s is left out: %s", dataset, bad.item, bad.reason)
-        if self._report is not None:
-            self._add_to_report(bad)
+        """Writes down one bad item, here, in the log and in the report."""
+        if self.note_all(dataset, [(item, reason)]):
+            logger.warning("%s: %s is left out: %s", dataset, self.name(item), reason)
 
-    def _add_to_report(self, bad: BadItem) -> None:
+    def note_all(self, dataset: str, items: list[tuple[str | Path, object]]) -> int:
+        """Writes down (item, reason) pairs, and leaves the log to the caller; returns how many were new to this process."""
+        new = [BadItem(dataset, self.name(item), " ".join(str(reason).split())) for item, reason in items]
+        new = [bad for bad in new if bad.key not in self.found]
+        self.found |= {bad.key: bad for bad in new}
+        if new and self._report is not None:
+            self._add_to_report(new)
+        return len(new)
+
+    def _add_to_report(self, items: list[BadItem]) -> None:
         """Ranks and workers share the file; whoever holds the lock reads what the others added before it writes."""
         self._report.parent.mkdir(parents=True, exist_ok=True)
         with self._report.open("a+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             stream.seek(self._read)
             self._reported |= {BadItem(**json.loads(line)).key for line in stream}
-            if bad.key not in self._reported:
-                self._reported.add(bad.key)
-                stream.write(json.dumps(asdict(bad)).encode() + b"\n")
+            for bad in items:
+                if bad.key not in self._reported:
+                    self._reported.add(bad.key)
+                    stream.write(json.dumps(asdict(bad)).encode() + b"\n")
             self._read = stream.tell()

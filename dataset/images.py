@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import struct
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ class DataError(ValueError):
 
 class MissingDataError(DataError, FileNotFoundError):
     """A file or folder that a data set needs is not there."""
+
+
+class NothingToAsk(DataError):
+    """A sound image in which nothing may be asked for, such as one of void classes only. Training takes another one."""
 
 
 def resolve_inside(root: str | Path, name: str) -> Path:
@@ -87,10 +92,10 @@ def _load(picture: Image.Image, path: Path) -> None:
         raise DataError(f"{path}: broken image ({_reason(error)}); replace or remove the file") from None
 
 
-def _upright(picture: Image.Image, path: Path) -> Image.Image:
-    """The picture as its EXIF wants it to be shown."""
+def _turn_upright(picture: Image.Image, path: Path) -> None:
+    """Turns the picture as its EXIF wants it to be shown."""
     try:
-        return ImageOps.exif_transpose(picture)
+        ImageOps.exif_transpose(picture, in_place=True)
     except (OSError, ValueError, SyntaxError, TypeError, struct.error) as error:
         raise DataError(f"{path}: broken EXIF data ({_reason(error)}); save the image without them") from None
 
@@ -102,7 +107,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         # what lies under transparent pixels is arbitrary, and a viewer shows paper there
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -113,7 +118,8 @@ def read_image(path: str | Path) -> np.ndarray:
     path = Path(path)
     with _open(path) as picture:
         _load(picture, path)
-        return np.array(_to_rgb(_upright(picture, path)))
+        _turn_upright(picture, path)
+        return np.array(_to_rgb(picture))
 
 
 def read_label(path: str | Path) -> np.ndarray:
@@ -225,22 +231,38 @@ def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) ->
         raise DataError(f'{path}: "{field}" is not a valid run-length mask ({_reason(error)})') from None
 
 
+class DamagedRecords(Exception):
+    """A record is not what was written."""
+
+
 class PackedRecords:
     """A read-only list of JSON-like records in one flat buffer.
 
     A million small Python objects are copied into every worker process as soon as their reference counts change; one
-    buffer is shared between them for good.
+    buffer is shared between them for good, and between all processes where it is a mapped file (dataset/store.py).
     """
 
     def __init__(self, records: Iterable[Any]):
         blobs = [json.dumps(record, separators=(",", ":")).encode() for record in records]
         self._ends = np.cumsum([0] + [len(blob) for blob in blobs])
         self._buffer = np.frombuffer(b"".join(blobs), dtype=np.uint8)
+        self._sums = None
+
+    @classmethod
+    def over(cls, buffer: np.ndarray, ends: np.ndarray, sums: np.ndarray) -> PackedRecords:
+        """Records written before. ``buffer``: uint8, record i is [ends[i], ends[i + 1]); ``sums``: CRC-32 of each, uint32."""
+        packed = cls.__new__(cls)
+        packed._buffer, packed._ends, packed._sums = buffer, ends, sums
+        return packed
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Any:
+        """Record ``index``. Raises IndexError, or DamagedRecords where its checksum is another."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return json.loads(self._buffer[self._ends[index] : self._ends[index + 1]].tobytes())
+        blob = self._buffer[self._ends[index] : self._ends[index + 1]].tobytes()
+        if self._sums is not None and zlib.crc32(blob) != self._sums[index]:
+            raise DamagedRecords(index)
+        return json.loads(blob)

@@ -45,7 +45,7 @@ from dataset.images import (
     require_folder,
     resolve_inside,
 )
-from dataset.sample import Conversation, LoaderOptions, Sample
+from dataset.sample import Conversation, LoaderOptions, Sample, draw_queries
 
 
 def _kind_of_label(label: str) -> str:
@@ -256,11 +256,8 @@ class ReasoningSegmentation:
         if not self.options.training:
             count = 1 if self.options.texts == "first" else None
             return [(query, text) for query in queries for text in query.texts[:count]]
-        # every query once before any is asked again in another wording
-        shuffled = [(query, rng.permutation(query.texts)) for query in (queries[i] for i in rng.permutation(len(queries)))]
-        rounds = range(max(len(texts) for _, texts in shuffled))
-        pairs = [(query, str(texts[r])) for r in rounds for query, texts in shuffled if r < len(texts)]
-        return pairs[: self.options.num_classes_per_sample]
+        drawn = draw_queries([query.texts for query in queries], self.options.num_classes_per_sample, rng)
+        return [(queries[number], text) for number, text in drawn]
 
     def _conversation(self, query: _Query, text: str, size: tuple[int, int], rng: np.random.Generator) -> Conversation:
         with blame(query.path):

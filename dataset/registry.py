@@ -15,11 +15,15 @@ import numpy as np
 
 from dataset.coco import CocoInstances
 from dataset.images import list_files
+from dataset.llm_seg40k import NAME as LLM_SEG40K
+from dataset.llm_seg40k import LlmSeg40K
 from dataset.own import EVERYTHING, OwnData, find_sources, own_names
 from dataset.own import FOLDER as OWN
+from dataset.parts import SOURCES, PartSegmentation
 from dataset.reasoning import ReasoningSegmentation
+from dataset.referring import SETS, ReferringSegmentation
 from dataset.sample import LoaderOptions, Sample
-from dataset.semantic import SemanticSegmentation
+from dataset.semantic import FAMILIES, SemanticSegmentation
 from dataset.vqa import VisualQuestionAnswering
 
 
@@ -86,16 +90,43 @@ def _same(*splits: str) -> dict[str, str]:
     return {split: split for split in splits}
 
 
+def semantic_loader(root: Path, name: str, options: LoaderOptions, split: str | None = None) -> Loader:
+    """The loader of a semantic set, from label maps or from parts; ``split`` defaults to its training split."""
+    known = dict.fromkeys(FAMILIES, SemanticSegmentation) | dict.fromkeys(SOURCES, PartSegmentation)
+    if name not in known:
+        raise ValueError(f"unknown semantic data set {name!r}; known: {', '.join(known)}")
+    return known[name](root, name, options, split)
+
+
+def reasoning_loader(root: Path, spec: str, options: LoaderOptions) -> Loader:
+    """The loader of "name|split" for a folder under reason_seg."""
+    return (LlmSeg40K if spec.split("|")[0] == LLM_SEG40K else ReasoningSegmentation)(root, spec, options)
+
+
 def _semantic(name: str) -> Opener:
-    return lambda root, split, options: SemanticSegmentation(root, name, options, split)
+    return lambda root, split, options: semantic_loader(root, name, options, split)
 
 
 def _reasoning(name: str) -> Opener:
-    return lambda root, split, options: ReasoningSegmentation(root, f"{name}|{split}", options)
+    return lambda root, split, options: reasoning_loader(root, f"{name}|{split}", options)
+
+
+def _referring(name: str) -> Opener:
+    return lambda root, split, options: ReferringSegmentation(root, f"{name}|{split}", options)
 
 
 def _own(name: str) -> Opener:
     return lambda root, split, options: OwnData(root, f"{name}|{split}", options)
+
+
+def _refer(name: str, **splits: tuple[str, ...]) -> Entry:
+    """A referring set; ``splits``: who divided it -> the splits."""
+    divided = {f"{by}|{split}": by for by, names in splits.items() for split in names}
+    references = "grefs({split}).json" if name == "grefcoco" else "refs({split}).p"
+    files = (f"refer_seg/{name}/{references}", f"refer_seg/{name}/instances.json")
+    shared = (f"refer_seg/{SETS[name].images}/",)
+    source = {"grefcoco": "gRefCOCO (GRES); COCO 2014", "refclef": "REFER (Licheng Yu); SAIAPR TC-12"}
+    return Entry(name, "refer_seg", divided, files, _referring(name), shared, source.get(name, "REFER (Licheng Yu); COCO 2014"))
 
 
 OFFICIAL: tuple[Entry, ...] = (
@@ -106,6 +137,49 @@ OFFICIAL: tuple[Entry, ...] = (
         ("ade20k/images/{split}/", "ade20k/annotations/{split}/"),
         _semantic("ade20k"),
         source="MIT Scene Parsing (ADEChallengeData2016)",
+    ),
+    Entry(
+        "cocostuff",
+        "sem_seg",
+        _same("train2017", "val2017"),
+        ("cocostuff/{split}/",),
+        _semantic("cocostuff"),
+        shared=("coco/{split}/",),
+        source='COCO-Stuff, "stuffthingmaps"; COCO 2017',
+    ),
+    Entry(
+        "mapillary",
+        "sem_seg",
+        _same("training", "validation"),
+        ("mapillary/{split}/images/", "mapillary/{split}/v2.0/labels/", "mapillary/config_v2.0.json"),
+        _semantic("mapillary"),
+        source="Mapillary Vistas 2.0",
+    ),
+    Entry(
+        "paco_lvis",
+        "sem_seg",
+        _same("train", "val"),
+        ("vlpart/paco/annotations/paco_lvis_v1_{split}.json",),
+        _semantic("paco_lvis"),
+        shared=("coco/",),
+        source="PACO; COCO 2017",
+    ),
+    Entry(
+        "pascal_part",
+        "sem_seg",
+        _same("train", "val"),
+        ("vlpart/pascal_part/{split}.json", "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages/"),
+        _semantic("pascal_part"),
+        source="PASCAL VOC 2010 and PASCAL-Part, JSON by VLPart's script",
+    ),
+    Entry(
+        "partimagenet",
+        "sem_seg",
+        _same("train", "val"),
+        ("vlpart/partimagenet/{split}.json", "vlpart/partimagenet/images/"),
+        _semantic("partimagenet"),
+        source="PartImageNet, JSON by VLPart's script",
+        alternatives={"vlpart/partimagenet/images/": "vlpart/partimagenet/{split}/"},
     ),
     Entry(
         "synthreason",
@@ -123,6 +197,20 @@ OFFICIAL: tuple[Entry, ...] = (
         CocoInstances,
         shared=("coco/{split}/",),
         source="COCO 2017",
+    ),
+    _refer("refclef", unc=("train", "val", "testA", "testB", "testC"), berkeley=("train", "val", "test")),
+    _refer("refcoco", unc=("train", "val", "testA", "testB"), google=("train", "val", "test")),
+    _refer("refcoco+", unc=("train", "val", "testA", "testB")),
+    _refer("refcocog", umd=("train", "val", "test"), google=("train", "val")),
+    _refer("grefcoco", unc=("train", "val", "testA", "testB")),
+    Entry(
+        LLM_SEG40K,
+        "reason_seg",
+        {"train": "train", "val": "validation", "test": "test"},
+        (f"reason_seg/{LLM_SEG40K}/{{split}}.json",),
+        _reasoning(LLM_SEG40K),
+        shared=("coco/train2017/", "ego_objects/images/"),
+        source="LLM-Seg; COCO 2017; EgoObjects",
     ),
     Entry(
         "ReasonSeg",
@@ -144,9 +232,10 @@ OFFICIAL: tuple[Entry, ...] = (
 )
 # How --<family>_data is read: "ade20k", "ReasonSeg|train", "train2017".
 TRAINING: dict[str, Callable[[Path, str, LoaderOptions], Loader]] = {
-    "sem_seg": SemanticSegmentation,
+    "sem_seg": semantic_loader,
+    "refer_seg": ReferringSegmentation,
     "coco": CocoInstances,
-    "reason_seg": ReasoningSegmentation,
+    "reason_seg": reasoning_loader,
     "vqa": VisualQuestionAnswering,
     OWN: OwnData,
 }

@@ -76,6 +76,8 @@ class LoaderOptions:
     """True: entries whose image file is missing are left out with a warning; False: they are an error."""
     faults: Faults = field(default_factory=Faults)
     """What to do about bad items, and which ones to leave out unseen."""
+    excluded_coco: frozenset[int] = frozenset()
+    """COCO's numbers of photos that must not be trained on (--exclude_val)."""
 
     def __post_init__(self):
         if not self.levels or len(set(self.levels)) != len(self.levels):
@@ -88,6 +90,14 @@ class LoaderOptions:
     def wording(self, rng: np.random.Generator) -> np.random.Generator | None:
         """The generator that draws wordings, or None for the canonical ones."""
         return rng if self.training else None
+
+
+def draw_queries(wordings: Sequence[Sequence[str]], count: int, rng: np.random.Generator) -> list[tuple[int, str]]:
+    """Up to ``count`` pairs (index of a query, one of its wordings): every query once before any is asked again in other words."""
+    shuffled = [(int(number), rng.permutation(wordings[number])) for number in rng.permutation(len(wordings))]
+    rounds = range(max(len(texts) for _, texts in shuffled))
+    pairs = [(number, str(texts[turn])) for turn in rounds for number, texts in shuffled if turn < len(texts)]
+    return pairs[:count]
 
 
 @dataclass

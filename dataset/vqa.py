@@ -10,15 +10,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dataset.coco import without_missing
+from dataset.coco import usable
 from dataset.conversation import Turn
-from dataset.images import DataError, PackedRecords, read_image, read_json, require_folder, resolve_inside
+from dataset.images import DataError, read_image, require_folder, resolve_inside
+from dataset.index import RecordIndex
 from dataset.sample import Conversation, LoaderOptions, Sample
 
 IMAGE_PLACEHOLDER = "<image>"
+
+
+def prepare(source: Path, entry: Any, index: int) -> tuple[str, dict]:
+    """(image name, record) of one entry of the file; its turns are checked here. Raises DataError."""
+    where = f"{source}: record {index}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+        raise DataError(f'{where} has no text "image"')
+    spoken = entry.get("conversations")
+    if not isinstance(spoken, list) or not spoken or len(spoken) % 2:
+        raise DataError(f'{where}: "conversations" must be pairs of a human and a gpt message')
+    turns = []
+    for number, message in enumerate(spoken):
+        speaker = "gpt" if number % 2 else "human"
+        text = message.get("value") if isinstance(message, dict) and message.get("from") == speaker else None
+        if not isinstance(text, str) or not text.replace(IMAGE_PLACEHOLDER, "").strip():
+            raise DataError(f'{where}: message {number} must be {{"from": "{speaker}", "value": text}}')
+        # the place of the image is the template's matter; elsewhere the word is left alone
+        turns.append((text.replace(IMAGE_PLACEHOLDER, "") if number == 0 else text).strip())
+    return entry["image"], {"id": str(entry.get("id", index)), "image": entry["image"], "turns": turns}
 
 
 class VisualQuestionAnswering:
@@ -29,37 +50,21 @@ class VisualQuestionAnswering:
         self.dataset = f"vqa|{name}"
         root = require_folder(Path(dataset_dir) / "llava_dataset", "the LLaVA-Instruct JSON")
         self.source = resolve_inside(root, f"{name}.json")
-        entries = read_json(self.source)
-        if not isinstance(entries, list) or not entries:
-            raise DataError(f"{self.source}: must be a non-empty list of records")
+        self.index = RecordIndex.open(self.source, "vqa-1", prepare)
         self.folder = require_folder(Path(dataset_dir) / "coco" / "train2017", f"the images of {self.source.name}")
-        records = [self._check(entry, index) for index, entry in enumerate(entries)]
-        names = [record["image"] for record in records]
-        self.records = PackedRecords(without_missing(records, names, self.folder, self.source, options.skip_missing))
-
-    def _check(self, entry: dict, index: int) -> dict:
-        where = f"{self.source}: record {index}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise DataError(f'{where} has no text "image"')
-        spoken = entry.get("conversations")
-        if not isinstance(spoken, list) or not spoken or len(spoken) % 2:
-            raise DataError(f'{where}: "conversations" must be pairs of a human and a gpt message')
-        turns = []
-        for number, message in enumerate(spoken):
-            speaker = "gpt" if number % 2 else "human"
-            text = message.get("value") if isinstance(message, dict) and message.get("from") == speaker else None
-            if not isinstance(text, str) or not text.replace(IMAGE_PLACEHOLDER, "").strip():
-                raise DataError(f'{where}: message {number} must be {{"from": "{speaker}", "value": text}}')
-            # the place of the image is the template's matter; elsewhere the word is left alone
-            turns.append((text.replace(IMAGE_PLACEHOLDER, "") if number == 0 else text).strip())
-        return {"id": str(entry.get("id", index)), "image": entry["image"], "turns": turns}
+        positions, names = range(len(self.index)), list(self.index.names)
+        self.positions = usable(positions, names, self.folder, self.source, options, self.dataset)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.positions)
+
+    def path(self, index: int) -> Path:
+        """The image of sample ``index``."""
+        return self.folder / self.index.names[int(self.positions[index])]
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Record ``index``; nothing in it is random."""
-        record = self.records[index]
+        record = self.index[int(self.positions[index])]
         path = resolve_inside(self.folder, record["image"])
         image = read_image(path)
         texts = record["turns"]

@@ -1,4 +1,4 @@
-"""What all tests share: GPU tests skip themselves where there is no GPU."""
+"""What all tests share: GPU tests skip themselves where there is no GPU; indexes of data files go to a folder of this run."""
 
 import pytest
 import torch
@@ -10,3 +10,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Also for the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CORES_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

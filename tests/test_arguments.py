@@ -89,7 +89,9 @@ def test_booleans_take_a_bare_flag_or_a_word(flags, value):
 
 
 LISA = """--local_rank=1 --version llava --vision_pretrained sam.pth --dataset_dir ./dataset --precision bf16
---dataset sem_seg||vqa||reason_seg --sample_rates 9,3,1 --exp_name lisa-7b --lora_r 4 --lora_alpha 8 --lora_dropout 0.1
+--dataset sem_seg||refer_seg||vqa||reason_seg --sample_rates 9,3,3,1
+--sem_seg_data ade20k||cocostuff||pascal_part||paco_lvis||mapillary --refer_seg_data refclef||refcoco||refcoco+||refcocog
+--exclude_val --exp_name lisa-7b --lora_r 4 --lora_alpha 8 --lora_dropout 0.1
 --lora_target_modules q_proj --model_max_length 600 --val_dataset ReasonSeg|val --log_base_dir ./runs --epochs 3
 --steps_per_epoch 5 --batch_size 2 --grad_accumulation_steps 4 --val_batch_size 1 --workers 2 --lr 0.0003
 --ce_loss_weight 1.0 --dice_loss_weight 0.5 --bce_loss_weight 2.0 --beta1 0.9 --beta2 0.95 --num_classes_per_sample 3
@@ -100,7 +102,8 @@ LISA = """--local_rank=1 --version llava --vision_pretrained sam.pth --dataset_d
 def test_the_command_line_of_lisa():
     argv = LISA.split()
     s = parse(argv)
-    assert (s.lora_r, s.lora_alpha, s.epochs, s.sample_rates, s.no_eval, s.eval_only) == (4, 8, 3, "9,3,1", True, True)
+    assert (s.lora_r, s.lora_alpha, s.epochs, s.sample_rates, s.no_eval, s.eval_only) == (4, 8, 3, "9,3,3,1", True, True)
+    assert s.exclude_val and s.refer_seg_data == parse([]).refer_seg_data and not parse([]).exclude_val
     assert s.facts == {"image_size": 1024, "out_dim": 256, "vision_tower": "openai/clip-vit-large-patch14"}
 
 
@@ -109,7 +112,7 @@ def test_the_command_line_of_lisa():
     [
         (["--load_in_8bit"], "bitsandbytes"),
         (["--load_in_4bit"], "bitsandbytes"),
-        (["--exclude_val"], "not yet available"),
+        (["--vis_save_path", "x"], "belongs to chat.py"),
         (["--learning_rate", "1"], "learning_rate"),
         (["--epochs", "many"], "--epochs"),
         (["--epochs", "0"], "at least 1"),

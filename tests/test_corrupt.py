@@ -5,8 +5,6 @@ Other kinds have their tests in test_datasets.py.
 """
 
 import json
-import struct
-import zlib
 from pathlib import Path
 
 import cv2
@@ -41,14 +39,6 @@ def photo(path: Path, side: int = 64) -> bytes:
     """A noisy image, so that its bytes cannot be cut without loss."""
     noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
     return cv2.imencode(path.suffix, noise)[1].tobytes()
-
-
-def lying_png() -> bytes:
-    """A PNG whose header, checksum included, claims more rows than it has."""
-    raw = bytearray(photo(Path("a.png")))
-    raw[20:24] = struct.pack(">I", 640)
-    raw[29:33] = struct.pack(">I", zlib.crc32(bytes(raw[12:29])))
-    return bytes(raw)
 
 
 def image_as(content: bytes | None, name: str = "0.jpg"):
@@ -177,8 +167,10 @@ CASES = {
     # images
     "jpeg cut in half": (T, image_as(photo(Path("a.jpg"))[:2000]), "images/0.jpg", "broken image"),
     "png cut in half": (T, image_as(photo(Path("a.png"))[:4000], "0.png"), "images/0.png", "broken image"),
-    "png with a bad checksum": (T, image_as(photo(Path("a.png"))[:16] + b"\1" + photo(Path("a.png"))[17:], "0.png"), "images/0.png", "image"),
-    "png that claims more rows": (T, image_as(lying_png(), "0.png"), "images/0.png", "broken image"),
+    "png with a bad checksum": (
+        T, image_as(photo(Path("a.png"))[:16] + b"\1" + photo(Path("a.png"))[17:], "0.png"),
+        "images/0.png", "image",
+    ),
     "image without bytes": (T, image_as(b""), "images/0.jpg", "not a readable image"),
     "text called jpg": (T, image_as(b"<html>404</html>"), "images/0.jpg", "not a readable image"),
     "folder called jpg": (T, image_as(None), "images/0.jpg", "not a readable image .*[Dd]irectory"),
@@ -187,9 +179,15 @@ CASES = {
     "image with an absolute name": (T, row(image="/etc/passwd"), "train.jsonl:1", "absolute names and '..' are refused"),
     "image linked to the outside": (T, outside, "train.jsonl:1", "is a link that leaves"),
     # masks
-    "mask of another size": (T, mask_as(lambda p: write_mask(p, np.ones((9, 12), bool))), "train.jsonl:1", "the mask is 9×12 .* its image is 10×12"),
+    "mask of another size": (
+        T, mask_as(lambda p: write_mask(p, np.ones((9, 12), bool))),
+        "train.jsonl:1", "the mask is 9×12 .* its image is 10×12",
+    ),
     "mask in colour": (T, mask_as(lambda p: Image.new("RGB", (12, 10)).save(p)), "train.jsonl:1", "must have one channel"),
-    "mask with many values": (T, mask_as(lambda p: cv2.imwrite(str(p), np.arange(120, dtype=np.uint8).reshape(SIZE))), "train.jsonl:1", "holds 119 values besides 0"),
+    "mask with many values": (
+        T, mask_as(lambda p: cv2.imwrite(str(p), np.arange(120, dtype=np.uint8).reshape(SIZE))),
+        "train.jsonl:1", "holds 119 values besides 0",
+    ),
     "mask cut in half": (T, mask_as(write_bytes(photo(Path("a.png"))[:3000])), "train.jsonl:1", "broken image"),
     "mask that is not there": (T, mask_as(lambda p: None), "train.jsonl:1", "x.png is not there; looked in .*masks"),
     "mask as jpeg": (T, row(polygons=None, mask="m.jpg"), "train.jsonl:1", "a mask must be a PNG"),
@@ -206,12 +204,18 @@ CASES = {
     "targets beside a target": (T, row(targets=[{"mask": "m.png"}]), "train.jsonl:1", 'has "targets" and'),
     "empty list of targets": (T, row(polygons=None, targets=[]), "train.jsonl:1", '"targets" must be a list of objects'),
     "targets without shape": (T, row(polygons=None, targets=[{}]), "train.jsonl:1", r"targets\[0\] needs one of"),
-    "points that are no numbers": (T, row(polygons=[["a", "b", "c", "d", "e", "f"]]), "train.jsonl:1", '"polygons" must be a list of polygons .*no coordinate'),
+    "points that are no numbers": (
+        T, row(polygons=[["a", "b", "c", "d", "e", "f"]]),
+        "train.jsonl:1", '"polygons" must be a list of polygons .*no coordinate',
+    ),
     "NaN in a polygon": (T, row(NOT_FINITE), "train.jsonl:1", "no coordinate"),
     "infinity in a polygon": (T, row(INFINITE), "train.jsonl:1", "no coordinate"),
     "coordinate beyond any image": (T, row(polygons=[[0, 0, 1e12, 3, 3, 3]]), "train.jsonl:1", "no coordinate"),
     "polygon of two points": (T, row(polygons=[[0, 0, 3, 3]]), "train.jsonl:1", "polygon 0 needs at least three points"),
-    "polygon of an odd length": (T, row(polygons=[[0, 0, 3, 3, 1, 2, 3]]), "train.jsonl:1", "polygon 0 needs at least three points"),
+    "polygon of an odd length": (
+        T, row(polygons=[[0, 0, 3, 3, 1, 2, 3]]),
+        "train.jsonl:1", "polygon 0 needs at least three points",
+    ),
     "polygons as text": (T, row(polygons="0,0"), "train.jsonl:1", '"polygons" must be a list'),
     "runs that are too few": (T, row(polygons=None, rle=rle(counts=[5, 7])), "train.jsonl:1", "runs do not add up to 120"),
     "runs that are negative": (T, row(polygons=None, rle=rle(counts=[130, -10])), "train.jsonl:1", "runs do not add up"),
@@ -224,28 +228,55 @@ CASES = {
     "is_sentence as text": (T, row(is_sentence="yes"), "train.jsonl:1", '"is_sentence" must be true or false'),
     "ignore that is nothing": (T, row(ignore=3), "train.jsonl:1", '"ignore" must be a list of polygons'),
     "row that repeats another": (T, row(json.dumps(HEALTHY)), "train.jsonl:2", "repeats line 1; remove one of the two"),
-    "csv row with too few cells": (T, csv_text("image,query,polygons", "0.jpg,q"), "train.csv:2", "has 2 cells, the first line has 3"),
-    "csv cell with broken JSON": (T, csv_text("image,query,polygons", '0.jpg,q,"[[0, 0"'), "train.csv:2", '"polygons" is not valid JSON'),
+    "csv row with too few cells": (
+        T, csv_text("image,query,polygons", "0.jpg,q"),
+        "train.csv:2", "has 2 cells, the first line has 3",
+    ),
+    "csv cell with broken JSON": (
+        T, csv_text("image,query,polygons", '0.jpg,q,"[[0, 0"'),
+        "train.csv:2", '"polygons" is not valid JSON',
+    ),
     # COCO's format
-    "annotation of an unknown image": (C, coco(annotation={"image_id": 99}), "train.json:annotation 7", '"image_id" is 99, and there is no such'),
-    "annotation of an unknown category": (C, coco(annotation={"category_id": 9}), "train.json:annotation 7", '"category_id" is 9, and there'),
+    "annotation of an unknown image": (
+        C, coco(annotation={"image_id": 99}),
+        "train.json:annotation 7", '"image_id" is 99, and there is no such',
+    ),
+    "annotation of an unknown category": (
+        C, coco(annotation={"category_id": 9}),
+        "train.json:annotation 7", '"category_id" is 9, and there',
+    ),
     "category that is negative": (C, coco(annotation={"category_id": -1}), "train.json:annotation 7", '"category_id" is -1'),
     "annotation id used twice": (C, coco(annotation={"id": 8}), "train.json:annotation at position 1", '"id" is used twice'),
-    "annotation id as text": (C, coco(annotation={"id": "7"}), "train.json:annotation at position 0", '"id" must be a whole number'),
+    "annotation id as text": (
+        C, coco(annotation={"id": "7"}),
+        "train.json:annotation at position 0", '"id" must be a whole number',
+    ),
     "image id used twice": (C, coco(images=[*PAIR, PAIR[1]]), "train.json:image at position 2", '"id" is used twice'),
     "file name that is a number": (C, coco(image={"file_name": 5}), "train.json:image 1", '"file_name" must be the name'),
     "file name above the folder": (C, coco(image={"file_name": "../a.jpg"}), "train.json:annotation 7", "refused"),
     "size that is negative": (C, coco(image={"height": -10}), "train.json:image 1", '"height" and "width" must be whole numbers'),
     "size of another image": (C, coco(image={"height": 11}), "train.json:annotation 7", "is 11×12 .* but its image is 10×12"),
-    "segmentation that is a text": (C, coco(annotation={"segmentation": "x"}), "train.json:annotation 7", '"segmentation" must be a list'),
-    "two texts of one annotation": (C, coco(annotation={"query": "a", "caption": "b"}), "train.json:annotation 7", "has query and caption"),
+    "segmentation that is a text": (
+        C, coco(annotation={"segmentation": "x"}),
+        "train.json:annotation 7", '"segmentation" must be a list',
+    ),
+    "two texts of one annotation": (
+        C, coco(annotation={"query": "a", "caption": "b"}),
+        "train.json:annotation 7", "has query and caption",
+    ),
     "iscrowd that is a text": (C, coco(annotation={"iscrowd": "no"}), "train.json:annotation 7", '"iscrowd" must be 0 or 1'),
     # labelme
     "json without bytes": (L, file_bytes("a.json", b""), "train/a.json", "the file is empty"),
     "json of zeros": (L, file_bytes("a.json", b"\0" * 64), "train/a.json", "the file is empty"),
     "json cut": (L, file_bytes("a.json", b'{"shapes": [{"label":'), "train/a.json", "not valid JSON"),
-    "json in UTF-16": (L, file_bytes("a.json", '{"shapes": []}'.encode("utf-16")), "train/a.json", "UTF-16 or UTF-32; save it as UTF-8"),
-    "json in UTF-16 without mark": (L, file_bytes("a.json", '{"shapes": []}'.encode("utf-16-le")), "train/a.json", "save it as UTF-8"),
+    "json in UTF-16": (
+        L, file_bytes("a.json", '{"shapes": []}'.encode("utf-16")),
+        "train/a.json", "UTF-16 or UTF-32; save it as UTF-8",
+    ),
+    "json in UTF-16 without mark": (
+        L, file_bytes("a.json", '{"shapes": []}'.encode("utf-16-le")),
+        "train/a.json", "save it as UTF-8",
+    ),
     "json in no encoding": (L, file_bytes("a.json", b'{"t": "\x81\x8d"}'), "train/a.json", "neither UTF-8 nor Windows-1252"),
     "json that is a list": (L, file_bytes("a.json", b"[]"), "train/a.json", 'has no list "shapes"'),
     "json that never ends": (L, file_bytes("a.json", b"[" * 100_000), "train/a.json", "not valid JSON"),
@@ -254,15 +285,24 @@ CASES = {
     "nothing drawn": (L, labelme(shapes=[]), "train/a.json", "has no shape to ask for"),
     "shape without label": (L, shape(label=None), "train/a.json", r'"shapes"\[0\]: has no text "label"'),
     "shape without area": (L, shape(shape_type="line"), "train/a.json", "'line' has no area"),
-    "circle of three points": (L, shape(shape_type="circle", points=RECTANGLE[:3]), "train/a.json", "a circle has 2 points, found 3"),
+    "circle of three points": (
+        L, shape(shape_type="circle", points=RECTANGLE[:3]),
+        "train/a.json", "a circle has 2 points, found 3",
+    ),
     "point with three numbers": (L, shape(points=[[1, 2, 3]]), "train/a.json", r'needs "points" as a list of \[x, y\]'),
-    "mask that is no PNG": (L, shape(shape_type="mask", points=RECTANGLE[:2], mask="abcd"), "train/a.json", '"mask" must be a PNG in base64'),
+    "mask that is no PNG": (
+        L, shape(shape_type="mask", points=RECTANGLE[:2], mask="abcd"),
+        "train/a.json", '"mask" must be a PNG in base64',
+    ),
     "height as text": (L, labelme(imageHeight="10"), "train/a.json", '"imageHeight" and "imageWidth" must be whole numbers'),
     "labelme of another image": (L, labelme(imageHeight=12, imageWidth=10), "train/a.json", "is 12×10 .* but its image is 10×12"),
     "imagePath that is a number": (L, labelme(imagePath=4), "train/a.json", '"imagePath" must be a file name'),
     # ReasonSeg's layout
     "image without JSON": (R, reason_seg(lambda f: write_image(f / "x.jpg")), "train/x.jpg", "no JSON belongs to this image"),
-    "run lengths cut": (R, reason_seg(lambda f: write_json(f / "000.json", {"text": "q", "shapes": [], "target_rle": rle(counts="52")})), "train/000.json", "add up to 7 pixels"),
+    "run lengths cut": (
+        R, reason_seg(lambda f: write_json(f / "000.json", {"text": "q", "shapes": [], "target_rle": rle(counts="52")})),
+        "train/000.json", "add up to 7 pixels",
+    ),
 }  # fmt: skip
 
 
@@ -302,7 +342,7 @@ WHOLE_FILES = {
     "csv with a column twice": (T, csv_text("image,query,query"), "train.csv:1: the first line must name the columns"),
     "csv with an open quote": (T, csv_text("image,query,polygons", '0.jpg,"q'), "train.csv:2: not valid CSV"),
     "coco without lists": (C, coco(images={}), "not valid|has no list"),
-    "category id used twice": (C, coco(categories=[{"id": 0, "name": "a"}] * 2), 'category 0: "id" is used twice'),
+    "category id used twice": (C, coco(categories=[{"id": 0, "name": "a"}] * 2), 'category at position 1: "id" is used twice'),
     "categories that are no list": (C, coco(categories={}), '"categories" must be a list'),
     "category without name": (C, coco(categories=[{"id": 0}]), 'category 0: "name" must be a text'),
 }

@@ -395,7 +395,9 @@ def test_real_coco_sample():
     content = json.loads((SAMPLES / "coco" / "annotations" / "instances_train2017.json").read_text())
     pairs = {(a["image_id"], a["category_id"]) for a in content["annotations"] if not a["iscrowd"]}
     assert len(content["annotations"]) == 939 and len(loader) == len({image for image, _ in pairs})
-    counted = sum(len({c for _, c, crowd, _ in loader.records[i]["instances"] if not crowd}) for i in range(len(loader)))
+    counted = sum(
+        len({a["category_id"] for a in loader.index.annotations(i) if not a["iscrowd"]}) for i in loader.positions.tolist()
+    )
     assert counted == len(pairs)
     masks = [c.masks for i in range(0, len(loader), 12) for c in loader.sample(i, rng()).conversations]
     assert all(mask.any() for mask in masks)
@@ -494,7 +496,7 @@ def test_semantic_errors(tmp_path):
     def build(name="synthreason"):
         return SemanticSegmentation(tmp_path, name, TRAIN)
 
-    with pytest.raises(ValueError, match="unknown semantic data set 'mars'; known: ade20k, synthreason"):
+    with pytest.raises(ValueError, match="unknown semantic data set 'mars'; known: ade20k, cocostuff, mapillary, synthreason"):
         build("mars")
     with pytest.raises(MissingDataError, match="synth_sem: does not exist"):
         build()

@@ -84,6 +84,20 @@ def test_preprocess_equals_segment_anything(tiny):
     assert torch.allclose(preprocess(image, 64)[0], theirs, atol=1e-6)
 
 
+def test_preprocess_is_the_formula_to_the_last_bit():
+    """Every value in every channel, with padding on either side: what is done in place changes no bit."""
+    values = np.stack([np.arange(256), np.arange(256)[::-1], np.roll(np.arange(256), 7)], -1).astype(np.uint8)
+    for shape in ((8, 32, 3), (32, 8, 3), (16, 16, 3)):
+        image = values.reshape(shape)
+        mean, std = torch.tensor(PIXEL_MEAN)[:, None, None], torch.tensor((58.395, 57.12, 57.375))[:, None, None]
+        expected = (torch.from_numpy(image.copy()).permute(2, 0, 1).float() - mean) / std
+        height, width = shape[:2]
+        side = max(height, width)
+        pixels, _ = preprocess(image, side)
+        assert torch.equal(pixels[:, :height, :width], expected)
+        assert pixels.is_contiguous() and pixels.count_nonzero() == expected.count_nonzero()
+
+
 def test_to_original_equals_segment_anything(tiny):
     low_res = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
     theirs = tiny.postprocess_masks(low_res[:, None], (64, 51), (50, 40))[:, 0]
@@ -136,6 +150,34 @@ def test_grid_by_hand():
     assert valid_cells((8, 4), 8, 2).tolist() == [[1, 0], [1, 0]]
     assert valid_cells((8, 6), 8, 2).tolist() == [[1, 0.5], [1, 0.5]]
     assert to_grid(masks[:0], (8, 4), 8, 2).shape == (0, 2, 2)
+
+
+@given(size=SIZES, columns=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_to_original_keeps_places(size, columns):
+    """Logits that say where they are in the padded frame say in the original frame where their pixel's centre came from.
+
+    Both steps are linear inside; within two and a half pixels of an end they repeat the last value. Measured: 4e-5 pixels.
+    """
+    resized = resized_size(*size, 64)
+    axis = 1 if columns else 0
+    places = (torch.arange(16) + 0.5) * 4  # centres of the low-res cells in the padded frame
+    low_res = places.expand(16, 16) if columns else places[:, None].expand(16, 16)
+    found = to_original(low_res[None], resized, size, 64)[0].numpy()
+    expected = (np.arange(size[axis]) + 0.5) * resized[axis] / size[axis]
+    inside = (expected > 2.5) & (expected < resized[axis] - 2.5)
+    found = found[:, inside] if columns else found[inside].T
+    assert found.shape[0] == size[1 - axis]
+    assert np.abs(found - expected[inside]).max(initial=0) < 1e-3
+
+
+@given(size=SIZES, side=st.sampled_from([64, 256, 1024]))
+def test_resized_frame_by_its_definition(size, side):
+    """The longer side is the frame's, the other one is in proportion up to rounding, and both are pixels of the padded frame."""
+    resized = resized_size(*size, side)
+    assert max(resized) == side and min(resized) >= 1
+    assert abs(min(resized) - side * min(size) / max(size)) <= 0.5 + 1e-9
+    assert resized_size(*size[::-1], side) == resized[::-1]
 
 
 # -------------------------------------------------------------------------------------------------------------- decoder

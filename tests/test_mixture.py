@@ -150,8 +150,8 @@ def test_a_programming_error_is_never_taken_for_a_bad_sample(data, monkeypatch):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"dataset": "reasonseg"}, "unknown data set 'reasonseg'; known: sem_seg, coco, reason_seg, vqa"),
-        ({"dataset": "refer_seg"}, "'refer_seg' is not yet available"),
+        ({"dataset": "reasonseg"}, "unknown data set 'reasonseg'; known: sem_seg, refer_seg, coco, reason_seg, vqa"),
+        ({"dataset": "refer_seg", "refer_seg_data": "refcoc"}, "unknown referring data set 'refcoc'; known: refclef, refcoco,"),
         ({"dataset": "reason_seg||"}, 'joined by "||"'.replace("|", r"\|")),
         ({"rates": (1, 2)}, r"--sample_rates \[1, 2\]: give 1 numbers"),
         ({"rates": (0,)}, "not all 0"),
@@ -160,7 +160,7 @@ def test_a_programming_error_is_never_taken_for_a_bad_sample(data, monkeypatch):
         ({"on_bad_sample": "ignore"}, 'must be "raise" or "skip"'),
         ({"exemplar_count": 9}, "9 exemplars wanted, only 8"),
         ({"exemplar_count": -1}, "must not be negative"),
-        ({"dataset": "sem_seg", "sem_seg_data": "mapillary"}, "unknown semantic data set 'mapillary'; known: ade20k"),
+        ({"dataset": "sem_seg", "sem_seg_data": "mars"}, "unknown semantic data set 'mars'; known: ade20k, .*paco_lvis"),
         ({"reason_seg_data": "ReasonSeg|val"}, "no such split"),
         ({"num_classes_per_sample": 0}, "num_classes_per_sample"),
     ],

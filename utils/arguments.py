@@ -69,13 +69,19 @@ class DataArguments:
     dataset: str = option("sem_seg||reason_seg", "families to train on, joined by ||")
     sample_rates: str = option("9,1", "how often each family is drawn")
     sem_seg_data: str = option("ade20k", "semantic data sets, joined by ||")
+    refer_seg_data: str = option("refclef||refcoco||refcoco+||refcocog", "referring data sets, joined by ||")
     coco_data: str = option("train2017", "splits of COCO instances, joined by ||")
     reason_seg_data: str = option("ReasonSeg|train", "reasoning data sets, joined by ||")
     vqa_data: str = option("llava_instruct_150k", "VQA file under llava_dataset/")
+    own_data: str = option("", "your own data sets under own/, name or name|split, joined by ||; see docs/data.md")
     val_dataset: str = option("ReasonSeg|val", "evaluation set, name|split")
     explanatory: float = option(0.1, "probability that a query with a known explanation asks for it")
     num_classes_per_sample: int = option(3, "most conversations per image")
+    exclude_val: bool = option(False, "never train on COCO's photos in the val and test splits of refCOCO, refCOCO+ and refCOCOg")
     on_bad_sample: str = option("raise", "a file that cannot be used stops the run or is replaced", choices=["raise", "skip"])
+    skip_list: str = option(
+        "", "file of items to leave out of the training data, as `python -m dataset.check --fix-list` writes it"
+    )
     workers: int = option(4, "data loading processes per rank")
 
 
@@ -128,8 +134,6 @@ FREE_ON_RESUME = {
 REFUSED = {
     "load_in_8bit": "needs the bitsandbytes extra and is not yet available in this version",
     "load_in_4bit": "needs the bitsandbytes extra and is not yet available in this version",
-    "exclude_val": "matters for the referring data sets, which are not yet available in this version",
-    "refer_seg_data": "the referring data sets are not yet available in this version",
     "vis_save_path": "belongs to chat.py; evaluation writes its pictures into the run folder",
 }
 # Flags whose value is a fact of the loaded weights: accepted if it says what the weights say.

@@ -143,11 +143,16 @@ def build_mixture(s: Settings, prompt: PromptFormat | CoresProcessor) -> TrainMi
         exemplar_count=prompt.exemplar_count,
         num_classes_per_sample=s.num_classes_per_sample,
         sem_seg_data=s.sem_seg_data,
+        refer_seg_data=s.refer_seg_data,
         coco_data=s.coco_data,
         reason_seg_data=s.reason_seg_data,
         vqa_data=s.vqa_data,
         explanatory=s.explanatory,
         on_bad_sample=s.on_bad_sample,
+        exclude_val=s.exclude_val,
+        own_data=s.own_data,
+        skip_list=s.skip_list,
+        report=s.run_dir / "skipped.jsonl",
     )
 
 
