@@ -26,14 +26,13 @@ from PIL import Image
 from chat import DTYPES, load
 from dataset import synthetic
 from dataset.conversation import TEMPLATES
-from dataset.drawing import level_colour, overlay
+from dataset.drawing import fit, level_colour, overlay
 from dataset.images import DataError, read_image, read_json
 from model.pipeline import ReasoningSegmenter, Result, Session
 from utils import distributed
 from utils.arguments import OneLineParser, UsageError
 from utils.gallery import jpeg
 from utils.html import Markup, join, picture, tag
-from utils.visualize import fit
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 ANSWER, CHAIN, PICTURE = "answer", "whole chain", "picture only"

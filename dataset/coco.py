@@ -35,11 +35,19 @@ from dataset.sample import Conversation, LoaderOptions, Sample
 logger = logging.getLogger(__name__)
 
 
-def without_missing(records: Sequence, names: list[str], folder: Path, source: Path, skip: bool) -> Sequence:
-    """The ``records`` whose image (``names``, in the same order) is in ``folder``.
+def without_missing(
+    records: Sequence, names: list[str], folder: Path, source: Path, options: LoaderOptions, dataset: str
+) -> Sequence:
+    """The ``records`` whose image (``names``, in the same order) is in ``folder``, without those on the skip list.
 
-    Raises MissingDataError for the first that is not, unless ``skip``, which logs how many were left out.
+    Raises MissingDataError for the first that is not there, unless ``options`` say to skip them, which logs how many were left out.
     """
+    if options.faults.has_skip_list:
+        wanted = [not options.faults.skips(dataset, folder / name) for name in names]
+        records = [record for record, ok in zip(records, wanted, strict=True) if ok]
+        names = [name for name, ok in zip(names, wanted, strict=True) if ok]
+        if not names:
+            raise DataError(f"{source}: --skip_list leaves nothing of {dataset}; leave the data set out")
     parents = {name[: name.rfind("/") + 1] for name in names}
     places = {parent: resolve_inside(folder, parent) if parent else folder for parent in parents}
     there = {parent: {path.name for path in place.iterdir()} if place.is_dir() else set() for parent, place in places.items()}
@@ -48,9 +56,10 @@ def without_missing(records: Sequence, names: list[str], folder: Path, source: P
     if not missing:
         return records
     message = f"{source}: {len(missing)} of {len(names)} images are not in {folder}, for example {missing[0]}"
-    if not skip:
+    if not options.skip_missing:
         raise MissingDataError(f"{message}; restore them or set --on_bad_sample skip")
     logger.warning("%s; their entries are left out", message)
+    options.faults.note_all(dataset, [(folder / name, f"{folder / name}: image does not exist") for name in missing])
     kept = [record for record, ok in zip(records, present, strict=True) if ok]
     if not kept:
         raise MissingDataError(f"{message}; nothing is left to load")
@@ -66,7 +75,7 @@ def usable(
     """
     allowed = without_excluded(positions, [name_of[position] for position in positions], options, dataset)
     names = [name_of[position] for position in allowed]
-    return np.array(without_missing(allowed, names, folder, source, options.skip_missing), dtype=np.int64)
+    return np.array(without_missing(allowed, names, folder, source, options, dataset), dtype=np.int64)
 
 
 def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path, field: str, thin: bool = False) -> np.ndarray:
@@ -114,6 +123,10 @@ class CocoInstances:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def path(self, index: int) -> Path:
+        """The image of sample ``index``."""
+        return self.folder / self.index.file_names[int(self.positions[index])]
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its categories in training, all of them otherwise."""

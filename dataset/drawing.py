@@ -1,16 +1,29 @@
-"""Masks laid over an image.
+"""Pictures for people: masks laid over an image, texts that fit; shared by the check of data sets and the sheets of an evaluation.
 
 Images are uint8 (H, W, 3) RGB, masks bool (H, W) in the same frame, colours (red, green, blue) in 0-255.
 """
 
 from __future__ import annotations
 
+import io
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import cv2
+import matplotlib
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 # Told apart by people with any kind of colour vision; coarse to fine, the last one for the answer itself.
 COARSE_COLOURS = ((60, 170, 240), (240, 200, 40), (170, 110, 230))
 FINAL_COLOUR = (240, 50, 110)
+TRUTH_COLOUR = (20, 190, 100)
+IGNORE_COLOUR = (120, 120, 120)
+INK, FAINT, PAPER, LINE = (25, 28, 33), (110, 116, 125), (255, 255, 255), (222, 225, 230)
+MARGIN, GAP = 16, 8
+MAX_LINES = 4  # of one text
 
 
 def level_colour(level: int, levels: int) -> tuple[int, int, int]:
@@ -34,3 +47,145 @@ def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], a
         cv2.drawContours(out, outlines, -1, colour, 2 * contour, cv2.LINE_AA)
     out[mask] = np.round((1 - alpha) * image[mask] + alpha * np.array(colour)).astype(np.uint8)
     return out
+
+
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic and more, the same on every machine."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def printable(text: str) -> str:
+    """``text`` in one line without control characters."""
+    kept = (" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    return " ".join("".join(kept).split())
+
+
+def wrap(text: str, face: ImageFont.FreeTypeFont, width: int, max_lines: int = MAX_LINES) -> list[str]:
+    """Lines of at most ``width`` pixels; a longer word is broken, a text of more lines ends with "…"."""
+    lines = [""]
+    for word in printable(text).split():
+        joined = f"{lines[-1]} {word}".strip()
+        if face.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if lines[-1] and face.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    if len(lines) > max_lines:
+        lines = lines[:max_lines]
+        while lines[-1] and face.getlength(lines[-1] + "…") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] = lines[-1].rstrip() + "…"
+    return lines
+
+
+def fit(array: np.ndarray, side: int) -> np.ndarray:
+    """An image or a mask scaled so that its longer side is ``side``; masks stay bool."""
+    height, width = array.shape[:2]
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    if array.dtype == bool:
+        return cv2.resize(array.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(bool)
+    return cv2.resize(array, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+
+
+def draw_lines(
+    draw: ImageDraw.ImageDraw, xy: tuple[int, int], lines: Sequence[str], face: ImageFont.FreeTypeFont, colour: tuple
+) -> int:
+    """Draws text lines from the top left corner ``xy`` (x, y); returns the y below the last one."""
+    x, y = xy
+    step = round(face.size * 1.35)
+    for line in lines:
+        draw.text((x, y), line, font=face, fill=colour)
+        y += step
+    return y
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Writes in one step: the file is never half written."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(buffer.getvalue())
+    partial.replace(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- cards
+
+TARGET_COLOURS = ((240, 50, 110), (60, 140, 240), (240, 170, 30), (20, 190, 100), (150, 90, 220))
+
+
+@dataclass
+class Cell:
+    """One query on its image."""
+
+    image: np.ndarray
+    """uint8 (H, W, 3) RGB, original frame."""
+    masks: np.ndarray
+    """bool (K, H, W): the targets."""
+    ignore: np.ndarray | None
+    """bool (H, W)."""
+    query: str
+    note: str
+    """What else there is to say, such as the answer to a question without target."""
+    name: str
+
+
+def draw_card(cell: Cell, side: int) -> Image.Image:
+    """The image with its targets, each in a colour of its own, and the query underneath; ``side``: width in pixels."""
+    picture = fit(cell.image, side)
+    if cell.ignore is not None:
+        picture = overlay(picture, fit(cell.ignore, side), IGNORE_COLOUR, alpha=0.7, contour=0)
+    for number, mask in enumerate(cell.masks):
+        picture = overlay(picture, _never_empty(mask, fit(mask, side)), TARGET_COLOURS[number % len(TARGET_COLOURS)])
+    small, text = font(11), font(13)
+    what = f"{len(cell.masks)} targets" if len(cell.masks) > 1 else ""
+    what += " empty target" if len(cell.masks) and not cell.masks.any() else ""
+    caption = "  ".join(part for part in (cell.name, what.strip()) if part)
+    query, note = wrap(cell.query, text, side, max_lines=5), wrap(cell.note, text, side, max_lines=2) if cell.note else []
+    height = picture.shape[0] + GAP + round(13 * 1.35) * (len(query) + len(note)) + round(11 * 1.35)
+    card = Image.new("RGB", (side, height), PAPER)
+    card.paste(Image.fromarray(picture), ((side - picture.shape[1]) // 2, 0))
+    draw = ImageDraw.Draw(card)
+    y = draw_lines(draw, (0, picture.shape[0] + GAP - 3), query, text, INK)
+    y = draw_lines(draw, (0, y), note, text, FAINT)
+    draw_lines(draw, (0, y), wrap(caption, small, side, max_lines=1), small, FAINT)
+    return card
+
+
+def _never_empty(mask: np.ndarray, scaled: np.ndarray) -> np.ndarray:
+    """A target that is too small for the scaled picture is shown as one pixel, and outlined with it."""
+    if mask.any() and not scaled.any():
+        y, x = np.argwhere(mask)[0]
+        scaled = scaled.copy()
+        scaled[y * scaled.shape[0] // mask.shape[0], x * scaled.shape[1] // mask.shape[1]] = True
+    return scaled
+
+
+def card_sheet(cells: Sequence[Cell], path: str | Path, title: str, columns: int = 4, side: int = 256) -> Path:
+    """Writes a PNG with a title and the cells in rows of ``columns``. Returns the path. Raises ValueError without cells."""
+    if not cells:
+        raise ValueError(f"{path}: there is nothing to draw")
+    path = Path(path)
+    columns = min(columns, len(cells))
+    cards = [draw_card(cell, side) for cell in cells]
+    rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
+    heights = [max(card.height for card in row) for row in rows]
+    width = columns * side + (columns - 1) * MARGIN
+    head = font(14, bold=True)
+    heading = wrap(title, head, width)
+    top = MARGIN + round(14 * 1.35) * len(heading) + GAP
+    sheet = Image.new("RGB", (width + 2 * MARGIN, top + sum(heights) + MARGIN * len(rows)), PAPER)
+    draw_lines(ImageDraw.Draw(sheet), (MARGIN, MARGIN), heading, head, INK)
+    y = top
+    for row, height in zip(rows, heights, strict=True):
+        for number, card in enumerate(row):
+            sheet.paste(card, (MARGIN + number * (side + MARGIN), y))
+        y += height + MARGIN
+    save_png(sheet, path)
+    return path

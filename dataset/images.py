@@ -6,6 +6,7 @@ orientation stored in EXIF is already applied.
 
 from __future__ import annotations
 
+import codecs
 import json
 import struct
 import warnings
@@ -22,7 +23,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class DataError(ValueError):
-    """A file of a data set is missing, broken or contradicts another one. The message names the file and what to do."""
+    """A file of a data set is missing, broken or contradicts another one. The message names the file and what to do.
+
+    ``item``: the file, or the place in one, that is to blame, where it is not the whole sample (see dataset/faults.py).
+    """
+
+    item: str | None = None
 
 
 class MissingDataError(DataError, FileNotFoundError):
@@ -58,9 +64,13 @@ def require_folder(path: str | Path, what: str) -> Path:
 
 
 def list_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """The files of ``folder`` with one of the lower-case ``suffixes``, sorted by name and not as the disk likes."""
+    """The files of ``folder`` with one of the lower-case ``suffixes``, sorted by name and not as the disk likes.
+
+    Raises DataError for a symbolic link that leaves ``folder``.
+    """
     wanted = tuple(suffixes)
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in wanted and not path.name.startswith("."))
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in wanted and not path.name.startswith("."))
+    return [resolve_inside(folder, path.name) if path.is_symlink() else path for path in found]
 
 
 def _open(path: Path) -> Image.Image:
@@ -144,18 +154,34 @@ def _ends_like_jpeg(path: Path) -> bool:
         return b"\xff\xd9" in stream.read()
 
 
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file in UTF-8 or, as some ReasonSeg files are, in Windows-1252."""
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8 or, as some ReasonSeg files are, in Windows-1252. Raises DataError naming the file."""
     path = Path(path)
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise MissingDataError(f"{path}: does not exist; check --dataset_dir and the names of the data sets") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or _reason(error)}); a text file is expected") from None
+    if not raw.strip(b"\0 \r\n\t"):
+        raise DataError(f"{path}: the file is empty; restore or remove it")
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw[:4]:
+        raise DataError(f"{path}: is written in UTF-16 or UTF-32; save it as UTF-8")
     try:
-        try:
-            return json.loads(raw.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            return json.loads(raw.decode("cp1252"))
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        pass
+    try:
+        return raw.decode("cp1252")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: neither UTF-8 nor Windows-1252 ({_reason(error)}); save it as UTF-8") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file, encoded as ``read_text`` says. Raises DataError naming the file."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({_reason(error)}); repair or remove the file") from None
 
@@ -165,6 +191,29 @@ def check_size(found: tuple[int, ...], image: tuple[int, ...], path: str | Path,
     if tuple(found[:2]) != tuple(image[:2]):
         found_size, image_size = (f"{size[0]}×{size[1]}" for size in (found, image))
         raise DataError(f"{path}: {what} is {found_size} (height × width) but its image is {image_size}")
+
+
+def _run_total(text: str) -> int:
+    """The number of pixels that compressed run lengths cover. Raises ValueError for a text that is none.
+
+    A number is written in groups of five bits, lowest first, each as one character from "0" on with the sixth bit set if
+    another group follows; from the fourth number on it is the difference to the number two places before it.
+    """
+    codes = np.frombuffer(text.encode("latin-1", "replace"), dtype=np.uint8).astype(np.int64) - 48
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise ValueError("not compressed run lengths")
+    starts = np.flatnonzero(np.concatenate([[True], (codes[:-1] & 32) == 0]))
+    sizes = np.diff([*starts, len(codes)])
+    if sizes.max() > 7:
+        raise ValueError("a run is too long")
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, sizes))
+    numbers = np.add.reduceat((codes & 31) << shifts, starts)
+    numbers -= np.where(codes[starts + sizes - 1] & 16, np.int64(1) << (5 * sizes), 0)  # two's complement
+    for parity in (1, 2):
+        numbers[parity::2] = np.cumsum(numbers[parity::2])
+    if (numbers < 0).any():
+        raise ValueError("a run is negative")
+    return int(numbers.sum())
 
 
 def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) -> np.ndarray:
@@ -182,6 +231,8 @@ def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) ->
             if any(not isinstance(run, int) or run < 0 for run in counts) or sum(counts) != height * width:
                 raise ValueError(f"the runs do not add up to {height * width} pixels")
             rle = rle_codec.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        elif (total := _run_total(counts)) != height * width:  # pycocotools would show memory where the runs are too few
+            raise ValueError(f"the runs add up to {total} pixels, the image has {height * width}")
         return rle_codec.decode({"size": [height, width], "counts": rle["counts"]}).astype(bool)
     except (ValueError, TypeError) as error:
         raise DataError(f'{path}: "{field}" is not a valid run-length mask ({_reason(error)})') from None

@@ -97,11 +97,15 @@ class LlmSeg40K:
             mine = [record for record in records if record[1] == kind]
             if mine:
                 require_folder(folder, f"the photos of {self.dataset} from {kind}")
-                kept += without_missing(mine, [name for name, *_ in mine], folder, self.source, self.options.skip_missing)
+                kept += without_missing(mine, [name for name, *_ in mine], folder, self.source, self.options, self.dataset)
         return sorted(kept, key=lambda record: record[0])
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def path(self, index: int) -> Path:
+        """The image of sample ``index``."""
+        return self.folders[self.records[index][1]] / self.records[index][0]
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its questions in training, all of them otherwise; Sample.kind is "reasoning"."""

@@ -8,38 +8,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from dataset import exemplars
-from dataset.coco import CocoInstances
+from dataset.faults import BadItem, Faults, read_skip_list
 from dataset.images import DataError, NothingToAsk, require_folder
-from dataset.llm_seg40k import NAME as LLM_SEG40K
-from dataset.llm_seg40k import LlmSeg40K
-from dataset.parts import SOURCES, PartSegmentation
-from dataset.reasoning import ReasoningSegmentation
-from dataset.referring import SETS, ReferringSegmentation, validation_images
+from dataset.referring import validation_images
+from dataset.registry import TRAINING, Loader, open_evaluation, open_training
 from dataset.sample import LoaderOptions, Sample
-from dataset.semantic import FAMILIES, SemanticSegmentation
-from dataset.vqa import VisualQuestionAnswering
 
 logger = logging.getLogger(__name__)
 
-KNOWN = ("sem_seg", "refer_seg", "coco", "reason_seg", "vqa")
+KNOWN = tuple(TRAINING)
 MAX_REPLACEMENTS = 20  # tries before a training set is called unusable
-
-
-class Loader(Protocol):
-    """A map-style source of samples."""
-
-    dataset: str
-
-    def __len__(self) -> int: ...
-
-    def sample(self, index: int, rng: np.random.Generator) -> Sample: ...
 
 
 def _names(text: str, flag: str) -> list[str]:
@@ -56,27 +40,7 @@ def build_family(name: str, dataset_dir: str | Path, data: dict[str, str], optio
     """
     if name not in KNOWN:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(KNOWN)}")
-    loaders = {
-        "sem_seg": semantic_loader,
-        "refer_seg": ReferringSegmentation,
-        "coco": CocoInstances,
-        "reason_seg": reasoning_loader,
-        "vqa": VisualQuestionAnswering,
-    }
-    return [loaders[name](dataset_dir, part, options) for part in _names(data[name], f"--{name}_data")]
-
-
-def semantic_loader(dataset_dir: str | Path, name: str, options: LoaderOptions, split: str | None = None) -> Loader:
-    """The loader of a semantic set, from label maps or from parts; ``split`` defaults to its training split."""
-    known = dict.fromkeys(FAMILIES, SemanticSegmentation) | dict.fromkeys(SOURCES, PartSegmentation)
-    if name not in known:
-        raise ValueError(f"unknown semantic data set {name!r}; known: {', '.join(known)}")
-    return known[name](dataset_dir, name, options, split)
-
-
-def reasoning_loader(dataset_dir: str | Path, spec: str, options: LoaderOptions) -> Loader:
-    """The loader of "name|split" for a folder under reason_seg."""
-    return (LlmSeg40K if spec.split("|")[0] == LLM_SEG40K else ReasoningSegmentation)(dataset_dir, spec, options)
+    return [open_training(name, dataset_dir, part, options) for part in _names(data[name], f"--{name}_data")]
 
 
 def with_exemplars(sample: Sample, rng: np.random.Generator, count: int) -> Sample:
@@ -110,12 +74,16 @@ class TrainMixture(Dataset):
         explanatory: float = 0.1,
         on_bad_sample: str = "raise",
         exclude_val: bool = False,
+        own_data: str = "",
+        skip_list: str | Path = "",
+        report: str | Path | None = None,
     ):
         """``dataset``: names of KNOWN joined by "||", with one rate each in ``sample_rates``. ``explanatory``:
         probability that a query with a known explanation asks for it. ``on_bad_sample``: "raise" stops at a file that
         cannot be used, "skip" logs it and takes another one, the same in every run. ``exclude_val``: no source shows a
-        photo of COCO that the val and test splits of refCOCO, refCOCO+ and refCOCOg hold. Raises ValueError or DataError
-        for whatever can be known now."""
+        photo of COCO that the val and test splits of refCOCO, refCOCO+ and refCOCOg hold. ``skip_list``: file of items
+        that are left out (dataset/faults.py). ``report``: file to which skipped items are added. Raises ValueError or
+        DataError for whatever can be known now."""
         names = _names(dataset, "--dataset")
         rates = np.array(sample_rates, dtype=float)
         if rates.shape != (len(names),) or not np.all(rates >= 0) or not rates.sum() > 0:
@@ -126,16 +94,21 @@ class TrainMixture(Dataset):
         if on_bad_sample not in ("raise", "skip"):
             raise ValueError(f'--on_bad_sample must be "raise" or "skip", got {on_bad_sample!r}')
         require_folder(dataset_dir, "the data")
+        listed = read_skip_list(skip_list) if skip_list else []
+        self.faults = Faults(dataset_dir, on_bad_sample == "skip", listed, report)
         options = LoaderOptions(
             tuple(levels),
+            faults=self.faults,
             num_classes_per_sample=num_classes_per_sample,
             explanatory=explanatory,
             skip_missing=on_bad_sample == "skip",
             excluded_coco=validation_images(dataset_dir) if exclude_val else frozenset(),
         )
         data = {"sem_seg": sem_seg_data, "refer_seg": refer_seg_data, "coco": coco_data}
-        data |= {"reason_seg": reason_seg_data, "vqa": vqa_data}
+        data |= {"reason_seg": reason_seg_data, "vqa": vqa_data, "own": own_data}
         self.families = [build_family(name, dataset_dir, data, options) for name in names]
+        if skip_list:
+            self._say_what_is_left_out(skip_list, listed)
         self.rates = rates / rates.sum()
         self.samples_per_epoch = samples_per_epoch
         self.seed = seed
@@ -145,6 +118,11 @@ class TrainMixture(Dataset):
         _try_exemplars(exemplar_count)
         # shared memory, so that persistent workers see the new epoch, too
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def _say_what_is_left_out(self, skip_list: str | Path, listed: list[BadItem]) -> None:
+        counts = {name: count for name, count in sorted(self.faults.left_out.items()) if count}
+        shown = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
+        logger.warning("%s: has %d items, left out: %s", skip_list, len(listed), shown)
 
     def set_epoch(self, epoch: int) -> None:
         """Call before iterating over the epoch."""
@@ -174,7 +152,15 @@ class TrainMixture(Dataset):
     def _draw(self, rng: np.random.Generator) -> Sample:
         family = self.families[int(rng.choice(len(self.families), p=self.rates))]
         loader = family[int(rng.integers(len(family)))]
-        sample = loader.sample(int(rng.integers(len(loader))), rng)
+        index = int(rng.integers(len(loader)))
+        try:
+            sample = loader.sample(index, rng)
+        except NothingToAsk:
+            raise
+        except DataError as error:
+            if self.on_bad_sample == "skip":
+                self.faults.note(loader.dataset, error.item or loader.path(index), error)
+            raise
         return with_exemplars(sample, rng, self.exemplar_count)
 
 
@@ -198,23 +184,12 @@ class EvalDataset(Dataset):
         texts: str = "first",
     ):
         """``name``: "ReasonSeg|val", "ReasonSeg|testshort", "SynthReason|val" (a folder under reason_seg and its
-        split), "LLM-Seg40K|val", "refcoco|unc|testA", "coco|val2017", or a semantic set such as "ade20k|validation".
-        ``texts``: "first" scores the first wording of a query as published, "all" every one; the referring sets score
-        every sentence. Exemplars depend on (seed, index) only. Raises ValueError or DataError."""
+        split), "LLM-Seg40K|val", "refcoco|unc|testA", "coco|val2017", "own:parts|val", or a semantic set such as
+        "ade20k|validation". ``texts``: "first" scores the first wording of a query as published, "all" every one; the
+        referring sets score every sentence. Exemplars depend on (seed, index) only. Raises ValueError or DataError."""
         require_folder(dataset_dir, "the data")
         options = LoaderOptions(tuple(levels), training=False, texts=texts)
-        family, _, split = name.partition("|")
-        if not split:
-            raise ValueError(f'--val_dataset {name!r} names no split; write it as "ReasonSeg|val" or "coco|val2017"')
-        self.loader: Loader
-        if family == "coco":
-            self.loader = CocoInstances(dataset_dir, split, options)
-        elif family in FAMILIES or family in SOURCES:
-            self.loader = semantic_loader(dataset_dir, family, options, split)
-        elif family in SETS:
-            self.loader = ReferringSegmentation(dataset_dir, name, options)
-        else:
-            self.loader = reasoning_loader(dataset_dir, name, options)
+        self.loader: Loader = open_evaluation(dataset_dir, name, options)
         self.exemplar_count = exemplar_count
         self.seed = seed
         _try_exemplars(exemplar_count)

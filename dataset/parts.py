@@ -128,6 +128,10 @@ class PartSegmentation:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def path(self, index: int) -> Path:
+        """The image of sample ``index``."""
+        return self.folder / self._file(self.index.file_names[int(self.positions[index])])
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its categories in training, all of them otherwise; those without a pixel are left out.
 

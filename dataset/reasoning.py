@@ -32,6 +32,7 @@ import cv2
 import numpy as np
 
 from dataset.conversation import answer, explain_question, phrase_question, sentence_question
+from dataset.faults import blame
 from dataset.images import (
     IMAGE_SUFFIXES,
     DataError,
@@ -159,8 +160,9 @@ class ReasoningSegmentation:
         groups: dict[Path, list[_Query]] = defaultdict(list)
         for split in splits:
             self._read_split(split, explanations, groups)
-        probe_images(groups)
-        self.images = sorted(groups)
+        self.images = [path for path in sorted(groups) if self._is_usable(path)]
+        if not self.images:
+            raise DataError(f"{self.root}: no image of {spec} can be used")
         self.queries = [groups[path] for path in self.images]
 
     def _read_explanations(self) -> dict[str, list[str]]:
@@ -191,26 +193,45 @@ class ReasoningSegmentation:
     def _read_split(self, split: str, explanations: dict[str, list[str]], groups: dict[Path, list[_Query]]) -> None:
         folder, wanted = self._folder(split)
         images = {path.name: path for path in list_files(folder, IMAGE_SUFFIXES)}
-        used, found = set(), False
-        for path in list_files(folder, (".json",)):
-            record = read_record(path)
-            image = images.get(record.get("image") or self._default_image(path, images))
-            if image is None:
-                expected = record.get("image") or f"{path.stem}.jpg"
-                raise MissingDataError(f"{path}: its image {expected} is not in {folder}; restore it or remove the JSON")
-            used.add(image.name)
-            if wanted is not None and record.get("is_sentence") is None:
-                raise DataError(f'{path}: has no "is_sentence", which {self.dataset} needs to tell short from long')
-            if wanted in (None, record.get("is_sentence")):
-                found = True
-                query = _Query(path, tuple(record["text"]), record.get("is_sentence"), tuple(explanations.get(path.name, ())))
-                groups[image].append(query)
-        if lonely := sorted(images.keys() - used):
-            raise MissingDataError(f"{images[lonely[0]]}: no JSON belongs to this image; restore it or remove the image")
-        if not used:
+        used, read, found, faults = set(), 0, False, self.options.faults
+        paths = list_files(folder, (".json",))
+        for path in paths:
+            if faults.skips(self.dataset, path):
+                continue
+            with faults.guard(self.dataset, path):
+                record = read_record(path)
+                image = images.get(record.get("image") or self._default_image(path, images))
+                if image is None:
+                    expected = record.get("image") or f"{path.stem}.jpg"
+                    raise MissingDataError(f"{path}: its image {expected} is not in {folder}; restore it or remove the JSON")
+                used.add(image.name)
+                read += 1
+                if wanted is not None and record.get("is_sentence") is None:
+                    raise DataError(f'{path}: has no "is_sentence", which {self.dataset} needs to tell short from long')
+                if wanted in (None, record.get("is_sentence")):
+                    found = True
+                    query = _Query(path, tuple(record["text"]), record.get("is_sentence"), tuple(explanations.get(path.name, ())))
+                    groups[image].append(query)
+        # an image whose JSON is left out has done nothing wrong, and which one that is cannot be known
+        for name in sorted(images.keys() - used) if read == len(paths) else ():
+            if not faults.skips(self.dataset, images[name]):
+                with faults.guard(self.dataset, images[name]):
+                    raise MissingDataError(f"{images[name]}: no JSON belongs to this image; restore it or remove the image")
+        if not paths:
             raise DataError(f"{folder}: split {self.dataset} is empty; it needs .jpg files with .json beside them")
+        if not read:
+            raise DataError(f"{folder}: no JSON of {self.dataset} can be used")
         if not found:
             raise DataError(f"{folder}: no query of the length that {self.dataset} asks for; use the split without it")
+
+    def _is_usable(self, image: Path) -> bool:
+        faults = self.options.faults
+        if faults.skips(self.dataset, image):
+            return False
+        with faults.guard(self.dataset, image):
+            probe_images([image])
+            return True
+        return False
 
     @staticmethod
     def _default_image(path: Path, images: dict[str, Path]) -> str | None:
@@ -218,6 +239,10 @@ class ReasoningSegmentation:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def path(self, index: int) -> Path:
+        """The image of sample ``index``."""
+        return self.images[index]
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with its queries: in training some drawn at random, otherwise all, canonically worded."""
@@ -235,7 +260,8 @@ class ReasoningSegmentation:
         return [(queries[number], text) for number, text in drawn]
 
     def _conversation(self, query: _Query, text: str, size: tuple[int, int], rng: np.random.Generator) -> Conversation:
-        target, ignore, host = record_masks(read_record(query.path), size, query.path)
+        with blame(query.path):
+            target, ignore, host = record_masks(read_record(query.path), size, query.path)
         question, explanation = self._question(query, text.strip(), rng)
         reply = answer(self.options.levels, self.options.wording(rng), explanation)
         return Conversation(

@@ -188,6 +188,10 @@ class ReferringSegmentation:
     def __len__(self) -> int:
         return len(self.records)
 
+    def path(self, index: int) -> Path:
+        """The image of sample ``index``."""
+        return self.folder / self.index.file_names[self.records[index][0]]
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its sentences in training, all of them otherwise."""
         position, references = self.records[index]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dataset.conversation import IGNORE_INDEX, ConversationTemplate, Encoded, Turn, count_groups, encode, encode_prompt
+from dataset.faults import Faults
 from dataset.images import DataError
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ class LoaderOptions:
     """Outside training, "first" asks the first wording of a query (the published protocol), "all" asks every one."""
     skip_missing: bool = False
     """True: entries whose image file is missing are left out with a warning; False: they are an error."""
+    faults: Faults = field(default_factory=Faults)
+    """What to do about bad items, and which ones to leave out unseen."""
     excluded_coco: frozenset[int] = frozenset()
     """COCO's numbers of photos that must not be trained on (--exclude_val)."""
 

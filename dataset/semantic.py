@@ -141,11 +141,15 @@ class SemanticSegmentation:
         """(image, label map), names of files. Every image has a label map."""
         images = list_files(self.image_folder, IMAGE_SUFFIXES)
         there = {path.name for path in list_files(self.label_folder, (".png",))}
+        pairs = []
         for path in images:
-            if f"{path.stem}.png" not in there:
-                raise MissingDataError(f"{path}: its label map {self.label_folder / path.stem}.png does not exist")
-        probe_images(images)
-        return [(path.name, f"{path.stem}.png") for path in images]
+            with self.options.faults.guard(self.dataset, path):
+                if not self.options.faults.skips(self.dataset, path):
+                    if f"{path.stem}.png" not in there:
+                        raise MissingDataError(f"{path}: its label map {self.label_folder / path.stem}.png does not exist")
+                    probe_images([path])
+                    pairs.append((path.name, f"{path.stem}.png"))
+        return pairs
 
     def _shared_images(self) -> list[tuple[str, str]]:
         """The same where other data sets use the images, too. Every label map has an image; these are too many to look into."""
@@ -153,10 +157,14 @@ class SemanticSegmentation:
         labels = without_excluded(labels, labels, self.options, self.dataset)
         images = [f"{Path(name).stem}.jpg" for name in labels]
         pairs = list(zip(images, labels, strict=True))
-        return without_missing(pairs, images, self.image_folder, self.label_folder, self.options.skip_missing)
+        return without_missing(pairs, images, self.image_folder, self.label_folder, self.options, self.dataset)
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def path(self, index: int) -> Path:
+        """The image of sample ``index``."""
+        return self.image_folder / self.files[index][0]
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its classes in training, all of them otherwise (none, where all are void).

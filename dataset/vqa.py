@@ -58,6 +58,10 @@ class VisualQuestionAnswering:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def path(self, index: int) -> Path:
+        """The image of sample ``index``."""
+        return self.folder / self.index.names[int(self.positions[index])]
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Record ``index``; nothing in it is random."""
         record = self.index[int(self.positions[index])]

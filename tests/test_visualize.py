@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from dataset import drawing
+from dataset.drawing import fit, font, overlay, printable, wrap
 from utils import visualize
-from utils.visualize import Example, contact_sheet, draw_row, fit, font, overlay, printable, wrap
+from utils.visualize import Example, contact_sheet, draw_row
 
 
 def example(size=(40, 60), levels=("LOC", "SEG"), emitted=True, **changes) -> Example:

@@ -73,11 +73,15 @@ class DataArguments:
     coco_data: str = option("train2017", "splits of COCO instances, joined by ||")
     reason_seg_data: str = option("ReasonSeg|train", "reasoning data sets, joined by ||")
     vqa_data: str = option("llava_instruct_150k", "VQA file under llava_dataset/")
+    own_data: str = option("", "your own data sets under own/, name or name|split, joined by ||; see docs/data.md")
     val_dataset: str = option("ReasonSeg|val", "evaluation set, name|split")
     explanatory: float = option(0.1, "probability that a query with a known explanation asks for it")
     num_classes_per_sample: int = option(3, "most conversations per image")
     exclude_val: bool = option(False, "never train on COCO's photos in the val and test splits of refCOCO, refCOCO+ and refCOCOg")
     on_bad_sample: str = option("raise", "a file that cannot be used stops the run or is replaced", choices=["raise", "skip"])
+    skip_list: str = option(
+        "", "file of items to leave out of the training data, as `python -m dataset.check --fix-list` writes it"
+    )
     workers: int = option(4, "data loading processes per rank")
 
 

@@ -168,6 +168,9 @@ def build_mixture(s: Settings, prompt: PromptFormat | CoresProcessor) -> TrainMi
         explanatory=s.explanatory,
         on_bad_sample=s.on_bad_sample,
         exclude_val=s.exclude_val,
+        own_data=s.own_data,
+        skip_list=s.skip_list,
+        report=s.run_dir / "skipped.jsonl",
     )
 
 

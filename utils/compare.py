@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dataset.drawing import printable
 from dataset.images import DataError, read_json
 from utils.metrics import TargetScore, ciou, giou, paired_bootstrap
 from utils.tables import percent, score_text, signed, signed_interval, words
-from utils.visualize import printable
 
 PROTOCOL = {"dataset": "data set", "texts": "wordings", "mode": "mode"}
 FIELDS = {f.name: f for f in dataclasses.fields(TargetScore)}

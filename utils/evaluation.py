@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from dataset.conversation import answer_from_ids, answer_text
+from dataset.drawing import printable
 from dataset.sample import Batch, Sample, collate, collate_prompts
 from model.cores import Generation, Segmentation
 from utils import distributed
@@ -38,7 +39,7 @@ from utils.gallery import Gallery, Order, Picture
 from utils.metrics import TargetScore, breakdown, score_target, summarise
 from utils.report import evaluation_page
 from utils.tables import format_table, interval, percent, words
-from utils.visualize import Example, contact_sheet, printable
+from utils.visualize import Example, contact_sheet
 
 MODES = ("free", "teacher_forced")
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy")

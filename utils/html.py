@@ -6,7 +6,7 @@ import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from utils.visualize import printable
+from dataset.drawing import printable
 
 VOID = {"img", "meta", "line", "rect", "circle", "br"}
 

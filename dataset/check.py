@@ -1,0 +1,197 @@
+"""Looks at the data before a training does: what is there, what is missing and where it belongs, what is broken.
+
+    python -m dataset.check --dataset_dir ./dataset_dir                       # opens eight images of every data set
+    python -m dataset.check --dataset_dir ./dataset_dir --all --out check --fix-list bad.jsonl
+
+``--out`` gets a contact sheet for every data set: images with their targets and queries. ``--fix-list`` gets one line for every bad
+item; ``train_ds.py --skip_list bad.jsonl`` leaves exactly these out. Exit code: 0; 1 if something is bad; 2 for a wrong flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset.conversation import SENTENCE_QUESTIONS, answer_text
+from dataset.drawing import Cell, card_sheet
+from dataset.faults import BadItem, Faults, write_skip_list
+from dataset.images import DataError, require_folder
+from dataset.registry import Entry, Loader, entries
+from dataset.sample import LoaderOptions, Sample, check_sample
+
+LEVELS = ("LOC", "SEG")
+SHEET_CELLS = 24  # pictures on a contact sheet
+CELLS_PER_IMAGE = 2  # so that an image with many queries leaves room for others
+
+
+@dataclass
+class Finding:
+    """One split of one data set."""
+
+    name: str
+    """As --val_dataset has it: "ReasonSeg|val"."""
+    missing: list[str] = field(default_factory=list)
+    """Official names of files that are not there."""
+    error: str = ""
+    """Why it cannot be opened at all."""
+    images: int = 0
+    opened: int = 0
+    counts: Counter = field(default_factory=Counter)
+    """In the opened images: "queries", "targets", "empty" ones of these, "answers" without any."""
+    bad: list[BadItem] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def is_clean(self) -> bool:
+        return not self.bad and not self.error
+
+    def line(self) -> str:
+        if self.missing:
+            return f"incomplete: {', '.join(self.missing)} is not there"
+        if self.error:
+            return f"cannot be opened: {self.error}"
+        counts = self.counts
+        parts = [f"{self.images} images", f"{self.opened} opened: {counts['queries']} queries, {counts['targets']} targets"]
+        parts[1] += f" ({counts['empty']} empty)" if counts["empty"] else ""
+        parts += [f"{len(self.bad)} bad"] if self.bad else []
+        return ", ".join(parts)
+
+
+def inspect(entry: Entry, split: str, root: Path, samples: int | None) -> Finding:
+    """Opens ``samples`` images of a split, spread evenly, or all of them for None, after the checks that its loader makes."""
+    finding = Finding(f"{entry.name}|{split}", missing=entry.missing(root, split))
+    if finding.missing:
+        return finding
+    faults = Faults(root, tolerant=True)
+    options = LoaderOptions(LEVELS, training=False, skip_missing=True, faults=faults)
+    try:
+        loader = entry.open(root, split, options)
+    except DataError as error:
+        finding.error = str(error)
+        finding.bad = list(faults.found.values())
+        return finding
+    finding.images = len(loader)
+    count = len(loader) if samples is None else min(samples, len(loader))
+    chosen = np.linspace(0, len(loader) - 1, count).round().astype(int).tolist()
+    for index in tqdm(chosen, desc=finding.name, unit="image", leave=False, disable=None):
+        _open_one(loader, index, faults, finding)
+    finding.bad = list(faults.found.values())
+    return finding
+
+
+def _open_one(loader: Loader, index: int, faults: Faults, finding: Finding) -> None:
+    with faults.guard(loader.dataset, loader.path(index)):
+        sample = loader.sample(index, np.random.default_rng(index))
+        check_sample(sample, LEVELS)
+        finding.opened += 1
+        _count(sample, finding)
+
+
+def _count(sample: Sample, finding: Finding) -> None:
+    for number, conversation in enumerate(sample.conversations):
+        finding.counts["queries"] += len(conversation.turns)
+        finding.counts["targets"] += len(conversation.masks)
+        finding.counts["empty"] += int((~conversation.masks.any(axis=(1, 2))).sum()) if len(conversation.masks) else 0
+        if number < CELLS_PER_IMAGE and len(finding.cells) < SHEET_CELLS:
+            question, reply = conversation.turns[0]
+            note = "" if len(conversation.masks) else answer_text(reply)
+            query = question.removesuffix(SENTENCE_QUESTIONS[0].removeprefix("{text}"))  # every question ends with it
+            finding.cells.append(Cell(sample.image, conversation.masks, conversation.ignore, query, note, sample.id))
+
+
+def inspect_all(root: Path, samples: int | None, only: list[str] | None = None) -> tuple[list[Finding], list[Entry]]:
+    """(findings of all splits of which something is there, sets of which nothing is). Raises ValueError for an unknown name."""
+    known = entries(root)
+    if only and (unknown := set(only) - {entry.name for entry in known}):
+        names = ", ".join(dict.fromkeys(entry.name for entry in known))
+        raise ValueError(f"--only {sorted(unknown)[0]}: no such data set; known here: {names}")
+    findings, absent = [], []
+    for entry in known:
+        if only and entry.name not in only:
+            continue
+        there = [split for split in entry.splits if entry.is_there(root, split)]
+        findings += [inspect(entry, split, root, samples) for split in there]
+        if not there:
+            absent.append(entry)
+    return findings, absent
+
+
+def report(findings: list[Finding], absent: list[Entry]) -> str:
+    """What was found, as text."""
+    width = max([len(finding.name) for finding in findings] + [len(entry.name) for entry in absent] + [0])
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.name.ljust(width)}  {finding.line()}")
+        lines += [f"{' ' * width}    {bad.item}: {bad.reason}" for bad in finding.bad]
+    if absent:
+        lines += ["", "Not there, and where it is expected:"]
+    for entry in absent:
+        splits = _braces(list(dict.fromkeys(entry.splits.values())))
+        expected = ", ".join((*entry.files, *entry.shared)).replace("{split}", splits)
+        lines.append(f"{entry.name.ljust(width)}  {expected}" + (f"  ({entry.source})" if entry.source else ""))
+    return "\n".join(lines)
+
+
+def _braces(splits: list[str]) -> str:
+    return splits[0] if len(splits) == 1 else "{" + ",".join(splits) + "}"
+
+
+def write_sheets(findings: list[Finding], folder: Path) -> list[Path]:
+    """One contact sheet for every data set that could be opened. Returns the files."""
+    written = []
+    for finding in findings:
+        if finding.cells:
+            path = folder / f"{finding.name.replace('|', '-').replace(':', '-').replace('/', '-')}.png"
+            card_sheet(finding.cells, path, f"{finding.name}: {finding.line()}")
+            written.append(path)
+    return written
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dataset.check", description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset_dir", required=True, type=Path, help="root of all data sets, as for train_ds.py")
+    parser.add_argument("--out", type=Path, help="folder for one contact sheet per data set")
+    parser.add_argument("--samples", type=int, default=8, help="images of each split to open (default: 8)")
+    parser.add_argument("--all", action="store_true", help="open every image")
+    parser.add_argument("--only", help='names of data sets, joined by "||" (default: whatever is there)')
+    parser.add_argument("--fix-list", type=Path, help="file for the bad items, to be given to train_ds.py --skip_list")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)  # exits with 2 by itself
+    logger = logging.getLogger("dataset")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what is left out is in the report
+    try:
+        if args.samples < 1:
+            raise ValueError(f"--samples is {args.samples}; it must be at least 1")
+        root = require_folder(args.dataset_dir, "the data")
+        only = args.only.split("||") if args.only else None
+        findings, absent = inspect_all(root, None if args.all else args.samples, only)
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    finally:
+        logger.setLevel(level)
+    print(report(findings, absent))
+    bad = [item for finding in findings for item in finding.bad]
+    broken = [finding for finding in findings if finding.error]
+    print(f"\n{len(findings)} splits, {len(bad)} bad items, {len(broken)} splits that cannot be opened")
+    if args.out is not None:
+        print(*(f"sheet: {path}" for path in write_sheets(findings, args.out)), sep="\n")
+    if args.fix_list is not None:
+        write_skip_list(bad, args.fix_list)
+        print(f"{args.fix_list}: {len(bad)} items to be left out by train_ds.py --skip_list")
+    return 0 if all(finding.is_clean for finding in findings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
