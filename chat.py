@@ -11,7 +11,6 @@ picture) beside an overlay of the final ones; the paths are printed. Exit codes 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -22,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from dataset.conversation import TEMPLATES
 from model.pipeline import ReasoningSegmenter, Result, Session, load_image
+from model.precision import ATTENTION, choose_attention, quantization
+from utils import distributed
 from utils.arguments import OneLineParser, UsageError
 from utils.checkpoint import write_text
 
@@ -45,10 +45,12 @@ HELP = """Type a question about the picture, or the path of another picture.
 
 def read_arguments(argv: list[str] | None) -> Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--version", required=True, help="model folder that the merge script wrote")
+    parser.add_argument("--version", required=True, help="model folder that the merge script wrote, or a published LISA or CoReS")
     parser.add_argument("--precision", choices=list(DTYPES), help="default: as stored")
     for bits in (8, 4):
-        parser.add_argument(f"--load_in_{bits}bit", action="store_true", help=f"{bits}-bit weights; needs a GPU and bitsandbytes")
+        parser.add_argument(f"--load_in_{bits}bit", action="store_true", help=f"{bits} bits per weight of the language model")
+    parser.add_argument("--vision_tower", "--vision-tower", help="CLIP of a published LISA, in place of the one it names")
+    parser.add_argument("--attn_implementation", choices=list(ATTENTION), default="auto", help="attention (default: auto)")
     parser.add_argument("--vis_save_path", type=Path, default=Path("./vis_output"), help="folder for masks and overlays")
     parser.add_argument("--conv_type", choices=list(TEMPLATES), help="conversation template (default: that of the training)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
@@ -74,31 +76,18 @@ def _check(args: Namespace) -> None:
             raise UsageError(f"--{name} is {value}; it must be at least 1")
 
 
-def quantization(args: Namespace) -> dict[str, Any]:
-    """The argument of from_pretrained for --load_in_4bit or --load_in_8bit, {} for neither. Raises UsageError."""
-    if args.load_in_4bit and args.load_in_8bit:
-        raise UsageError("--load_in_4bit and --load_in_8bit exclude each other")
-    if not (args.load_in_4bit or args.load_in_8bit):
-        return {}
-    flag = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit"
-    if not torch.cuda.is_available():
-        raise UsageError(f"{flag}: bitsandbytes needs an NVIDIA GPU and this machine has none; leave the flag out")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f"{flag}: needs the package bitsandbytes; see requirements-optional.txt")
-    if args.load_in_8bit:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    compute = DTYPES[args.precision or "bf16"]
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4)}
-
-
 def load(args: Namespace) -> ReasoningSegmenter:
     """Raises UsageError, FileNotFoundError or ValueError for flags or a folder that do not work."""
-    quantized = quantization(args)
-    dtype = DTYPES[args.precision or "bf16"] if quantized or args.precision else "auto"
-    segmenter = ReasoningSegmenter.from_pretrained(
-        args.version, dtype=dtype, template=args.conv_type, max_new_tokens=args.max_new_tokens, **quantized
-    )
+    if args.load_in_4bit and args.load_in_8bit:
+        raise UsageError("--load_in_4bit and --load_in_8bit exclude each other")
+    bits = 4 if args.load_in_4bit else 8 if args.load_in_8bit else None
+    compute = DTYPES[args.precision or "bf16"]
+    loading: dict[str, Any] = {"quantization_config": quantization(bits, compute)} if bits else {}
+    attention, _ = choose_attention(args.attn_implementation, compute, distributed.device())
+    dtype = compute if bits or args.precision else "auto"
+    loading |= {"attn_implementation": attention, "template": args.conv_type, "max_new_tokens": args.max_new_tokens}
+    loading["vision_tower"] = args.vision_tower
+    segmenter = ReasoningSegmenter.from_pretrained(args.version, dtype=dtype, **loading)
     if args.model_max_length is not None:
         segmenter.processor.tokenizer.model_max_length = args.model_max_length
     return segmenter

@@ -163,7 +163,7 @@ class Comparison:
 
     def prompt(self, question: str, history: Sequence = ()) -> list[int]:
         p = self.processor
-        return encode_prompt(question, history, self.segmenter.exemplars, p.tokenizer, p.template, p.image_token,
+        return encode_prompt(question, history, self.segmenter.exemplars, p.tokenizer, p.conversation, p.image_token,
                              p.image_token_count, p.levels)  # fmt: skip
 
     @torch.no_grad()
@@ -206,7 +206,7 @@ class Comparison:
 
         def ours() -> list[tuple[list[int], np.ndarray]]:
             sample = Sample(self.image, "picture", talks, "reasoning", "benchmark", "0", self.segmenter.exemplars)
-            batch = collate_prompts([sample], self.processor, LEVELS, self.processor.template)
+            batch = collate_prompts([sample], self.processor, LEVELS, self.processor.conversation)
             found = self.model.generate(batch, self.processor.tokenizer, **vars(self.segmenter.decoding))
             return [(g.token_ids, g.masks.numpy()) for g in found]
 

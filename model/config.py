@@ -107,6 +107,13 @@ class CoresConfig(PretrainedConfig):
         super().__init__(**kwargs)
         self.tie_word_embeddings = bool(getattr(self.llava, "tie_word_embeddings", False))
 
+    def set_losses(self, **weights: Any) -> None:
+        """Other values for the fields of the loss, checked as in the constructor."""
+        for name, value in weights.items():
+            setattr(self, name, value)
+        self._check_levels()
+        self._check_losses()
+
     def _check_levels(self) -> None:
         count = len(self.levels)
         if not self.levels or len(set(self.levels)) != count:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
-from transformers import AutoModel, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from dataset.sample import Batch
 from model import losses, published
@@ -25,6 +26,7 @@ from model.config import CoresConfig
 from model.generation import Decoding, Generation, Segmentation, generate
 from model.llava import add_image_token, add_level_tokens, assemble, llava_class, load_llava, load_tokenizer
 from model.lora import has_lora
+from model.precision import quantized_bits
 from model.processor import CoresProcessor
 from model.reasoning_chain import ReasoningChain
 from model.sam import (
@@ -38,7 +40,7 @@ from model.sam import (
     valid_cells,
 )
 from model.segmenting_chain import SegmentingChain, TokenRefiner
-from model.weights import read_all, read_json_file, refuse_bad_loading
+from model.weights import find_file, read_all, read_json_file, refuse_bad_loading
 
 
 @dataclass
@@ -82,6 +84,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         self.reasoning = ReasoningChain(llava_class(config.llava)(config.llava), config.level_token_ids)
         self.segmenting = SegmentingChain(build_sam(config.sam_dims), config.refiner_config, config.decode_chunk)
         self.text_projection = self._new_text_projection(config)
+        self.generation_config = answer_defaults(config)
         self.post_init()
 
     @staticmethod
@@ -165,26 +168,34 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         FileNotFoundError where there is none and ValueError for another kind of model.
         """
         content = read_json_file(name, "config.json")
+        dtype = kwargs.get("dtype")
+        kwargs["dtype"] = dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         wants_info = kwargs.pop("output_loading_info", False)
         if published.is_published(content):
-            kwargs |= cls._published_parts(str(name), content, kwargs.get("dtype") or torch.float32, vision_tower)
-            source = None
+            kwargs |= cls._published_parts(str(name), content, dtype, vision_tower)
+            dtype, source = kwargs["dtype"], None
         elif content.get("model_type") == CoresConfig.model_type:
             source = name
             kwargs.setdefault("key_mapping", {r"(\.vision_tower\.)(?:vision_model\.)?": rf"\1{published.clip_prefix()}"})
         else:
             found = content.get("model_type")
             raise ValueError(f"{name}: model_type is {found!r}; a merged model says {CoresConfig.model_type!r}")
-        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         refuse_bad_loading(str(name), info)
+        if isinstance(dtype, torch.dtype) and not quantized_bits(model):
+            model.to(dtype)  # the configs inside the config remember how they were stored
+        if find_file(name, GENERATION_CONFIG_NAME) is not None:
+            model.generation_config = GenerationConfig.from_pretrained(name)
         return (model, info) if wants_info else model
 
     @staticmethod
-    def _published_parts(name: str, content: dict, dtype: torch.dtype, vision_tower: str | None) -> dict[str, Any]:
-        """``config`` and ``state_dict`` of a published LISA or CoReS."""
+    def _published_parts(name: str, content: dict, dtype: torch.dtype | str | None, vision_tower: str | None) -> dict[str, Any]:
+        """``config``, ``state_dict`` and ``dtype`` of a published LISA or CoReS; "auto" is the dtype of its weights."""
         weights = read_all(name)
         if not published.has_masks(weights):
             raise ValueError(f"{name}: a LLaVA without masks; it is a backbone, which needs --vision_pretrained")
+        if not isinstance(dtype, torch.dtype):
+            dtype = weights["lm_head.weight"].dtype if dtype == "auto" and "lm_head.weight" in weights else torch.float32
         tokenizer = load_tokenizer(name)
         levels = published.levels_of(tokenizer.get_vocab(), name)
         llava, ours, _ = assemble(name, content, weights, tokenizer, dtype, vision_tower)
@@ -192,18 +203,21 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         has_refiner = any(key.startswith(published.REFINER) for key in ours)
         config = CoresConfig(
             llava=llava,
-            sam=vars(published.sam_dims(weights, name)),
+            sam=content.get("sam") or vars(published.sam_dims(weights, name)),
             levels=levels,
             level_token_ids=tokenizer.convert_tokens_to_ids([f"[{level}]" for level in levels]),
             refiner={"kind": "attention+norm", "pooling": "released"} if has_refiner else {"kind": "none"},
         )
-        return {"config": config, "state_dict": ours}
+        return {"config": config, "state_dict": ours, "dtype": dtype}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers. Raises ValueError while adapters are apart: nothing could read such a folder."""
         if has_lora(self):
             raise ValueError("the model has LoRA adapters; merge them with `merge_lora` before `save_pretrained`")
+        if bits := quantized_bits(self):
+            raise ValueError(f"the model is held in {bits} bits; load it in full precision to save it")
         super().save_pretrained(*args, **kwargs)
+        self.generation_config.save_pretrained(args[0] if args else kwargs["save_directory"])
 
     def get_input_embeddings(self) -> nn.Module:
         return self.reasoning.llava.get_input_embeddings()
@@ -335,6 +349,13 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         if self.training:
             raise ValueError("generate needs a model in evaluation mode: call `model.eval()` first")
         return generate(self, batch, tokenizer, Decoding.of(max_new_tokens=max_new_tokens, **decoding))
+
+
+def answer_defaults(config: CoresConfig) -> GenerationConfig:
+    """Greedy answers of at most 64 tokens, which end with the language model's end token."""
+    text = config.llava.text_config
+    tokens = {name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(max_new_tokens=64, do_sample=False, **tokens)
 
 
 def _check_fit(version: str, llava: LlavaForConditionalGeneration, processor: CoresProcessor) -> None:

@@ -69,7 +69,9 @@ def load_llava(version: str, dtype: torch.dtype = torch.float32, vision_tower: s
         raise ValueError(f"{version}: --version needs a model of type 'llava', this is {config.get('model_type')!r}")
     if published.is_published(config):
         return _load_published(version, config, dtype, vision_tower, kwargs)
-    model, info = LlavaForConditionalGeneration.from_pretrained(version, dtype=dtype, output_loading_info=True, **kwargs)
+    model, info = LlavaForConditionalGeneration.from_pretrained(
+        version, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
     refuse_bad_loading(version, info)
     return Backbone(model, load_tokenizer(version), CLIPImageProcessor.from_pretrained(version))
 
@@ -81,7 +83,7 @@ def _load_published(version: str, config: dict, dtype: torch.dtype, vision_tower
     tokenizer = load_tokenizer(version)
     full, ours, image_processor = assemble(version, config, weights, tokenizer, dtype, vision_tower)
     state = {name.removeprefix(published.LLAVA): tensor for name, tensor in ours.items()}
-    loading = {"config": full, "state_dict": state, "dtype": dtype, "output_loading_info": True}
+    loading = {"config": full, "state_dict": state, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = llava_class(full).from_pretrained(None, **loading, **kwargs)
     refuse_bad_loading(version, info)
     marks = published.IMAGE_MARKS if published.uses_image_marks(config, tokenizer.get_vocab()) else None
@@ -102,7 +104,7 @@ def assemble(
         tower = published.tower_of(config, version, vision_tower)
         vision = published.tower_config(tower)
         rows = weights["model.embed_tokens.weight"].shape[0]
-        full = published.llava_config(config, vision, rows, len(tokenizer))
+        full = published.llava_config(config, vision, rows, image_token_id(tokenizer))
     except KeyError as error:
         raise ValueError(f"{version}: has no weight {error}") from None
     except ValueError as error:
@@ -140,6 +142,12 @@ def add_level_tokens(model: LlavaForConditionalGeneration, tokenizer, levels: li
                 old_rows = [i for i in old if i < table.shape[0]]
                 table[new] = table[old_rows].float().mean(0).to(table.dtype)
     return ids
+
+
+def image_token_id(tokenizer) -> int:
+    """The id of "<image>", or the one that it will get."""
+    known = tokenizer.get_vocab()
+    return known.get(IMAGE_TOKEN, len(tokenizer))
 
 
 def add_image_token(config: LlavaConfig, tokenizer) -> None:

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from model import published
+from model.precision import quantized_bits
 from model.weights import compare
 
 
@@ -32,6 +33,8 @@ def add_lora(
     if r == 0:
         return
     language_model = model.reasoning.llava.model.language_model
+    if bits := quantized_bits(language_model):
+        setattr(language_model, f"is_loaded_in_{bits}bit", True)  # PEFT reads it there
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), bias="none")
     try:
         inject_adapter_in_model(config, language_model)
@@ -46,19 +49,21 @@ def load_adapter(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
     ``source``: where they come from. Raises ValueError naming every one that is missing, unexpected or wrongly shaped.
     """
     own = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    found = {adapter_name(name): weight for name, weight in weights.items()}
+    found = {our_name(name): weight for name, weight in weights.items()}
     compare({name: p.shape for name, p in own.items()}, found, source)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(found[name])
 
 
-def adapter_name(name: str) -> str:
-    """Our name of a weight that PEFT saved: without its wrappers, with the name of its adapter."""
-    name = name.removeprefix("base_model.model.")
+def our_name(name: str, linear_projector: bool = True) -> str | None:
+    """Our name of a weight that PEFT saved, in our names or a published LISA's: without PEFT's wrappers, with the name of
+    its adapter. None for a constant that needs no loading.
+    """
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     if re.search(r"\.lora_[AB]\.weight$", name):
         name = f"{name.removesuffix('.weight')}.default.weight"
-    return published.our_name(name, linear_projector=True) or name
+    return published.our_name(name, linear_projector)
 
 
 def trainable_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -120,10 +125,17 @@ def merge_lora(model: nn.Module) -> nn.Module:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError("the model has no LoRA adapters: it is merged already, or was never given any")
+    if bits := quantized_bits(model):
+        raise ValueError(f"the model is held in {bits} bits; merge into its weights in full precision")
     for name, layer in layers:
-        layer.merge(safe_merge=True)
+        base = layer.get_base_layer()
+        delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
+        weight = base.weight.data.float() + delta  # rounded once, however coarse the stored format is
+        if not weight.isfinite().all():
+            raise ValueError(f"{name}: the merged weight is not finite; the adapter is damaged")
+        base.weight.data = weight.to(base.weight.dtype)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        setattr(model.get_submodule(parent), child, base)
     return model
 
 

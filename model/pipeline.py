@@ -273,22 +273,23 @@ class ReasoningSegmenter:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         template: str | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
+        vision_tower: str | None = None,
         **kwargs: Any,
     ) -> ReasoningSegmenter:
-        """A model folder, read as CoresForReasoningSegmentation.from_pretrained does, which takes ``kwargs``.
+        """A model folder, ours or a published LISA or CoReS, read as CoresForReasoningSegmentation.from_pretrained does,
+        which takes ``vision_tower`` and ``kwargs``.
 
         ``device`` "auto": CUDA where there is one, or the CPU. ``dtype`` "auto": as stored. ``template``: of the prompt,
-        instead of that of the training. Raises FileNotFoundError or ValueError for a folder that holds no such model.
+        instead of that of the training. ``max_new_tokens``: None for what
+        generation_config.json says. Raises FileNotFoundError or ValueError for a folder that holds no such model.
         """
-        processor = CoresProcessor.from_pretrained(str(path))
+        processor = CoresProcessor.from_pretrained(str(path), vision_tower=vision_tower)
         processor.template = template or processor.template
-        model = CoresForReasoningSegmentation.from_pretrained(str(path), dtype=dtype, **kwargs)
+        model = CoresForReasoningSegmentation.from_pretrained(str(path), dtype=dtype, vision_tower=vision_tower, **kwargs)
         if kwargs.get("quantization_config") is None:  # quantised weights are on their device already
             model = model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-            if dtype != "auto":  # transformers loads CLIP and the language model in the dtype of their own configs
-                model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        return cls(model, processor, max_new_tokens)
+        return cls(model, processor, max_new_tokens or model.generation_config.max_new_tokens or 64)
 
     def __call__(self, image: ImageLike | Sequence[ImageLike], query: str | Sequence, batch_size: int = 4) -> Any:
         """The answer to ``query`` about ``image``, a Result; the questions of a list are separate conversations.

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig
 
 from model.sam import SamDims, detect_dims
-from model.weights import find_file
+from model.weights import find_file, read_all, read_json_file
 
 try:  # what all these checkpoints were trained with: Pillow's resizing; the other one differs by up to 0.015
     from transformers import CLIPImageProcessorPil as CLIPImageProcessor
@@ -69,6 +69,14 @@ def is_published(config: Mapping[str, Any]) -> bool:
 def has_masks(names: Iterable[str]) -> bool:
     """Whether weights of these names are a LISA or CoReS rather than a LLaVA."""
     return any(name.startswith("model.visual_model.") for name in names)
+
+
+def is_whole(source: str | Path) -> bool:
+    """Whether a folder or hub name holds a published LISA or CoReS: read off its config and the names of its weights."""
+    try:
+        return is_published(read_json_file(source, "config.json")) and has_masks(read_all(source))
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 @cache
@@ -219,6 +227,7 @@ def their_config(config, architecture: str, tower: str, image_marks: bool) -> di
         "mm_vision_select_feature": "patch" if llava.vision_feature_select_strategy == "default" else "cls_patch",
         "mm_use_im_start_end": image_marks,
         "out_dim": config.sam["prompt_dim"],
+        "sam": config.sam,  # ours: the number of heads leaves no trace in the weights
         "train_mask_decoder": True,
     }
 

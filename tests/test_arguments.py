@@ -104,14 +104,15 @@ def test_the_command_line_of_lisa():
     s = parse(argv)
     assert (s.lora_r, s.lora_alpha, s.epochs, s.sample_rates, s.no_eval, s.eval_only) == (4, 8, 3, "9,3,3,1", True, True)
     assert s.exclude_val and s.refer_seg_data == parse([]).refer_seg_data and not parse([]).exclude_val
-    assert s.facts == {"image_size": 1024, "out_dim": 256, "vision_tower": "openai/clip-vit-large-patch14"}
+    assert s.facts == {"image_size": 1024, "out_dim": 256} and s.vision_tower == "openai/clip-vit-large-patch14"
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--load_in_8bit"], "bitsandbytes"),
-        (["--load_in_4bit"], "bitsandbytes"),
+        (["--load_in_8bit", "--load_in_4bit"], "exclude each other"),
+        (["--load_in_4bit", "--zero_stage", "3"], "--zero_stage 0, 1 or 2"),
+        (["--load_in_8bit", "--lora_r", "0"], "--lora_r above 0"),
         (["--vis_save_path", "x"], "belongs to chat.py"),
         (["--learning_rate", "1"], "learning_rate"),
         (["--epochs", "many"], "--epochs"),
@@ -146,7 +147,11 @@ def facts_model():
 
 def test_flags_that_state_what_the_weights_say_pass():
     tower = ["--vision-tower", "openai/clip-vit-large-patch14"]
-    check_facts(parse(["--image_size", "1024", "--out_dim", "256", "--use_mm_start_end", "false", *tower]), facts_model())
+    check_facts(
+        parse(["--image_size", "1024", "--out_dim", "256", "--use_mm_start_end", "false", *tower]),
+        facts_model(),
+        SimpleNamespace(image_marks=None),
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,4 +166,4 @@ def test_flags_that_state_what_the_weights_say_pass():
 )
 def test_flags_that_contradict_the_weights_are_refused(argv):
     with pytest.raises(UsageError, match="leave the flag out"):
-        check_facts(parse(argv), facts_model())
+        check_facts(parse(argv), facts_model(), SimpleNamespace(image_marks=None))

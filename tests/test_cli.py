@@ -93,10 +93,11 @@ def test_merge_refuses_what_it_cannot_do(merged, tmp_path, capsys):
     cases = [
         (["--run", str(merged), "--save_path", new], "is merged already"),
         (["--run", run, "--save_path", str(tmp_path / "full")], "is not empty"),
-        (["--run", run, "--weight", run, "--save_path", new], "either --run"),
-        (["--save_path", new], "either --run"),
+        (["--run", run, "--weight", run, "--save_path", new], "one of --run"),
+        (["--save_path", new], "one of --run"),
         (["--run", run], "--save_path"),
-        (["--run", run, "--save_path", new, "--lora_r", "4"], "knows its own settings"),
+        (["--run", run, "--save_path", new, "--lora_r", "4"], "leave the flag out"),
+        (["--run", run, "--save_path", new, "--lora_alpha", "99"], "was trained with 16"),
         (["--run", str(tmp_path), "--save_path", new], "neither a run folder"),
         (["--weight", str(tmp_path / "no.bin"), "--save_path", new], "no such file"),
     ]

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 from dataset.conversation import TEMPLATES
+from model.precision import ATTENTION
 
 
 class UsageError(ValueError):
@@ -29,6 +30,7 @@ def option(default: Any, help: str, *aliases: str, choices: list | None = None) 
 @dataclass
 class ModelArguments:
     version: str = option("liuhaotian/llava-llama-2-13b-chat-lightning-preview", "LLaVA folder or hub name; or a merged model")
+    vision_tower: str = option("", "CLIP of a LLaVA or LISA that does not hold its own; else checked", "--vision-tower")
     vision_pretrained: str = option("", "SAM checkpoint (.pth) or folder; not needed for a merged model")
     method: str = option("cores", "lisa: one token [SEG], no refiner, no exemplar", choices=["cores", "lisa"])
     levels: str = option("LOC,SEG", "answer tokens of the chain, coarse to fine, joined by commas")
@@ -43,6 +45,10 @@ class ModelArguments:
     exemplar_count: int = option(1, "in-context exemplars before the question")
     model_max_length: int = option(512, "longest sequence in tokens")
     precision: str = option("bf16", "floating-point format", choices=["fp32", "bf16", "fp16"])
+    load_in_8bit: bool = option(False, "hold the language model in 8 bits per weight; the mask branch stays in full")
+    load_in_4bit: bool = option(False, "hold the language model in 4 bits per weight (QLoRA when it trains)")
+    attn_implementation: str = option("auto", "attention of the language model", choices=list(ATTENTION))
+    system_prompt: str = option("", "system text in place of the template's")
     lora_r: int = option(8, "rank of LoRA; 0: no adapters")
     lora_alpha: int = option(16, "LoRA's scale is alpha / r")
     lora_dropout: float = option(0.05, "dropout in front of LoRA")
@@ -133,12 +139,10 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 # Flags of the published scripts that have no meaning here: the value named is what this program does anyway.
 REFUSED = {
-    "load_in_8bit": "needs the bitsandbytes extra and is not yet available in this version",
-    "load_in_4bit": "needs the bitsandbytes extra and is not yet available in this version",
     "vis_save_path": "belongs to chat.py; evaluation writes its pictures into the run folder",
 }
 # Flags whose value is a fact of the loaded weights: accepted if it says what the weights say.
-FACTS = {"image_size": int, "out_dim": int, "vision_tower": str, "use_mm_start_end": str}
+FACTS = {"image_size": int, "out_dim": int, "use_mm_start_end": str}
 
 
 class Settings(Namespace):
@@ -149,6 +153,11 @@ class Settings(Namespace):
     @property
     def level_list(self) -> list[str]:
         return [name for name in self.levels.split(",") if name]
+
+    @property
+    def bits(self) -> int | None:
+        """Bits per weight of the language model, None for --precision."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     @property
     def run_dir(self) -> Path:
@@ -193,8 +202,9 @@ def build_parser() -> ArgumentParser:
     for name in REFUSED:
         parser.add_argument(f"--{name}", nargs="?", const=True, default=None, help="refused: " + REFUSED[name])
     for name, kind in FACTS.items():
-        names = [f"--{name}"] + (["--vision-tower"] if name == "vision_tower" else [])
-        parser.add_argument(*names, dest=name, type=kind, nargs="?", const="true", default=None, help="checked against the weights")
+        parser.add_argument(
+            f"--{name}", dest=name, type=kind, nargs="?", const="true", default=None, help="checked against the weights"
+        )
     return parser
 
 
@@ -205,7 +215,8 @@ def _add(section, f: dataclasses.Field) -> None:
         section.add_argument(f"--{f.name}", nargs="?", const=True, default=None, type=_boolean, help=shown)
         section.add_argument(f"--no-{f.name}", dest=f.name, action="store_const", const=False, help=f"turn off --{f.name}")
         return
-    section.add_argument(f"--{f.name}", type=_number(f.type), default=None, choices=f.metadata["choices"], help=shown)
+    names = [f"--{f.name}", *f.metadata["aliases"]]
+    section.add_argument(*names, dest=f.name, type=_number(f.type), default=None, choices=f.metadata["choices"], help=shown)
 
 
 def _boolean(text: str) -> bool:
@@ -255,13 +266,18 @@ def _check_type(path: Path, key: str, value: Any, f: dataclasses.Field) -> None:
 
 def parse(argv: list[str] | None = None) -> Settings:
     """Settings of a command line. Raises UsageError for what argparse does not catch."""
+    return parse_over({}, argv)
+
+
+def parse_over(known: dict[str, Any], argv: list[str] | None = None) -> Settings:
+    """As ``parse``, with the values ``known`` in place of the defaults; a --config file and flags come on top."""
     given = vars(build_parser().parse_args(argv))
     config = given.pop("config")
     refused = [name for name in REFUSED if given.pop(name) is not None]
     if refused:
         raise UsageError(f"--{refused[0]}: {REFUSED[refused[0]]}; leave the flag out")
     facts = {name: value for name in FACTS if (value := given.pop(name)) is not None}
-    values = read_resumed(given["resume"]) if given["resume"] not in (None, "", "auto") else {}
+    values = known | (read_resumed(given["resume"]) if given["resume"] not in (None, "", "auto") else {})
     values |= read_config(config) if config else {}
     values |= {name: value for name, value in given.items() if value is not None}
     return settings_of(values, facts)
@@ -315,6 +331,10 @@ def _check(s: Settings) -> None:
             raise UsageError(f"--{name} is {getattr(s, name)}; it must not be negative")
     if not s.level_list or s.level_list[-1] != "SEG" or len(set(s.level_list)) != len(s.level_list):
         raise UsageError(f"--levels {s.levels!r}: give different names that end with SEG, such as LOC,SEG")
+    if s.load_in_8bit and s.load_in_4bit:
+        raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
+    if s.bits and not s.eval_only and (s.zero_stage == 3 or not s.lora_r):
+        raise UsageError("training on 4 or 8 bits needs --lora_r above 0 and --zero_stage 0, 1 or 2: such weights cannot change")
     if s.lr <= 0:
         raise UsageError(f"--lr is {s.lr}; it must be above 0")
     numbers(s.sample_rates, "--sample_rates")

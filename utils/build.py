@@ -8,14 +8,19 @@ from typing import NamedTuple
 import torch
 
 from dataset.mixture import EvalDataset, TrainMixture
+from model import published
 from model.cores import CoresForReasoningSegmentation
-from model.lora import add_lora, set_trainable
+from model.lora import add_lora, load_adapter, set_trainable
+from model.precision import choose_attention, quantization
 from model.processor import FILE as PROCESSOR_FILE
 from model.processor import CoresProcessor
-from utils import checkpoint
-from utils.arguments import Settings, UsageError, numbers, read_resumed, settings_of
+from model.weights import find_file, looks_like_path, read_json_file
+from utils import checkpoint, distributed
+from utils.arguments import FREE_ON_RESUME, Settings, UsageError, numbers, parse_over, read_resumed, settings_of
 from utils.engine import DTYPES, samples_per_epoch
 
+# What merging may find elsewhere than training did, or does not depend on.
+FREE_IN_MERGE = FREE_ON_RESUME | {"version", "vision_pretrained", "vision_tower", "precision", "log_base_dir", "exp_name"}
 # name: hidden size, patch size, image size
 VISION_TOWERS = {
     "openai/clip-vit-large-patch14": (1024, 14, 224),
@@ -24,8 +29,10 @@ VISION_TOWERS = {
 
 
 def is_merged(version: str) -> bool:
-    """Whether ``version`` is a folder of a finished model rather than a backbone."""
-    return (Path(version) / PROCESSOR_FILE).is_file()
+    """Whether ``version`` is a finished model, ours or a published LISA or CoReS, rather than a backbone."""
+    if (Path(version) / PROCESSOR_FILE).is_file():
+        return True
+    return published.is_whole(version) or (not looks_like_path(version) and find_file(version, PROCESSOR_FILE) is not None)
 
 
 class PromptFormat(NamedTuple):
@@ -38,7 +45,7 @@ class PromptFormat(NamedTuple):
 def prompt_format(s: Settings) -> PromptFormat:
     """Raises UsageError if a model's files are not there, before anything large is read."""
     if is_merged(s.version):
-        processor = CoresProcessor.from_pretrained(s.version)
+        processor = finished_processor(s)
         return PromptFormat(processor.levels, processor.exemplar_count)
     if not s.vision_pretrained:
         raise UsageError(f"{s.version}: is no merged model, so --vision_pretrained must name a SAM checkpoint")
@@ -49,14 +56,19 @@ def prompt_format(s: Settings) -> PromptFormat:
 
 def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
     """A new model from backbones, or a merged one to go on from; weights in --precision, nothing trainable yet."""
+    attention, reason = choose_attention(s.attn_implementation, DTYPES[s.precision], distributed.device())
+    if distributed.is_main():
+        print(f"attention: {attention} ({reason})")
+    loading = {"attn_implementation": attention, "vision_tower": s.vision_tower or None}
+    if s.bits:
+        loading["quantization_config"] = quantization(s.bits, DTYPES[s.precision])
     if is_merged(s.version):
-        processor = CoresProcessor.from_pretrained(s.version)
+        processor = finished_processor(s)
         if processor.levels != s.level_list:
             raise UsageError(f"{s.version}: was trained with the levels {','.join(processor.levels)}, --levels says {s.levels}")
-        model = CoresForReasoningSegmentation.from_pretrained(s.version, dtype=DTYPES[s.precision])
+        model = CoresForReasoningSegmentation.from_pretrained(s.version, dtype=DTYPES[s.precision], **loading)
         processor.tokenizer.model_max_length = s.model_max_length
-        for name, value in loss_config(s).items():
-            setattr(model.config, name, value)
+        model.config.set_losses(**loss_config(s))
     else:
         prompt_format(s)
         model, processor = CoresForReasoningSegmentation.from_backbones(
@@ -69,10 +81,19 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
             model_max_length=s.model_max_length,
             refiner={"kind": "none"} if s.refiner == "none" else {"prototypes": s.refiner, "pooling": s.pooling},
             text_projection_norm=s.text_projection_norm,
+            system=s.system_prompt or None,
+            **loading,
             **loss_config(s),
         )
-    check_facts(s, model)
+    check_facts(s, model, processor)
     return model, processor
+
+
+def finished_processor(s: Settings) -> CoresProcessor:
+    """Of a finished model; --conv_type and --system_prompt speak for a published one, whose files say neither."""
+    processor = CoresProcessor.from_pretrained(s.version, template=s.conv_type, vision_tower=s.vision_tower or None)
+    processor.system = s.system_prompt or processor.system
+    return processor
 
 
 def loss_config(s: Settings) -> dict:
@@ -89,7 +110,7 @@ def loss_config(s: Settings) -> dict:
     }
 
 
-def check_facts(s: Settings, model: CoresForReasoningSegmentation) -> None:
+def check_facts(s: Settings, model: CoresForReasoningSegmentation, processor: CoresProcessor) -> None:
     """Flags of the published scripts that state what the weights decide. Raises UsageError if they contradict."""
     truth = {"image_size": model.config.sam["image_size"], "out_dim": model.config.sam["prompt_dim"]}
     for name, value in s.facts.items():
@@ -97,13 +118,14 @@ def check_facts(s: Settings, model: CoresForReasoningSegmentation) -> None:
             raise UsageError(
                 f"--{name} {value}: the SAM of {s.vision_pretrained or s.version} has {truth[name]}; leave the flag out"
             )
-    if str(s.facts.get("use_mm_start_end", "false")).lower() != "false":
-        raise UsageError("--use_mm_start_end: LLaVA in transformers format has no start and end tokens; leave the flag out")
-    tower = s.facts.get("vision_tower")
+    marked = str(s.facts.get("use_mm_start_end", processor.image_marks is not None)).lower() == "true"
+    if marked != (processor.image_marks is not None):
+        found = "has <im_start> and <im_end>" if processor.image_marks else "has no <im_start> and <im_end>"
+        raise UsageError(f"--use_mm_start_end {str(marked).lower()}: the tokenizer of {s.version} {found}; leave the flag out")
     found = model.config.llava.vision_config
-    if tower is not None and VISION_TOWERS.get(tower) != (found.hidden_size, found.patch_size, found.image_size):
+    if s.vision_tower and _tower_sizes(s.vision_tower) != (found.hidden_size, found.patch_size, found.image_size):
         raise UsageError(
-            f"--vision-tower {tower}: the tower is part of {s.version}, which has width {found.hidden_size}, patches "
+            f"--vision-tower {s.vision_tower}: the tower is part of {s.version}, which has width {found.hidden_size}, patches "
             f"of {found.patch_size} and images of {found.image_size} pixels; leave the flag out"
         )
 
@@ -113,6 +135,17 @@ def refuse_half_on_cpu(s: Settings) -> None:
         raise UsageError("--precision fp16 needs a GPU; use fp32 or bf16 here")
 
 
+def _tower_sizes(tower: str) -> tuple[int, int, int]:
+    """Hidden size, patch size and image size. Raises UsageError for a tower that cannot be found."""
+    if tower in VISION_TOWERS:
+        return VISION_TOWERS[tower]
+    try:
+        config = published.tower_config(tower)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"--vision-tower {tower}: {error}; leave the flag out") from None
+    return config.hidden_size, config.patch_size, config.image_size
+
+
 def load_for_evaluation(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
     """The model of the run --resume, or the merged --version. Raises UsageError for a backbone."""
     if s.resume:
@@ -120,7 +153,7 @@ def load_for_evaluation(s: Settings) -> tuple[CoresForReasoningSegmentation, Cor
         return model, processor
     if not is_merged(s.version):
         raise UsageError(f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version or --resume RUN")
-    s.levels = ",".join(CoresProcessor.from_pretrained(s.version).levels)
+    s.levels = ",".join(finished_processor(s).levels)
     return build_model(s)
 
 
@@ -148,6 +181,61 @@ def build_trained(
     make_trainable(model, settings)
     checkpoint.load_weights(model, folder)
     return model.eval(), processor, settings
+
+
+def build_merging(
+    run: str | Path, which: str, precision: str | None, rest: list[str]
+) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+    """The model of a run folder in the precision to store, its adapters apart in float32.
+
+    ``rest``: flags of train_ds.py on top of the run's settings. They may say where things are now; a UsageError refuses
+    those that would make other weights of them.
+    """
+    saved = read_resumed(run)
+    settings = parse_over(saved, rest)
+    for name in sorted(saved.keys() - FREE_IN_MERGE):
+        if getattr(settings, name, saved[name]) != saved[name]:
+            now = getattr(settings, name)
+            raise UsageError(f"--{name} {now}: the run {run} was trained with {saved[name]}; leave the flag out")
+    settings.precision = precision or settings.precision
+    model, processor = _unmerged(settings)
+    checkpoint.load_weights(model, checkpoint.find_checkpoint(run, which))
+    return model.eval(), processor
+
+
+def build_from_source(source: Path, precision: str, rest: list[str]) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+    """As ``build_merging``, for trained weights without a run folder: ``rest`` must describe the model they belong to."""
+    weights = checkpoint.read_weights(source)
+    settings = parse_over({}, rest)
+    settings.precision = precision
+    if not checkpoint.is_adapter(source):
+        model, processor = _unmerged(settings)
+        checkpoint.put_weights(model, weights, source)
+        return model.eval(), processor
+    if not is_merged(settings.version):
+        raise UsageError(f"{source}: an adapter holds no mask branch, so --version must be a finished model, not a backbone")
+    adapter = read_json_file(source, checkpoint.ADAPTER_CONFIG)
+    for name, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
+        if any(flag.split("=")[0] == f"--{name}" for flag in rest) and getattr(settings, name) != adapter.get(key):
+            raise UsageError(f"--{name} {getattr(settings, name)}: {source} says {adapter.get(key)}; leave the flag out")
+        setattr(settings, name, adapter.get(key))
+    settings.lora_target_modules = ",".join(adapter.get("target_modules") or [])
+    settings.levels = ",".join(finished_processor(settings).levels)
+    model, processor = _unmerged(settings)
+    load_adapter(model, weights, source)
+    return model.eval(), processor
+
+
+def _unmerged(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+    """Weights in full precision of ``s.precision``, never in 4 or 8 bits, adapters in float32: nothing is rounded twice."""
+    s.load_in_4bit = s.load_in_8bit = False
+    s.attn_implementation = "eager"  # nothing is computed
+    model, processor = build_model(s)
+    make_trainable(model, s)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return model, processor
 
 
 def build_mixture(s: Settings, prompt: PromptFormat | CoresProcessor) -> TrainMixture:

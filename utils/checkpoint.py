@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
+from model.lora import our_name
+from model.weights import read_all, read_file
 from utils import distributed
 from utils.arguments import Settings, UsageError, settings_of
 
 PROGRESS = "progress.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -130,10 +133,17 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def put_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
-    """Exactly ``weights`` into exactly the trainable weights of ``model``. ``source``: for the UsageError's message."""
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """``weights`` into ``model``: all trainable ones must be there, frozen ones may be, nothing else.
+
+    Names may be ours or those of a published LISA in training. ``source``: for the UsageError's message.
+    """
+    own = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+    trainable = {name for name, p in own.items() if p.requires_grad}
     constants = {name for name, _ in model.named_buffers()}  # DeepSpeed stores them, too
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys() - constants)
+    linear = any(name.endswith("mm_projector.weight") for name in weights)
+    weights = {our_name(name, linear): weight for name, weight in weights.items()}
+    weights.pop(None, None)
+    missing, unexpected = sorted(trainable - weights.keys()), sorted(weights.keys() - own.keys() - constants)
     wrong = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
     if missing or unexpected or wrong:
         lists = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}
@@ -141,34 +151,60 @@ def put_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path
         raise UsageError(f"{source}: the weights do not fit the model that the settings describe; {found}")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(weights[name])
+            if name in weights:
+                parameter.copy_(weights[name])
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is a run folder or one of its checkpoints, whose settings are known."""
+    around = (path, *list(path.resolve().parents)[:2])
+    return any((folder / "config.json").is_file() and (folder / "ckpt").is_dir() for folder in around)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether ``path`` is a folder that PEFT wrote."""
+    return (path / ADAPTER_CONFIG).is_file()
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Names and values, on the CPU, of a checkpoint folder or of a file that zero_to_fp32.py or safetensors wrote."""
+    """Names and values, on the CPU, of whatever holds weights: a checkpoint folder of ours or of DeepSpeed, a folder or an
+    index of shards, a PEFT adapter, or one file. Raises UsageError naming what is missing or broken.
+    """
     path = Path(path)
-    if path.is_dir():
-        return _read_shards(path)
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file or folder with weights")
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of foreign bytes the unpickler makes anything
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UsageError(f"{path}: not a file of weights ({reason})") from None
+        if is_adapter(path):
+            return read_file(next(path / name for name in ADAPTER_FILES if (path / name).is_file()))
+        if path.is_dir() and _deepspeed_state(path) is not None:
+            return _read_shards(path)
+        if path.is_dir() or path.name.endswith(".index.json"):
+            return read_all(path)
+        return read_file(path)
+    except StopIteration:
+        raise UsageError(f"{path}: an adapter without weights; looked for {', '.join(ADAPTER_FILES)}") from None
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _deepspeed_state(folder: Path) -> Path | None:
+    """The folder with DeepSpeed's own files: below a checkpoint of ours, below the tag in ``latest``, or itself."""
+    latest = folder / "latest"
+    names = ["state", latest.read_text().strip()] if latest.is_file() else ["state"]
+    for state in (*(folder / name for name in names if name and Path(name).name == name), folder):
+        if any(state.glob("*_states.pt")):
+            return state
+    return None
 
 
 def _read_shards(folder: Path) -> dict[str, torch.Tensor]:
-    state = folder / "state"
+    state = _deepspeed_state(folder)
     if not any(state.glob("*_optim_states.pt")):  # ZeRO stage 0 writes no shards
-        return torch.load(state / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+        file = state / "mp_rank_00_model_states.pt"
+        return torch.load(file, map_location="cpu", weights_only=True)["module"]
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it narrates
-            return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
+            return get_fp32_state_dict_from_zero_checkpoint(str(state.parent), tag=state.name, exclude_frozen_parameters=True)
     except (ValueError, FileNotFoundError) as error:  # a shard is missing
         raise UsageError(f"{folder}: incomplete checkpoint: {error}") from None
 
