@@ -220,8 +220,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     def _hidden(self, batch: Batch) -> Tensor:
         with torch.no_grad():
             features = self.reasoning.image_features(batch.clip_pixels)
-        embeddings = self.reasoning.embed(batch.input_ids, features, batch.image_index)
-        return self.reasoning.hidden_states(embeddings, batch.attention_mask)
+        return self.reasoning.read(batch.input_ids, batch.attention_mask, batch.image_index, features)
 
     def _segment(self, tokens: Tensor, batch: Batch, counts: list[int]) -> tuple[Tensor, Tensor]:
         """tokens (K, T, C) of all conversations -> low-res logits (K, T, 4G, 4G) and IoU predictions (K, T)."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from model.prefix_sharing import PrefixSharing
+
 
 class ReasoningChain(nn.Module):
     """A LLaVA of transformers, unchanged, read at the places where it predicts answer tokens."""
@@ -18,6 +20,7 @@ class ReasoningChain(nn.Module):
         super().__init__()
         self.llava = llava
         self.level_token_ids = level_token_ids
+        self.sharing = PrefixSharing()
 
     @property
     def image_token_id(self) -> int:
@@ -42,9 +45,29 @@ class ReasoningChain(nn.Module):
         embeddings = self.llava.get_input_embeddings()(input_ids)
         return embeddings.masked_scatter(places[..., None], features[image_index].to(embeddings.dtype))
 
-    def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last-layer hidden states after the final norm: (N, L, d) -> (N, L, d); ``lm_head`` of them are the logits."""
-        out = self.llava.model.language_model(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False)
+    def read(self, input_ids: Tensor, attention_mask: Tensor, image_index: Tensor, features: Tensor) -> Tensor:
+        """Right-padded conversations (N, L) with their images (B, P, d) -> hidden states (N, L, d).
+
+        Conversations of one image are read together where ``sharing`` finds that they begin alike.
+        """
+        embeddings = self.embed(input_ids, features, image_index)
+        language_model = self.llava.model.language_model
+        implementation = language_model.config._attn_implementation
+        packing = self.sharing.plan(input_ids, attention_mask, image_index, implementation)
+        if packing is None:
+            return self.hidden_states(embeddings, attention_mask)
+        packed = embeddings.flatten(0, 1)[packing.source]
+        mask = packing.attention_mask(implementation, packed.dtype)
+        return self.hidden_states(packed, mask, packing.positions).flatten(0, 1)[packing.place]
+
+    def hidden_states(self, embeddings: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Last-layer hidden states after the final norm: (N, L, d) -> (N, L, d); ``lm_head`` of them are the logits.
+
+        ``attention_mask``: (N, L), or what each token sees as (N, 1, L, L); ``positions`` (N, L), None: 0, 1, 2, …
+        """
+        out = self.llava.model.language_model(
+            inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        )
         return out.last_hidden_state
 
     def supervised_logits(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
