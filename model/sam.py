@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 
+from model.sam_encoder import set_fast
+
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0…255
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -71,8 +73,8 @@ PRESETS = {
 
 def build_sam(dims: SamDims) -> Sam:
     """A SAM of these sizes with random weights."""
-    return Sam(
-        image_encoder=ImageEncoderViT(
+    encoder = set_fast(
+        ImageEncoderViT(
             img_size=dims.image_size,
             patch_size=dims.patch_size,
             embed_dim=dims.embed_dim,
@@ -85,7 +87,10 @@ def build_sam(dims: SamDims) -> Sam:
             use_rel_pos=True,
             window_size=dims.window_size,
             global_attn_indexes=dims.global_attn_indexes,
-        ),
+        )
+    )
+    return Sam(
+        image_encoder=encoder,
         prompt_encoder=PromptEncoder(
             embed_dim=dims.prompt_dim,
             image_embedding_size=(dims.grid, dims.grid),
