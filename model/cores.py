@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, LlavaForConditionalGeneration, PreTrainedModel
 
 from dataset.sample import Batch
@@ -39,6 +40,8 @@ from model.sam import (
     valid_cells,
 )
 from model.segmenting_chain import SegmentingChain, TokenRefiner
+
+MASK_PIXELS = 1 << 22  # pixels of the original frame that the mask losses hold at a time: 16 MB a copy
 
 
 @dataclass
@@ -204,7 +207,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         states = self.reasoning.token_states(hidden, batch.labels, batch.info, expected)
         tokens = self.text_projection(torch.cat(states))  # (K of the batch, T, C)
         low_res, iou = self._segment(tokens, batch, expected)
-        parts = {"text": losses.text_loss(*self.reasoning.supervised_logits(hidden, batch.labels))}
+        parts = {"text": self.reasoning.text_loss(hidden, batch.labels)}
         parts |= self._mask_losses(low_res, tokens, batch, expected)
         return CoresOutput(self._total(parts), parts, list(low_res.split(expected)), list(iou.split(expected)))
 
@@ -278,15 +281,31 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             chosen = index if level == last else index[has_host]
             truth = targets if level == last else hosts[has_host]
             hidden = ignore if ignore is None or level == last else ignore[has_host]
-            if len(chosen):
-                logits = to_original(low_res[chosen, level], resized, original, self.config.sam["image_size"])
-                truth = truth.float()
-                bce = losses.bce_per_mask(logits, truth, hidden, self.config.bce_balance)
-                sums["bce"] = sums["bce"] + weight * bce.sum()
-                sums["dice"] = sums["dice"] + weight * losses.dice_per_mask(logits, truth, hidden).sum()
+            for some in _pieces(len(chosen), original):
+                left_out = None if hidden is None else hidden[some]
+                bce, dice = self._frame_losses(low_res[chosen[some], level], truth[some], left_out, resized)
+                sums["bce"] = sums["bce"] + weight * bce
+                sums["dice"] = sums["dice"] + weight * dice
         if self.config.pointing_weight:
             sums["pointing"] = self._point(tokens[index], targets, hosts, has_host, resized)
         return sums
+
+    def _frame_losses(self, low_res: Tensor, truth: Tensor, ignore: Tensor | None, resized: tuple[int, int]):
+        """Sums of BCE and of DICE, each (): low-res logits (K, h, w), truth and ignore bool (K, H, W).
+
+        With a gradient, masks of the original frame are computed again in the backward pass instead of kept: only the
+        low-res ones stay.
+        """
+
+        def compare(low_res: Tensor) -> tuple[Tensor, Tensor]:
+            logits = to_original(low_res, resized, tuple(truth.shape[1:]), self.config.sam["image_size"])
+            target = truth.float()
+            bce = losses.bce_per_mask(logits, target, ignore, self.config.bce_balance)
+            return bce.sum(), losses.dice_per_mask(logits, target, ignore).sum()
+
+        if torch.is_grad_enabled() and low_res.requires_grad:
+            return checkpoint(compare, low_res, use_reentrant=False, preserve_rng_state=False)
+        return compare(low_res)
 
     def _point(self, tokens: Tensor, targets: Tensor, hosts: Tensor, has_host: Tensor, resized: tuple[int, int]) -> Tensor:
         """Pointing loss of tokens (K, T, C): the last level at the target; with pointing_host, others at the host."""
@@ -405,6 +424,12 @@ def _rows_per_image(image_index: Tensor, counts: list[int]) -> dict[int, list[tu
             out.setdefault(image, []).append((row, slice(start, start + count)))
         start += count
     return out
+
+
+def _pieces(count: int, size: tuple[int, int]) -> list[slice]:
+    """``count`` masks of (H, W) = ``size``, as many at a time as MASK_PIXELS allow."""
+    step = max(1, MASK_PIXELS // (size[0] * size[1]))
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _stack_ignore(batch: Batch, rows: list[tuple[int, slice]], size: tuple[int, int]) -> Tensor | None:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
+from model import losses
 from model.prefix_sharing import PrefixSharing
+
+TEXT_CHUNK = 512  # positions whose logits are held at a time: 64 MB in float32 for 32,000 words
 
 
 class ReasoningChain(nn.Module):
@@ -74,6 +78,23 @@ class ReasoningChain(nn.Module):
         """Vocabulary logits (n, V) and labels (n,) where there is a label: no other position meets the vocabulary."""
         chosen = labels[:, 1:] >= 0
         return self.llava.lm_head(hidden[:, :-1][chosen]), labels[:, 1:][chosen]
+
+    def text_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy (), float32, of hidden (N, L, d) at the labels (N, L); logits of a few tokens at a time.
+
+        A position's logits are as wide as the vocabulary, and the loss needs them three times: where there are many
+        positions, each piece is computed again in the backward pass instead of kept.
+        """
+        chosen = labels[:, 1:] >= 0
+        states, wanted = hidden[:, :-1][chosen], labels[:, 1:][chosen]
+        if len(wanted) <= TEXT_CHUNK or not torch.is_grad_enabled():
+            return losses.text_loss(self.llava.lm_head(states), wanted)
+
+        def piece(states: Tensor, wanted: Tensor) -> Tensor:
+            return losses.text_loss(self.llava.lm_head(states), wanted) * len(wanted)
+
+        pieces = zip(states.split(TEXT_CHUNK), wanted.split(TEXT_CHUNK), strict=True)
+        return sum(checkpoint(piece, *pair, use_reentrant=False) for pair in pieces) / len(wanted)
 
     def token_states(self, hidden: Tensor, token_ids: Tensor, info: list[dict], expected: list[int]) -> list[Tensor]:
         """The hidden states that *predict* the answer tokens: the positions just before them.

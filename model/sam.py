@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 
+from model.sam_decoder import downscale, to_pixels, to_places, two_way, upscale
 from model.sam_encoder import set_fast
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0…255
@@ -251,7 +252,8 @@ def no_mask_prompt(sam: Sam, count: int) -> Tensor:
 
 def mask_prompt(sam: Sam, low_res: Tensor) -> Tensor:
     """Low-res logits (K, h, w) as a dense prompt (K, C, G, G)."""
-    return sam.prompt_encoder.mask_downscaling(low_res[:, None])
+    places = downscale(sam.prompt_encoder.mask_downscaling, to_places(low_res))
+    return places.transpose(1, 2).unflatten(2, sam.prompt_encoder.image_embedding_size)
 
 
 def position_encoding(sam: Sam) -> Tensor:
@@ -279,9 +281,9 @@ def decode_masks(sam: Sam, embeddings: Tensor, sparse: Tensor, dense: Tensor) ->
     decoder = sam.mask_decoder
     rows = embeddings.shape[0]
     tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])[None].expand(rows, -1, -1)
-    position = position_encoding(sam).to(embeddings.dtype).expand(rows, -1, -1, -1)
-    out, image = decoder.transformer(embeddings + dense, position, torch.cat([tokens.to(sparse.dtype), sparse], dim=1))
-    image = image.transpose(1, 2).reshape(embeddings.shape)
-    weights = decoder.output_hypernetworks_mlps[0](out[:, 1])
-    logits = torch.einsum("kc,kchw->khw", weights, decoder.output_upscaling(image))
+    tokens = torch.cat([tokens.to(sparse.dtype), sparse], dim=1)
+    position = position_encoding(sam)[0].flatten(1).T.to(embeddings.dtype)
+    places = (embeddings + dense).flatten(2).transpose(1, 2)
+    out, places = two_way(decoder.transformer, places, position, tokens)
+    logits = to_pixels(upscale(decoder, places, decoder.output_hypernetworks_mlps[0](out[:, 1])))
     return logits, decoder.iou_prediction_head(out[:, 0])[:, 0]
