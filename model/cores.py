@@ -231,7 +231,10 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         count, levels = tokens.shape[:2]
         if count == 0:  # the image encoder is the most expensive part: nothing asks for it here
             return tokens.new_zeros((0, levels, dims.low_res, dims.low_res)), tokens.new_zeros((0, levels))
-        embeddings = self.segmenting.embed(batch.sam_pixels)
+        if batch.sam_embeddings is None:
+            embeddings = self.segmenting.embed(batch.sam_pixels)
+        else:
+            embeddings = self.segmenting.embed_missing(batch.sam_embeddings, batch.sam_keys, batch.sam_pixels)
         covered = [valid_cells(size, dims.image_size, dims.grid, tokens.device) for size in batch.resized_sizes]
         valid = torch.stack(covered)
         image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor
 
-from model.sam import preprocess
+from model.sam import preprocess, resized_size
 
 FILE = "cores_processor.json"
 
@@ -38,6 +38,8 @@ class CoresProcessor:
         self.template = template
         self.exemplar_count = exemplar_count
         self.image_token = image_token
+        self.sam_cache = None
+        """Where embeddings of SAM are looked up: ``key(image) -> str`` and ``load(key) -> (C, G, G) or None``."""
 
     @property
     def image_token_id(self) -> int:
@@ -51,6 +53,10 @@ class CoresProcessor:
     def sam(self, image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
         """uint8 (H, W, 3) RGB -> float (3, S, S) padded, and the (height, width) of the image inside."""
         return preprocess(image, self.image_size)
+
+    def sam_size(self, image: np.ndarray) -> tuple[int, int]:
+        """The (height, width) that ``sam`` gives an image uint8 (H, W, 3)."""
+        return resized_size(*image.shape[:2], self.image_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes cores_processor.json, the tokenizer and preprocessor_config.json."""

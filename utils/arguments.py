@@ -117,12 +117,26 @@ class EvalArguments:
     examples: int = option(16, "rows of the contact sheet")
 
 
-GROUPS = (ModelArguments, LossArguments, DataArguments, TrainArguments, EvalArguments)
+@dataclass
+class SpeedArguments:
+    prefix_sharing: bool = option(True, "conversations of an image share its prompt; false: the published schedule, same results")
+    pack_tokens: int = option(0, "tokens that images may share a row up to; 0: what the largest image needs")
+    attn_implementation: str = option(
+        "auto",
+        "attention of the language model, see docs/performance.md",
+        choices=["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"],
+    )
+    sam_cache: str = option("", "folder that keeps SAM's image embeddings; unset: computed every time")
+    sam_cache_dtype: str = option("fp16", "how the cache stores numbers", choices=["fp16", "int8"])
+    sam_cache_gb: float = option(0.0, "most that the cache may hold, in 10^9 bytes; 0: no limit")
+
+
+GROUPS = (ModelArguments, LossArguments, DataArguments, TrainArguments, EvalArguments, SpeedArguments)
 # What may change when a run is continued: where things are, how they are shown, how they are measured.
 FREE_ON_RESUME = {
     "resume", "auto_resume", "eval_only", "exp_name", "log_base_dir", "dataset_dir", "workers", "print_freq",
     "save_every", "no_eval", "eval_every", "eval_mode", "eval_limit", "eval_texts", "val_dataset", "val_batch_size",
-    "max_new_tokens", "examples",
+    "max_new_tokens", "examples", "prefix_sharing", "pack_tokens", "attn_implementation", "sam_cache", "sam_cache_gb",
 }  # fmt: skip
 # Flags of the published scripts that have no meaning here: the value named is what this program does anyway.
 REFUSED = {
@@ -304,6 +318,8 @@ def _check(s: Settings) -> None:
         "start_epoch",
         "eval_limit",
         "examples",
+        "pack_tokens",
+        "sam_cache_gb",
     ):
         if getattr(s, name) < 0:
             raise UsageError(f"--{name} is {getattr(s, name)}; it must not be negative")

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from segment_anything.modeling import Sam
+
 from dataset.mixture import EvalDataset, TrainMixture
 from model.cores import CoresForReasoningSegmentation
 from model.lora import add_lora, set_trainable
+from model.prefix_sharing import PrefixSharing
 from model.processor import FILE as PROCESSOR_FILE
 from model.processor import CoresProcessor
-from utils import checkpoint
+from model.sam import load_sam
+from utils import checkpoint, sam_cache
 from utils.arguments import Settings, UsageError, numbers, read_resumed, settings_of
 from utils.engine import DTYPES, samples_per_epoch
 
@@ -70,7 +74,29 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
             **loss_config(s),
         )
     check_facts(s, model)
+    set_speed(model, processor, s)
     return model, processor
+
+
+def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s: Settings) -> None:
+    """Applies SpeedArguments."""
+    if s.attn_implementation != "auto":
+        model.reasoning.llava.set_attn_implementation({"": "sdpa", "text_config": s.attn_implementation})
+    model.reasoning.sharing = PrefixSharing(s.prefix_sharing, s.pack_tokens)
+    if s.sam_cache:
+        name = sam_cache.fingerprint(model.segmenting.sam.image_encoder, processor.image_size)
+        processor.sam_cache = sam_cache.SamCache(s.sam_cache, name, s.sam_cache_dtype, s.sam_cache_gb)
+        model.segmenting.keep = processor.sam_cache.keep
+
+
+def build_sam_only(s: Settings) -> tuple[Sam, int]:
+    """The SAM that these settings train with, in --precision, and its image size."""
+    if is_merged(s.version):
+        model, processor = build_model(s)
+        return model.segmenting.sam, processor.image_size
+    prompt_format(s)
+    sam, dims = load_sam(s.vision_pretrained)
+    return sam.to(DTYPES[s.precision]), dims.image_size
 
 
 def loss_config(s: Settings) -> dict:
