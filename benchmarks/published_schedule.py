@@ -22,17 +22,25 @@ from model.sam_encoder import set_fast
 
 
 @contextmanager
-def stock_encoder(model: CoresForReasoningSegmentation) -> Iterator[None]:
-    """SAM's image encoder as segment-anything wrote it."""
-    encoder = set_fast(model.segmenting.sam.image_encoder, False)
+def stock_parts(model: CoresForReasoningSegmentation) -> Iterator[None]:
+    """SAM's image encoder as segment-anything wrote it; checkpointing, if it is on, for the last layer, too."""
+    encoder, layers = set_fast(model.segmenting.sam.image_encoder, False), model.reasoning.llava.model.language_model.layers
+    last = layers[-1].gradient_checkpointing
+    layers[-1].gradient_checkpointing = layers[0].gradient_checkpointing
     try:
         yield
     finally:
         set_fast(encoder)
+        layers[-1].gradient_checkpointing = last
 
 
 def forward(model: CoresForReasoningSegmentation, batch: Batch) -> dict[str, Tensor]:
-    """The losses of a batch, each (): loss, text, bce, dice. One target per level and group, as ``model`` has them."""
+    """The losses of a batch, each (): loss, text, bce, dice."""
+    with stock_parts(model):
+        return _forward(model, batch)
+
+
+def _forward(model: CoresForReasoningSegmentation, batch: Batch) -> dict[str, Tensor]:
     reasoning, rows = model.reasoning, len(batch.input_ids)
     with torch.no_grad():
         features = reasoning.image_features(batch.clip_pixels[batch.image_index])
@@ -50,19 +58,18 @@ def forward(model: CoresForReasoningSegmentation, batch: Batch) -> dict[str, Ten
 def _mask_losses(model: CoresForReasoningSegmentation, batch: Batch, tokens: Tensor, counts: list[int]) -> dict[str, Tensor]:
     c, bce, dice = model.config, [], []
     image_of = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
-    targets = torch.cat(batch.target_masks) if len({tuple(m.shape[1:]) for m in batch.target_masks}) == 1 else None
     for image, size in enumerate(batch.original_sizes):
         chosen = (image_of == image).nonzero()[:, 0]
         if not len(chosen):
             continue
-        with torch.no_grad(), stock_encoder(model):
+        with torch.no_grad():
             embedding = model.segmenting.sam.image_encoder(batch.sam_pixels[image][None])
         resized = batch.resized_sizes[image]
         valid = valid_cells(resized, c.sam["image_size"], c.sam_dims.grid, tokens.device)
         low_res = _chain(model, embedding, tokens[chosen], valid)[:, -1]
         logits = to_original(low_res, resized, size, c.sam["image_size"])
         rows = [row for row in range(len(batch.input_ids)) if int(batch.image_index[row]) == image]
-        truth = (torch.cat([batch.target_masks[r] for r in rows]) if targets is None else targets[chosen]).float()
+        truth = torch.cat([batch.target_masks[row] for row in rows]).float()
         bce.append(losses.bce_per_mask(logits, truth, balance=c.bce_balance))
         dice.append(losses.dice_per_mask(logits, truth))
     return {"bce": torch.cat(bce).mean(), "dice": torch.cat(dice).mean()}

@@ -34,6 +34,7 @@ from dataset.sample import Batch
 from model.config import CoresConfig
 from model.cores import CoresForReasoningSegmentation
 from model.lora import add_lora, set_trainable
+from model.reasoning_chain import enable_checkpointing
 from model.sam import PRESETS, SamDims, resized_size
 from utils.checkpoint import write_text
 from utils.sam_cache import SamCache
@@ -94,8 +95,7 @@ def build_model(size: Size, checkpointing: bool) -> CoresForReasoningSegmentatio
     model = CoresForReasoningSegmentation(config)
     add_lora(model, dropout=0.0)
     if checkpointing:
-        model.reasoning.llava.gradient_checkpointing_enable({"use_reentrant": False})
-        model.reasoning.llava.enable_input_require_grads()
+        enable_checkpointing(model.reasoning.llava)
     set_trainable(model)
     return model.train()
 
@@ -309,6 +309,9 @@ def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
         embeddings, valid = torch.zeros(size.images, width, grid, grid), torch.ones(size.images, grid, grid)
     batch = build_batch(size, "cpu", torch.float32)
     plan = model.reasoning.sharing.plan(batch.input_ids, batch.attention_mask, batch.image_index, "sdpa")
+    wanted = torch.zeros_like(plan.source, dtype=torch.bool).flatten()
+    wanted[plan.place[:, :-1][batch.labels[:, 1:] >= 0]] = True
+    wanted = wanted.view_as(plan.source)
     sam_pixels = batch.sam_pixels.to("meta")
     supervised = int((batch.labels[:, 1:] >= 0).sum())
     count, levels, image_index = len(batch.input_ids), len(LEVEL_IDS), batch.image_index.to("meta")
@@ -320,11 +323,12 @@ def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
         with torch.no_grad():
             return model.reasoning.image_features(batch.clip_pixels[:1].to("meta").expand(images, -1, -1, -1))
 
-    def llm(rows: int, length: int, mask: Tensor) -> Tensor:
-        return model.reasoning.hidden_states(zeros(rows, length, size.llama["hidden_size"]), mask.to("meta"))
+    def llm(mask: Tensor, wanted: Tensor | None) -> Tensor:
+        hidden = zeros(mask.shape[0], mask.shape[2], size.llama["hidden_size"])
+        return model.reasoning.hidden_states(hidden, mask.to("meta"), wanted=wanted)
 
     def stock() -> Tensor:
-        with torch.no_grad(), published_schedule.stock_encoder(model):
+        with torch.no_grad():
             return model.segmenting.sam.image_encoder(sam_pixels)
 
     def chains() -> Tensor:
@@ -334,17 +338,18 @@ def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
 
     heads = model.reasoning.llava.lm_head, model.text_projection
     length, d = batch.input_ids.shape[1], size.llama["hidden_size"]
-    published = {
-        "CLIP": _count(lambda: clip(count)),
-        "LLM": _count(lambda: llm(count, length, torch.ones(count, 1, length, length, dtype=torch.bool).tril())),
-        "vocabulary": _count(lambda: heads[0](zeros(count * length, d))),
-        "text projection": _count(lambda: heads[1](zeros(count * length, d))),
-        "SAM encoder": _count(stock),
-        "mask decoder": _count(chains),
-    }
+    with published_schedule.stock_parts(model):
+        published = {
+            "CLIP": _count(lambda: clip(count)),
+            "LLM": _count(lambda: llm(torch.ones(count, 1, length, length, dtype=torch.bool).tril(), None)),
+            "vocabulary": _count(lambda: heads[0](zeros(count * length, d))),
+            "text projection": _count(lambda: heads[1](zeros(count * length, d))),
+            "SAM encoder": _count(stock),
+            "mask decoder": _count(chains),
+        }
     ours = {
         "CLIP": _count(lambda: clip(size.images)),
-        "LLM": _count(lambda: llm(*plan.source.shape, plan.mask())),
+        "LLM": _count(lambda: llm(plan.mask(), wanted)),
         "vocabulary": _count(lambda: heads[0](zeros(supervised, d))),
         "text projection": _count(lambda: heads[1](zeros(count * levels, d))),
         "SAM encoder": _count(lambda: model.segmenting.embed(sam_pixels)),

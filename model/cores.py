@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -202,7 +203,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
 
     def forward(self, batch: Batch) -> CoresOutput:
         """Text loss and mask losses of a batch with its answers in it (training, teacher-forced evaluation)."""
-        hidden = self._hidden(batch)
+        hidden = self._hidden(batch, wanted=F.pad(batch.labels[:, 1:] >= 0, (0, 1)))
         expected = [len(m) for m in batch.target_masks]
         states = self.reasoning.token_states(hidden, batch.labels, batch.info, expected)
         tokens = self.text_projection(torch.cat(states))  # (K of the batch, T, C)
@@ -220,10 +221,10 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             for row, (low_res, iou) in enumerate(zip(output.low_res, output.iou, strict=True))
         ]
 
-    def _hidden(self, batch: Batch) -> Tensor:
+    def _hidden(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         with torch.no_grad():
             features = self.reasoning.image_features(batch.clip_pixels)
-        return self.reasoning.read(batch.input_ids, batch.attention_mask, batch.image_index, features)
+        return self.reasoning.read(batch.input_ids, batch.attention_mask, batch.image_index, features, wanted)
 
     def _segment(self, tokens: Tensor, batch: Batch, counts: list[int]) -> tuple[Tensor, Tensor]:
         """tokens (K, T, C) of all conversations -> low-res logits (K, T, 4G, 4G) and IoU predictions (K, T)."""

@@ -9,6 +9,7 @@ from dataset.sample import collate
 from model import prefix_sharing
 from model.lora import add_lora, set_trainable
 from model.prefix_sharing import PrefixSharing
+from model.reasoning_chain import enable_checkpointing
 from tests.helpers import LEVELS, TEMPLATE, conversation, randomise, sample, tiny_model
 
 EXEMPLARS = [("what is the red wheel?", "It appears on the dog.")]
@@ -183,3 +184,37 @@ def test_gradient_checkpointing_and_sharing_go_together():
     model.reasoning.llava.gradient_checkpointing_enable({"use_reentrant": False})
     _, found = results(model, batch, PrefixSharing())
     assert largest_difference(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_last_layer_works_only_where_it_is_read(enabled):
+    """Losses and gradients equal those of a whole last layer, and its MLP sees the supervised positions only."""
+    model, processor = trained()
+    batch = two_images(processor).to(dtype=torch.float64)
+    last = model.reasoning.llava.model.language_model.layers[-1]
+    seen: list[int] = []
+    last.mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:-1].numel()))
+    inner: list[int] = []
+    last.mlp.gate_proj.register_forward_hook(lambda module, args, output: inner.append(args[0].shape[:-1].numel()))
+    found, gradients = results(model, batch, PrefixSharing(enabled))
+    whole = model._hidden
+    model._hidden = lambda batch, wanted=None: whole(batch)
+    expected, others = results(model, batch, PrefixSharing(enabled))
+    assert torch.allclose(found.loss, expected.loss, rtol=1e-10, atol=0)
+    assert largest_difference(gradients, others) < 1e-7
+    assert inner[0] <= int((batch.labels[:, 1:] >= 0).sum()) < inner[1] == seen[0] == seen[1]
+    assert "forward" not in vars(last.mlp)
+
+
+def test_a_last_layer_that_is_computed_again_is_left_whole():
+    """The backward pass would recompute it after the call that knew which positions are wanted."""
+    model, processor = trained()
+    batch = two_images(processor).to(dtype=torch.float64)
+    _, expected = results(model.train(), batch, PrefixSharing())
+    layers = model.reasoning.llava.model.language_model.layers
+    enable_checkpointing(model.reasoning.llava)
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False]
+    for last in (False, True):
+        layers[-1].gradient_checkpointing = last
+        _, found = results(model, batch, PrefixSharing())
+        assert largest_difference(found, expected) < 1e-7

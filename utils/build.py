@@ -13,6 +13,7 @@ from model.lora import add_lora, set_trainable
 from model.prefix_sharing import PrefixSharing
 from model.processor import FILE as PROCESSOR_FILE
 from model.processor import CoresProcessor
+from model.reasoning_chain import enable_checkpointing
 from model.sam import load_sam
 from utils import checkpoint, sam_cache
 from utils.arguments import Settings, UsageError, numbers, read_resumed, settings_of
@@ -137,8 +138,7 @@ def make_trainable(model: CoresForReasoningSegmentation, s: Settings) -> dict[st
     if s.lora_r:
         add_lora(model, s.lora_r, s.lora_alpha, s.lora_dropout, tuple(s.lora_target_modules.split(",")))
     if s.gradient_checkpointing:
-        model.reasoning.llava.gradient_checkpointing_enable({"use_reentrant": False})
-        model.reasoning.llava.enable_input_require_grads()
+        enable_checkpointing(model.reasoning.llava)
     return set_trainable(model, lora=bool(s.lora_r), train_mask_decoder=s.train_mask_decoder)
 
 
