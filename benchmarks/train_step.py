@@ -422,7 +422,7 @@ def main(argv: list[str] | None = None) -> dict:
         print(json.dumps(found))
         return found
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "memory_of"}
+    settings = {k: v for k, v in vars(args).items() if k not in ("memory_of", "json")}
     result: dict = {"settings": settings | {"device": device, "torch": torch.__version__}, "size": asdict(SIZES[args.size])}
     if "flops" in args.only:
         result["flops"] = count_flops(SIZES[args.size], args.gradient_checkpointing)
