@@ -115,7 +115,8 @@ class Batch:
     clip_pixels: torch.Tensor
     """float (B, 3, h, w): CLIP's normalised input."""
     sam_pixels: torch.Tensor
-    """float (B, 3, S, S): SAM's normalised and padded input."""
+    """float (B', 3, S, S): SAM's normalised and padded input of the images without a cached embedding, without a cache
+    of all: B' = B."""
     original_sizes: list[tuple[int, int]]
     """(H, W) of each of the B images."""
     resized_sizes: list[tuple[int, int]]
@@ -128,6 +129,10 @@ class Batch:
     """N × bool (K, H, W)."""
     info: list[dict]
     """N × {dataset, id, image_path, kind, query, is_sentence, conversation (its index in the sample)}."""
+    sam_embeddings: list[torch.Tensor | None] | None = None
+    """With a cache: B × float (C, G, G), None where it has none."""
+    sam_keys: list[str] | None = None
+    """With a cache: B names under which it keeps embeddings."""
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
         """A batch with its tensors on ``device`` and its float tensors as ``dtype``; None leaves either as it is."""
@@ -215,7 +220,7 @@ def _assemble(samples: Sequence[Sample], processor, encode_one: Callable, on_too
 
     encodings = [encoded for *_, encoded in kept]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sam = [processor.sam(sample.image) for sample in samples]
+    sam_pixels, resized_sizes, cached = _sam_inputs([sample.image for sample in samples], processor)
     conversations = [conversation for _, _, conversation, _ in kept]
     return Batch(
         input_ids=_pad([e.input_ids for e in encodings], pad, left),
@@ -223,14 +228,29 @@ def _assemble(samples: Sequence[Sample], processor, encode_one: Callable, on_too
         labels=_pad([e.labels for e in encodings], IGNORE_INDEX, left),
         image_index=torch.tensor([number for number, *_ in kept], dtype=torch.int64),
         clip_pixels=torch.stack([processor.clip(sample.image) for sample in samples]),
-        sam_pixels=torch.stack([pixels for pixels, _ in sam]),
+        sam_pixels=sam_pixels,
         original_sizes=[tuple(sample.image.shape[:2]) for sample in samples],
-        resized_sizes=[tuple(size) for _, size in sam],
+        resized_sizes=resized_sizes,
         target_masks=[_tensor(c.masks) for c in conversations],
         ignore_masks=[_tensor(c.ignore) for c in conversations],
         host_masks=[_tensor(c.host_masks) for c in conversations],
         info=[_info(samples[number], index, conversation) for number, index, conversation, _ in kept],
+        **cached,
     )
+
+
+def _sam_inputs(images: Sequence[np.ndarray], processor) -> tuple[torch.Tensor, list[tuple[int, int]], dict]:
+    """Pixels (B', 3, S, S) and resized sizes (B) for SAM, and the fields of a Batch that its cache fills, if there is one."""
+    cache = getattr(processor, "sam_cache", None)
+    if cache is None:
+        inputs = [processor.sam(image) for image in images]
+        return torch.stack([pixels for pixels, _ in inputs]), [tuple(size) for _, size in inputs], {}
+    keys = [cache.key(image) for image in images]
+    found = [cache.load(key) for key in keys]
+    missing = [processor.sam(image)[0] for image, known in zip(images, found, strict=True) if known is None]
+    pixels = torch.stack(missing) if missing else torch.zeros(0, 3, processor.image_size, processor.image_size)
+    sizes = [processor.sam_size(image) for image in images]
+    return pixels, sizes, {"sam_embeddings": found, "sam_keys": keys}
 
 
 def _info(sample: Sample, index: int, conversation: Conversation) -> dict:
@@ -255,7 +275,8 @@ def collate(
     """The batch for training and teacher-forced evaluation, right padded. Each image is processed once.
 
     ``processor`` has ``tokenizer``, ``image_token``, ``image_token_count``, ``clip(image) -> (3, h, w)`` and
-    ``sam(image) -> ((3, S, S), resized size)``. A conversation longer than ``tokenizer.model_max_length`` raises
+    ``sam(image) -> ((3, S, S), resized size)``; SAM's pixels are not made where its ``sam_cache``, if it has one, holds
+    the embedding. A conversation longer than ``tokenizer.model_max_length`` raises
     DataError, or with ``on_too_long="skip"`` loses its last text-only turns or is left out with a warning; answer
     tokens are never cut. Raises DataError for a sample whose masks do not match its answer tokens or its image.
     """

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, GenerationConfig, LlavaForConditionalGeneration, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -41,6 +43,8 @@ from model.sam import (
 )
 from model.segmenting_chain import SegmentingChain, TokenRefiner
 from model.weights import find_file, read_all, read_json_file, refuse_bad_loading
+
+MASK_PIXELS = 1 << 22  # pixels of the original frame that the mask losses hold at a time: 16 MB a copy
 
 
 @dataclass
@@ -153,6 +157,8 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         model.text_projection = cls._new_text_projection(full).to(dtype)
         if model.segmenting.refiner is not None:
             model.segmenting.refiner = TokenRefiner(dims.prompt_dim, full.refiner_config).to(dtype)
+        if attn_implementation is not None:  # building the model around it has reset what the config said
+            llava.set_attn_implementation({"": "sdpa", "text_config": attn_implementation})
         if model_max_length is not None:
             tokenizer.model_max_length = model_max_length
         return model.eval(), processor
@@ -234,12 +240,12 @@ class CoresForReasoningSegmentation(PreTrainedModel):
 
     def forward(self, batch: Batch) -> CoresOutput:
         """Text loss and mask losses of a batch with its answers in it (training, teacher-forced evaluation)."""
-        hidden = self._hidden(batch)
+        hidden = self._hidden(batch, wanted=F.pad(batch.labels[:, 1:] >= 0, (0, 1)))
         expected = [len(m) for m in batch.target_masks]
         states = self.reasoning.token_states(hidden, batch.labels, batch.info, expected)
         tokens = self.text_projection(torch.cat(states))  # (K of the batch, T, C)
         low_res, iou = self._segment(tokens, batch, expected)
-        parts = {"text": losses.text_loss(*self.reasoning.supervised_logits(hidden, batch.labels))}
+        parts = {"text": self.reasoning.text_loss(hidden, batch.labels)}
         parts |= self._mask_losses(low_res, tokens, batch, expected)
         return CoresOutput(self._total(parts), parts, list(low_res.split(expected)), list(iou.split(expected)))
 
@@ -252,11 +258,10 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             for row, (low_res, iou) in enumerate(zip(output.low_res, output.iou, strict=True))
         ]
 
-    def _hidden(self, batch: Batch) -> Tensor:
+    def _hidden(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         with torch.no_grad():
             features = self.reasoning.image_features(batch.clip_pixels)
-        embeddings = self.reasoning.embed(batch.input_ids, features, batch.image_index)
-        return self.reasoning.hidden_states(embeddings, batch.attention_mask)
+        return self.reasoning.read(batch.input_ids, batch.attention_mask, batch.image_index, features, wanted)
 
     def _segment(self, tokens: Tensor, batch: Batch, counts: list[int]) -> tuple[Tensor, Tensor]:
         """tokens (K, T, C) of all conversations -> low-res logits (K, T, 4G, 4G) and IoU predictions (K, T)."""
@@ -264,7 +269,10 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         count, levels = tokens.shape[:2]
         if count == 0:  # the image encoder is the most expensive part: nothing asks for it here
             return tokens.new_zeros((0, levels, dims.low_res, dims.low_res)), tokens.new_zeros((0, levels))
-        embeddings = self.segmenting.embed(batch.sam_pixels)
+        if batch.sam_embeddings is None:
+            embeddings = self.segmenting.embed(batch.sam_pixels)
+        else:
+            embeddings = self.segmenting.embed_missing(batch.sam_embeddings, batch.sam_keys, batch.sam_pixels)
         covered = [valid_cells(size, dims.image_size, dims.grid, tokens.device) for size in batch.resized_sizes]
         valid = torch.stack(covered)
         image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
@@ -314,15 +322,31 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             chosen = index if level == last else index[has_host]
             truth = targets if level == last else hosts[has_host]
             hidden = ignore if ignore is None or level == last else ignore[has_host]
-            if len(chosen):
-                logits = to_original(low_res[chosen, level], resized, original, self.config.sam["image_size"])
-                truth = truth.float()
-                bce = losses.bce_per_mask(logits, truth, hidden, self.config.bce_balance)
-                sums["bce"] = sums["bce"] + weight * bce.sum()
-                sums["dice"] = sums["dice"] + weight * losses.dice_per_mask(logits, truth, hidden).sum()
+            for some in _pieces(len(chosen), original):
+                left_out = None if hidden is None else hidden[some]
+                bce, dice = self._frame_losses(low_res[chosen[some], level], truth[some], left_out, resized)
+                sums["bce"] = sums["bce"] + weight * bce
+                sums["dice"] = sums["dice"] + weight * dice
         if self.config.pointing_weight:
             sums["pointing"] = self._point(tokens[index], targets, hosts, has_host, resized)
         return sums
+
+    def _frame_losses(self, low_res: Tensor, truth: Tensor, ignore: Tensor | None, resized: tuple[int, int]):
+        """Sums of BCE and of DICE, each (): low-res logits (K, h, w), truth and ignore bool (K, H, W).
+
+        With a gradient, masks of the original frame are computed again in the backward pass instead of kept: only the
+        low-res ones stay.
+        """
+
+        def compare(low_res: Tensor) -> tuple[Tensor, Tensor]:
+            logits = to_original(low_res, resized, tuple(truth.shape[1:]), self.config.sam["image_size"])
+            target = truth.float()
+            bce = losses.bce_per_mask(logits, target, ignore, self.config.bce_balance)
+            return bce.sum(), losses.dice_per_mask(logits, target, ignore).sum()
+
+        if torch.is_grad_enabled() and low_res.requires_grad:
+            return checkpoint(compare, low_res, use_reentrant=False, preserve_rng_state=False)
+        return compare(low_res)
 
     def _point(self, tokens: Tensor, targets: Tensor, hosts: Tensor, has_host: Tensor, resized: tuple[int, int]) -> Tensor:
         """Pointing loss of tokens (K, T, C): the last level at the target; with pointing_host, others at the host."""
@@ -390,6 +414,12 @@ def _rows_per_image(image_index: Tensor, counts: list[int]) -> dict[int, list[tu
             out.setdefault(image, []).append((row, slice(start, start + count)))
         start += count
     return out
+
+
+def _pieces(count: int, size: tuple[int, int]) -> list[slice]:
+    """``count`` masks of (H, W) = ``size``, as many at a time as MASK_PIXELS allow."""
+    step = max(1, MASK_PIXELS // (size[0] * size[1]))
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _stack_ignore(batch: Batch, rows: list[tuple[int, slice]], size: tuple[int, int]) -> Tensor | None:

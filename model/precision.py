@@ -14,7 +14,7 @@ from model.published import LLAVA
 # are named from the LLaVA and from the whole model, as either may be loaded.
 FULL_PRECISION = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 MASK_BRANCH = ("segmenting", "text_projection")
-ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2")
+ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flex_attention")
 
 
 def quantization(bits: int | None, compute: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig | None:

@@ -18,7 +18,7 @@ from model import published
 from model.config import CoresConfig
 from model.llava import IMAGE_TOKEN, add_image_token, load_tokenizer
 from model.published import CLIPImageProcessor
-from model.sam import preprocess
+from model.sam import preprocess, resized_size
 from model.weights import find_file, read_all, read_json_file
 
 FILE = "cores_processor.json"
@@ -59,6 +59,8 @@ class CoresProcessor(PushToHubMixin):
         """System text in place of the template's, None for its own."""
         self.image_marks = tuple(image_marks) if image_marks else None
         self.strip_at_tokens = strip_at_tokens
+        self.sam_cache = None
+        """Where embeddings of SAM are looked up: ``key(image) -> str`` and ``load(key) -> (C, G, G) or None``."""
 
     @property
     def conversation(self) -> ConversationTemplate:
@@ -79,6 +81,10 @@ class CoresProcessor(PushToHubMixin):
     def sam(self, image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
         """uint8 (H, W, 3) RGB -> float (3, S, S) padded, and the (height, width) of the image inside."""
         return preprocess(image, self.image_size)
+
+    def sam_size(self, image: np.ndarray) -> tuple[int, int]:
+        """The (height, width) that ``sam`` gives an image uint8 (H, W, 3)."""
+        return resized_size(*image.shape[:2], self.image_size)
 
     def save_pretrained(self, folder: str | Path, **unused: Any) -> None:
         """Writes cores_processor.json, the tokenizer with its chat template, and preprocessor_config.json.

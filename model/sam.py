@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 
+from model.sam_decoder import downscale, to_pixels, to_places, two_way, upscale
+from model.sam_encoder import set_fast
 from model.weights import load_strict, read_file
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0…255
@@ -72,8 +74,8 @@ PRESETS = {
 
 def build_sam(dims: SamDims) -> Sam:
     """A SAM of these sizes with random weights."""
-    return Sam(
-        image_encoder=ImageEncoderViT(
+    encoder = set_fast(
+        ImageEncoderViT(
             img_size=dims.image_size,
             patch_size=dims.patch_size,
             embed_dim=dims.embed_dim,
@@ -86,7 +88,10 @@ def build_sam(dims: SamDims) -> Sam:
             use_rel_pos=True,
             window_size=dims.window_size,
             global_attn_indexes=dims.global_attn_indexes,
-        ),
+        )
+    )
+    return Sam(
+        image_encoder=encoder,
         prompt_encoder=PromptEncoder(
             embed_dim=dims.prompt_dim,
             image_embedding_size=(dims.grid, dims.grid),
@@ -247,7 +252,8 @@ def no_mask_prompt(sam: Sam, count: int) -> Tensor:
 
 def mask_prompt(sam: Sam, low_res: Tensor) -> Tensor:
     """Low-res logits (K, h, w) as a dense prompt (K, C, G, G)."""
-    return sam.prompt_encoder.mask_downscaling(low_res[:, None])
+    places = downscale(sam.prompt_encoder.mask_downscaling, to_places(low_res))
+    return places.transpose(1, 2).unflatten(2, sam.prompt_encoder.image_embedding_size)
 
 
 def position_encoding(sam: Sam) -> Tensor:
@@ -275,9 +281,9 @@ def decode_masks(sam: Sam, embeddings: Tensor, sparse: Tensor, dense: Tensor) ->
     decoder = sam.mask_decoder
     rows = embeddings.shape[0]
     tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])[None].expand(rows, -1, -1)
-    position = position_encoding(sam).to(embeddings.dtype).expand(rows, -1, -1, -1)
-    out, image = decoder.transformer(embeddings + dense, position, torch.cat([tokens.to(sparse.dtype), sparse], dim=1))
-    image = image.transpose(1, 2).reshape(embeddings.shape)
-    weights = decoder.output_hypernetworks_mlps[0](out[:, 1])
-    logits = torch.einsum("kc,kchw->khw", weights, decoder.output_upscaling(image))
+    tokens = torch.cat([tokens.to(sparse.dtype), sparse], dim=1)
+    position = position_encoding(sam)[0].flatten(1).T.to(embeddings.dtype)
+    places = (embeddings + dense).flatten(2).transpose(1, 2)
+    out, places = two_way(decoder.transformer, places, position, tokens)
+    logits = to_pixels(upscale(decoder, places, decoder.output_hypernetworks_mlps[0](out[:, 1])))
     return logits, decoder.iou_prediction_head(out[:, 0])[:, 0]

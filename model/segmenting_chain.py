@@ -5,6 +5,8 @@ K targets of the whole batch · T levels · C prompt width · G side of SAM's em
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import Sam
@@ -84,11 +86,27 @@ class SegmentingChain(nn.Module):
         self.sam = sam
         self.refiner = TokenRefiner(sam.prompt_encoder.embed_dim, refiner) if refiner.kind != "none" else None
         self.decode_chunk = decode_chunk
+        self.keep: Callable[[str, Tensor], Tensor] | None = None
+        """Takes the name and embedding (C, G, G) of an image that a cache lacks, and returns what it will give later."""
 
     @torch.no_grad()
     def embed(self, pixels: Tensor) -> Tensor:
         """SAM's frozen image encoder: (B, 3, S, S) padded and normalised -> (B, C, G, G)."""
         return self.sam.image_encoder(pixels)
+
+    def embed_missing(self, known: list[Tensor | None], keys: list[str], pixels: Tensor) -> Tensor:
+        """``known`` embeddings (B × (C, G, G)), completed from the pixels (B', 3, S, S) of the others -> (B, C, G, G).
+
+        One image at a time: what is kept must not depend on the batch that an image happened to be in.
+        """
+        rest = iter(pixels)
+        done = []
+        for key, embedding in zip(keys, known, strict=True):
+            if embedding is None:
+                embedding = self.embed(next(rest)[None])[0]
+                embedding = embedding if self.keep is None else self.keep(key, embedding)
+            done.append(embedding)
+        return torch.stack(done)
 
     def forward(self, tokens: Tensor, embeddings: Tensor, image_index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (K, T, C), embeddings (B, C, G, G), image_index int64 (K,), valid (B, G, G).

@@ -47,7 +47,6 @@ class ModelArguments:
     precision: str = option("bf16", "floating-point format", choices=["fp32", "bf16", "fp16"])
     load_in_8bit: bool = option(False, "hold the language model in 8 bits per weight; the mask branch stays in full")
     load_in_4bit: bool = option(False, "hold the language model in 4 bits per weight (QLoRA when it trains)")
-    attn_implementation: str = option("auto", "attention of the language model", choices=list(ATTENTION))
     system_prompt: str = option("", "system text in place of the template's")
     lora_r: int = option(8, "rank of LoRA; 0: no adapters")
     lora_alpha: int = option(16, "LoRA's scale is alpha / r")
@@ -130,12 +129,27 @@ class EvalArguments:
     gallery: int = option(8, "answers of each kind (worst, random, best, without a mask) in report.html")
 
 
-GROUPS = (ModelArguments, LossArguments, DataArguments, TrainArguments, EvalArguments)
+@dataclass
+class SpeedArguments:
+    prefix_sharing: bool = option(True, "conversations of an image share its prompt; false: the published schedule, same results")
+    pack_tokens: int = option(0, "tokens that images may share a row up to; 0: what the largest image needs")
+    attn_implementation: str = option(
+        "auto",
+        "attention of the language model, see docs/performance.md",
+        choices=list(ATTENTION),
+    )
+    sam_cache: str = option("", "folder that keeps SAM's image embeddings; unset: computed every time")
+    sam_cache_dtype: str = option("fp16", "how the cache stores numbers", choices=["fp16", "int8"])
+    sam_cache_gb: float = option(0.0, "most that the cache may hold, in 10^9 bytes; 0: no limit")
+
+
+GROUPS = (ModelArguments, LossArguments, DataArguments, TrainArguments, EvalArguments, SpeedArguments)
 # What may change when a run is continued: where things are, how they are shown, how they are measured.
 FREE_ON_RESUME = {
     "resume", "auto_resume", "eval_only", "exp_name", "log_base_dir", "dataset_dir", "workers", "print_freq",
     "save_every", "no_eval", "eval_every", "eval_mode", "eval_limit", "eval_texts", "val_dataset", "val_batch_size",
-    "max_new_tokens", "examples", "gallery",
+    "max_new_tokens", "examples", "gallery", "prefix_sharing", "pack_tokens", "attn_implementation", "sam_cache",
+    "sam_cache_gb",
 }  # fmt: skip
 # Flags of the published scripts that have no meaning here: the value named is what this program does anyway.
 REFUSED = {
@@ -326,6 +340,8 @@ def _check(s: Settings) -> None:
         "eval_limit",
         "examples",
         "gallery",
+        "pack_tokens",
+        "sam_cache_gb",
     ):
         if getattr(s, name) < 0:
             raise UsageError(f"--{name} is {getattr(s, name)}; it must not be negative")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from segment_anything.modeling import Sam
 
 from dataset.mixture import EvalDataset, TrainMixture
 from model import published
 from model.cores import CoresForReasoningSegmentation
 from model.lora import add_lora, load_adapter, set_trainable
 from model.precision import choose_attention, quantization
+from model.prefix_sharing import PrefixSharing
 from model.processor import FILE as PROCESSOR_FILE
 from model.processor import CoresProcessor
+from model.reasoning_chain import enable_checkpointing
+from model.sam import load_sam
 from model.weights import find_file, looks_like_path, read_json_file
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, sam_cache
 from utils.arguments import FREE_ON_RESUME, Settings, UsageError, numbers, parse_over, read_resumed, settings_of
 from utils.engine import DTYPES, samples_per_epoch
 
@@ -56,10 +60,7 @@ def prompt_format(s: Settings) -> PromptFormat:
 
 def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
     """A new model from backbones, or a merged one to go on from; weights in --precision, nothing trainable yet."""
-    attention, reason = choose_attention(s.attn_implementation, DTYPES[s.precision], distributed.device())
-    if distributed.is_main():
-        print(f"attention: {attention} ({reason})")
-    loading = {"attn_implementation": attention, "vision_tower": s.vision_tower or None}
+    loading: dict[str, Any] = {"vision_tower": s.vision_tower or None}
     if s.bits:
         loading["quantization_config"] = quantization(s.bits, DTYPES[s.precision])
     if is_merged(s.version):
@@ -86,7 +87,31 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
             **loss_config(s),
         )
     check_facts(s, model, processor)
+    set_speed(model, processor, s)
     return model, processor
+
+
+def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s: Settings) -> None:
+    """Applies SpeedArguments."""
+    attention, reason = choose_attention(s.attn_implementation, DTYPES[s.precision], distributed.device())
+    if distributed.is_main():
+        print(f"attention: {attention} ({reason})")
+    model.reasoning.llava.set_attn_implementation({"": "sdpa", "text_config": attention})
+    model.reasoning.sharing = PrefixSharing(s.prefix_sharing, s.pack_tokens)
+    if s.sam_cache:
+        name = sam_cache.fingerprint(model.segmenting.sam.image_encoder, processor.image_size)
+        processor.sam_cache = sam_cache.SamCache(s.sam_cache, name, s.sam_cache_dtype, s.sam_cache_gb)
+        model.segmenting.keep = processor.sam_cache.keep
+
+
+def build_sam_only(s: Settings) -> tuple[Sam, int]:
+    """The SAM that these settings train with, in --precision, and its image size."""
+    if is_merged(s.version):
+        model, processor = build_model(s)
+        return model.segmenting.sam, processor.image_size
+    prompt_format(s)
+    sam, dims = load_sam(s.vision_pretrained)
+    return sam.to(DTYPES[s.precision]), dims.image_size
 
 
 def finished_processor(s: Settings) -> CoresProcessor:
@@ -162,8 +187,7 @@ def make_trainable(model: CoresForReasoningSegmentation, s: Settings) -> dict[st
     if s.lora_r:
         add_lora(model, s.lora_r, s.lora_alpha, s.lora_dropout, tuple(s.lora_target_modules.split(",")))
     if s.gradient_checkpointing:
-        model.reasoning.llava.gradient_checkpointing_enable({"use_reentrant": False})
-        model.reasoning.llava.enable_input_require_grads()
+        enable_checkpointing(model.reasoning.llava)
     return set_trainable(model, lora=bool(s.lora_r), train_mask_decoder=s.train_mask_decoder)
 
 
