@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dataset.conversation import SENTENCE_QUESTIONS, answer_text
 from dataset.drawing import Cell, card_sheet
 from dataset.faults import BadItem, Faults, write_skip_list
-from dataset.images import DataError, require_folder
+from dataset.images import DataError, MissingDataError, require_folder
 from dataset.registry import Entry, Loader, entries
 from dataset.sample import LoaderOptions, Sample, check_sample
 
@@ -39,6 +39,8 @@ class Finding:
     """As --val_dataset has it: "ReasonSeg|val"."""
     missing: list[str] = field(default_factory=list)
     """Official names of files that are not there."""
+    absent: str = ""
+    """What its files lack: a split that a file of several splits does not hold, all of its images."""
     error: str = ""
     """Why it cannot be opened at all."""
     images: int = 0
@@ -55,6 +57,8 @@ class Finding:
     def line(self) -> str:
         if self.missing:
             return f"incomplete: {', '.join(self.missing)} is not there"
+        if self.absent:
+            return f"incomplete: {self.absent}"
         if self.error:
             return f"cannot be opened: {self.error}"
         counts = self.counts
@@ -73,8 +77,11 @@ def inspect(entry: Entry, split: str, root: Path, samples: int | None) -> Findin
     options = LoaderOptions(LEVELS, training=False, skip_missing=True, faults=faults)
     try:
         loader = entry.open(root, split, options)
+    except MissingDataError as error:
+        finding.absent = str(error)
     except DataError as error:
         finding.error = str(error)
+    if finding.absent or finding.error:
         finding.bad = list(faults.found.values())
         return finding
     finding.images = len(loader)
