@@ -75,7 +75,10 @@ def usable(
     """
     allowed = without_excluded(positions, [name_of[position] for position in positions], options, dataset)
     names = [name_of[position] for position in allowed]
-    return np.array(without_missing(allowed, names, folder, source, options, dataset), dtype=np.int64)
+    kept = without_missing(allowed, names, folder, source, options, dataset)
+    if not len(kept):
+        raise DataError(f"{source}: --skip_list leaves nothing of {dataset}; leave the data set out")
+    return np.array(kept, dtype=np.int64)
 
 
 def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path, field: str, thin: bool = False) -> np.ndarray:
