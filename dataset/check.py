@@ -28,7 +28,7 @@ from dataset.sample import LoaderOptions, Sample, check_sample
 
 LEVELS = ("LOC", "SEG")
 SHEET_CELLS = 24  # pictures on a contact sheet
-CELLS_PER_IMAGE = 2  # so that an image with many queries leaves room for others
+CELLS_PER_IMAGE = 2  # at least; an image with many queries leaves room for others
 
 
 @dataclass
@@ -88,25 +88,26 @@ def inspect(entry: Entry, split: str, root: Path, samples: int | None) -> Findin
     count = len(loader) if samples is None else min(samples, len(loader))
     chosen = np.linspace(0, len(loader) - 1, count).round().astype(int).tolist()
     for index in tqdm(chosen, desc=finding.name, unit="image", leave=False, disable=None):
-        _open_one(loader, index, faults, finding)
+        _open_one(loader, index, faults, finding, max(CELLS_PER_IMAGE, SHEET_CELLS // count))
     finding.bad = list(faults.found.values())
     return finding
 
 
-def _open_one(loader: Loader, index: int, faults: Faults, finding: Finding) -> None:
+def _open_one(loader: Loader, index: int, faults: Faults, finding: Finding, cells: int) -> None:
     with faults.guard(loader.dataset, loader.path(index)):
         sample = loader.sample(index, np.random.default_rng(index))
         check_sample(sample, LEVELS)
         finding.opened += 1
-        _count(sample, finding)
+        _count(sample, finding, cells)
 
 
-def _count(sample: Sample, finding: Finding) -> None:
+def _count(sample: Sample, finding: Finding, cells: int) -> None:
+    """Adds the sample's numbers, and its first ``cells`` queries to the contact sheet."""
     for number, conversation in enumerate(sample.conversations):
         finding.counts["queries"] += len(conversation.turns)
         finding.counts["targets"] += len(conversation.masks)
         finding.counts["empty"] += int((~conversation.masks.any(axis=(1, 2))).sum()) if len(conversation.masks) else 0
-        if number < CELLS_PER_IMAGE and len(finding.cells) < SHEET_CELLS:
+        if number < cells and len(finding.cells) < SHEET_CELLS:
             question, reply = conversation.turns[0]
             note = "" if len(conversation.masks) else answer_text(reply)
             query = question.removesuffix(SENTENCE_QUESTIONS[0].removeprefix("{text}"))  # every question ends with it
