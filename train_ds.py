@@ -22,6 +22,7 @@ from utils import distributed
 
 distributed.prepare_environment()  # before anything imports deepspeed
 
+from dataset.faults import read_skip_list  # noqa: E402
 from utils import build, checkpoint  # noqa: E402
 from utils.arguments import Settings, UsageError, parse  # noqa: E402
 from utils.engine import Interrupted, NonFiniteLoss, Trainer  # noqa: E402
@@ -85,6 +86,9 @@ def train(s: Settings, started: float) -> None:
     if distributed.is_main():
         checkpoint.save_settings(s.run_dir, s)
     trainer.train()
+    skipped = s.run_dir / "skipped.jsonl"
+    if skipped.is_file():
+        say(f"{len(read_skip_list(skipped))} bad items were left out; {skipped} names them")
     if val is not None:
         if s.zero_stage < 3:  # what the merge script exports; ZeRO-3 has taken the weights apart
             checkpoint.load_weights(model, checkpoint.find_checkpoint(s.run_dir, "best"))

@@ -22,13 +22,13 @@ from tqdm import tqdm
 from dataset.conversation import SENTENCE_QUESTIONS, answer_text
 from dataset.drawing import Cell, card_sheet
 from dataset.faults import BadItem, Faults, write_skip_list
-from dataset.images import DataError, require_folder
+from dataset.images import DataError, MissingDataError, require_folder
 from dataset.registry import Entry, Loader, entries
 from dataset.sample import LoaderOptions, Sample, check_sample
 
 LEVELS = ("LOC", "SEG")
 SHEET_CELLS = 24  # pictures on a contact sheet
-CELLS_PER_IMAGE = 2  # so that an image with many queries leaves room for others
+CELLS_PER_IMAGE = 2  # at least; an image with many queries leaves room for others
 
 
 @dataclass
@@ -39,6 +39,8 @@ class Finding:
     """As --val_dataset has it: "ReasonSeg|val"."""
     missing: list[str] = field(default_factory=list)
     """Official names of files that are not there."""
+    absent: str = ""
+    """What its files lack: a split that a file of several splits does not hold, all of its images."""
     error: str = ""
     """Why it cannot be opened at all."""
     images: int = 0
@@ -55,6 +57,8 @@ class Finding:
     def line(self) -> str:
         if self.missing:
             return f"incomplete: {', '.join(self.missing)} is not there"
+        if self.absent:
+            return f"incomplete: {self.absent}"
         if self.error:
             return f"cannot be opened: {self.error}"
         counts = self.counts
@@ -73,33 +77,37 @@ def inspect(entry: Entry, split: str, root: Path, samples: int | None) -> Findin
     options = LoaderOptions(LEVELS, training=False, skip_missing=True, faults=faults)
     try:
         loader = entry.open(root, split, options)
+    except MissingDataError as error:
+        finding.absent = str(error)
     except DataError as error:
         finding.error = str(error)
+    if finding.absent or finding.error:
         finding.bad = list(faults.found.values())
         return finding
     finding.images = len(loader)
     count = len(loader) if samples is None else min(samples, len(loader))
     chosen = np.linspace(0, len(loader) - 1, count).round().astype(int).tolist()
     for index in tqdm(chosen, desc=finding.name, unit="image", leave=False, disable=None):
-        _open_one(loader, index, faults, finding)
+        _open_one(loader, index, faults, finding, max(CELLS_PER_IMAGE, SHEET_CELLS // count))
     finding.bad = list(faults.found.values())
     return finding
 
 
-def _open_one(loader: Loader, index: int, faults: Faults, finding: Finding) -> None:
+def _open_one(loader: Loader, index: int, faults: Faults, finding: Finding, cells: int) -> None:
     with faults.guard(loader.dataset, loader.path(index)):
         sample = loader.sample(index, np.random.default_rng(index))
         check_sample(sample, LEVELS)
         finding.opened += 1
-        _count(sample, finding)
+        _count(sample, finding, cells)
 
 
-def _count(sample: Sample, finding: Finding) -> None:
+def _count(sample: Sample, finding: Finding, cells: int) -> None:
+    """Adds the sample's numbers, and its first ``cells`` queries to the contact sheet."""
     for number, conversation in enumerate(sample.conversations):
         finding.counts["queries"] += len(conversation.turns)
         finding.counts["targets"] += len(conversation.masks)
         finding.counts["empty"] += int((~conversation.masks.any(axis=(1, 2))).sum()) if len(conversation.masks) else 0
-        if number < CELLS_PER_IMAGE and len(finding.cells) < SHEET_CELLS:
+        if number < cells and len(finding.cells) < SHEET_CELLS:
             question, reply = conversation.turns[0]
             note = "" if len(conversation.masks) else answer_text(reply)
             query = question.removesuffix(SENTENCE_QUESTIONS[0].removeprefix("{text}"))  # every question ends with it

@@ -47,7 +47,7 @@ def without_missing(
         records = [record for record, ok in zip(records, wanted, strict=True) if ok]
         names = [name for name, ok in zip(names, wanted, strict=True) if ok]
         if not names:
-            raise DataError(f"{source}: --skip_list leaves nothing of {dataset}; leave the data set out")
+            return records
     parents = {name[: name.rfind("/") + 1] for name in names}
     places = {parent: resolve_inside(folder, parent) if parent else folder for parent in parents}
     there = {parent: {path.name for path in place.iterdir()} if place.is_dir() else set() for parent, place in places.items()}
@@ -75,7 +75,10 @@ def usable(
     """
     allowed = without_excluded(positions, [name_of[position] for position in positions], options, dataset)
     names = [name_of[position] for position in allowed]
-    return np.array(without_missing(allowed, names, folder, source, options, dataset), dtype=np.int64)
+    kept = without_missing(allowed, names, folder, source, options, dataset)
+    if not len(kept):
+        raise DataError(f"{source}: --skip_list leaves nothing of {dataset}; leave the data set out")
+    return np.array(kept, dtype=np.int64)
 
 
 def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path, field: str, thin: bool = False) -> np.ndarray:

@@ -39,8 +39,10 @@ class BadItem:
 
 
 def read_skip_list(path: str | Path) -> list[BadItem]:
-    """The items of a skip list. Raises DataError naming file, line and field."""
+    """The items of a skip list; clean data have an empty one. Raises DataError naming file, line and field."""
     found = []
+    if Path(path).is_file() and not Path(path).stat().st_size:
+        return found
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue

@@ -47,7 +47,7 @@ from dataset.images import (
 )
 from dataset.own_formats import Query, is_coco, read_coco, read_labelme, read_table
 from dataset.reasoning import paint_shapes
-from dataset.sample import Conversation, LoaderOptions, Sample
+from dataset.sample import Conversation, LoaderOptions, Sample, draw_queries
 
 FOLDER = "own"
 EVERYTHING = "all"  # the split that is all of them
@@ -277,10 +277,7 @@ class OwnData:
         if not self.options.training:
             count = 1 if self.options.texts == "first" else None
             return [(number, text) for number, query in enumerate(queries) for text in query["texts"][:count]]
-        shuffled = [(int(number), rng.permutation(queries[number]["texts"])) for number in rng.permutation(len(queries))]
-        rounds = range(max(len(texts) for _, texts in shuffled))
-        pairs = [(number, str(texts[turn])) for turn in rounds for number, texts in shuffled if turn < len(texts)]
-        return pairs[: self.options.num_classes_per_sample]
+        return draw_queries([query["texts"] for query in queries], self.options.num_classes_per_sample, rng)
 
     def _conversation(self, query: dict, text: str, image: Path, size: tuple[int, int], rng: np.random.Generator) -> Conversation:
         if query["size"] is not None:
