@@ -182,7 +182,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             dtype, source = kwargs["dtype"], None
         elif content.get("model_type") == CoresConfig.model_type:
             source = name
-            kwargs.setdefault("key_mapping", {r"(\.vision_tower\.)(?:vision_model\.)?": rf"\1{published.clip_prefix()}"})
+            kwargs |= published.tower_renaming(read_all(name))
         else:
             found = content.get("model_type")
             raise ValueError(f"{name}: model_type is {found!r}; a merged model says {CoresConfig.model_type!r}")
@@ -203,7 +203,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         if not isinstance(dtype, torch.dtype):
             dtype = weights["lm_head.weight"].dtype if dtype == "auto" and "lm_head.weight" in weights else torch.float32
         tokenizer = load_tokenizer(name)
-        levels = published.levels_of(tokenizer.get_vocab(), name)
+        levels = content.get("levels") or published.levels_of(tokenizer.get_vocab(), name)
         llava, ours, _ = assemble(name, content, weights, tokenizer, dtype, vision_tower)
         add_image_token(llava, tokenizer)
         has_refiner = any(key.startswith(published.REFINER) for key in ours)

@@ -126,7 +126,7 @@ class CoresProcessor(PushToHubMixin):
         tower = published.tower_of(config, source, vision_tower)
         vision = published.tower_config(tower)
         marks = published.IMAGE_MARKS if published.uses_image_marks(config, tokenizer.get_vocab()) else None
-        levels = published.levels_of(tokenizer.get_vocab(), source)
+        levels = config.get("levels") or published.levels_of(tokenizer.get_vocab(), source)
         llava = published.llava_config(config, vision, len(tokenizer), len(tokenizer))
         add_image_token(llava, tokenizer)
         return cls(

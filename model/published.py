@@ -87,6 +87,15 @@ def clip_prefix() -> str:
     return "vision_model." if next(iter(model.state_dict())).startswith("vision_model.") else ""
 
 
+def tower_renaming(names: Iterable[str]) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for weights of ours that another version of transformers saved; {} for the same."""
+    theirs = any(".vision_tower.vision_model." in name for name in names)
+    if theirs == bool(clip_prefix()):
+        return {}
+    old = "vision_model." if theirs else ""
+    return {"key_mapping": {re.escape(f".vision_tower.{old}"): f".vision_tower.{clip_prefix()}"}}
+
+
 def our_name(name: str, linear_projector: bool) -> str | None:
     """Our name of a published weight, None for a constant that needs no loading. Other names come back as they are."""
     if LEFTOVERS.search(name):
@@ -227,7 +236,9 @@ def their_config(config, architecture: str, tower: str, image_marks: bool) -> di
         "mm_vision_select_feature": "patch" if llava.vision_feature_select_strategy == "default" else "cls_patch",
         "mm_use_im_start_end": image_marks,
         "out_dim": config.sam["prompt_dim"],
-        "sam": config.sam,  # ours: the number of heads leaves no trace in the weights
+        # ours: neither the number of SAM's heads nor the use of a token leaves a trace in the weights
+        "sam": config.sam,
+        "levels": config.levels,
         "train_mask_decoder": True,
     }
 

@@ -79,6 +79,7 @@ class ToyProcessor:
     """The attributes that collate needs; counts how often pixels are made."""
 
     image_token = IMAGE
+    conversation = "tiny"
 
     def __init__(self, tokenizer=None, image_token_count: int = 3):
         self.tokenizer = tokenizer or word_tokenizer()

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import chat
@@ -89,7 +88,6 @@ def test_several_masks_and_a_cut_answer(photo, tmp_path, capsys):
     [
         (["--version", "/nowhere"], "/nowhere"),
         ([], "--version"),
-        (["--version", "x", "--load_in_4bit"], "bitsandbytes"),
         (["--version", "x", "--load_in_4bit", "--load_in_8bit"], "exclude each other"),
         (["--version", "x", "--prompt", "where?"], "needs an --image"),
         (["--version", "x", "--image", "/nowhere.jpg", "--prompt", "where?"], "/nowhere.jpg"),
@@ -100,22 +98,10 @@ def test_several_masks_and_a_cut_answer(photo, tmp_path, capsys):
     ],
 )
 def test_chat_refuses_in_one_line(argv, words, capsys):
-    if "--load_in_4bit" in argv and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     assert chat.main(argv) == 2
     message = capsys.readouterr().err
     assert words in message
     assert message.count("\n") == 1
-
-
-def test_low_bit_flags_become_a_config(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(chat.importlib.util, "find_spec", lambda name: object())
-    arguments = chat.read_arguments(["--version", "x", "--load_in_4bit", "--precision", "fp16"])
-    config = chat.quantization(arguments)["quantization_config"]
-    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_compute_dtype == torch.float16
-    assert chat.quantization(chat.read_arguments(["--version", "x", "--load_in_8bit"]))["quantization_config"].load_in_8bit
-    assert chat.quantization(chat.read_arguments(["--version", "x"])) == {}
 
 
 # -------------------------------------------------------------------------------------------------------- conversations

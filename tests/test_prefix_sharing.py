@@ -52,7 +52,7 @@ def largest_difference(one: dict, other: dict) -> float:
     return max(float((one[k] - other[k]).abs().max()) / max(float(other[k].abs().max()), floor) for k in one)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 5e-7), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("row_tokens", [0, 10_000])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_losses_and_gradients_equal_separate_rows(attention, row_tokens, dtype, tolerance):

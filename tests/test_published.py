@@ -303,3 +303,17 @@ def test_clip_towers_are_named_as_this_transformers_does():
     small = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     names = CLIPVisionModel(small).state_dict()
     assert all(name.startswith(published.clip_prefix()) for name in names)
+
+
+def test_a_model_that_another_transformers_saved_loads_and_is_saved_again(tmp_path):
+    model, processor = tiny_model()
+    model.save_pretrained(tmp_path / "a")
+    processor.save_pretrained(tmp_path / "a")
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    there = any(".vision_tower.vision_model." in name for name in weights)
+    swap = (".vision_tower.vision_model.", ".vision_tower.") if there else (".vision_tower.", ".vision_tower.vision_model.")
+    damage(tmp_path / "a", lambda w: [w.update({name.replace(*swap): w.pop(name)}) for name in list(w) if swap[0] in name])
+    for number in range(2):  # what is loaded can be saved, and loaded again
+        model_again = CoresForReasoningSegmentation.from_pretrained(tmp_path / "a")
+        assert all(torch.equal(tensor, model_again.state_dict()[name]) for name, tensor in model.state_dict().items()), number
+        model_again.save_pretrained(tmp_path / "a")

@@ -22,7 +22,7 @@ from model import published
 from model.cores import CoresForReasoningSegmentation
 from model.lora import add_lora, load_adapter, set_trainable
 from model.processor import CoresProcessor
-from model.sam import no_mask_prompt, to_original
+from model.sam import mask_prompt, no_mask_prompt, to_original
 from utils.parity import LOSS_TOLERANCE, Table, read_tensors
 
 GRADIENT_FLOOR = 1e-4  # of the largest norm: what is zero in exact arithmetic is noise of that size
@@ -240,11 +240,17 @@ class Case:
             self.check(
                 f"{run}.sam_image_embedding.{i}", probe.sam_embeddings[i : i + 1] if probe.sam_embeddings is not None else None
             )
-        self.check(f"{run}.llm_inputs_embeds", probe.embeddings)
-        self.check(f"{run}.last_hidden_state", probe.hidden)
+        # read again row by row: the pass itself shares prefixes and computes only what the losses need
+        reasoning = self.model.reasoning
+        with torch.no_grad():
+            features = reasoning.image_features(batch.clip_pixels)
+            embeddings = reasoning.embed(batch.input_ids, features, batch.image_index)
+            hidden = reasoning.hidden_states(embeddings, batch.attention_mask)
+        self.check(f"{run}.llm_inputs_embeds", embeddings)
+        self.check(f"{run}.last_hidden_state", hidden)
         self.check(f"{run}.llm_labels", batch.labels)
         self.check(f"{run}.llm_attention_mask", self.recorded_attention(run))
-        logits, targets = self.model.reasoning.supervised_logits(probe.hidden, batch.labels)
+        logits, targets = reasoning.supervised_logits(hidden, batch.labels)
         self.check(f"{run}.logits_at_supervised", logits)
         self.check(f"{run}.supervised_targets", targets)
         if f"{run}.prompt_text_embeds.0" in self.outputs:
@@ -267,17 +273,19 @@ class Case:
                 self.check(f"{run}.low_res_masks.{k}", low_res[rows, level][:, None])
                 self.check(f"{run}.iou_pred.{k}", iou[rows, level][:, None])
                 self.check(f"{run}.postprocess_out.{k}", self.full(low_res[rows, level], *original)[:, None])
-                if probe.sparse:
-                    self.check(f"{run}.decoder_sparse_in.{k}", probe.sparse[level][rows])
-                    self.check(f"{run}.prompt_dense.{k}", self.dense(probe, level, rows))
+                refined = probe.refined[level - 1] if level and probe.refined else probe.tokens[:, level]
+                self.check(f"{run}.decoder_sparse_in.{k}", refined[rows][:, None])
+                self.check(f"{run}.prompt_dense.{k}", self.dense(low_res, level, rows))
                 if level and probe.refined:
                     self.check(f"{run}.refiner_tgt.{image}", probe.query[rows].transpose(0, 1))
                     self.check(f"{run}.refiner_memory.{image}", probe.memory[rows].transpose(0, 1))
                     self.check(f"{run}.refiner_out.{image}", (probe.refined[0][rows] - probe.tokens[rows, level])[None])
 
-    def dense(self, probe: Probe, level: int, rows: slice) -> Tensor:
-        count = len(range(*rows.indices(len(probe.tokens))))
-        return probe.dense[level - 1][rows] if level else no_mask_prompt(self.model.segmenting.sam, count)
+    def dense(self, low_res: Tensor, level: int, rows: slice) -> Tensor:
+        """The dense prompt of a level: the mask of the level before, or SAM's "no mask"."""
+        sam = self.model.segmenting.sam
+        masks = low_res[rows]
+        return mask_prompt(sam, masks[:, level - 1]) if level else no_mask_prompt(sam, len(masks))
 
     def batch_sizes(self, run: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         return [(self.sam[i][1], tuple(self.originals[i].shape[:2])) for i in self.image_numbers(run)]
@@ -441,13 +449,8 @@ class Probe:
         self.values: dict[str, list] = defaultdict(list)
         self.hooks = [
             self._watch(llava.multi_modal_projector, lambda args, kwargs, out: {"clip": args[0], "projected": out}),
-            self._watch(
-                llava.language_model, lambda args, kwargs, out: {"in": kwargs["inputs_embeds"], "out": out.last_hidden_state}
-            ),
             self._watch(model.text_projection, lambda args, kwargs, out: {"tokens": out}),
             self._watch(segmenting.sam.image_encoder, lambda args, kwargs, out: {"sam": out}),
-            self._watch(segmenting.sam.prompt_encoder.mask_downscaling, lambda args, kwargs, out: {"dense": out}),
-            self._watch(segmenting.sam.mask_decoder.transformer, lambda args, kwargs, out: {"sparse": args[2]}),
             self._watch(segmenting, lambda args, kwargs, out: {"masks": out[0]}),
         ]
         if segmenting.refiner is not None:
@@ -480,19 +483,11 @@ class Probe:
     def projected(self) -> Tensor:
         return torch.cat(list(self.values["projected"]))
 
-    embeddings = property(lambda self: self._first("in"))
-    hidden = property(lambda self: self._first("out"))
     sam_embeddings = property(lambda self: torch.cat(self.values["sam"]) if self.values["sam"] else None)
     tokens = property(lambda self: self._first("tokens"))
-    dense = property(lambda self: self.values["dense"])
     refined = property(lambda self: self.values["refined"])
     query = property(lambda self: self._first("query"))
     memory = property(lambda self: self._first("memory"))
-
-    @property
-    def sparse(self) -> list[Tensor]:
-        """Per level (K, 1, C): what stands behind SAM's own five tokens."""
-        return [tokens[:, 5:] for tokens in self.values["sparse"]]
 
     @property
     def low_res(self) -> list[Tensor]:

@@ -168,7 +168,7 @@ def compare_resizing(inputs: dict, outputs: dict, content: dict, table: Table) -
         pixels, size = preprocess(image.numpy(), recorded["target"])
         table.equal(f"{name}.resized", torch.tensor(size), torch.tensor(recorded["resized"]), "sides")
         if f"{name}.resized_u8_hwc" in outputs:
-            ours = torch.from_numpy(resize_longest_side(image.numpy(), recorded["target"]))
+            ours = torch.tensor(resize_longest_side(image.numpy(), recorded["target"]))
             table.equal(f"{name}.resized_u8_hwc", ours, outputs[f"{name}.resized_u8_hwc"], "values")
         if f"{name}.preprocessed" in outputs:
             table.tensors(f"{name}.preprocessed", pixels, outputs[f"{name}.preprocessed"], ROUNDED)
