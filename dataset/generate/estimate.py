@@ -65,14 +65,15 @@ class DryRun:
         self._key, self._answers, self._counts = key, answers, counts
         self._max_tokens, self._tokens_per_image = max_tokens, tokens_per_image
         self._lock = threading.Lock()
-        self._seen: set[str] = set()
+        self._seen: set[tuple[str, str]] = set()
 
     def ask(self, request: Request) -> Answer:
         """The answer of the journal or the request's stand-in. Raises NotAsked where there is neither."""
         key = self._key(request)
         with self._lock:
-            if key not in self._seen:
-                self._seen.add(key)
+            # by item, too: two photos differ in what their stand-ins do not show
+            if (key, request.item) not in self._seen:
+                self._seen.add((key, request.item))
                 self._count(request, key in self._answers)
         if key in self._answers:
             return self._answers[key]
