@@ -130,7 +130,7 @@ class FakeChatServer(ThreadingHTTPServer):
         self.served: list[Served] = []
         self.under_way = self.most_under_way = 0
         self.delay = 0.0
-        self.hold_from: int | None = None  # requests from this number on wait until the test lets them go
+        self.hold_from: int | None = None  # requests from this number on get no answer; the test kills who asked
         self.go = threading.Event()
         self.lock = threading.Lock()
 
@@ -183,7 +183,10 @@ class Handler(BaseHTTPRequestHandler):
         served = self.server.arrive(raw, dict(self.headers))
         try:
             if self.server.hold_from is not None and number >= self.server.hold_from:
+                served.outcome = "held"  # never answered: whoever asked has been killed meanwhile
                 self.server.go.wait()
+                self.close_connection = True
+                return
             time.sleep(self.server.delay)
             getattr(self, f"fault_{served.outcome}", self.answer)(served)
         except (BrokenPipeError, ConnectionResetError):
