@@ -99,7 +99,7 @@ def killed_while_asking(argv: list[str], server: FakeChatServer, after: int) -> 
     server.hold_from = len(server.served) + after
     process = subprocess.Popen([sys.executable, "-m", "dataset.generate", *argv, "--concurrent", "2"], cwd=ROOT)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while sum(served.outcome == "held" for served in server.served[server.hold_from :]) < 2:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)
@@ -110,11 +110,12 @@ def killed_while_asking(argv: list[str], server: FakeChatServer, after: int) -> 
     server.hold_from = None
 
 
-def test_a_run_that_was_killed_goes_on(tmp_path, undisturbed):
+@pytest.mark.parametrize("kills", [[9], pytest.param([3, 5, 0, 13], marks=pytest.mark.chaos)], ids=str)
+def test_a_run_that_was_killed_goes_on(tmp_path, undisturbed, kills):
     write_photos(tmp_path, 12)
     out = tmp_path / "reason_seg/LLM-Seg40K"
     with FakeChatServer(flawed=True) as server:
-        for after in (5, 13):
+        for after in kills:
             killed_while_asking(questions(tmp_path, server), server, after)
             assert not out.exists(), "no half of a result"
         with (tmp_path / "reason_seg/LLM-Seg40K.generation/journal.jsonl").open("a") as stream:
@@ -190,6 +191,35 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, more, said):
         assert server.served == []
     error = capsys.readouterr().err
     assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_broken_picture_ends_the_run_in_one_line(tmp_path, capsys):
+    _, images = write_photos(tmp_path, 2)
+    (images / "000000000001.jpg").write_bytes(b"no picture")
+    with FakeChatServer() as server:
+        assert main(questions(tmp_path, server)) == 2
+    error = capsys.readouterr().err
+    assert "000000000001.jpg: not a readable image" in error and error.count("\n") == 1
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    write_photos(tmp_path, 2)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dataset.generate.questions.ask_about", interrupted)
+    with FakeChatServer() as server:
+        assert main(questions(tmp_path, server)) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_captioner_whose_model_is_missing(tmp_path, capsys):
+    write_photos(tmp_path, 2)
+    with FakeChatServer() as server:
+        argv = questions(tmp_path, server, "--captioner", "utils.captioner:load", "--captioner_model", str(tmp_path / "none"))
+        assert main(argv) == 2
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_two_sources_must_not_share_names(tmp_path, capsys):

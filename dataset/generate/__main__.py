@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             print(estimate_table(session.counts, session.prices))
         return code
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a file that is not there, a folder that cannot be written, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (Abort, Stopped) as error:
