@@ -57,7 +57,9 @@ def without_missing(records: Sequence, names: list[str], folder: Path, source: P
     return kept
 
 
-def usable(positions: Sequence[int], name_of: Sequence[str], folder: Path, source: Path, options: LoaderOptions, dataset: str):
+def usable(
+    positions: Sequence[int], name_of: Sequence[str], folder: Path, source: Path, options: LoaderOptions, dataset: str
+) -> np.ndarray:
     """The ``positions``, int64, whose image may be trained on and is in ``folder``. ``name_of``: file name by position.
 
     Raises DataError, as ``without_excluded`` and ``without_missing`` do.

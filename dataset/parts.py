@@ -163,7 +163,8 @@ class PartSegmentation:
         for entry in entries:
             field = f'annotation {entry["id"]} "segmentation"'
             mask = annotation_mask(entry["segmentation"], size, self.source, field, thin=True)
-            (crowd if entry.get("iscrowd") else target)[mask] = True
+            union = crowd if entry.get("iscrowd") else target
+            union |= mask
         return target, crowd & ~target
 
     def _host(self, category: int, by_category: dict[int, list[dict]], size: tuple[int, int]) -> np.ndarray | None:

@@ -123,7 +123,7 @@ class SemanticSegmentation:
         self.family = FAMILIES[name]
         self.options = options
         split = split or self.family.train_split
-        if Path(split).name != split:
+        if Path(split).name != split or split == "..":
             raise ValueError(f"{name}|{split}: {split!r} is no split; give the name of a folder, such as {self.family.train_split}")
         self.dataset = f"{name}|{split}"
         root = Path(dataset_dir)

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 HEADER = "header.json"
 CHUNK = 1 << 24
+LARGE = 1 << 27  # bytes that take several seconds
 # A file that changed less than this ago may change again within one tick of its file system's clock.
 SETTLED_NS = 2_000_000_000
 
@@ -184,7 +185,9 @@ def _try_open(folder: Path, digest: str) -> Store | None:
 
 def _build(source: Path, folder: Path, digest: str, build: Build, signature: Signature) -> None:
     started = time.perf_counter()
-    logger.info("%s: its index is built once, in %s", source, folder)
+    # nobody should wait for a minute without a word
+    level = logging.WARNING if signature[0] > LARGE else logging.INFO
+    logger.log(level, "%s: its index is built, once, in %s", source, folder)
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours

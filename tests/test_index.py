@@ -5,15 +5,15 @@ import json
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import tempfile
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -168,12 +168,21 @@ def read_all(reader: JsonReader):
 
 
 @given(value=VALUES, indent=st.sampled_from([None, 1]), window=st.integers(1, 9))
+@example(value=[-1.5e-300, 10], indent=None, window=1)
+@example(value=-1.5e-300, indent=None, window=1)
 @settings(max_examples=100, deadline=None)
 def test_the_window_of_the_reader_does_not_matter(value, indent, window):
     text = f" {json.dumps(value, indent=indent)}\r\n"
     reader = JsonReader(io.StringIO(text, newline=""), window)
     assert read_all(reader) == value
     reader.end()
+
+
+def test_the_window_stays_small():
+    """Of 300 kB in entries of 30 no more is held than two windows; an entry that is longer is held as a whole."""
+    reader = JsonReader(io.StringIO(json.dumps([{"id": i, "x": "abc"} for i in range(10_000)] + ["y" * 5000])), window=1000)
+    held = [len(reader._text) for _ in reader.items()]
+    assert max(held[:-1]) < 2100 and 5000 < held[-1] < 20_000
 
 
 def test_the_reader_says_where_it_failed():
@@ -325,17 +334,15 @@ def test_of_many_processes_one_builds(tmp_path):
     source = tmp_path / "a.json"
     source.write_text("content")
 
-    def rank(queue):
-        store = open_store(source, "toy-1", slow_build, tmp_path / "cache")
-        queue.put(store.json("content"))
+    def rank():
+        assert open_store(source, "toy-1", slow_build, tmp_path / "cache").json("content") == "content"
 
-    queue = FORK.SimpleQueue()
-    ranks = [FORK.Process(target=rank, args=(queue,)) for _ in range(5)]
+    ranks = [FORK.Process(target=rank) for _ in range(5)]
     for process in ranks:
         process.start()
-    assert [queue.get() for _ in ranks] == ["content"] * 5
     for process in ranks:
-        process.join(20)
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0] * 5
     assert len((tmp_path / "builds").read_text().split()) == 1
 
 
@@ -371,13 +378,13 @@ def test_workers_read_the_same_however_they_are_started(tmp_path, start):
 def test_a_pickle_holds_the_name_of_the_file_only(tmp_path, builds, monkeypatch):
     monkeypatch.setenv("CORES_CACHE", str(tmp_path / "cache"))
     loader = CocoInstances(write_data(tmp_path), "train2017", LoaderOptions(("SEG",)))
-    text = pickle.dumps(loader)
+    text = ForkingPickler.dumps(loader)
     assert len(text) < 1500 < (tmp_path / "coco" / "annotations" / "instances_train2017.json").stat().st_size
-    assert_same(pickle.loads(text).index, coco(3, 40))
+    assert_same(ForkingPickler.loads(text).index, coco(3, 40))
     assert len(builds) == 1
     write_json(loader.source, coco(3, 41))
     with pytest.raises(DataError, match="is not the file it was when this process was started"):
-        pickle.loads(text)
+        ForkingPickler.loads(text)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, caplog):
@@ -415,6 +422,14 @@ def test_the_default_cache(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert store_module.cache_root() == Path("/home/me/.cache/cores/index")
+
+
+def test_a_long_build_is_announced(tmp_path, monkeypatch, caplog):
+    CocoIndex.open(write_json(tmp_path / "a.json", coco()), tmp_path / "cache")
+    assert not caplog.text
+    monkeypatch.setattr(store_module, "LARGE", 100)
+    CocoIndex.open(write_json(tmp_path / "a.json", coco(2)), tmp_path / "cache")
+    assert "a.json: its index is built, once, in" in caplog.text
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
@@ -592,7 +607,7 @@ def test_lists_of_records(tmp_path, caplog):
         with pytest.raises(IndexError):
             index[2]
     assert caplog.text.count("index built") == 1
-    assert list(pickle.loads(pickle.dumps(index))) == list(index)
+    assert list(ForkingPickler.loads(ForkingPickler.dumps(index))) == list(index)
     for content, message in (([], "must be a non-empty list"), ({}, "must be a non-empty list"), ([{}], "record 0 has no name")):
         with pytest.raises(DataError, match=f"a.json: {message}"):
             RecordIndex.open(write_json(path, content), "toy-1", prepare, tmp_path / "cache")

@@ -169,6 +169,10 @@ def test_a_training_run_on_the_whole_mixture(written):
     losses = [step["loss"] for step in steps if "loss" in step]
     assert len(losses) == 4 and np.isfinite(losses).all()
     assert json.loads((toys() / "runs/published/config.json").read_text())["exclude_val"] is True
+    again = ["--eval_only", "--resume", str(toys() / "runs/published"), "--val_dataset", "cocostuff|train2017"]
+    assert train_ds.main([*again, "--exp_name", "stuff"]) == 0
+    asked = sum(len(one) for one in written[1]["cocostuff|train2017"].values())
+    assert json.loads((toys() / "runs/stuff/metrics.json").read_text())["teacher_forced"]["n"] == asked, "one photo asks nothing"
 
 
 # --------------------------------------------------------------------------------------------------------- --exclude_val
@@ -338,8 +342,9 @@ def test_a_photo_of_void_classes_asks_nothing(written):
 
 
 def test_errors_of_label_maps(root):
-    with pytest.raises(ValueError, match="'../images' is no split"):
-        SemanticSegmentation(root, "cocostuff", EVAL, "../images")
+    for split in ("../images", "..", "/tmp"):
+        with pytest.raises(ValueError, match=f"'{split}' is no split"):
+            SemanticSegmentation(root, "cocostuff", EVAL, split)
     with pytest.raises(MissingDataError, match="cocostuff/val2017: does not exist|coco/val2017: does not exist"):
         SemanticSegmentation(root, "cocostuff", EVAL, "val2017")
     (root / f"coco/train2017/{official.VAL:012d}.jpg").unlink()
