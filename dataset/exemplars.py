@@ -17,10 +17,11 @@ import numpy as np
 from dataset.images import DataError, read_json
 
 LIBRARY_PATH = Path(__file__).with_name("exemplars.json")
-_LOOKS_SPECIAL = re.compile(r"\[[A-Z_]+\]|<[^<>]*>|\{|\}")
+LOOKS_SPECIAL = re.compile(r"\[[A-Z_]+\]|<[^<>]*>|\{|\}")
 
 
-def _normalise(text: str) -> str:
+def normalise(text: str) -> str:
+    """The words of ``text`` in lower case, single spaces between them; texts that differ in signs only become equal."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
@@ -34,7 +35,7 @@ class ExemplarLibrary:
         if not isinstance(entries, list) or not entries:
             raise DataError(f'{path}: must be a non-empty list of {{"q": …, "a": …}}')
         self.pairs = [self._check(entry, index) for index, entry in enumerate(entries)]
-        self._questions = [_normalise(question) for question, _ in self.pairs]
+        self._questions = [normalise(question) for question, _ in self.pairs]
         first: dict[str, int] = {}
         for index, question in enumerate(self._questions):
             if first.setdefault(question, index) != index:
@@ -45,7 +46,7 @@ class ExemplarLibrary:
         for text in texts:
             if not isinstance(text, str) or not text.strip():
                 raise DataError(f'{self.path}: entry {index} needs non-empty texts "q" and "a"')
-            if found := _LOOKS_SPECIAL.search(text):
+            if found := LOOKS_SPECIAL.search(text):
                 raise DataError(f"{self.path}: entry {index} contains {found[0]!r}; exemplars are plain text")
         return texts[0].strip(), texts[1].strip()
 
@@ -60,7 +61,7 @@ class ExemplarLibrary:
         if count <= 0:
             return []
         queries = [exclude_query] if isinstance(exclude_query, str) else exclude_query or ()
-        queries = [f" {_normalise(query)} " for query in queries]
+        queries = [f" {normalise(query)} " for query in queries]
         # the query carries a wording around it ("... Please output segmentation mask."), hence containment
         allowed = [i for i, question in enumerate(self._questions) if not any(f" {question} " in q for q in queries)]
         if count > len(allowed):

@@ -1,0 +1,169 @@
+"""Questions about the marked objects of photographs: the data pipeline of LLM-Seg40K, which was published without it.
+
+Result, in the layout of LLM-Seg40K (dataset/llm_seg40k.py reads it)::
+
+    <out>/{train,validation,test}.json
+    {photo: {"from_dataset": …, "qa_pairs": [{"question", "answer", "rle_seg", "object", "annotation_ids"}, …]}}
+
+``object`` and ``annotation_ids`` say where a mask is from; readers ignore them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dataset.exemplars import normalise
+from dataset.generate import checks, prompts
+from dataset.generate.client import Chat, Request, picture
+from dataset.generate.scenes import Scene, SceneObject
+from dataset.generate.talk import talk
+from dataset.generate.work import write_json
+
+SPLITS = ("train", "validation", "test")
+SUMMARY_WORDS = (15, 250)
+
+
+@dataclass(frozen=True)
+class QuestionOptions:
+    objects: int = 4
+    """Most objects of an image that are asked about: the largest."""
+    least_share: float = 0.002
+    """Smaller objects, as part of the image's area, are not asked about."""
+    most_share: float = 0.8
+    """Neither are larger ones."""
+    rounds: int = 2
+    """How often the model is asked before an object is given up."""
+    reasoning: bool = True
+    """A question must not name its object."""
+    most_repeats: int = 3
+    """How often the same question may be asked in the whole data set."""
+
+    def __post_init__(self):
+        """Raises ValueError."""
+        if not 0 <= self.least_share < self.most_share <= 1:
+            raise ValueError(f"--least_share {self.least_share} and --most_share {self.most_share} must be 0 <= least < most <= 1")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What came of one scene."""
+
+    scene: Scene
+    pairs: list[dict[str, Any]]
+    refused: list[str] = field(default_factory=list)
+
+
+def ask_about(scene: Scene, captioner: Chat | None, chat: Chat, side: int, options: QuestionOptions) -> Asked:
+    """Questions about ``scene``. ``captioner``: None to go without a summary. ``side``: see client.picture.
+
+    Raises DataError, ChatError, Abort.
+    """
+    found = scene.objects()
+    fitting = [o for o in found if options.least_share <= o.share <= options.most_share]
+    objects = fitting[: options.objects]
+    if not objects:
+        return Asked(scene, [], ["no object of a fitting size"])
+    others = sorted({*(o.name for o in found), *scene.others} - {o.name for o in objects})
+    summary = summarise(scene, captioner, side, options.rounds) if captioner else ""
+    if summary is None:
+        return Asked(scene, [], ["no usable summary"])
+    by_name = {o.name.lower(): o for o in objects}
+
+    def check(entry: Any, accepted: list[Any]) -> str | None:
+        return check_pair(entry, accepted, by_name, options.reasoning)
+
+    def missing(accepted: list[Any]) -> str:
+        done = {object_name(entry) for entry in accepted}
+        left = [o.name for o in objects if o.name.lower() not in done]
+        return f"for these things only: {', '.join(left)}" if left else ""
+
+    messages = prompts.question_messages(summary, objects, others)
+    result = talk(chat, "questions", scene.name, messages, "pairs", check, missing, options.rounds)
+    accepted = sorted(result.accepted, key=lambda entry: objects.index(by_name[object_name(entry)]))
+    return Asked(scene, [_pair(entry, by_name[object_name(entry)]) for entry in accepted], result.refused)
+
+
+def summarise(scene: Scene, captioner: Chat, side: int, rounds: int) -> str | None:
+    """What the photograph shows, in words; None where no try gives a usable summary."""
+    part, images = picture(scene.path, side)
+    least, most = SUMMARY_WORDS
+    for number in range(rounds):
+        messages = prompts.caption_messages(part)
+        stand_in = "word " * 120  # as long as it may be
+        request = Request("caption", scene.name, messages, images, number, rounds - 1 - number, stand_in)
+        answer = captioner.ask(request)
+        text = " ".join(answer.text.split())
+        # a summary that is cut off is still one, up to its last whole sentence
+        text = text[: text.rfind(".") + 1] if answer.finish == "length" else text
+        if checks.check_length(text, least, most, "summary") is None:
+            return text
+    return None
+
+
+def object_name(entry: Any) -> str:
+    name = entry.get("object") if isinstance(entry, dict) else None
+    return " ".join(name.lower().split()) if isinstance(name, str) else ""
+
+
+def check_pair(entry: Any, accepted: Sequence[Any], objects: dict[str, SceneObject], reasoning: bool = True) -> str | None:
+    """Why a pair is refused, or None. ``objects``: those asked about, by name in lower case."""
+    target = objects.get(object_name(entry))
+    if target is None:
+        return f'a pair is about none of the things ("{object_name(entry)}")'
+    question, answer = entry.get("question"), entry.get("answer")
+    reason = checks.check_length(question, 6, 35, "question") or checks.check_length(answer, 6, 40, "answer")
+    reason = reason or checks.check_plain(question, "question") or checks.check_plain(answer, "answer")
+    reason = reason or checks.check_leak(question) or checks.check_answer_names(answer, target.names)
+    if reasoning:
+        reason = reason or checks.check_unnamed(question, target.names)
+    if not reason and object_name(entry) in map(object_name, accepted):
+        reason = "a second question about it"
+    reason = reason or checks.check_new(question, [other["question"] for other in accepted], "question")
+    return f"{target.name}: {reason}" if reason else None
+
+
+def _pair(entry: dict[str, Any], target: SceneObject) -> dict[str, Any]:
+    texts = {key: " ".join(entry[key].split()) for key in ("question", "answer")}
+    return texts | {"rle_seg": target.rle, "object": target.name, "annotation_ids": list(target.annotation_ids)}
+
+
+def without_repeats(asked: Iterable[Asked], most: int) -> list[Asked]:
+    """Leaves out a question that was asked ``most`` times before it."""
+    counts: dict[str, int] = {}
+    kept = []
+    for one in asked:
+        pairs, refused = [], list(one.refused)
+        for pair in one.pairs:
+            question = normalise(pair["question"])
+            counts[question] = counts.get(question, 0) + 1
+            if counts[question] <= most:
+                pairs.append(pair)
+            else:
+                refused.append(f"{pair['object']}: the question was asked in {most} other images")
+        kept.append(Asked(one.scene, pairs, refused))
+    return kept
+
+
+def split_of(name: str, validation: float, test: float) -> str:
+    """The split of a photo: a function of its name alone, so that it stays where it is when the data grow."""
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return "test" if place < test else "validation" if place < test + validation else "train"
+
+
+def write_splits(asked: Iterable[Asked], out: Path, validation: float, test: float) -> dict[str, int]:
+    """Writes the splits that hold a question; returns the number of questions by split."""
+    content: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
+    for one in sorted(asked, key=lambda one: one.scene.name):
+        if one.pairs:
+            entry = {"from_dataset": one.scene.source.kind, "qa_pairs": one.pairs}
+            content[split_of(one.scene.name, validation, test)][one.scene.name] = entry
+    for split, entries in content.items():
+        if entries:
+            write_json(out / f"{split}.json", entries)
+        else:
+            (out / f"{split}.json").unlink(missing_ok=True)  # of an earlier run with other flags
+    return {split: sum(len(entry["qa_pairs"]) for entry in entries.values()) for split, entries in content.items()}

@@ -1,0 +1,240 @@
+"""Photographs with marked objects, from instance annotations in the format of COCO, LVIS or EgoObjects.
+
+A file is read twice, entry by entry: once to choose the images, once for the masks of the chosen ones (LVIS is 1 GB of JSON).
+What the formats differ in::
+
+    name of an image   COCO "file_name"; LVIS only "coco_url"; EgoObjects "url". The last part of it counts.
+    LVIS               "not_exhaustive_category_ids": categories of which not all instances are marked; never asked for
+    EgoObjects         boxes without masks; `python -m utils.boxes_to_masks` makes the masks first
+
+H, W are the size of an image in the original frame.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as rle_codec
+
+from dataset.coco import annotation_mask
+from dataset.images import DataError, check_size, read_image, require_folder, resolve_inside
+from dataset.json_stream import JsonReader, parse_stream
+
+KINDS = ("coco", "ego_objects")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One --source: a file of annotations and the folder of its images."""
+
+    kind: str
+    """What "from_dataset" will say; the loader knows from it where the images are."""
+    annotations: Path
+    images: Path
+    wanted: tuple[tuple[int, int, int | None], ...] = ((2, 10**9, None),)
+    """(fewest categories in an image, most, number of such images or None for all), …"""
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """All instances of one category in an image."""
+
+    name: str
+    names: tuple[str, ...]
+    """The name and its synonyms."""
+    count: int
+    share: float
+    """Part of the image's area, 0 to 1."""
+    where: str
+    """Centre of the mask in words, such as "top left"."""
+    rle: dict[str, Any]
+    """COCO run lengths of the union, {"size": [H, W], "counts": text}."""
+    annotation_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and what is marked in it."""
+
+    source: Source
+    name: str
+    """File name inside the folder of the source."""
+    size: tuple[int, int]
+    """(H, W) that the annotations state."""
+    categories: dict[str, tuple[str, ...]]
+    """Name -> name and synonyms of every category that is completely marked here."""
+    others: tuple[str, ...]
+    """Names of categories that are there, but not completely marked."""
+    annotations: dict[str, list[tuple[int, Any]]]
+    """Name -> (annotation id, segmentation) of each instance; category names of ``categories``."""
+
+    @property
+    def path(self) -> Path:
+        return resolve_inside(self.source.images, self.name)
+
+    def objects(self) -> list[SceneObject]:
+        """The marked objects, largest first. Raises DataError."""
+        check_size(self.size, read_image(self.path).shape[:2], self.path, f"the size in {self.source.annotations.name}")
+        found = [self._object(name, instances) for name, instances in self.annotations.items()]
+        return sorted(found, key=lambda found: (-found.share, found.name))
+
+    def _object(self, name: str, instances: list[tuple[int, Any]]) -> SceneObject:
+        mask = np.zeros(self.size, dtype=bool)
+        for number, segmentation in instances:
+            where = f"annotation {number}"
+            mask |= annotation_mask(segmentation, self.size, self.source.annotations, where, thin=True)
+        rle = rle_codec.encode(np.asfortranarray(mask, dtype=np.uint8))
+        rle = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
+        ids = tuple(number for number, _ in instances)
+        return SceneObject(name, self.categories[name], len(instances), float(mask.mean()), _where(mask), rle, ids)
+
+
+def _where(mask: np.ndarray) -> str:
+    """The third of height and width in which the centre of ``mask``, bool (H, W), lies."""
+    rows, columns = np.nonzero(mask)
+    if not len(rows):
+        return "nowhere"
+    row = int(3 * rows.mean() / mask.shape[0])
+    column = int(3 * columns.mean() / mask.shape[1])
+    where = f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}"
+    return "centre" if where == "middle centre" else where.removeprefix("middle ")
+
+
+def parse_wanted(text: str) -> tuple[tuple[int, int, int | None], ...]:
+    """ "2-5:6000,6-:4000" -> ((2, 5, 6000), (6, 10**9, 4000)): 6,000 images with 2 to 5 categories, 4,000 with 6 or more.
+
+    Raises ValueError.
+    """
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)-(\d*)(?::(\d+))?", part.strip())
+        if not match:
+            raise ValueError(f"--source: {part!r} does not say which images; write 2-5:6000 for 6000 with 2 to 5 categories")
+        least, most = int(match[1]), int(match[2] or 10**9)
+        if not 1 <= least <= most:
+            raise ValueError(f"--source: {part!r} asks for {least} to {most} categories; the first number is at least 1")
+        found.append((least, most, int(match[3]) if match[3] else None))
+    for (_, most, _), (least, _, _) in zip(sorted(found), sorted(found)[1:], strict=False):
+        if least <= most:
+            raise ValueError(f"--source: {text!r} asks twice for images with {least} categories")
+    return tuple(found)
+
+
+def clean_name(name: str) -> str:
+    """ "lamb_(animal)" -> "lamb"."""
+    return " ".join(re.sub(r"\([^)]*\)", " ", name).replace("_", " ").split()) or name
+
+
+@dataclass
+class _Image:
+    name: str
+    size: tuple[int, int]
+    partly: frozenset[int]
+    """Categories that are not completely marked."""
+
+
+class _Survey:
+    """What the first reading keeps: every image, and the categories in it."""
+
+    def __init__(self, source: Path):
+        self.source = source
+        self.images: dict[int, _Image] = {}
+        self.names: dict[int, tuple[str, ...]] = {}
+        self.present: dict[int, set[int]] = defaultdict(set)
+        self.crowded: dict[int, set[int]] = defaultdict(set)
+
+    def take(self, key: str, entry: dict) -> None:
+        if key == "images":
+            place = next((entry[field] for field in ("file_name", "coco_url", "url") if entry.get(field)), None)
+            if not isinstance(place, str):
+                raise KeyError("file_name")
+            partly = frozenset(entry.get("not_exhaustive_category_ids", ()))
+            self.images[entry["id"]] = _Image(place.rsplit("/", 1)[-1], (entry["height"], entry["width"]), partly)
+        elif key == "categories":
+            name = clean_name(entry["name"])
+            self.names[entry["id"]] = tuple(dict.fromkeys([name, *map(clean_name, entry.get("synonyms", ()))]))
+        elif key == "annotations":
+            self.present[entry["image_id"]].add(entry["category_id"])
+            if entry.get("iscrowd"):
+                self.crowded[entry["image_id"]].add(entry["category_id"])
+
+    def complete(self, image: int) -> set[int]:
+        """The categories whose every instance in the image is marked."""
+        return self.present[image] - self.crowded[image] - self.images[image].partly
+
+    def choose(self, folder: Path, wanted: tuple[tuple[int, int, int | None], ...], seed: int) -> list[int]:
+        """Ids of the images that are in ``folder`` and asked for, sorted by name."""
+        there = {path.name for path in folder.iterdir()}
+        images = sorted((image.name, number) for number, image in self.images.items() if image.name in there)
+        chosen = []
+        for least, most, count in wanted:
+            fitting = [(name, number) for name, number in images if least <= len(self.complete(number)) <= most]
+            if count is not None and count < len(fitting):
+                picked = np.random.default_rng([seed, least]).choice(len(fitting), size=count, replace=False)
+                fitting = [fitting[index] for index in sorted(picked)]
+            chosen += fitting
+        return [number for _, number in sorted(chosen)]
+
+
+def _each_entry(source: Path, keys: tuple[str, ...], take: Any) -> None:
+    """``take(key, entry)`` of every entry of the lists ``keys``. Raises DataError."""
+
+    def parse(reader: JsonReader) -> set[str]:
+        seen = set()
+        for key in reader.members():
+            if key not in keys or reader.peek() != "[":
+                reader.value()
+                continue
+            seen.add(key)
+            for number, (entry, _) in enumerate(reader.items()):
+                try:
+                    take(key, entry)
+                except (KeyError, TypeError, AttributeError) as error:
+                    raise DataError(f'{source}: "{key}" entry {number} lacks or misuses a field ({error})') from None
+        return seen
+
+    missing = [key for key in keys if key not in parse_stream(source, parse)]
+    if missing:
+        raise DataError(f'{source}: has no list "{missing[0]}"; an instances file in the format of COCO is expected')
+
+
+def read_scenes(source: Source, seed: int) -> list[Scene]:
+    """The scenes that ``source`` asks for, sorted by image name. Raises DataError."""
+    require_folder(source.images, f"the images of {source.annotations.name}")
+    survey = _Survey(source.annotations)
+    _each_entry(source.annotations, ("images", "annotations", "categories"), survey.take)
+    if unknown := set().union(*survey.present.values()) - survey.names.keys():
+        raise DataError(f"{source.annotations}: an annotation names the unknown category {min(unknown)}")
+    if unknown := survey.present.keys() - survey.images.keys():
+        raise DataError(f"{source.annotations}: an annotation names the unknown image {min(unknown)}")
+    chosen = survey.choose(source.images, source.wanted, seed)
+    if not chosen:
+        raise DataError(f"{source.annotations}: no image of the wanted kind is in {source.images}")
+    complete = {image: survey.complete(image) for image in chosen}
+    segmentations: dict[int, dict[int, list]] = {image: defaultdict(list) for image in chosen}
+
+    def take(_: str, entry: dict) -> None:
+        image, category = entry["image_id"], entry["category_id"]
+        if category in complete.get(image, ()):
+            if not entry.get("segmentation"):
+                hint = "make masks of boxes with `python -m utils.boxes_to_masks`"
+                raise DataError(f"{source.annotations}: annotation {entry['id']} has no mask; {hint}")
+            segmentations[image][category].append((entry["id"], entry["segmentation"]))
+
+    _each_entry(source.annotations, ("annotations",), take)
+    return [_scene(source, survey, image, segmentations[image]) for image in chosen]
+
+
+def _scene(source: Source, survey: _Survey, number: int, segmentations: dict[int, list]) -> Scene:
+    image = survey.images[number]
+    present = [survey.names[category][0] for category in survey.present[number]]
+    # "bat_(animal)" and "bat_(sports)" in one image: nobody could tell which is meant
+    asked = [category for category in sorted(segmentations) if present.count(survey.names[category][0]) == 1]
+    categories = {survey.names[category][0]: survey.names[category] for category in asked}
+    annotations = {survey.names[category][0]: sorted(segmentations[category], key=lambda pair: pair[0]) for category in asked}
+    return Scene(source, image.name, image.size, categories, tuple(sorted(set(present) - categories.keys())), annotations)
