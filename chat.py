@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import unicodedata
 from argparse import Namespace
@@ -211,23 +212,46 @@ def print_answer(result: Result, report: dict[str, Any]) -> None:
         print(f"  overlay {report['overlay']}")
 
 
+class _CtrlC:
+    """Ctrl-C as a KeyboardInterrupt while ``armed``, once; nothing at any other time, such as while that one is answered."""
+
+    armed = False
+
+    def __call__(self, *_: Any) -> None:
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+
 def converse(chat: Chat, first_image: Path | None) -> None:
     """Reads lines until /quit or the end of the input. No mistake and no Ctrl-C ends it or loses the conversation."""
     print(HELP)
     line = None if first_image is None else f"/image {first_image}"
-    going = True
-    while going:
-        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C while the first one is answered
+    ctrl_c, going = _CtrlC(), True
+    before = signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        while going:
             try:
-                given, line = (input(chat.prompt) if line is None else line), None
-                going = chat.take(given)
-            except EOFError:
-                print()
-                going = False
+                ctrl_c.armed = True
+                given, line = line, None
+                going = _step(chat, given)
+                ctrl_c.armed = False
             except KeyboardInterrupt:
                 print("\nstopped; the conversation is as it was (/quit or Ctrl-D ends it)")
-            except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-                print(f"error: {one_line(error)}")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _step(chat: Chat, line: str | None) -> bool:
+    """One line, asked for if there is none; False for the end."""
+    try:
+        return chat.take(input(chat.prompt) if line is None else line)
+    except EOFError:
+        print()
+        return False
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: {one_line(error)}")
+        return True
 
 
 def one_line(error: Exception) -> str:

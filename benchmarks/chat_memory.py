@@ -2,6 +2,7 @@
 
     python -m benchmarks.chat_memory                        # prints the table
     python -m benchmarks.chat_memory --write docs/chat.md   # puts it between the marks of that file
+    python -m benchmarks.chat_memory --weights --write docs/checkpoints.md   # the weights alone, of every preset
 
 LLaVA-v1.5-13B with SAM ViT-H and CoReS' own parts is built on the meta device, so parameters and buffers are counted
 exactly. Computed: weights (the linear layers inside the language model's decoder blocks are what bitsandbytes packs; 8-bit
@@ -36,9 +37,23 @@ VICUNA_13B = {"vocab_size": 32066, "hidden_size": 5120, "intermediate_size": 138
               "num_attention_heads": 40, "max_position_embeddings": 4096}  # fmt: skip
 
 
-def build(text: dict, vision: dict, sam: SamDims) -> CoresForReasoningSegmentation:
+VICUNA_7B = VICUNA_13B | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+PRESET_MODELS = {  # text, vision, layers of the projector
+    "7B v1 (224 px, linear)": (VICUNA_7B, CLIP | {"image_size": 224}, 1),
+    "7B v1.5 (336 px, mlp2x_gelu)": (VICUNA_7B, CLIP, 2),
+    "13B v1 (224 px, linear)": (VICUNA_13B, CLIP | {"image_size": 224}, 1),
+    "13B v1.5 (336 px, mlp2x_gelu)": (VICUNA_13B, CLIP, 2),
+}
+
+
+def build(text: dict, vision: dict, sam: SamDims, projector_layers: int = 2) -> CoresForReasoningSegmentation:
     """A CoReS of these sizes without storage."""
-    llava = LlavaConfig(text_config=LlamaConfig(**text), vision_config=CLIPVisionConfig(**vision), tie_word_embeddings=False)
+    llava = LlavaConfig(
+        text_config=LlamaConfig(**text),
+        vision_config=CLIPVisionConfig(**vision),
+        tie_word_embeddings=False,
+        projector_layers=projector_layers,
+    )
     with torch.device("meta"):
         return CoresForReasoningSegmentation(CoresConfig(llava, asdict(sam), ["LOC", "SEG"], [32064, 32065]))
 
@@ -98,14 +113,29 @@ def format_table(model: CoresForReasoningSegmentation, context: int) -> str:
     return "\n".join(lines)
 
 
+def weights_table() -> str:
+    """Markdown: GiB of weights of every preset with SAM ViT-H, by precision."""
+    lines = [
+        "| GiB of weights, with SAM ViT-H | millions | " + " | ".join(PRECISIONS) + " |",
+        "| --- |" + " ---: |" * (1 + len(PRECISIONS)),
+    ]
+    for name, (text, vision, layers) in PRESET_MODELS.items():
+        model = build(text, vision, PRESETS["vit_h"], layers)
+        held = set(parts(model))
+        sizes = [sum(v for part, v in row.items() if part in held) / GIB for row in memory(model, 1).values()]
+        lines.append(f"| {name} | {sum(parts(model).values()) / 1e6:,.0f} | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=2048, help="tokens of the conversation, the picture's 576 among them")
+    parser.add_argument("--weights", action="store_true", help="weights alone, every preset")
     parser.add_argument("--write", type=Path, help="a Markdown file with the two marks")
     args = parser.parse_args(argv)
     if args.context < 1:
         parser.error(f"--context is {args.context}; it must be at least 1")
-    table = format_table(build(VICUNA_13B, CLIP, PRESETS["vit_h"]), args.context)
+    table = weights_table() if args.weights else format_table(build(VICUNA_13B, CLIP, PRESETS["vit_h"]), args.context)
     print(table)
     if args.write:
         before, mark, rest = args.write.read_text(encoding="utf-8").partition(MARKS[0])

@@ -264,6 +264,9 @@ class Handler(BaseHTTPRequestHandler):
     def fault_quota(self, _: Served) -> None:
         self.error(429, "insufficient_quota")
 
+    def fault_now(self, _: Served) -> None:
+        self.error(429, "slow down, but come back at once", Retry_After="0")
+
     def fault_long(self, _: Served) -> None:
         self.error(429, "come back tomorrow", Retry_After="86400")
 

@@ -126,8 +126,9 @@ def test_the_local_captioner_speaks_the_most_likely_words(monkeypatch):
     words = describe(image, "what is this?")
     assert words == describe(image, "what is this?")
 
-    llava, tokenizer, image_processor = load_llava(str(ASSETS / "llava"))
-    pixels = image_processor(images=image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    backbone = load_llava(str(ASSETS / "llava"))
+    llava, tokenizer = backbone.model, backbone.tokenizer
+    pixels = backbone.image_processor(images=image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
     count = llava.get_image_features(pixel_values=pixels).pooler_output[0].shape[0]
     prompt = encode_prompt("what is this?", [], [], tokenizer, "tiny", "<image>", count, [])
     ids = torch.tensor([prompt])

@@ -81,6 +81,13 @@ def test_retry_after_is_kept(tmp_path):
     assert second.at - first.at >= 0.2
 
 
+def test_a_server_that_says_at_once_is_not_stormed(tmp_path):
+    with FakeChatServer(faults=("now",)) as server, Client(server.url, tmp_path, backoff=0.4) as client:
+        client.ask(request())
+        first, second = server.served
+    assert second.at - first.at >= 0.2  # 0.4, less a jitter of at most a half
+
+
 def test_a_pause_holds_every_thread():
     pacer = Pacer(0, threading.Event())
     started = time.monotonic()

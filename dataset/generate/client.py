@@ -263,7 +263,6 @@ class ChatClient:
                 asked = f"the server asks to wait {failure.wait:.0f} s, longer than --max_wait {self.endpoint.max_wait:g}"
                 raise Abort(f"{self.endpoint.url}: {asked}; run the same command again later")
             self._pacer.pause(failure.wait)  # the limit is the account's, not this request's
-            return
         # the same for every run of the same request, but different between requests: they must not all come back at once
         jitter = random.Random(f"{key}{attempt}").uniform(0.5, 1.0)
         if self._stop.wait(min(LONGEST_BACKOFF, self.endpoint.backoff * 2**attempt) * jitter):
