@@ -45,6 +45,7 @@ def read_arguments(argv: list[str] | None) -> Namespace:
     parser.add_argument("--vis_save_path", type=Path, default=Path("./vis_output"), help="folder for masks and overlays")
     parser.add_argument("--conv_type", choices=list(TEMPLATES), help="conversation template (default: that of the training)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
+    parser.add_argument("--proposals", type=Path, help="LLM-Seg: folder of a proposal store (default: computed for every question)")
     parser.add_argument("--image", type=Path, help="with --prompt: one answer and the end; alone: the first picture of a session")
     parser.add_argument("--prompt", help="the one question")
     parser.add_argument("--json", action="store_true", help="with --prompt: print the answer as JSON")
@@ -79,6 +80,7 @@ class Chat:
         processor.template = args.conv_type or processor.template
         dtype = DTYPES[args.precision] if args.precision else "auto"
         model = CoresForReasoningSegmentation.from_pretrained(args.version, dtype=dtype).eval()
+        processor.proposals = model.proposal_source(args.proposals)
         return cls(model.to(distributed.device()), processor, args.vis_save_path, args.max_new_tokens)
 
     def ask(self, image: np.ndarray, path: Path, question: str) -> dict[str, Any]:

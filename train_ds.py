@@ -67,7 +67,8 @@ def finish(model, processor, data, s: Settings, started: float) -> None:
     """The final evaluation: tables on the screen, metrics.json and examples.png in the run folder."""
     reports = evaluate_settings(model, processor, data, s, modes_of(s))
     if distributed.is_main():
-        write_reports(reports, data, s.run_dir, s.saved() | {"eval_only": s.eval_only}, seconds=time.time() - started)
+        config = s.saved() | {"eval_only": s.eval_only}
+        write_reports(reports, data, s.run_dir, config, seconds=time.time() - started, proposals=processor.proposals)
     distributed.barrier()
 
 
@@ -140,6 +141,7 @@ def evaluate_only(s: Settings, started: float) -> None:
         model, processor = build.build_model(s)
     else:
         raise UsageError(f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version or --resume RUN")
+    processor.proposals = build.select_as(model, s)
     finish(model, processor, build.build_eval(s, processor), s, started)
 
 

@@ -19,14 +19,17 @@ import numpy as np
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
-from transformers import AutoModel, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import AutoModel, Dinov2Model, LlavaForConditionalGeneration, PreTrainedModel
 
+from dataset.proposals import ProposalSource, ProposalStore
 from dataset.sample import Batch
 from model import losses
 from model.config import CoresConfig
 from model.llava import add_level_tokens, load_llava, refuse_bad_loading
+from model.llm_seg import Scores, Selector, SelectorConfig, dinov2_pixels, truth_of, united
 from model.lora import has_lora
 from model.processor import CoresProcessor
+from model.proposals import ProposalConfig, fingerprint, make_generator
 from model.reasoning_chain import ReasoningChain
 from model.sam import (
     PIXEL_MEAN,
@@ -48,11 +51,11 @@ class CoresOutput:
     loss: Tensor
     """(): what is minimised."""
     losses: dict[str, Tensor]
-    """Its parts, each () and unweighted: text, bce, dice, and pointing where it is used."""
+    """Its parts, each () and unweighted: text, bce, dice, and pointing where it is used; text, similarity, iop of a selector."""
     low_res: list[Tensor]
-    """N × float (K, T, 4G, 4G): mask logits, low-res frame."""
+    """N × float (K, T, 4G, 4G): mask logits, low-res frame; none of a selector, which makes no masks."""
     iou: list[Tensor]
-    """N × float (K, T): SAM's own prediction of its masks' IoU."""
+    """N × float (K, T): SAM's own prediction of its masks' IoU; likewise."""
 
 
 @dataclass
@@ -104,6 +107,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         super().__init__(config)
         self.reasoning = ReasoningChain(LlavaForConditionalGeneration(config.llava), config.level_token_ids)
         self.segmenting = SegmentingChain(build_sam(config.sam_dims), config.refiner_config, config.decode_chunk)
+        self.selecting = self._new_selector(config)
         self.text_projection = self._new_text_projection(config)
         self.post_init()
 
@@ -111,6 +115,10 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     def _new_text_projection(config: CoresConfig) -> TextProjection:
         hidden, width = config.llava.text_config.hidden_size, config.sam["prompt_dim"]
         return TextProjection(hidden, width, config.text_projection_norm)
+
+    @staticmethod
+    def _new_selector(config: CoresConfig) -> Selector | None:
+        return None if config.selector is None else Selector(config.selector_config, config.sam["prompt_dim"])
 
     def _init_weights(self, module: nn.Module) -> None:
         """Modules initialise themselves when built; only what no checkpoint holds is filled in after loading."""
@@ -131,17 +139,20 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         dtype: torch.dtype = torch.float32,
         model_max_length: int | None = None,
         attn_implementation: str | None = None,
+        features_pretrained: str | None = None,
         **config: Any,
     ) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
         """A new model, in evaluation mode, of a LLaVA (``version``) and a SAM (``vision_pretrained``).
 
         ``config``: further fields of CoresConfig. ``model_max_length``: longest sequence in tokens, None for the
-        tokenizer's own. Raises FileNotFoundError or ValueError where parts are missing or do not fit together.
+        tokenizer's own. ``features_pretrained``: the DINOv2 of a selector that has one. Raises FileNotFoundError or ValueError
+        where parts are missing or do not fit together.
         """
         unknown = config.keys() - signature(CoresConfig).parameters.keys()
         if unknown:
             raise ValueError(f"no such field of CoresConfig: {', '.join(sorted(unknown))}")
         sam, dims = load_sam(vision_pretrained)
+        encoder = load_dinov2(features_pretrained, config.get("selector"))
         llava, tokenizer, image_processor = load_llava(version, dtype, attn_implementation)
         ids = add_level_tokens(llava, tokenizer, list(levels))
         full = CoresConfig(llava=llava.config, sam=vars(dims), levels=list(levels), level_token_ids=ids, **config)
@@ -154,6 +165,9 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         model.reasoning.llava = llava
         model.segmenting.sam = sam.to(dtype)
         model.text_projection = cls._new_text_projection(full).to(dtype)
+        if model.selecting is not None:
+            model.selecting = cls._new_selector(full).to(dtype)
+            model.selecting.encoder = None if encoder is None else encoder.to(dtype)
         if model.segmenting.refiner is not None:
             model.segmenting.refiner = TokenRefiner(dims.prompt_dim, full.refiner_config).to(dtype)
         if model_max_length is not None:
@@ -200,22 +214,33 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     def forward(self, batch: Batch) -> CoresOutput:
         """Text loss and mask losses of a batch with its answers in it (training, teacher-forced evaluation)."""
         hidden = self._hidden(batch)
-        expected = [len(m) for m in batch.target_masks]
-        states = self.reasoning.token_states(hidden, batch.labels, batch.info, expected)
-        tokens = self.text_projection(torch.cat(states))  # (K of the batch, T, C)
-        low_res, iou = self._segment(tokens, batch, expected)
+        tokens, expected = self._tokens(hidden, batch)
         parts = {"text": losses.text_loss(*self.reasoning.supervised_logits(hidden, batch.labels))}
+        if self.selecting is not None:
+            parts |= self._selection_losses(tokens, batch, expected)
+            return CoresOutput(self._total(parts), parts, [], [])
+        low_res, iou = self._segment(tokens, batch, expected)
         parts |= self._mask_losses(low_res, tokens, batch, expected)
         return CoresOutput(self._total(parts), parts, list(low_res.split(expected)), list(iou.split(expected)))
 
     @torch.no_grad()
     def segment(self, batch: Batch) -> list[Segmentation]:
         """Teacher-forced masks: the answers, with their tokens, are in the batch. One Segmentation per conversation."""
-        output = self(batch)
-        return [
-            Segmentation(self._masks(low_res, batch, row), iou.float())
-            for row, (low_res, iou) in enumerate(zip(output.low_res, output.iou, strict=True))
-        ]
+        return self._segmentations(*self._tokens(self._hidden(batch), batch), batch)
+
+    def _tokens(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, list[int]]:
+        """The projected answer tokens (K, T, C) of all conversations, and how many targets each has."""
+        expected = [len(m) for m in batch.target_masks]
+        states = self.reasoning.token_states(hidden, batch.labels, batch.info, expected)
+        return self.text_projection(torch.cat(states)), expected
+
+    def _segmentations(self, tokens: Tensor, counts: list[int], batch: Batch) -> list[Segmentation]:
+        """From tokens (K, T, C) of all conversations to the masks of each: the one place where mask branches differ."""
+        if self.selecting is not None:
+            return self._selections(tokens, counts, batch)
+        low_res, iou = self._segment(tokens, batch, counts)
+        rows = zip(low_res.split(counts), iou.split(counts), strict=True)
+        return [Segmentation(self._masks(masks, batch, row), ious.float()) for row, (masks, ious) in enumerate(rows)]
 
     def _hidden(self, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -242,10 +267,74 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         logits = to_original(low_res.flatten(0, 1), resized, original, self.config.sam["image_size"])
         return (logits > 0).unflatten(0, low_res.shape[:2])
 
+    # -------------------------------------------------------------------------------------------------------- selection
+
+    def proposal_source(self, folder: str | Path | None, generate: bool = True) -> ProposalSource | None:
+        """Where ``collate`` gets proposals for this model, or None if it selects nothing; set as ``processor.proposals``.
+
+        ``folder``: of the store, None for none. ``generate``: compute what it lacks, with the model's own SAM, which is copied
+        at the first image where its weights are half precision.
+        """
+        c = self.config.selector_config
+        if c is None:
+            return None
+        settings, find = ProposalConfig(**c.proposals), None
+
+        def compute(image: np.ndarray):
+            nonlocal find
+            find = find or make_generator(self.segmenting.sam, settings)
+            return find(image)
+
+        store = None if folder is None else ProposalStore(folder, fingerprint(self.segmenting.sam, settings))
+        return ProposalSource(c.ranking, c.count, c.pool_size, store, compute if generate else None)
+
+    def _score(self, tokens: Tensor, batch: Batch, counts: list[int]) -> Scores:
+        """tokens (K, 1, C) of all conversations -> Scores of every proposal for every target."""
+        if batch.proposals is None:
+            raise ValueError("the batch has no proposals; set `processor.proposals = model.proposal_source(folder)` before collate")
+        pixels = batch.sam_pixels
+        image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
+        if len(tokens) == 0:  # nobody asks: no encoder runs
+            nothing = tokens.new_zeros((0, 1))
+            return Scores(nothing.float(), nothing.float(), nothing.bool())
+        if self.selecting.encoder is None:
+            features = self.segmenting.embed(pixels)
+        else:
+            sam, size = self.segmenting.sam, self.selecting.config.feature_size
+            mean, std = sam.pixel_mean.to(pixels), sam.pixel_std.to(pixels)
+            features = self.selecting.encode(dinov2_pixels(pixels, batch.resized_sizes, size, mean, std))
+        return self.selecting(tokens[:, -1], features, batch.proposals, image_index)
+
+    def _selection_losses(self, tokens: Tensor, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
+        scores = self._score(tokens, batch, counts)
+        truth = [torch.zeros(scores.iop.shape, device=tokens.device) for _ in range(2)]
+        for row, found in zip(torch.arange(len(tokens)).split(counts), truth_of(batch, self.config.ignore_in_loss), strict=True):
+            for table, values in zip(truth, found, strict=True):
+                table[row, : values.shape[1]] = torch.from_numpy(values).to(table)
+        parts = self.selecting.losses(scores, *truth)
+        if len(tokens) == 0:  # as for the other branch: the projection takes part in every backward pass
+            parts["similarity"] = parts["similarity"] + tokens.float().sum() * 0.0
+        return parts
+
+    def _selections(self, tokens: Tensor, counts: list[int], batch: Batch) -> list[Segmentation]:
+        """The union of what is chosen for every target; ``iou`` is the highest IoP among it, 0 where nothing is chosen."""
+        scores = self._score(tokens, batch, counts)
+        chosen = self.selecting.choose(scores)
+        sure = (scores.iop * chosen).amax(1, keepdim=True)
+        out = []
+        for row, (picked, iop) in enumerate(zip(chosen.split(counts), sure.split(counts), strict=True)):
+            image = int(batch.image_index[row])
+            out.append(Segmentation(united(picked, batch.proposals[image], batch.original_sizes[image]), iop))
+        return out
+
     # ----------------------------------------------------------------------------------------------------------- losses
 
     def _total(self, parts: dict[str, Tensor]) -> Tensor:
         c = self.config
+        if self.selecting is not None:
+            s = self.selecting.config
+            picked = s.similarity_weight * parts["similarity"] + s.iop_weight * parts["iop"]
+            return c.text_weight * parts["text"] + c.mask_weight * picked
         mask = c.bce_weight * parts["bce"] + c.dice_weight * parts["dice"]
         loss = c.text_weight * parts["text"] + c.mask_weight * mask
         return loss + c.pointing_weight * parts["pointing"] if "pointing" in parts else loss
@@ -321,10 +410,9 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         positions = [torch.tensor(g, dtype=torch.long).reshape(-1, len(self.config.levels)) for g in groups]
         tokens = self.text_projection(torch.cat([states[row, p.to(states.device)] for row, p in enumerate(positions)]))
         counts = [len(g) for g in groups]
-        low_res, iou = self._segment(tokens, batch, counts)
         return [
-            Generation(self._masks(masks, batch, row), ious.float(), answer, tokenizer.decode(answer).strip())
-            for row, (masks, ious, answer) in enumerate(zip(low_res.split(counts), iou.split(counts), answers, strict=True))
+            Generation(found.masks, found.iou, answer, tokenizer.decode(answer).strip())
+            for found, answer in zip(self._segmentations(tokens, counts, batch), answers, strict=True)
         ]
 
     def _speak(self, batch: Batch, tokenizer, max_new_tokens: int, kwargs: dict) -> tuple[Tensor, Tensor]:
@@ -346,6 +434,17 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         finally:
             hook.remove()
         return ids, torch.stack(states, dim=1)
+
+
+def load_dinov2(path: str | None, selector: dict | None) -> Dinov2Model | None:
+    """The frozen feature encoder of a selector that wants one; its sizes go into ``selector``. Raises ValueError or OSError."""
+    if selector is None or SelectorConfig(**selector).features != "dinov2":
+        return None
+    if not path:
+        raise ValueError("LLM-Seg with features dinov2 needs --features_pretrained, such as facebook/dinov2-large")
+    encoder = Dinov2Model.from_pretrained(path)
+    selector["dinov2"] = encoder.config.to_diff_dict()
+    return encoder
 
 
 def complete_groups(answer: Sequence[int], level_token_ids: Sequence[int]) -> list[list[int]]:

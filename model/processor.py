@@ -38,6 +38,8 @@ class CoresProcessor:
         self.template = template
         self.exemplar_count = exemplar_count
         self.image_token = image_token
+        self.proposals = None
+        """A dataset.proposals.ProposalSource for a model that selects (``model.proposal_source``); not saved."""
 
     @property
     def image_token_id(self) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
 from dataset.mixture import EvalDataset, TrainMixture
+from dataset.proposals import ProposalSource
 from model.cores import CoresForReasoningSegmentation
 from model.lora import add_lora, set_trainable
 from model.processor import FILE as PROCESSOR_FILE
@@ -55,6 +57,9 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
         processor.tokenizer.model_max_length = s.model_max_length
         for name, value in loss_config(s).items():
             setattr(model.config, name, value)
+        if (model.selecting is None) == (s.method == "llm_seg") and not s.eval_only:
+            found = "an LLM-Seg" if model.selecting else "no LLM-Seg"
+            raise UsageError(f"{s.version}: is {found}, --method says {s.method}")
     else:
         prompt_format(s)
         model, processor = CoresForReasoningSegmentation.from_backbones(
@@ -67,10 +72,40 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
             model_max_length=s.model_max_length,
             refiner={"kind": "none"} if s.refiner == "none" else {"prototypes": s.refiner, "pooling": s.pooling},
             text_projection_norm=s.text_projection_norm,
+            features_pretrained=s.features_pretrained or None,
+            selector=selector_config(s),
             **loss_config(s),
         )
     check_facts(s, model)
+    # data loading processes have no network: with workers, training reads the store only
+    processor.proposals = model.proposal_source(s.proposals or None, generate=s.workers == 0)
     return model, processor
+
+
+def selector_config(s: Settings) -> dict | None:
+    """Fields of SelectorConfig, or None for a method that decodes its masks."""
+    if s.method != "llm_seg":
+        return None
+    return {
+        "features": s.features,
+        "rule": s.select or "iop",
+        "ranking": s.proposal_ranking,
+        "count": s.proposal_count,
+        "pool_size": s.pool_size,
+        "proposals": {
+            "points_per_side": s.proposal_points,
+            "predicted_iou": s.proposal_iou,
+            "stability": s.proposal_stability,
+            "multimask": s.proposal_multimask,
+        },
+    }
+
+
+def select_as(model: CoresForReasoningSegmentation, s: Settings) -> ProposalSource | None:
+    """For evaluation: the rule of --select, if it is set; proposals from --proposals, and what is missing there is computed."""
+    if model.selecting is not None and s.select:
+        model.selecting.config = dataclasses.replace(model.selecting.config, rule=s.select)
+    return model.proposal_source(s.proposals or None)
 
 
 def loss_config(s: Settings) -> dict:

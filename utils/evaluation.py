@@ -32,6 +32,7 @@ from utils import distributed
 from utils.baselines import score_baselines
 from utils.checkpoint import write_text
 from utils.metrics import TargetScore, score_target, summarise
+from utils.oracle import score_oracles
 from utils.visualize import Example, contact_sheet
 
 MODES = ("free", "teacher_forced")
@@ -323,15 +324,20 @@ def format_table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_reports(reports: Sequence[Report], dataset, folder: str | Path, config: dict[str, Any], seconds: float) -> dict[str, Any]:
+def write_reports(
+    reports: Sequence[Report], dataset, folder: str | Path, config: dict[str, Any], seconds: float, proposals=None
+) -> dict[str, Any]:
     """Prints the table and writes metrics.json, targets-<mode>.json and examples.png into ``folder``.
 
     ``dataset``: the EvalDataset of the reports; the trivial baselines are measured on it. ``config``: the settings of
-    the program; ``seconds``: how long it has run. Call on one rank only. Returns what metrics.json holds (fractions).
+    the program; ``seconds``: how long it has run; ``proposals``: the ProposalSource of a model that selects, whose ceiling is
+    measured, too. Call on one rank only. Returns what metrics.json holds (fractions).
     """
     folder = Path(folder)
     summaries = {report.mode: report.summary for report in reports}
     baselines = score_baselines(dataset, seed=reports[0].seed)
+    if proposals is not None:
+        baselines |= score_oracles(dataset, proposals, seed=reports[0].seed)
     metrics = {
         "unit": "fraction",
         "dataset": reports[0].dataset,
