@@ -303,7 +303,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             sam, size = self.segmenting.sam, self.selecting.config.feature_size
             mean, std = sam.pixel_mean.to(pixels), sam.pixel_std.to(pixels)
             features = self.selecting.encode(dinov2_pixels(pixels, batch.resized_sizes, size, mean, std))
-        return self.selecting(tokens[:, -1], features, batch.proposals, image_index)
+        return self.selecting(tokens[:, -1], features, batch.proposals, image_index, position_encoding(self.segmenting.sam))
 
     def _selection_losses(self, tokens: Tensor, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
         scores = self._score(tokens, batch, counts)
@@ -312,9 +312,22 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             for table, values in zip(truth, found, strict=True):
                 table[row, : values.shape[1]] = torch.from_numpy(values).to(table)
         parts = self.selecting.losses(scores, *truth)
-        if len(tokens) == 0:  # as for the other branch: the projection takes part in every backward pass
-            parts["similarity"] = parts["similarity"] + tokens.float().sum() * 0.0
+        if self.config.pointing_weight:
+            parts["pointing"] = self._pointing(tokens, batch, counts)
+        if len(tokens) == 0:  # as for the other branch: every trainable weight takes part, the projection, too
+            nothing = sum((p.float().sum() * 0.0 for p in self.text_projection.parameters()), tokens.float().sum() * 0.0)
+            parts["similarity"] = parts["similarity"] + nothing
         return parts
+
+    def _pointing(self, tokens: Tensor, batch: Batch, counts: list[int]) -> Tensor:
+        """Mean pointing loss of tokens (K, 1, C) at their targets."""
+        total = tokens.float().sum() * 0.0
+        for image, rows in _rows_per_image(batch.image_index, counts).items():
+            index = torch.cat([torch.arange(s.start, s.stop, device=tokens.device) for _, s in rows])
+            targets = torch.cat([batch.target_masks[row] for row, _ in rows])
+            hosts = _stack_hosts(batch, rows, batch.original_sizes[image])
+            total = total + self._point(tokens[index], targets, *hosts, batch.resized_sizes[image]) / len(tokens)
+        return total
 
     def _selections(self, tokens: Tensor, counts: list[int], batch: Batch) -> list[Segmentation]:
         """The union of what is chosen for every target; ``iou`` is the highest IoP among it, 0 where nothing is chosen."""
@@ -334,7 +347,8 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         if self.selecting is not None:
             s = self.selecting.config
             picked = s.similarity_weight * parts["similarity"] + s.iop_weight * parts["iop"]
-            return c.text_weight * parts["text"] + c.mask_weight * picked
+            loss = c.text_weight * parts["text"] + c.mask_weight * picked
+            return loss + c.pointing_weight * parts["pointing"] if "pointing" in parts else loss
         mask = c.bce_weight * parts["bce"] + c.dice_weight * parts["dice"]
         loss = c.text_weight * parts["text"] + c.mask_weight * mask
         return loss + c.pointing_weight * parts["pointing"] if "pointing" in parts else loss

@@ -37,6 +37,8 @@ class SelectorConfig:
     """Side of DINOv2's padded input in pixels."""
     pool_size: int = 256
     """P: features are pooled as if they were resized to this side, under masks of this side."""
+    place: bool = False
+    """Also pool SAM's positional encoding, so a proposal knows where it is (published: no)."""
     blocks: int = 2
     heads: int = 8
     mlp_dim: int = 2048
@@ -125,7 +127,7 @@ class Selector(nn.Module):
         self.config = config
         self.encoder = Dinov2Model(Dinov2Config(**(config.dinov2 or {}))) if config.features == "dinov2" else None
         channels = width if self.encoder is None else self.encoder.config.hidden_size
-        self.project = nn.Linear(channels, width)
+        self.project = nn.Linear(channels + width * config.place, width)
         self.blocks = nn.ModuleList(TwoWayBlock(width, config.heads, config.mlp_dim) for _ in range(config.blocks))
         self.final = Attention(width, config.heads)
         self.iou_head = nn.Sequential(nn.Linear(width, config.iou_hidden), nn.ReLU(), nn.Linear(config.iou_hidden, width))
@@ -148,9 +150,15 @@ class Selector(nn.Module):
         side = round(tokens.shape[1] ** 0.5)
         return tokens.transpose(1, 2).unflatten(2, (side, side))
 
-    def forward(self, text: Tensor, features: Tensor, proposals: list[Proposals], image_index: Tensor) -> Scores:
-        """text (n, C), features (B, c, G, G), B × Proposals, image_index int64 (n,) -> Scores."""
+    def forward(self, text: Tensor, features: Tensor, proposals: list[Proposals], image_index: Tensor, position: Tensor) -> Scores:
+        """text (n, C), features (B, c, G, G), B × Proposals, image_index int64 (n,), position (1, C, H, W) -> Scores.
+
+        ``position`` is SAM's positional encoding over the same frame, of any resolution; used with ``config.place`` only.
+        """
         weights, present = stack(proposals)
+        if self.config.place:
+            position = F.interpolate(position, features.shape[-2:], mode="bilinear", align_corners=False)
+            features = torch.cat([features, position.to(features).expand(len(features), -1, -1, -1)], dim=1)
         vectors = self.project(pool(features, weights).to(text.dtype))[image_index]  # (n, K, C)
         present = present[image_index]
         padding = ~present

@@ -6,6 +6,7 @@ The generator is segment-anything's own. Its settings and a fingerprint of SAM's
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -56,12 +57,12 @@ class _SingleMask(SamPredictor):
 
 
 def make_generator(sam: Sam, config: ProposalConfig) -> Callable[[np.ndarray], Found]:
-    """A function uint8 (H, W, 3) RGB -> Found, on the device of ``sam``; float32 whatever the dtype of its weights would be.
+    """A function uint8 (H, W, 3) RGB -> Found, on the device of ``sam``.
 
-    Raises ValueError for half-precision weights: segment-anything prompts with float32 coordinates.
+    Half-precision weights are copied to float32 first: segment-anything prompts with float32 coordinates.
     """
     if next(sam.parameters()).dtype != torch.float32:
-        raise ValueError("proposals need SAM in float32; use --precision fp32 or compute them beforehand")
+        sam = copy.deepcopy(sam).float()
     generator = SamAutomaticMaskGenerator(
         sam,
         points_per_side=config.points_per_side,

@@ -64,6 +64,7 @@ class SelectArguments:
         "dinov2", "features under the proposals: a DINOv2 of its own, or SAM's embedding", choices=["dinov2", "sam"]
     )
     features_pretrained: str = option("", "DINOv2 in transformers format, such as facebook/dinov2-large")
+    proposal_place: bool = option(False, "proposals know where they are: SAM's positional encoding is pooled, too (paper: off)")
     select: str = option("", "which proposals are united; unset: iop, or a merged model's own rule", choices=["", *RULES])
     proposals: str = option("", "folder of the proposal store, see precompute_proposals.py; unset: computed whenever needed")
     proposal_ranking: str = option(
@@ -302,17 +303,13 @@ def settings_of(values: dict[str, Any], facts: dict[str, Any] | None = None) -> 
     """Settings with the defaults for whatever ``values`` leaves out. Raises UsageError for contradictions."""
     values = {name: f.default for name, f in _fields().items()} | values
     if values["method"] in ("lisa", "llm_seg"):
-        values = (
-            values
-            | {
-                "levels": "SEG",
-                "refiner": "none",
-                "exemplar_count": 0,
-                "pointing_host": False,
-                "level_loss_weights": "",
-            }
-            | ({"pointing_weight": 0.0} if values["method"] == "llm_seg" else {})
-        )
+        values = values | {
+            "levels": "SEG",
+            "refiner": "none",
+            "exemplar_count": 0,
+            "pointing_host": False,
+            "level_loss_weights": "",
+        }
     settings = Settings(**values, facts=facts or {})
     _check(settings)
     return settings

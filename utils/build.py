@@ -92,6 +92,7 @@ def selector_config(s: Settings) -> dict | None:
         "ranking": s.proposal_ranking,
         "count": s.proposal_count,
         "pool_size": s.pool_size,
+        "place": s.proposal_place,
         "proposals": {
             "points_per_side": s.proposal_points,
             "predicted_iou": s.proposal_iou,
