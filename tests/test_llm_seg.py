@@ -14,6 +14,8 @@ import chat
 import merge_lora_weights_and_save_hf_model as merge
 import precompute_proposals
 import train_ds
+from benchmarks import llm_seg as benchmark
+from benchmarks.combine import candidates, with_mask
 from dataset.images import DataError
 from dataset.proposals import Proposals, pooling_weights, runs, union
 from dataset.sample import collate, collate_prompts
@@ -323,6 +325,33 @@ def test_two_processes_leave_what_one_leaves(tmp_path):
         assert precompute_proposals.main([*toy_flags(proposals=tmp_path / jobs), "--jobs", jobs]) == 0
     one, two = ({p.relative_to(tmp_path / jobs): p.read_text() for p in (tmp_path / jobs).rglob("*.json")} for jobs in "12")
     assert one == two
+
+
+def test_the_chain_among_the_proposals():
+    """The target is the left half; the mask of the chain is right, the only proposal is the right half."""
+    size = (8, 8)
+    target, other = rectangle(size, 0, 0, 8, 4), rectangle(size, 0, 4, 8, 8)
+    proposals = Proposals(size, runs(other[None]), pooling_weights(runs(other[None]), size, 4))
+    present = torch.tensor([True, True])
+
+    def found(similarity, iop):
+        scores = torch.tensor(similarity), torch.tensor(iop), present
+        alone = Scores(*(x[:1] for x in scores))
+        masks = candidates(target, proposals, alone, Scores(*scores), target)
+        return {name: int((mask == target).all()) for name, mask in masks.items()}
+
+    cores = {"cores": 1, "iop": 0, "similarity": 0, "better": 1}
+    trusted = {"among, similarity": 1, "among, iop": 1, "verified": 1, "either": 1}
+    assert found([0.1, 0.9], [0.2, 0.8]) == cores | trusted
+    assert found([0.9, 0.1], [0.8, 0.2]) == cores | dict.fromkeys(trusted, 0)
+    with pytest.raises(ValueError, match="use smaller images"):
+        with_mask(proposals, np.ones((9, 9), dtype=bool))
+
+
+def test_the_benchmark_of_the_store_reads_what_it_wrote(tmp_path):
+    measured = benchmark.store(3, tmp_path)
+    assert measured["images"] == len(list(tmp_path.rglob("*.json"))) == 3
+    assert 0 < measured["open_ms_median"] <= measured["open_ms_p99"]
 
 
 def test_a_worker_without_a_store_says_what_to_do():
