@@ -12,7 +12,9 @@ evaluation set.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -88,8 +90,11 @@ def load_source(s: Settings, device: str = "cpu") -> ProposalSource:
 
 
 def start_worker(s: Settings, ranks: int, numbers) -> None:
-    """Loads data and SAM, once per process."""
+    """Loads data and SAM, once per process; a process whose parent is gone, killed even, ends."""
     global _worker
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     devices = torch.cuda.device_count()
     number = numbers.get()
@@ -126,7 +131,7 @@ def results(s: Settings, ranks: int, jobs: int, total: int) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for a mistake in flags or files."""
+    """Exit code 0; 2 with one line for a mistake in flags or files; 130 when interrupted."""
     try:
         own, s = read_arguments(argv)
         images = Images(s, own.ranks)  # a wrong path is an error here, not in every process
@@ -144,6 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

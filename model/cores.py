@@ -301,8 +301,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             features = self.segmenting.embed(pixels)
         else:
             sam, size = self.segmenting.sam, self.selecting.config.feature_size
-            mean, std = sam.pixel_mean.to(pixels), sam.pixel_std.to(pixels)
-            features = self.selecting.encode(dinov2_pixels(pixels, batch.resized_sizes, size, mean, std))
+            features = self.selecting.encode(dinov2_pixels(pixels, batch.resized_sizes, size, sam.pixel_mean, sam.pixel_std))
         return self.selecting(tokens[:, -1], features, batch.proposals, image_index, position_encoding(self.segmenting.sam))
 
     def _selection_losses(self, tokens: Tensor, batch: Batch, counts: list[int]) -> dict[str, Tensor]:

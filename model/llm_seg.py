@@ -244,12 +244,12 @@ def dinov2_pixels(sam_pixels: Tensor, resized: list[tuple[int, int]], size: int,
 
     ``resized``: B × (height, width) of the image inside; ``mean`` and ``std`` (3, 1, 1): SAM's, of pixels in 0…255.
     """
-    ours, theirs = (sam_pixels.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    pixels = ((sam_pixels * std + mean) / 255 - ours) / theirs
+    ours, theirs = (torch.tensor(v, device=sam_pixels.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = ((sam_pixels.float() * std.float() + mean.float()) / 255 - ours) / theirs
     for image, (height, width) in zip(pixels, resized, strict=True):
         image[:, height:] = 0
         image[:, :, width:] = 0
-    return F.interpolate(pixels.float(), (size, size), mode="bilinear", align_corners=False, antialias=True).to(pixels.dtype)
+    return F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False, antialias=True).to(sam_pixels.dtype)
 
 
 def truth_of(batch: Batch, use_ignore: bool) -> list[tuple[np.ndarray, np.ndarray]]:
