@@ -1,11 +1,13 @@
-"""CoReS against LISA on SynthReason: same pre-trained parts, data, order, steps and learning rate; several seeds.
+"""CoReS against LISA, and LLM-Seg, on SynthReason: same pre-trained parts, data, order, steps and learning rate; several seeds.
 
     python -m benchmarks.synthreason                       # 3 seeds × 2 methods, about an hour on 2 cores
+    python -m benchmarks.synthreason --methods llm_seg     # adds its rows; fill its store first, see docs/llm_seg.md
     python -m benchmarks.synthreason --table               # only print what benchmarks/results/synthreason.json holds
 
-Each run is ``train_ds.py --config configs/tiny.yaml --method M --seed S``, the command of ``make demo``. A finished run is kept in
-``--runs`` and not repeated, so an interrupted comparison goes on where it stopped. Two runs share the machine by default, one
-thread each: that is faster than one after the other with two threads.
+Each run is ``train_ds.py --config configs/tiny.yaml --method M --seed S``, the command of ``make demo``; LLM-Seg has its own
+config. A finished run is kept in ``--runs`` and not repeated, so an interrupted comparison goes on where it stopped, and rows
+of other methods and seeds stay in the results file. Two runs share the machine by default, one thread each: that is faster than
+one after the other with two threads.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "synthreason.json"
+CONFIGS = {"llm_seg": "configs/tiny-llm-seg.yaml"}  # of methods that --config does not fit
 
 
 def command(method: str, seed: int, args: argparse.Namespace) -> list[str]:
     return [
-        sys.executable, "train_ds.py", "--config", args.config, "--method", method, "--seed", str(seed),
+        sys.executable, "train_ds.py", "--config", CONFIGS.get(method, args.config), "--method", method, "--seed", str(seed),
         "--dataset_dir", args.dataset_dir, "--log_base_dir", str(args.runs), "--exp_name", f"{method}-{seed}", *args.extra,
     ]  # fmt: skip
 
@@ -88,8 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [(method, seed) for seed in args.seeds for method in args.methods]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(pool.map(lambda job: run(*job, args), jobs))
+    earlier = json.loads(args.json.read_text()) if args.json.exists() else {"command": "", "runs": []}
+    runs = [row for row in earlier["runs"] if (row["method"], row["seed"]) not in jobs] + runs
     args.json.parent.mkdir(parents=True, exist_ok=True)
     shown = " ".join(["python -m benchmarks.synthreason", *(sys.argv[1:] if argv is None else argv)])
+    shown = "; ".join(filter(None, dict.fromkeys([*earlier["command"].split("; "), shown])))
     args.json.write_text(json.dumps({"command": shown, "unit": "fraction", "runs": runs}, indent=1) + "\n")
     print(table(runs))
 

@@ -17,6 +17,7 @@ import torch
 from dataset.conversation import IGNORE_INDEX, ConversationTemplate, Encoded, Turn, count_groups, encode, encode_prompt
 from dataset.faults import Faults
 from dataset.images import DataError
+from dataset.proposals import Proposals
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,13 @@ class Batch:
     """With a cache: B × float (C, G, G), None where it has none."""
     sam_keys: list[str] | None = None
     """With a cache: B names under which it keeps embeddings."""
+    proposals: list[Proposals] | None = None
+    """B × the masks a selecting model chooses from; None where the processor has no source of proposals."""
+
+    @property
+    def cached(self) -> tuple[list[torch.Tensor | None], list[str]] | None:
+        """``sam_embeddings`` and ``sam_keys``; None without a cache."""
+        return None if self.sam_embeddings is None else (self.sam_embeddings, self.sam_keys)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
         """A batch with its tensors on ``device`` and its float tensors as ``dtype``; None leaves either as it is."""
@@ -140,6 +148,8 @@ class Batch:
         def move(value):
             if isinstance(value, torch.Tensor):
                 return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+            if isinstance(value, Proposals):
+                return value.to(device)
             return [move(item) for item in value] if isinstance(value, list) else value
 
         return Batch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
@@ -235,6 +245,7 @@ def _assemble(samples: Sequence[Sample], processor, encode_one: Callable, on_too
         ignore_masks=[_tensor(c.ignore) for c in conversations],
         host_masks=[_tensor(c.host_masks) for c in conversations],
         info=[_info(samples[number], index, conversation) for number, index, conversation, _ in kept],
+        proposals=_proposals(samples, processor, free=left),
         **cached,
     )
 
@@ -251,6 +262,15 @@ def _sam_inputs(images: Sequence[np.ndarray], processor) -> tuple[torch.Tensor, 
     pixels = torch.stack(missing) if missing else torch.zeros(0, 3, processor.image_size, processor.image_size)
     sizes = [processor.sam_size(image) for image in images]
     return pixels, sizes, {"sam_embeddings": found, "sam_keys": keys}
+
+
+def _proposals(samples: Sequence[Sample], processor, free: bool) -> list[Proposals] | None:
+    """One per image; an image that is only talked about needs none, unless the answers are still to come (``free``)."""
+    source = getattr(processor, "proposals", None)
+    if source is None:
+        return None
+    wanted = [free or any(len(c.masks) for c in sample.conversations) for sample in samples]
+    return [source(s.image, s.name) if want else source.none(s.image) for s, want in zip(samples, wanted, strict=True)]
 
 
 def _info(sample: Sample, index: int, conversation: Conversation) -> dict:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, LlavaConfig, PretrainedConfig
 
+from model.llm_seg import SelectorConfig
 from model.sam import SamDims
 
 
@@ -56,7 +57,8 @@ class CoresConfig(PretrainedConfig):
     supervised with host masks, where the data have them. bce_balance, pointing_weight: see model/losses.py; off in the
     paper. pointing_host also points the earlier tokens at the host. ignore_in_loss: leave ignored pixels out of the
     loss (the published code trains them as background). decode_chunk: most targets in one decoder call, None for no
-    limit.
+    limit. selector: None: SAM's decoder makes the masks; fields of SelectorConfig: LLM-Seg, which selects among SAM's proposals,
+    has one level and uses none of the other mask losses (model/llm_seg.py).
     """
 
     model_type = "cores"
@@ -80,6 +82,7 @@ class CoresConfig(PretrainedConfig):
         pointing_host: bool = False,
         ignore_in_loss: bool = True,
         decode_chunk: int | None = None,
+        selector: dict | None = None,
         **kwargs: Any,
     ):
         self.llava = llava if isinstance(llava, LlavaConfig) else LlavaConfig(**(llava or {}))
@@ -98,6 +101,7 @@ class CoresConfig(PretrainedConfig):
         self.pointing_weight, self.pointing_host = pointing_weight, pointing_host
         self.ignore_in_loss = ignore_in_loss
         self.decode_chunk = decode_chunk
+        self.selector = None if selector is None else asdict(SelectorConfig(**selector))
         self._check_levels()
         self._check_losses()
         if decode_chunk is not None and decode_chunk < 1:
@@ -131,6 +135,8 @@ class CoresConfig(PretrainedConfig):
             heads, width = self.refiner["heads"], self.sam["prompt_dim"]
             if width % heads:
                 raise ValueError(f"refiner.heads {heads} does not divide SAM's prompt_dim {width}")
+        if self.selector is not None and count != 1:
+            raise ValueError(f"a selector takes one token, but levels is {','.join(self.levels)}; use SEG alone")
 
     def _check_losses(self) -> None:
         for field in ("text_weight", "mask_weight", "bce_weight", "dice_weight", "pointing_weight"):
@@ -144,6 +150,10 @@ class CoresConfig(PretrainedConfig):
     @property
     def sam_dims(self) -> SamDims:
         return SamDims(**self.sam)
+
+    @property
+    def selector_config(self) -> SelectorConfig | None:
+        return None if self.selector is None else SelectorConfig(**self.selector)
 
     @property
     def refiner_config(self) -> RefinerConfig:

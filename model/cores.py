@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,20 @@ import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, GenerationConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import AutoModel, Dinov2Model, GenerationConfig, LlavaForConditionalGeneration, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from dataset.proposals import ProposalSource, ProposalStore
 from dataset.sample import Batch
 from model import losses, published
 from model.config import CoresConfig
-from model.generation import Decoding, Generation, Segmentation, generate
+from model.generation import Decoding, Generation, Scene, Segmentation, generate
 from model.llava import add_image_token, add_level_tokens, assemble, llava_class, load_llava, load_tokenizer
+from model.llm_seg import Scores, Selector, SelectorConfig, dinov2_pixels, required, truth_of
 from model.lora import has_lora
 from model.precision import quantized_bits
 from model.processor import CoresProcessor
+from model.proposals import ProposalConfig, fingerprint, make_generator
 from model.reasoning_chain import ReasoningChain
 from model.sam import (
     PIXEL_MEAN,
@@ -54,11 +58,11 @@ class CoresOutput:
     loss: Tensor
     """(): what is minimised."""
     losses: dict[str, Tensor]
-    """Its parts, each () and unweighted: text, bce, dice, and pointing where it is used."""
+    """Its parts, each () and unweighted: text, bce, dice, and pointing where it is used; text, similarity, iop of a selector."""
     low_res: list[Tensor]
-    """N × float (K, T, 4G, 4G): mask logits, low-res frame."""
+    """N × float (K, T, 4G, 4G): mask logits, low-res frame; none of a selector, which makes no masks."""
     iou: list[Tensor]
-    """N × float (K, T): SAM's own prediction of its masks' IoU."""
+    """N × float (K, T): SAM's own prediction of its masks' IoU; likewise."""
 
 
 class TextProjection(nn.Sequential):
@@ -87,6 +91,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         super().__init__(config)
         self.reasoning = ReasoningChain(llava_class(config.llava)(config.llava), config.level_token_ids)
         self.segmenting = SegmentingChain(build_sam(config.sam_dims), config.refiner_config, config.decode_chunk)
+        self.selecting = self._new_selector(config)
         self.text_projection = self._new_text_projection(config)
         self.generation_config = answer_defaults(config)
         self.post_init()
@@ -95,6 +100,10 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     def _new_text_projection(config: CoresConfig) -> TextProjection:
         hidden, width = config.llava.text_config.hidden_size, config.sam["prompt_dim"]
         return TextProjection(hidden, width, config.text_projection_norm)
+
+    @staticmethod
+    def _new_selector(config: CoresConfig) -> Selector | None:
+        return None if config.selector is None else Selector(config.selector_config, config.sam["prompt_dim"])
 
     def _init_weights(self, module: nn.Module) -> None:
         """Modules initialise themselves when built; only what no checkpoint holds is filled in after loading."""
@@ -118,19 +127,22 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         quantization_config: Any = None,
         vision_tower: str | None = None,
         system: str | None = None,
+        features_pretrained: str | None = None,
         **config: Any,
     ) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
         """A new model, in evaluation mode, of a LLaVA (``version``) and a SAM (``vision_pretrained``).
 
         ``config``: further fields of CoresConfig. ``model_max_length``: longest sequence in tokens, None for the
         tokenizer's own. ``quantization_config``: transformers', for the language model (``model.quantize``).
-        ``vision_tower``: see ``load_llava``. ``system``: system text in place of the template's. Raises
-        FileNotFoundError or ValueError where parts are missing or do not fit together.
+        ``vision_tower``: see ``load_llava``. ``system``: system text in place of the template's. ``features_pretrained``: the
+        DINOv2 of a selector that has one. Raises FileNotFoundError or ValueError where parts are missing or do not fit
+        together.
         """
         unknown = config.keys() - signature(CoresConfig).parameters.keys()
         if unknown:
             raise ValueError(f"no such field of CoresConfig: {', '.join(sorted(unknown))}")
         sam, dims = load_sam(vision_pretrained)
+        encoder = load_dinov2(features_pretrained, config.get("selector"))
         loading = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
         backbone = load_llava(version, dtype, vision_tower, **{k: v for k, v in loading.items() if v is not None})
         llava, tokenizer = backbone.model, backbone.tokenizer
@@ -155,6 +167,9 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         model.reasoning.llava = llava
         model.segmenting.sam = sam.to(dtype)
         model.text_projection = cls._new_text_projection(full).to(dtype)
+        if model.selecting is not None:
+            model.selecting = cls._new_selector(full).to(dtype)
+            model.selecting.encoder = None if encoder is None else encoder.to(dtype)
         if model.segmenting.refiner is not None:
             model.segmenting.refiner = TokenRefiner(dims.prompt_dim, full.refiner_config).to(dtype)
         if attn_implementation is not None:  # building the model around it has reset what the config said
@@ -240,25 +255,42 @@ class CoresForReasoningSegmentation(PreTrainedModel):
 
     def forward(self, batch: Batch) -> CoresOutput:
         """Text loss and mask losses of a batch with its answers in it (training, teacher-forced evaluation)."""
-        hidden = self._hidden(batch, wanted=F.pad(batch.labels[:, 1:] >= 0, (0, 1)))
-        expected = [len(m) for m in batch.target_masks]
-        states = self.reasoning.token_states(hidden, batch.labels, batch.info, expected)
-        tokens = self.text_projection(torch.cat(states))  # (K of the batch, T, C)
-        low_res, iou = self._segment(tokens, batch, expected)
+        hidden = self._hidden(batch, wanted=_supervised(batch))
+        tokens, expected = self._tokens(hidden, batch)
         parts = {"text": self.reasoning.text_loss(hidden, batch.labels)}
+        if self.selecting is not None:
+            parts |= self._selection_losses(tokens, batch, expected)
+            return CoresOutput(self._total(parts), parts, [], [])
+        low_res, iou = self._segment(tokens, batch, expected)
         parts |= self._mask_losses(low_res, tokens, batch, expected)
         return CoresOutput(self._total(parts), parts, list(low_res.split(expected)), list(iou.split(expected)))
 
     @torch.no_grad()
     def segment(self, batch: Batch) -> list[Segmentation]:
         """Teacher-forced masks: the answers, with their tokens, are in the batch. One Segmentation per conversation."""
-        output = self(batch)
-        return [
-            Segmentation(self._masks(low_res, batch, row), iou.float())
-            for row, (low_res, iou) in enumerate(zip(output.low_res, output.iou, strict=True))
-        ]
+        return Scene.of(self, batch).masks(*self._tokens(self._hidden(batch, _supervised(batch)), batch), batch.image_index)
+
+    @torch.no_grad()
+    def mask_features(
+        self, pixels: Tensor, resized: list[tuple[int, int]], cached: tuple[list[Tensor | None], list[str]] | None = None
+    ) -> Tensor:
+        """What the mask branch sees of B images, (B, C, G, G): SAM's embedding, or DINOv2's features for a selector that has one.
+
+        pixels (B', 3, S, S), ``resized`` B × (height, width), and ``cached`` embeddings with their names, as in a Batch.
+        """
+        if self.selecting is not None and self.selecting.encoder is not None:
+            sam, size = self.segmenting.sam, self.selecting.config.feature_size
+            return self.selecting.encode(dinov2_pixels(pixels, resized, size, sam.pixel_mean, sam.pixel_std))
+        return self.segmenting.embed(pixels) if cached is None else self.segmenting.embed_missing(*cached, pixels)
+
+    def _tokens(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, list[int]]:
+        """The projected answer tokens (K, T, C) of all conversations, and how many targets each has."""
+        expected = [len(m) for m in batch.target_masks]
+        states = self.reasoning.token_states(hidden, batch.labels, batch.info, expected)
+        return self.text_projection(torch.cat(states)), expected
 
     def _hidden(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+        """Last hidden states (N, L, d); ``wanted`` bool (N, L): what is needed of them, None for all."""
         with torch.no_grad():
             features = self.reasoning.image_features(batch.clip_pixels)
         return self.reasoning.read(batch.input_ids, batch.attention_mask, batch.image_index, features, wanted)
@@ -269,26 +301,75 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         count, levels = tokens.shape[:2]
         if count == 0:  # the image encoder is the most expensive part: nothing asks for it here
             return tokens.new_zeros((0, levels, dims.low_res, dims.low_res)), tokens.new_zeros((0, levels))
-        if batch.sam_embeddings is None:
-            embeddings = self.segmenting.embed(batch.sam_pixels)
-        else:
-            embeddings = self.segmenting.embed_missing(batch.sam_embeddings, batch.sam_keys, batch.sam_pixels)
         covered = [valid_cells(size, dims.image_size, dims.grid, tokens.device) for size in batch.resized_sizes]
-        valid = torch.stack(covered)
         image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
-        return self.segmenting(tokens, embeddings, image_index, valid)
+        features = self.mask_features(batch.sam_pixels, batch.resized_sizes, batch.cached)
+        return self.segmenting(tokens, features, image_index, torch.stack(covered))
 
-    def _masks(self, low_res: Tensor, batch: Batch, row: int) -> Tensor:
-        """Low-res logits (K, T, h, w) of conversation ``row`` -> bool (K, T, H, W)."""
-        image = int(batch.image_index[row])
-        resized, original = batch.resized_sizes[image], batch.original_sizes[image]
-        logits = to_original(low_res.flatten(0, 1), resized, original, self.config.sam["image_size"])
-        return (logits > 0).unflatten(0, low_res.shape[:2])
+    # -------------------------------------------------------------------------------------------------------- selection
+
+    def proposal_source(self, folder: str | Path | None, generate: bool = True) -> ProposalSource | None:
+        """Where ``collate`` gets proposals for this model, or None if it selects nothing; set as ``processor.proposals``.
+
+        ``folder``: of the store, None for none. ``generate``: compute what it lacks, with the model's own SAM, which is copied
+        at the first image where its weights are half precision.
+        """
+        c = self.config.selector_config
+        if c is None:
+            return None
+        settings, find = ProposalConfig(**c.proposals), None
+
+        def compute(image: np.ndarray):
+            nonlocal find
+            find = find or make_generator(self.segmenting.sam, settings)
+            return find(image)
+
+        store = None if folder is None else ProposalStore(folder, fingerprint(self.segmenting.sam, settings))
+        return ProposalSource(c.ranking, c.count, c.pool_size, store, compute if generate else None)
+
+    def _score(self, tokens: Tensor, batch: Batch, counts: list[int]) -> Scores:
+        """tokens (K, 1, C) of all conversations -> Scores of every proposal for every target."""
+        proposals = required(batch.proposals)
+        if len(tokens) == 0:  # nobody asks: no encoder runs
+            nothing = tokens.new_zeros((0, 1))
+            return Scores(nothing.float(), nothing.float(), nothing.bool())
+        image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
+        features = self.mask_features(batch.sam_pixels, batch.resized_sizes, batch.cached)
+        return self.selecting(tokens[:, -1], features, proposals, image_index, position_encoding(self.segmenting.sam))
+
+    def _selection_losses(self, tokens: Tensor, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
+        scores = self._score(tokens, batch, counts)
+        truth = [torch.zeros(scores.iop.shape, device=tokens.device) for _ in range(2)]
+        for row, found in zip(torch.arange(len(tokens)).split(counts), truth_of(batch, self.config.ignore_in_loss), strict=True):
+            for table, values in zip(truth, found, strict=True):
+                table[row, : values.shape[1]] = torch.from_numpy(values).to(table)
+        parts = self.selecting.losses(scores, *truth)
+        if self.config.pointing_weight:
+            parts["pointing"] = self._pointing(tokens, batch, counts)
+        if len(tokens) == 0:  # as for the other branch: every trainable weight takes part, the projection, too
+            nothing = sum((p.float().sum() * 0.0 for p in self.text_projection.parameters()), tokens.float().sum() * 0.0)
+            parts["similarity"] = parts["similarity"] + nothing
+        return parts
+
+    def _pointing(self, tokens: Tensor, batch: Batch, counts: list[int]) -> Tensor:
+        """Mean pointing loss of tokens (K, 1, C) at their targets."""
+        total = tokens.float().sum() * 0.0
+        for image, rows in _rows_per_image(batch.image_index, counts).items():
+            index = torch.cat([torch.arange(s.start, s.stop, device=tokens.device) for _, s in rows])
+            targets = torch.cat([batch.target_masks[row] for row, _ in rows])
+            hosts = _stack_hosts(batch, rows, batch.original_sizes[image])
+            total = total + self._point(tokens[index], targets, *hosts, batch.resized_sizes[image]) / len(tokens)
+        return total
 
     # ----------------------------------------------------------------------------------------------------------- losses
 
     def _total(self, parts: dict[str, Tensor]) -> Tensor:
         c = self.config
+        if self.selecting is not None:
+            s = self.selecting.config
+            picked = s.similarity_weight * parts["similarity"] + s.iop_weight * parts["iop"]
+            loss = c.text_weight * parts["text"] + c.mask_weight * picked
+            return loss + c.pointing_weight * parts["pointing"] if "pointing" in parts else loss
         mask = c.bce_weight * parts["bce"] + c.dice_weight * parts["dice"]
         loss = c.text_weight * parts["text"] + c.mask_weight * mask
         return loss + c.pointing_weight * parts["pointing"] if "pointing" in parts else loss
@@ -382,6 +463,17 @@ def answer_defaults(config: CoresConfig) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=64, do_sample=False, **tokens)
 
 
+def load_dinov2(path: str | None, selector: dict | None) -> Dinov2Model | None:
+    """The frozen feature encoder of a selector that wants one; its sizes go into ``selector``. Raises ValueError or OSError."""
+    if selector is None or SelectorConfig(**selector).features != "dinov2":
+        return None
+    if not path:
+        raise ValueError("LLM-Seg with features dinov2 needs --features_pretrained, such as facebook/dinov2-large")
+    encoder = Dinov2Model.from_pretrained(path)
+    selector["dinov2"] = encoder.config.to_diff_dict()
+    return encoder
+
+
 def _check_fit(version: str, llava: LlavaForConditionalGeneration, processor: CoresProcessor) -> None:
     """Raises ValueError where tokenizer or image processor would feed the model something it was not made for."""
     expected, found = llava.config.image_token_id, processor.image_token_id
@@ -403,6 +495,11 @@ def _image_tokens(llava: LlavaForConditionalGeneration) -> int:
     vision = llava.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     return patches if llava.config.vision_feature_select_strategy == "default" else patches + 1
+
+
+def _supervised(batch: Batch) -> Tensor:
+    """bool (N, L): the positions that predict a supervised token."""
+    return F.pad(batch.labels[:, 1:] >= 0, (0, 1))
 
 
 def _rows_per_image(image_index: Tensor, counts: list[int]) -> dict[int, list[tuple[int, slice]]]:

@@ -22,7 +22,7 @@ def save_published(model: CoresForReasoningSegmentation, processor: CoresProcess
     """Writes config.json, safetensors in shards, the tokenizer, and CLIP with its image transform beside them.
 
     The weights keep their bits; ``from_pretrained`` of this program reads the folder, too. Raises ValueError for a model
-    that the layout has no place for: adapters apart, quantised weights, a refiner or a projection that LISA lacks.
+    that the layout has no place for: adapters apart, quantised weights, a selector, a refiner or a projection that LISA lacks.
     """
     refuse_unpublishable(model)
     folder = Path(folder)
@@ -51,6 +51,8 @@ def refuse_unpublishable(model: CoresForReasoningSegmentation) -> None:
         raise ValueError("the model has LoRA adapters; merge them before writing LISA's layout")
     if bits := quantized_bits(model):
         raise ValueError(f"the model is held in {bits} bits; load it in full precision to save it")
+    if config.selector is not None:
+        raise ValueError("LISA's layout has no place for a selector: this model is an LLM-Seg, keep it in its own layout (cores)")
     if config.text_projection_norm is not None:
         raise ValueError("LISA's layout has no norm behind the text projection (text_projection_norm); this model has one")
     if config.refiner["kind"] == "attention":

@@ -17,9 +17,11 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from dataset.proposals import Proposals
 from dataset.sample import Batch
+from model.llm_seg import required, united
 from model.reasoning_chain import ReasoningChain
-from model.sam import to_original, valid_cells
+from model.sam import position_encoding, to_original, valid_cells
 
 if TYPE_CHECKING:
     from model.cores import CoresForReasoningSegmentation
@@ -214,7 +216,7 @@ def speak(context: Context, hidden: Tensor, end: int, decoding: Decoding) -> Ite
 
 def generate(model: CoresForReasoningSegmentation, batch: Batch, tokenizer, decoding: Decoding) -> list[Generation]:
     """See CoresForReasoningSegmentation.generate."""
-    scene = Scene(model, batch.clip_pixels, batch.sam_pixels, batch.original_sizes, batch.resized_sizes)
+    scene = Scene.of(model, batch)
     context, hidden = read_prompts(model.reasoning, batch, scene.features)
     steps = list(speak(context, hidden, tokenizer.eos_token_id, decoding))
     del context  # keys and values make room for SAM
@@ -236,7 +238,8 @@ def _before(row: list[int], end: int) -> list[int]:
 
 
 class Scene:
-    """B images as a model sees them. CLIP runs now and SAM's encoder when the first mask is asked for, each once."""
+    """B images as a model sees them. What looks at them (CLIP, the encoder behind the masks, the finder of proposals) runs when
+    it is first asked for, each once."""
 
     def __init__(
         self,
@@ -245,20 +248,41 @@ class Scene:
         sam_pixels: Tensor,
         original_sizes: list[tuple[int, int]],
         resized_sizes: list[tuple[int, int]],
+        proposals: Callable[[], list[Proposals] | None] = lambda: None,
+        cached: tuple[list[Tensor | None], list[str]] | None = None,
     ):
-        """clip_pixels (B, 3, h, w), sam_pixels (B, 3, S, S), sizes (height, width) as in a Batch."""
+        """clip_pixels (B, 3, h, w), sam_pixels (B', 3, S, S), sizes (height, width) and ``cached`` as in a
+        Batch; ``proposals`` gives those of each image to a model that selects."""
         self.model = model
-        self.features = model.reasoning.image_features(clip_pixels)
-        """(B, P, d): image tokens of the language model."""
         self.original_sizes, self.resized_sizes = original_sizes, resized_sizes
-        self._sam_pixels = sam_pixels
+        self._clip_pixels, self._sam_pixels, self._cached, self._find = clip_pixels, sam_pixels, cached, proposals
+
+    @classmethod
+    def of(cls, model: CoresForReasoningSegmentation, batch: Batch) -> Scene:
+        sizes = batch.original_sizes, batch.resized_sizes
+        return cls(model, batch.clip_pixels, batch.sam_pixels, *sizes, lambda: batch.proposals, batch.cached)
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(B, P, d): image tokens of the language model."""
+        return self.model.reasoning.image_features(self._clip_pixels)
 
     @cached_property
     def embeddings(self) -> Tensor:
-        """(B, C, G, G): SAM's view of the images."""
-        embeddings = self.model.segmenting.embed(self._sam_pixels)
+        """(B, C, G, G): what the mask branch sees of the images, see ``mask_features`` of the model."""
+        embeddings = self.model.mask_features(self._sam_pixels, self.resized_sizes, self._cached)
         del self._sam_pixels  # 12 MB a picture, not needed again
         return embeddings
+
+    @cached_property
+    def proposals(self) -> list[Proposals]:
+        return required(self._find())
+
+    def look(self) -> None:
+        """Does now what the first mask would wait for."""
+        _ = self.embeddings
+        if self.model.selecting is not None:
+            _ = self.proposals
 
     @cached_property
     def _valid(self) -> Tensor:
@@ -270,24 +294,40 @@ class Scene:
 
         states: N × (M, d), the hidden states that predicted the tokens of ``answers``, N × M ids; image_index (N,).
         """
-        config = self.model.config
-        levels = len(config.levels)
-        groups = [complete_groups(answer, config.level_token_ids) for answer in answers]
-        counts = [len(g) for g in groups]
-        if not any(counts):  # SAM's encoder is the most expensive part: nothing asks for it here
-            sizes = [self.original_sizes[i] for i in image_index.tolist()]
-            device = self.features.device
-            return [Segmentation(torch.zeros((0, levels, *size), dtype=torch.bool, device=device),
-                                 torch.zeros((0, levels), device=device)) for size in sizes]  # fmt: skip
-        chosen = torch.cat([state[torch.tensor(g, device=state.device)] for state, g in zip(states, groups, strict=True) if g])
+        groups = [complete_groups(answer, self.model.config.level_token_ids) for answer in answers]
+        positions = [torch.tensor(g, dtype=torch.int64).reshape(-1, len(self.model.config.levels)) for g in groups]
+        chosen = torch.cat([state[where.to(state.device)] for state, where in zip(states, positions, strict=True)])
+        return self.masks(self.model.text_projection(chosen), [len(g) for g in groups], image_index)
+
+    def masks(self, tokens: Tensor, counts: list[int], image_index: Tensor) -> list[Segmentation]:
+        """The one place where tokens become masks: (K, T, C) of N conversations with ``counts`` targets each, which ask about
+        the images image_index (N,)."""
+        images = image_index.tolist()
+        if not len(tokens):  # the encoder is the most expensive part: nothing asks for it here
+            nothing = tokens.new_zeros((0, tokens.shape[1]), dtype=torch.float32)
+            return [Segmentation(nothing.new_zeros((*nothing.shape, *self.original_sizes[i]), dtype=torch.bool), nothing)
+                    for i in images]  # fmt: skip
         of_target = image_index.repeat_interleave(torch.tensor(counts, device=image_index.device))
-        low_res, iou = self.model.segmenting(self.model.text_projection(chosen), self.embeddings, of_target, self._valid)
+        if self.model.selecting is not None:
+            return self._select(tokens, counts, images, of_target)
+        low_res, iou = self.model.segmenting(tokens, self.embeddings, of_target, self._valid)
         return [
-            Segmentation(self._masks(masks, image), ious.float())
-            for masks, ious, image in zip(low_res.split(counts), iou.split(counts), image_index.tolist(), strict=True)
+            Segmentation(self._in_frame(masks, image), ious.float())
+            for masks, ious, image in zip(low_res.split(counts), iou.split(counts), images, strict=True)
         ]
 
-    def _masks(self, low_res: Tensor, image: int) -> Tensor:
+    def _select(self, tokens: Tensor, counts: list[int], images: list[int], of_target: Tensor) -> list[Segmentation]:
+        """The union of what is chosen for every target; ``iou`` is the highest IoP among it, 0 where nothing is chosen."""
+        selecting, position = self.model.selecting, position_encoding(self.model.segmenting.sam)
+        scores = selecting(tokens[:, -1], self.embeddings, self.proposals, of_target, position)
+        chosen = selecting.choose(scores)
+        sure = (scores.iop * chosen).amax(1, keepdim=True)
+        return [
+            Segmentation(united(picked, self.proposals[image], self.original_sizes[image]), iop)
+            for picked, iop, image in zip(chosen.split(counts), sure.split(counts), images, strict=True)
+        ]
+
+    def _in_frame(self, low_res: Tensor, image: int) -> Tensor:
         """Low-res logits (K, T, h, w) of targets in one image -> bool (K, T, H, W), target by target: logits are large."""
         resized, original = self.resized_sizes[image], self.original_sizes[image]
         out = torch.zeros((*low_res.shape[:2], *original), dtype=torch.bool, device=low_res.device)

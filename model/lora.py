@@ -74,8 +74,11 @@ def trainable_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         "token embeddings": list(llava.get_input_embeddings().parameters()),
         "lm_head": list(llava.get_output_embeddings().parameters()),
         "text projection": list(model.text_projection.parameters()),
-        "mask decoder": list(model.segmenting.sam.mask_decoder.parameters()),
     }
+    if model.selecting is not None:  # SAM stays as it is: it made the proposals
+        groups["selector"] = model.selecting.trained()
+    else:
+        groups["mask decoder"] = list(model.segmenting.sam.mask_decoder.parameters())
     if model.segmenting.refiner is not None:
         groups["refiner"] = list(model.segmenting.refiner.parameters())
     return groups
@@ -98,7 +101,7 @@ def set_trainable(
     if train_llm_full:
         groups["language model"] = list(model.reasoning.llava.model.language_model.parameters())
     if not train_mask_decoder:
-        groups.pop("mask decoder")
+        groups.pop("mask decoder", None)
     empty = [name for name, parameters in groups.items() if not parameters]
     if empty:
         raise ValueError(f"nothing to train in: {', '.join(empty)}")

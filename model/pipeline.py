@@ -29,6 +29,7 @@ from dataset import exemplars
 from dataset.conversation import Turn, answer_from_ids, answer_text, encode_prompt
 from dataset.drawing import level_colour, overlay
 from dataset.images import DataError, encode_rle, read_image, rgb_array
+from dataset.proposals import Proposals
 from dataset.sample import Conversation, Sample, collate_prompts
 from model.cores import CoresForReasoningSegmentation
 from model.generation import Context, Decoding, Generation, Scene, common_prefix, speak
@@ -49,7 +50,7 @@ class AnswerMask:
     levels: dict[str, np.ndarray]
     """Level name, coarse to fine -> bool (H, W)."""
     ious: dict[str, float]
-    """Level name -> SAM's own prediction of its mask's IoU."""
+    """Level name -> SAM's own prediction of its mask's IoU; of an LLM-Seg, the highest IoP among the proposals it united."""
 
     @property
     def mask(self) -> np.ndarray:
@@ -263,6 +264,8 @@ class ReasoningSegmenter:
 
     def __init__(self, model: CoresForReasoningSegmentation, processor: CoresProcessor, max_new_tokens: int = 64, seed: int = 0):
         self.model, self.processor = model.eval(), processor
+        if processor.proposals is None:
+            processor.proposals = model.proposal_source(None)
         self.decoding = Decoding(max_new_tokens)
         self.exemplars = exemplars.draw(np.random.default_rng(seed), processor.exemplar_count)
 
@@ -275,6 +278,7 @@ class ReasoningSegmenter:
         template: str | None = None,
         max_new_tokens: int | None = None,
         vision_tower: str | None = None,
+        proposals: str | Path | None = None,
         **kwargs: Any,
     ) -> ReasoningSegmenter:
         """A model folder, ours or a published LISA or CoReS, read as CoresForReasoningSegmentation.from_pretrained does,
@@ -282,13 +286,15 @@ class ReasoningSegmenter:
 
         ``device`` "auto": CUDA where there is one, or the CPU. ``dtype`` "auto": as stored. ``template``: of the prompt,
         instead of that of the training. ``max_new_tokens``: None for what
-        generation_config.json says. Raises FileNotFoundError or ValueError for a folder that holds no such model.
+        generation_config.json says. ``proposals``: folder of the proposal store of an LLM-Seg; what it lacks is computed, and
+        kept there. Raises FileNotFoundError or ValueError for a folder that holds no such model.
         """
         processor = CoresProcessor.from_pretrained(str(path), vision_tower=vision_tower)
         processor.template = template or processor.template
         model = CoresForReasoningSegmentation.from_pretrained(str(path), dtype=dtype, vision_tower=vision_tower, **kwargs)
         if kwargs.get("quantization_config") is None:  # quantised weights are on their device already
             model = model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        processor.proposals = model.proposal_source(proposals)
         return cls(model, processor, max_new_tokens or model.generation_config.max_new_tokens or 64)
 
     def __call__(self, image: ImageLike | Sequence[ImageLike], query: str | Sequence, batch_size: int = 4) -> Any:
@@ -357,8 +363,8 @@ class ReasoningSegmenter:
 
 
 class Session:
-    """A conversation about one picture. It keeps SAM's embedding, CLIP's features and the keys and values of what was
-    read, so that a further question costs its own tokens only.
+    """A conversation about one picture. It keeps SAM's embedding (of an LLM-Seg: its features and the proposals), CLIP's
+    features and the keys and values of what was read, so that a further question costs its own tokens only.
 
     ``turns`` are the (question, answer) pairs that the next question will see. An answer that is interrupted leaves the
     conversation as it was.
@@ -372,7 +378,7 @@ class Session:
         self.turns: list[Turn] = []
         sam_pixels, resized = processor.sam(image)
         clip_pixels, sam_pixels = (pixels[None].to(model.device, model.dtype) for pixels in (processor.clip(image), sam_pixels))
-        self._scene = Scene(model, clip_pixels, sam_pixels, [image.shape[:2]], [resized])
+        self._scene = Scene(model, clip_pixels, sam_pixels, [image.shape[:2]], [resized], self._proposals)
         self._context = Context(model.reasoning)
         self._read: list[int] = []
         """Token ids that the context holds."""
@@ -408,11 +414,14 @@ class Session:
 
     @torch.no_grad()
     def read_ahead(self) -> None:
-        """Reads now what every question shares: the prompt up to the picture, and the picture for SAM."""
+        """Reads now what every question shares: the prompt up to the picture, and the picture for the masks."""
         ids = self._encode("?", [])
         last = len(ids) - 1 - ids[::-1].index(self.segmenter.processor.image_token_id)
         self._read_up_to(ids[: last + 1])
-        _ = self._scene.embeddings
+        self._scene.look()
+
+    def _proposals(self) -> list[Proposals]:
+        return [self.segmenter.processor.proposals(self.image, self.name).to(self.segmenter.model.device)]
 
     def _encode(self, question: str, history: Sequence[Turn]) -> list[int]:
         p = self.segmenter.processor

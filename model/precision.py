@@ -13,7 +13,7 @@ from model.published import LLAVA
 # What stays in full precision: CLIP, the projector, the vocabulary's logits and the whole mask branch. The first three
 # are named from the LLaVA and from the whole model, as either may be loaded.
 FULL_PRECISION = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
-MASK_BRANCH = ("segmenting", "text_projection")
+MASK_BRANCH = ("segmenting", "selecting", "text_projection")
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flex_attention")
 
 

@@ -61,6 +61,8 @@ class CoresProcessor(PushToHubMixin):
         self.strip_at_tokens = strip_at_tokens
         self.sam_cache = None
         """Where embeddings of SAM are looked up: ``key(image) -> str`` and ``load(key) -> (C, G, G) or None``."""
+        self.proposals = None
+        """A dataset.proposals.ProposalSource for a model that selects (``model.proposal_source``); not saved."""
 
     @property
     def conversation(self) -> ConversationTemplate:

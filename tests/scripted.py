@@ -36,18 +36,28 @@ def _write_rules(model: CoresForReasoningSegmentation, ids: dict[str, int]) -> N
     layer.self_attn.o_proj.weight.copy_(torch.eye(layer.self_attn.o_proj.weight.shape[0]))
     head.weight.zero_()
     for token, following in RULES.items():
-        head.weight[ids[following], ids[token]] = 1.0
+        if token in ids:
+            head.weight[ids.get(following, ids["[SEG]"]), ids[token]] = 1.0
     for flag, (word, (token, following)) in enumerate(SWITCHES.items(), start=size):
         layer.self_attn.v_proj.weight[flag, ids[word]] = 1.0  # queries and keys are zero: a plain average
         head.weight[ids[following], ids[token]] = 0.999
         head.weight[ids[following], flag] = 0.1  # enough to tip the scales, never to rule
 
 
+SELECTOR = {
+    "heads": 4, "mlp_dim": 16, "iou_hidden": 16, "pool_size": 16, "feature_size": 56, "rule": "similarity",
+    "dinov2": {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    "proposals": {"points_per_side": 4, "predicted_iou": 0, "stability": 0, "nms": 1},
+}  # fmt: skip
+
+
 @cache
-def scripted_model() -> Path:
-    """The folder, written once per test session; do not change it."""
+def scripted_model(selecting: bool = False) -> Path:
+    """The folder, written once per test session; do not change it. ``selecting``: an LLM-Seg with a random DINOv2 of its
+    own, which says "It is [SEG]"."""
+    levels = ["SEG"] if selecting else list(LEVELS)
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([f"[{level}]" for level in LEVELS], special_tokens=True)
+    tokenizer.add_tokens([f"[{level}]" for level in levels], special_tokens=True)
     ids = tokenizer.get_vocab()
     torch.manual_seed(3)
     llava = LlavaConfig(
@@ -57,16 +67,17 @@ def scripted_model() -> Path:
                                 num_attention_heads=1, bos_token_id=ids["<s>"], eos_token_id=ids["</s>"]),
         image_token_index=ids["<image>"], tie_word_embeddings=False,
     )  # fmt: skip
-    level_ids = [ids[f"[{level}]"] for level in LEVELS]
-    model = CoresForReasoningSegmentation(
-        CoresConfig(llava, vars(SAM_DIMS), list(LEVELS), level_ids, text_projection_norm=8.0)
-    ).eval()
+    level_ids = [ids[f"[{level}]"] for level in levels]
+    config = CoresConfig(
+        llava, vars(SAM_DIMS), levels, level_ids, selector=SELECTOR if selecting else None, text_projection_norm=8.0
+    )
+    model = CoresForReasoningSegmentation(config).eval()
     with torch.no_grad():
         randomise(model)
         _write_rules(model, ids)
-    folder = Path(_kept.name) / "model"
+    folder = Path(_kept.name) / ("selecting" if selecting else "model")
     model.save_pretrained(folder)
     crop = {"height": SIDE, "width": SIDE}
     clip = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=crop)
-    CoresProcessor(tokenizer, clip, SAM_DIMS.image_size, (SIDE // 16) ** 2, list(LEVELS), TEMPLATE, 0).save_pretrained(folder)
+    CoresProcessor(tokenizer, clip, SAM_DIMS.image_size, (SIDE // 16) ** 2, levels, TEMPLATE, 0).save_pretrained(folder)
     return folder

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import app
+from chat import load
 from dataset.images import decode_rle
 from model.pipeline import AnswerMask, Result
 from tests.scripted import scripted_model
@@ -139,6 +140,11 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
 
 def test_it_listens_to_this_machine_alone_by_default():
     assert app.read_arguments(["--version", "x"]).host == "127.0.0.1"
+
+
+def test_its_flags_load_a_model_as_those_of_chat_do():
+    segmenter = load(app.read_arguments(["--version", str(scripted_model()), "--max_new_tokens", "7", "--conv_type", "tiny"]))
+    assert segmenter.decoding.max_new_tokens == 7 and segmenter.processor.template == "tiny"
 
 
 def test_errors_do_not_tell_where_files_lie():

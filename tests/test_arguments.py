@@ -21,10 +21,10 @@ def write(path: Path, **values) -> Path:
 def test_every_shipped_config_parses(path):
     settings = parse(["--config", str(path)])
     assert settings.level_list[-1] == "SEG"
-    lisa = "lisa" in path.name
-    assert settings.method == ("lisa" if lisa else "cores")
-    assert settings.level_list == (["SEG"] if lisa else ["LOC", "SEG"])
-    assert (settings.refiner == "none") == lisa
+    method = "llm_seg" if "llm-seg" in path.name else "lisa" if "lisa" in path.name else "cores"
+    assert settings.method == method
+    assert settings.level_list == (["LOC", "SEG"] if method == "cores" else ["SEG"])
+    assert (settings.refiner == "none") == (method != "cores")
 
 
 def test_the_published_schedule():

@@ -11,8 +11,10 @@ import torch
 
 from dataset.mixture import EvalDataset
 from dataset.sample import collate, collate_prompts
+from model import CoresForReasoningSegmentation, CoresProcessor
 from tests.backbone_toys import flags, toys
 from tests.helpers import LEVELS, TEMPLATE, conversation, sample, tiny_model
+from tests.scripted import scripted_model
 from utils import build, sam_cache
 from utils.arguments import UsageError, parse
 from utils.sam_cache import SamCache, decode, encode, fingerprint
@@ -160,6 +162,26 @@ def test_a_batch_of_which_the_cache_has_a_part(tmp_path):
     mixed = model(collate(both, processor, LEVELS, TEMPLATE))
     assert calls == [1]
     assert torch.equal(mixed.loss, model(collate(both, processor, LEVELS, TEMPLATE)).loss)
+
+
+def test_free_answers_get_the_same_masks_from_what_is_cached(tmp_path):
+    model = CoresForReasoningSegmentation.from_pretrained(scripted_model()).eval()
+    processor = CoresProcessor.from_pretrained(scripted_model())
+    asked = [sample(conversation(0, question="where?"), name=str(i), seed=i) for i in range(2)]
+
+    def masks(samples):
+        prompts = collate_prompts(samples, processor, LEVELS, TEMPLATE)
+        return [found.masks for found in model.generate(prompts, processor.tokenizer, max_new_tokens=8)]
+
+    plain = masks(asked)
+    assert all(len(m) == 1 for m in plain)
+    processor.sam_cache = SamCache(tmp_path, "name")
+    model.segmenting.keep = processor.sam_cache.keep
+    calls = counted(model)
+    for samples, seen in ((asked[1:], [1]), (asked, [1, 1]), (asked, [1, 1])):  # nothing cached, the second, both
+        for found, expected in zip(masks(samples), plain[-len(samples) :], strict=True):
+            assert (found != expected).float().mean() < 0.01  # fp16
+        assert calls == seen
 
 
 # -------------------------------------------------------------------------------------------------------------- filling

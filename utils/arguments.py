@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 from dataset.conversation import TEMPLATES
+from dataset.proposals import RANKINGS, RULES
 from model.precision import ATTENTION
 
 
@@ -32,7 +33,11 @@ class ModelArguments:
     version: str = option("liuhaotian/llava-llama-2-13b-chat-lightning-preview", "LLaVA folder or hub name; or a merged model")
     vision_tower: str = option("", "CLIP of a LLaVA or LISA that does not hold its own; else checked", "--vision-tower")
     vision_pretrained: str = option("", "SAM checkpoint (.pth) or folder; not needed for a merged model")
-    method: str = option("cores", "lisa: one token [SEG], no refiner, no exemplar", choices=["cores", "lisa"])
+    method: str = option(
+        "cores",
+        "lisa: one token [SEG], no refiner, no exemplar; llm_seg: likewise, and selects among SAM's proposals",
+        choices=["cores", "lisa", "llm_seg"],
+    )
     levels: str = option("LOC,SEG", "answer tokens of the chain, coarse to fine, joined by commas")
     refiner: str = option(
         "foreground",
@@ -54,6 +59,28 @@ class ModelArguments:
     lora_target_modules: str = option("q_proj,v_proj", "layers of the language model that get LoRA")
     train_mask_decoder: bool = option(True, "train SAM's mask decoder")
     gradient_checkpointing: bool = option(True, "recompute the language model's activations instead of keeping them")
+
+
+@dataclass
+class SelectArguments:
+    """LLM-Seg's branch; of no effect for other methods."""
+
+    features: str = option(
+        "dinov2", "features under the proposals: a DINOv2 of its own, or SAM's embedding", choices=["dinov2", "sam"]
+    )
+    features_pretrained: str = option("", "DINOv2 in transformers format, such as facebook/dinov2-large")
+    proposal_place: bool = option(False, "proposals know where they are: SAM's positional encoding is pooled, too (paper: off)")
+    select: str = option("", "which proposals are united; unset: iop, or a merged model's own rule", choices=["", *RULES])
+    proposals: str = option("", "folder of the proposal store, see precompute_proposals.py; unset: computed whenever needed")
+    proposal_ranking: str = option(
+        "area", "which proposals are kept: the largest, the surest, or both in turns", choices=list(RANKINGS)
+    )
+    proposal_count: int = option(50, "proposals kept per image")
+    proposal_points: int = option(32, "points that prompt SAM, per side of the image")
+    proposal_iou: float = option(0.88, "lowest IoU that SAM may expect of a proposal")
+    proposal_stability: float = option(0.95, "lowest stability of a proposal")
+    proposal_multimask: bool = option(True, "three proposals per point; off for a SAM that knows its single-mask token only")
+    pool_size: int = option(256, "side to which features and proposals are resized for pooling")
 
 
 @dataclass
@@ -143,13 +170,13 @@ class SpeedArguments:
     sam_cache_gb: float = option(0.0, "most that the cache may hold, in 10^9 bytes; 0: no limit")
 
 
-GROUPS = (ModelArguments, LossArguments, DataArguments, TrainArguments, EvalArguments, SpeedArguments)
+GROUPS = (ModelArguments, SelectArguments, LossArguments, DataArguments, TrainArguments, EvalArguments, SpeedArguments)
 # What may change when a run is continued: where things are, how they are shown, how they are measured.
 FREE_ON_RESUME = {
     "resume", "auto_resume", "eval_only", "exp_name", "log_base_dir", "dataset_dir", "workers", "print_freq",
     "save_every", "no_eval", "eval_every", "eval_mode", "eval_limit", "eval_texts", "val_dataset", "val_batch_size",
     "max_new_tokens", "examples", "gallery", "prefix_sharing", "pack_tokens", "attn_implementation", "sam_cache",
-    "sam_cache_gb",
+    "sam_cache_gb", "proposals", "select",
 }  # fmt: skip
 # Flags of the published scripts that have no meaning here: the value named is what this program does anyway.
 REFUSED = {
@@ -310,7 +337,7 @@ def read_resumed(path: str | Path) -> dict[str, Any]:
 def settings_of(values: dict[str, Any], facts: dict[str, Any] | None = None) -> Settings:
     """Settings with the defaults for whatever ``values`` leaves out. Raises UsageError for contradictions."""
     values = {name: f.default for name, f in _fields().items()} | values
-    if values["method"] == "lisa":
+    if values["method"] in ("lisa", "llm_seg"):
         values = values | {
             "levels": "SEG",
             "refiner": "none",
@@ -325,7 +352,8 @@ def settings_of(values: dict[str, Any], facts: dict[str, Any] | None = None) -> 
 
 def _check(s: Settings) -> None:
     positive = ("epochs", "steps_per_epoch", "batch_size", "grad_accumulation_steps", "print_freq", "val_batch_size",
-                "num_classes_per_sample", "max_new_tokens", "model_max_length", "eval_every", "lora_alpha")  # fmt: skip
+                "num_classes_per_sample", "max_new_tokens", "model_max_length", "eval_every", "lora_alpha",
+                "proposal_count", "proposal_points", "pool_size")  # fmt: skip
     for name in positive:
         if getattr(s, name) < 1:
             raise UsageError(f"--{name} is {getattr(s, name)}; it must be at least 1")

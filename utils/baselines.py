@@ -124,10 +124,11 @@ def score_baselines(dataset, seed: int = 0) -> dict[str, dict[str, Any]]:
                 found = {"whole_image": whole} | (scene.score(target, conversation.ignore) if scene else {})
                 for name, guess in found.items():
                     guesses.setdefault(name, []).append(guess)
-    return {name: _summary(found, groups, seed) for name, found in guesses.items() if len(found) == len(groups)}
+    return {name: summary(found, groups, seed) for name, found in guesses.items() if len(found) == len(groups)}
 
 
-def _summary(guesses: Sequence[Guess], groups: Sequence[tuple[str, str]], seed: int) -> dict[str, Any]:
+def summary(guesses: Sequence[Guess], groups: Sequence[tuple[str, str]], seed: int) -> dict[str, Any]:
+    """{n, giou, giou_ci95, ciou, ciou_ci95} of one guess per target. ``groups``: the image of each, for the bootstrap."""
     inter, union, ious = (np.array([getattr(g, name) for g in guesses]) for name in ("inter", "union", "iou"))
     intervals = bootstrap(inter, union, ious, groups, seed=seed)
     return {

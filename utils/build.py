@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from segment_anything.modeling import Sam
 
 from dataset.mixture import EvalDataset, TrainMixture
+from dataset.proposals import ProposalSource
 from model import published
 from model.cores import CoresForReasoningSegmentation
 from model.lora import add_lora, load_adapter, set_trainable
@@ -24,7 +26,9 @@ from utils.arguments import FREE_ON_RESUME, Settings, UsageError, numbers, parse
 from utils.engine import DTYPES, samples_per_epoch
 
 # What merging may find elsewhere than training did, or does not depend on.
-FREE_IN_MERGE = FREE_ON_RESUME | {"version", "vision_pretrained", "vision_tower", "precision", "log_base_dir", "exp_name"}
+FREE_IN_MERGE = FREE_ON_RESUME | {
+    "version", "vision_pretrained", "vision_tower", "features_pretrained", "precision", "log_base_dir", "exp_name",
+}  # fmt: skip
 # name: hidden size, patch size, image size
 VISION_TOWERS = {
     "openai/clip-vit-large-patch14": (1024, 14, 224),
@@ -70,6 +74,9 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
         model = CoresForReasoningSegmentation.from_pretrained(s.version, dtype=DTYPES[s.precision], **loading)
         processor.tokenizer.model_max_length = s.model_max_length
         model.config.set_losses(**loss_config(s))
+        if (model.selecting is None) == (s.method == "llm_seg") and not s.eval_only:
+            found = "an LLM-Seg" if model.selecting else "no LLM-Seg"
+            raise UsageError(f"{s.version}: is {found}, --method says {s.method}")
     else:
         prompt_format(s)
         model, processor = CoresForReasoningSegmentation.from_backbones(
@@ -83,11 +90,15 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
             refiner={"kind": "none"} if s.refiner == "none" else {"prototypes": s.refiner, "pooling": s.pooling},
             text_projection_norm=s.text_projection_norm,
             system=s.system_prompt or None,
+            features_pretrained=s.features_pretrained or None,
+            selector=selector_config(s),
             **loading,
             **loss_config(s),
         )
     check_facts(s, model, processor)
     set_speed(model, processor, s)
+    # data loading processes have no network: with workers, training reads the store only
+    processor.proposals = model.proposal_source(s.proposals or None, generate=s.workers == 0)
     return model, processor
 
 
@@ -99,6 +110,8 @@ def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s
     model.reasoning.llava.set_attn_implementation({"": "sdpa", "text_config": attention})
     model.reasoning.sharing = PrefixSharing(s.prefix_sharing, s.pack_tokens)
     if s.sam_cache:
+        if model.selecting is not None and model.selecting.encoder is not None:
+            raise UsageError("--sam_cache: this LLM-Seg looks at DINOv2's features, not at SAM's embedding; leave the flag out")
         name = sam_cache.fingerprint(model.segmenting.sam.image_encoder, processor.image_size)
         processor.sam_cache = sam_cache.SamCache(s.sam_cache, name, s.sam_cache_dtype, s.sam_cache_gb)
         model.segmenting.keep = processor.sam_cache.keep
@@ -119,6 +132,33 @@ def finished_processor(s: Settings) -> CoresProcessor:
     processor = CoresProcessor.from_pretrained(s.version, template=s.conv_type, vision_tower=s.vision_tower or None)
     processor.system = s.system_prompt or processor.system
     return processor
+
+
+def selector_config(s: Settings) -> dict | None:
+    """Fields of SelectorConfig, or None for a method that decodes its masks."""
+    if s.method != "llm_seg":
+        return None
+    return {
+        "features": s.features,
+        "rule": s.select or "iop",
+        "ranking": s.proposal_ranking,
+        "count": s.proposal_count,
+        "pool_size": s.pool_size,
+        "place": s.proposal_place,
+        "proposals": {
+            "points_per_side": s.proposal_points,
+            "predicted_iou": s.proposal_iou,
+            "stability": s.proposal_stability,
+            "multimask": s.proposal_multimask,
+        },
+    }
+
+
+def select_as(model: CoresForReasoningSegmentation, s: Settings) -> ProposalSource | None:
+    """For evaluation: the rule of --select, if it is set; proposals from --proposals, and what is missing there is computed."""
+    if model.selecting is not None and s.select:
+        model.selecting.config = dataclasses.replace(model.selecting.config, rule=s.select)
+    return model.proposal_source(s.proposals or None)
 
 
 def loss_config(s: Settings) -> dict:
@@ -175,11 +215,13 @@ def load_for_evaluation(s: Settings) -> tuple[CoresForReasoningSegmentation, Cor
     """The model of the run --resume, or the merged --version. Raises UsageError for a backbone."""
     if s.resume:
         model, processor, _ = build_trained(s.run_dir if s.resume == "auto" else s.resume, precision=s.precision)
-        return model, processor
-    if not is_merged(s.version):
+    elif is_merged(s.version):
+        s.levels = ",".join(finished_processor(s).levels)
+        model, processor = build_model(s)
+    else:
         raise UsageError(f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version or --resume RUN")
-    s.levels = ",".join(finished_processor(s).levels)
-    return build_model(s)
+    processor.proposals = select_as(model, s)
+    return model, processor
 
 
 def make_trainable(model: CoresForReasoningSegmentation, s: Settings) -> dict[str, int]:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from dataset.conversation import answer_from_ids, answer_text
 from dataset.drawing import printable
+from dataset.proposals import ProposalSource
 from dataset.sample import Batch, Sample, collate, collate_prompts
 from model.cores import Generation, Segmentation
 from utils import distributed
@@ -37,6 +38,7 @@ from utils.baselines import score_baselines
 from utils.checkpoint import write_text
 from utils.gallery import Gallery, Order, Picture
 from utils.metrics import TargetScore, breakdown, score_target, summarise
+from utils.oracle import score_oracles
 from utils.report import evaluation_page
 from utils.tables import format_table, interval, percent, words
 from utils.visualize import Example, contact_sheet
@@ -365,17 +367,20 @@ def write_reports(
     seconds: float,
     name: str = "",
     facts: dict[str, Any] | None = None,
+    proposals: ProposalSource | None = None,
 ) -> dict[str, Any]:
     """Prints the table and writes metrics.json, targets-<mode>.json and .csv, report.html and examples.png.
 
     ``dataset``: the EvalDataset of the reports; the trivial baselines are measured on it. ``config``: the settings of
     the program; ``seconds``: how long it has run; ``name``: who answered; ``facts``: more entries for
-    metrics.json. Call on one rank only. Returns what
+    metrics.json; ``proposals``: of a model that selects, whose ceiling is measured, too. Call on one rank only. Returns what
     metrics.json holds (fractions).
     """
     folder = Path(folder)
     summaries = {report.mode: report.summary for report in reports}
     baselines = score_baselines(dataset, seed=reports[0].seed)
+    if proposals is not None:
+        baselines |= score_oracles(dataset, proposals, seed=reports[0].seed)
     metrics = {
         "unit": "fraction",
         "name": name,

@@ -63,7 +63,8 @@ def finish(model, processor, data, s: Settings, started: float) -> None:
     if distributed.is_main():
         config = s.saved() | {"eval_only": s.eval_only}
         name = str(s.resume or s.version) if s.eval_only else s.exp_name
-        write_reports(reports, data, s.run_dir, config, seconds=time.time() - started, name=name)
+        seconds = time.time() - started
+        write_reports(reports, data, s.run_dir, config, seconds, name=name, proposals=processor.proposals)
     distributed.barrier()
 
 

@@ -1,0 +1,130 @@
+"""The chain proposes, the selector chooses: CoReS's final mask as one more proposal of a trained LLM-Seg.
+
+    python -m benchmarks.combine --llm_seg runs/synthreason/llm_seg-0 --cores runs/synthreason/cores-0 --json FILE
+
+Both models answer teacher-forced (the runs of ``python -m benchmarks.synthreason``); nothing is trained together. Rows of the
+result, where "among" means that CoReS's mask stands among the proposals:
+
+cores, iop, similarity    each model alone, LLM-Seg by two of its rules
+among, similarity         whatever is most similar to [SEG]
+among, iop                the union of everything with IoP > 0.5
+verified                  CoReS's mask if its IoP is at least that of every proposal, else LLM-Seg's choice by IoP
+either                    the union of CoReS's mask and LLM-Seg's choice by IoP
+better                    the better of these two, by one who knows the target
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataset.mixture import EvalDataset
+from dataset.proposals import Proposals, pooling_weights, runs, union
+from dataset.sample import Batch, Conversation, Sample, collate
+from model.llm_seg import Scores
+from utils.build import build_eval, build_trained
+from utils.metrics import ciou, giou, intersection_and_union, iou
+
+
+def with_mask(proposals: Proposals, mask: np.ndarray) -> Proposals:
+    """One more proposal, the last; bool (H, W) in the proposals' frame. Raises ValueError for another frame."""
+    if mask.shape != tuple(proposals.size):
+        raise ValueError(f"the mask is of {mask.shape}, the proposals are of {proposals.size}; use smaller images")
+    extra, side = runs(mask[None]), proposals.weights.shape[-1]
+    weights = torch.cat([proposals.weights, pooling_weights(extra, proposals.size, side)])
+    return Proposals(proposals.size, proposals.masks + extra, weights)
+
+
+def pick(proposals: Proposals, chosen: np.ndarray) -> np.ndarray:
+    """bool (K,) -> the union, bool (h, w)."""
+    return union([m for m, keep in zip(proposals.masks, chosen, strict=True) if keep], proposals.size)
+
+
+def candidates(mask: np.ndarray, proposals: Proposals, alone: Scores, among: Scores, target: np.ndarray) -> dict[str, np.ndarray]:
+    """Row of the table -> mask, see above. ``among`` has one column more than ``alone``; both are of this one target."""
+    count, everything = len(proposals), with_mask(proposals, mask)
+    best = np.arange(count) == (int(alone.similarity.argmax()) if count else -1)
+    selected = pick(proposals, alone.iop.numpy()[:count] > 0.5)
+    sure = among.iop.numpy()
+    found = {
+        "cores": mask,
+        "iop": selected,
+        "similarity": pick(proposals, best),
+        "among, similarity": pick(everything, np.arange(count + 1) == int(among.similarity.argmax())),
+        "among, iop": pick(everything, sure > 0.5),
+        "verified": mask if not selected.any() or sure[count] >= sure[:count].max(initial=0) else selected,
+        "either": mask | selected,
+    }
+    better = max((mask, selected), key=lambda m: float(iou(*intersection_and_union(m, target))))
+    return found | {"better": better}
+
+
+class Selecting:
+    """A trained LLM-Seg that scores its proposals, and whatever mask stands among them."""
+
+    def __init__(self, run: Path):
+        self.model, self.processor, self.settings = build_trained(run)
+        self.processor.proposals = self.model.proposal_source(self.settings.proposals or None)
+
+    def batch(self, sample: Sample, conversation: Conversation) -> Batch:
+        alone = dataclasses.replace(sample, conversations=[conversation])
+        return collate([alone], self.processor, self.processor.levels, self.processor.conversation)
+
+    def score(self, batch: Batch, proposals: Proposals, target: int) -> Scores:
+        """Of one target of the only conversation in ``batch``."""
+        scored = dataclasses.replace(batch, proposals=[proposals])
+        tokens, counts = self.model._tokens(self.model._hidden(scored), scored)
+        scores = self.model._score(tokens, scored, counts)
+        return Scores(*(getattr(scores, f.name)[target] for f in dataclasses.fields(Scores)))
+
+
+@torch.no_grad()
+def combine(cores_run: Path, llm_seg_run: Path) -> dict[str, dict[str, float]]:
+    """Row -> {giou, ciou, n}, fractions, on the evaluation set of the CoReS run."""
+    chain, processor, settings = build_trained(cores_run)
+    selecting = Selecting(llm_seg_run)
+    data = build_eval(settings, processor)
+    same = EvalDataset(settings.dataset_dir, settings.val_dataset, selecting.processor.levels, selecting.processor.exemplar_count)
+    scores: dict[str, list[tuple[int, int]]] = {}
+    for index in tqdm(range(len(data)), unit="image"):
+        answers = chain.segment(collate([data[index]], processor, processor.levels, processor.conversation))
+        sample = same[index]
+        for conversation, answer in zip(sample.conversations, answers, strict=True):
+            batch = selecting.batch(sample, conversation)
+            proposals = batch.proposals[0]
+            for k, target in enumerate(conversation.masks):
+                mask = answer.masks[k, -1].numpy()
+                alone, among = (selecting.score(batch, p, k) for p in (proposals, with_mask(proposals, mask)))
+                for name, found in candidates(mask, proposals, alone, among, target).items():
+                    scores.setdefault(name, []).append(intersection_and_union(found, target, conversation.ignore))
+    out = {}
+    for name, pairs in scores.items():
+        inter, either = np.array(pairs).T
+        out[name] = {"giou": giou(iou(inter, either)), "ciou": ciou(inter, either), "n": len(pairs)}
+    return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cores", type=Path, nargs="+", required=True, help="runs of CoReS, one after the other")
+    parser.add_argument("--llm_seg", type=Path, required=True, help="run of LLM-Seg")
+    parser.add_argument("--json", type=Path, help="file to write")
+    args = parser.parse_args(argv)
+    results = {run.name: combine(run, args.llm_seg) for run in args.cores}
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"unit": "fraction", "mode": "teacher_forced", "runs": results}, indent=1) + "\n")
+    print(f"{'gIoU / cIoU, percent':22}" + "".join(f"{name:>16}" for name in results))
+    for row in next(iter(results.values())):
+        cells = (f"{100 * r[row]['giou']:.1f} / {100 * r[row]['ciou']:.1f}" for r in results.values())
+        print(f"{row:22}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The proposals of an image: run-length encoded masks, a store on disk, and what a model gets of them.
+
+    <store>/<settings and SAM>/<2 digits>/<hash of the pixels>.json      one small file per image, written in one step
+
+K proposals of one image · (h, w) the frame of the proposals: the original one, or smaller where the longer side was over the
+generator's limit · P side of the pooling weights, which lie over the padded square frame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from pycocotools import mask as rle
+
+from dataset.images import DataError
+
+RANKINGS = ("area", "quality", "mixed")  # which proposals are kept
+RULES = ("iop", "similarity", "similarity+iop", "top5+iop")  # which of them are united into the answer
+
+
+@dataclass
+class Found:
+    """Everything the generator found in one image; nothing is ranked or cut yet."""
+
+    size: tuple[int, int]
+    """(h, w) of the masks."""
+    masks: list[str]
+    """COCO's compressed run lengths, one per mask."""
+    areas: list[int]
+    """In pixels of ``size``."""
+    quality: list[float]
+    """Predicted IoU × stability, each 0…1."""
+
+    def ranked(self, ranking: str, count: int) -> list[int]:
+        """Indices of the best ``count`` masks: "area" the largest (published), "quality" the surest, "mixed" both in turns."""
+        by_area = sorted(range(len(self.masks)), key=lambda i: (-self.areas[i], i))
+        by_quality = sorted(range(len(self.masks)), key=lambda i: (-self.quality[i], i))
+        if ranking == "mixed":
+            order = list(dict.fromkeys(i for pair in zip(by_area, by_quality, strict=True) for i in pair))
+        else:
+            order = by_area if ranking == "area" else by_quality
+        return order[:count]
+
+
+@dataclass
+class Proposals:
+    """The proposals of one image as the model takes them."""
+
+    size: tuple[int, int]
+    """(h, w) of the masks."""
+    masks: list[dict]
+    """K × COCO run lengths, {"size", "counts"}."""
+    weights: torch.Tensor
+    """float32 (K, P, P): the share of each cell of the padded square frame that a proposal covers (anti-aliased)."""
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def to(self, device: torch.device | str | None) -> Proposals:
+        return dataclasses.replace(self, weights=self.weights.to(device))
+
+
+def encode(masks: np.ndarray) -> list[str]:
+    """bool (K, h, w) -> K compressed run lengths."""
+    return [run["counts"].decode("ascii") for run in runs(masks)]
+
+
+def runs(masks: np.ndarray) -> list[dict]:
+    """bool (K, h, w) -> K × COCO run lengths."""
+    return rle.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
+
+
+def union(masks: list[dict], size: tuple[int, int]) -> np.ndarray:
+    """Run lengths -> bool (h, w): where any of them is; all False without masks."""
+    return rle.decode(rle.merge(masks)).astype(bool) if masks else np.zeros(size, dtype=bool)
+
+
+def overlaps(proposals: list[dict], targets: np.ndarray, ignore: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """IoU and IoP (share of the proposal inside the target), float32 (T, K) each.
+
+    ``proposals``: K run lengths of the frame of ``targets`` bool (T, h, w); ``ignore`` bool (h, w): pixels that count nowhere.
+    Of two empty masks the IoU is 0, as nothing would be gained by choosing one.
+    """
+    if not proposals or not len(targets):
+        return (np.zeros((len(targets), len(proposals)), dtype=np.float32),) * 2
+    if ignore is not None and ignore.any():
+        counted = runs(~ignore[None])[0]
+        proposals = [rle.merge([mask, counted], intersect=True) for mask in proposals]
+        targets = targets & ~ignore
+    truth = runs(targets)
+    iou = rle.iou(proposals, truth, [0] * len(truth))
+    iop = rle.iou(proposals, truth, [1] * len(truth))  # "crowd": the intersection over the first argument's area
+    return np.nan_to_num(iou.T).astype(np.float32), np.nan_to_num(iop.T).astype(np.float32)
+
+
+def pooling_weights(masks: list[dict], size: tuple[int, int], side: int) -> torch.Tensor:
+    """Run lengths of frame ``size`` -> float32 (K, side, side), see ``Proposals.weights``."""
+    longest = max(size)
+    out = np.zeros((len(masks), side, side), dtype=np.float32)
+    square = np.zeros((longest, longest), dtype=np.float32)
+    for weights, mask in zip(out, masks, strict=True):
+        square[: size[0], : size[1]] = rle.decode(mask)
+        method = cv2.INTER_AREA if longest >= side else cv2.INTER_LINEAR
+        weights[:] = cv2.resize(square, (side, side), interpolation=method)
+    return torch.from_numpy(out)
+
+
+class ProposalStore:
+    """Reads and writes one file per image; keeps nothing in memory."""
+
+    def __init__(self, folder: str | Path, settings: str):
+        """``settings``: the name of generator settings and weights (model/proposals.py, ``fingerprint``)."""
+        self.folder = Path(folder) / settings
+
+    def path(self, image: np.ndarray) -> Path:
+        """The file of uint8 (H, W, 3); it depends on the pixels, not on where they came from."""
+        digest = hashlib.blake2b(str(image.shape).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(image))
+        name = digest.hexdigest()
+        return self.folder / name[:2] / f"{name}.json"
+
+    def __contains__(self, image: np.ndarray) -> bool:
+        return self.path(image).is_file()
+
+    def read(self, image: np.ndarray) -> Found | None:
+        """None where nothing is stored. Raises DataError naming a file that cannot be read."""
+        path = self.path(image)
+        try:
+            values = json.loads(path.read_text(encoding="ascii"))
+            return Found(**(values | {"size": tuple(values["size"])}))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}: not a file of proposals ({error}); delete it and compute it again") from error
+
+    def write(self, image: np.ndarray, found: Found) -> None:
+        """All or nothing: a killed process leaves no half file, and two that write the same image do not meet."""
+        path = self.path(image)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(dataclasses.asdict(found)), encoding="ascii")
+        partial.replace(path)
+
+
+@dataclass
+class ProposalSource:
+    """Where a collator gets proposals from: the store, or else the generator, if there is one."""
+
+    ranking: str = "area"
+    count: int = 50
+    """Proposals kept per image."""
+    side: int = 256
+    """P."""
+    store: ProposalStore | None = None
+    generate: Callable[[np.ndarray], Found] | None = None
+    """Makes what the store lacks, and keeps it there. None in data loading processes, which have no network."""
+
+    def none(self, image: np.ndarray) -> Proposals:
+        """No proposals, for an image without targets."""
+        return Proposals(image.shape[:2], [], torch.zeros((0, self.side, self.side)))
+
+    def __call__(self, image: np.ndarray, name: str) -> Proposals:
+        """Proposals of uint8 (H, W, 3). ``name`` says in a DataError which image has none stored."""
+        found = self.store.read(image) if self.store is not None else None
+        if found is None:
+            if self.generate is None:
+                where = "no store is given (--proposals)" if self.store is None else f"{self.store.folder} has none"
+                raise DataError(f"{name}: no proposals, {where}; run precompute_proposals.py with the flags of this run first")
+            found = self.generate(image)
+            if self.store is not None:
+                self.store.write(image, found)
+        masks = [{"size": list(found.size), "counts": found.masks[i]} for i in found.ranked(self.ranking, self.count)]
+        return Proposals(found.size, masks, pooling_weights(masks, found.size, self.side))
