@@ -4,11 +4,13 @@ answer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import Metaspace
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
@@ -121,6 +123,24 @@ def load_tokenizer(source: str):
     if tokenizer.pad_token_id is None:  # masks come from lengths, so padding may share an id with a real token
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def set_spaces(tokenizer, strip: bool, tokens: Sequence[str]) -> bool:
+    """Makes ``tokenizer`` treat white space next to ``tokens`` as ``dataset.conversation`` does, in texts that spell them
+    out: chat templates are such texts. Returns whether the tokenizer puts a space before a text.
+
+    ``strip``: see ``ConversationTemplate.strip_at_tokens``; otherwise only spaces before a token vanish.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and isinstance(backend.pre_tokenizer, Metaspace):
+        backend.pre_tokenizer.prepend_scheme = "always" if strip else "first"
+    if hasattr(tokenizer, "legacy"):  # by which LlamaTokenizer builds the same, whatever its file says
+        tokenizer.legacy = tokenizer.init_kwargs["legacy"] = strip
+    tokenizer.add_tokens(
+        [AddedToken(token, lstrip=True, rstrip=strip, special=True, normalized=False) for token in tokens], special_tokens=True
+    )
+    plain = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    return plain("a") == plain(" a")
 
 
 def add_level_tokens(model: LlavaForConditionalGeneration, tokenizer, levels: list[str]) -> list[int]:

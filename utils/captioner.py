@@ -29,7 +29,9 @@ def load(version: str, template: str = "llava_v1") -> Callable[[np.ndarray, str]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     backbone = load_llava(version, dtype)
     llava, tokenizer = backbone.model.to(device).eval(), backbone.tokenizer
-    conversation = dataclasses.replace(get_template(template), image_marks=backbone.image_marks, strip_at_tokens=backbone.strip_at_tokens)
+    conversation = dataclasses.replace(
+        get_template(template), image_marks=backbone.image_marks, strip_at_tokens=backbone.strip_at_tokens
+    )
     image_token = tokenizer.convert_ids_to_tokens(llava.config.image_token_id)
 
     @torch.inference_mode()
