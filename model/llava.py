@@ -71,6 +71,7 @@ def load_llava(version: str, dtype: torch.dtype = torch.float32, vision_tower: s
         raise ValueError(f"{version}: --version needs a model of type 'llava', this is {config.get('model_type')!r}")
     if published.is_published(config):
         return _load_published(version, config, dtype, vision_tower, kwargs)
+    read_all(version)  # only mapped: names a file that is missing or damaged, which transformers does not
     model, info = LlavaForConditionalGeneration.from_pretrained(
         version, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
@@ -118,8 +119,11 @@ def assemble(
 
 
 def load_tokenizer(source: str):
-    """The tokenizer of a folder or hub name, able to pad."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    """The tokenizer of a folder or hub name, able to pad. Raises ValueError where there is none that can be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: has no tokenizer that can be read: {' '.join(str(error).split())}") from None
     if tokenizer.pad_token_id is None:  # masks come from lengths, so padding may share an id with a real token
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -150,17 +154,17 @@ def add_level_tokens(model: LlavaForConditionalGeneration, tokenizer, levels: li
     checkpoints have, are filled before they are enlarged.
     """
     names = [f"[{level}]" for level in levels]
-    known = set(tokenizer.get_vocab().values())
+    rows = model.get_input_embeddings().weight.shape[0]
+    known = {i for i in tokenizer.get_vocab().values() if i < rows}  # a tokenizer may list words that no row belongs to
     tokenizer.add_tokens(names, special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(names)
-    if max(ids) >= model.get_input_embeddings().weight.shape[0]:
+    if max(ids) >= rows:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    new, old = [i for i in ids if i not in known], sorted(known)
+    new = sorted({i for i in ids if i not in known} | set(range(rows, max(ids) + 1)))
     if new:
         with torch.no_grad():
             for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-                old_rows = [i for i in old if i < table.shape[0]]
-                table[new] = table[old_rows].float().mean(0).to(table.dtype)
+                table[new] = table[sorted(known)].float().mean(0).to(table.dtype)
     return ids
 
 
