@@ -71,7 +71,7 @@ class SelectArguments:
     features_pretrained: str = option("", "DINOv2 in transformers format, such as facebook/dinov2-large")
     proposal_place: bool = option(False, "proposals know where they are: SAM's positional encoding is pooled, too (paper: off)")
     select: str = option("", "which proposals are united; unset: iop, or a merged model's own rule", choices=["", *RULES])
-    proposals: str = option("", "folder of the proposal store, see precompute_proposals.py; unset: computed whenever needed")
+    proposals: str = option("", "folder of the proposal store, see utils/precompute_proposals.py; unset: computed whenever needed")
     proposal_ranking: str = option(
         "area", "which proposals are kept: the largest, the surest, or both in turns", choices=list(RANKINGS)
     )
