@@ -164,6 +164,8 @@ class Bench:
             self.model = build_model(size, args.gradient_checkpointing)
         self.model.to(self.device, dtype)
         self.attention = args.attn_implementation
+        if args.compile:
+            self.model.segmenting.sam.image_encoder.compile()
         self.batch = build_batch(size, self.device, dtype)
         self.dtype = dtype
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -280,6 +282,7 @@ def memory_in_a_process(schedule: str, args: argparse.Namespace) -> dict:
     command = [sys.executable, "-m", "benchmarks.train_step", "--size", args.size, "--memory_of", schedule]
     command += ["--attn_implementation", args.attn_implementation]
     command += ["--precision", args.precision, "--threads", str(args.threads), "--sam_cache_dtype", args.sam_cache_dtype]
+    command += ["--compile"] * args.compile
     command += ["--gradient_checkpointing"] * args.gradient_checkpointing
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
     if done.returncode:
@@ -446,6 +449,7 @@ def parser() -> argparse.ArgumentParser:
         "--gradient_checkpointing", action="store_true", help="recompute the language model's activations, in all schedules"
     )
     p.add_argument("--attn_implementation", choices=["sdpa", "flex_attention"], default="sdpa", help="of our language model")
+    p.add_argument("--compile", action="store_true", help="torch.compile SAM's image encoder in our schedule")
     p.add_argument("--peak_tflops", type=float, help="what the device can do in --precision, dense (H100, H200 in bf16: 989)")
     p.add_argument("--sam_cache_dtype", choices=["fp16", "int8"], default="fp16")
     p.add_argument("--memory_of", choices=SCHEDULES, help=argparse.SUPPRESS)

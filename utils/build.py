@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,12 +111,24 @@ def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s
         print(f"attention: {attention} ({reason})")
     model.reasoning.llava.set_attn_implementation({"": "sdpa", "text_config": attention})
     model.reasoning.sharing = PrefixSharing(s.prefix_sharing, s.pack_tokens)
+    if s.compile:
+        refuse_no_compiler(s)
+        model.segmenting.sam.image_encoder.compile()
     if s.sam_cache:
         if model.selecting is not None and model.selecting.encoder is not None:
             raise UsageError("--sam_cache: this LLM-Seg looks at DINOv2's features, not at SAM's embedding; leave the flag out")
         name = sam_cache.fingerprint(model.segmenting.sam.image_encoder, processor.image_size)
         processor.sam_cache = sam_cache.SamCache(s.sam_cache, name, s.sam_cache_dtype, s.sam_cache_gb)
         model.segmenting.keep = processor.sam_cache.keep
+
+
+def refuse_no_compiler(s: Settings) -> None:
+    """Raises UsageError where --compile could not work."""
+    if s.zero_stage == 3 and not s.eval_only:
+        raise UsageError("--compile: ZeRO stage 3 takes the weights apart, which torch.compile cannot follow; use --zero_stage 2")
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    if distributed.device().type == "cpu" and not any(name and shutil.which(name) for name in compilers):
+        raise UsageError("--compile: no C++ compiler found ($CXX, g++, clang++), which torch.compile needs on a CPU")
 
 
 def build_sam_only(s: Settings) -> tuple[Sam, int]:
