@@ -151,6 +151,12 @@ def test_a_run_is_not_merged_into_its_own_merged_model(tmp_path, capsys):
     argv = ["--run", str(trained_run()), "--version", str(folder), "--save_path", str(tmp_path / "twice")]
     assert merge.main(argv) == 2
     assert "is merged already; the run" in capsys.readouterr().err
+    run = tmp_path / "further"  # one that went on from a finished model
+    (run / "ckpt").mkdir(parents=True)
+    settings = json.loads((trained_run() / "config.json").read_text()) | {"version": str(folder), "vision_pretrained": ""}
+    (run / "config.json").write_text(json.dumps(settings))
+    assert merge.main(["--run", str(run), *model_flags()[:4], "--save_path", str(tmp_path / "other")]) == 2
+    assert "is a backbone; the run" in capsys.readouterr().err
 
 
 def test_consolidated_weights_inside_a_run_folder_take_its_settings(tmp_path, expected, trained):

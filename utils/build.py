@@ -229,9 +229,11 @@ def build_merging(
 
 
 def _refuse_other_kind(saved: dict[str, Any], settings: Settings, run: str | Path) -> None:
-    """Raises UsageError where --version is a merged model and the run was trained on a backbone: it would merge twice."""
+    """Raises UsageError where --version is a merged model and the run was trained on a backbone, or the other way round."""
     moved = settings.version != saved["version"]
     on_backbone = saved["vision_pretrained"] and not (Path(saved["version"]).exists() and is_merged(saved["version"]))
+    if moved and not saved["vision_pretrained"] and not is_merged(settings.version):
+        raise UsageError(f"--version {settings.version}: is a backbone; the run {run} went on from the model {saved['version']}")
     if moved and on_backbone and is_merged(settings.version):
         raise UsageError(
             f"--version {settings.version}: is merged already; the run {run} was trained on the backbone {saved['version']}"
