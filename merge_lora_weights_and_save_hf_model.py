@@ -39,13 +39,15 @@ def read_arguments(argv: list[str] | None) -> tuple[Namespace, list[str]]:
     parser.add_argument("--run", help="run folder that train_ds.py wrote, or one of its checkpoints")
     parser.add_argument("--weight", help="the same as --run, or a file, a folder, an index or an adapter with trained weights")
     parser.add_argument("--merged", help="a merged model, to write it in another --layout or --precision")
-    parser.add_argument("--which", choices=["best", "last"], default="best", help="checkpoint of the run (default: best)")
+    parser.add_argument("--which", choices=["best", "last"], help="checkpoint of the run (default: best)")
     parser.add_argument("--save_path", required=True, help="folder to write; must be new or empty")
     parser.add_argument("--precision", choices=list(DTYPES), help="of the stored weights (default: that of the run, or bf16)")
     parser.add_argument("--layout", choices=["cores", "lisa"], default="cores", help="of the folder (default: cores)")
     own, rest = parser.parse_known_args(argv)
     if sum(map(bool, (own.run, own.weight, own.merged))) != 1:
         raise UsageError("give one of --run RUN_FOLDER, --weight SOURCE and --merged MODEL_FOLDER")
+    if own.which and own.merged:
+        raise UsageError("--which: --merged is one model, not the checkpoints of a run; leave the flag out")
     return own, rest
 
 
@@ -62,12 +64,13 @@ def load(own: Namespace, rest: list[str]) -> tuple[CoresForReasoningSegmentation
     if own.run and not checkpoint.is_run(source):
         raise UsageError(f"{source}: neither a run folder nor a checkpoint in one (--run); weights without a run go with --weight")
     if checkpoint.is_run(source):
-        return build.build_merging(source, own.which, own.precision, rest)
+        return build.build_merging(source, own.which or "best", own.precision, rest)
     return build.build_from_source(source, own.precision or "bf16", rest)
 
 
 def save(model: CoresForReasoningSegmentation, processor: CoresProcessor, folder: Path, layout: str) -> None:
-    """The folder appears only when it is complete."""
+    """The files appear only when they are complete; ``folder`` is new or empty, and may be "." or a link."""
+    folder = folder.resolve()
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     if layout == "lisa":
@@ -75,9 +78,10 @@ def save(model: CoresForReasoningSegmentation, processor: CoresProcessor, folder
     else:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    folder.mkdir(exist_ok=True)
+    for file in sorted(partial.iterdir()):
+        shutil.move(file, folder)
+    partial.rmdir()
 
 
 def main(argv: list[str] | None = None) -> int:

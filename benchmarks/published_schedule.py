@@ -63,7 +63,7 @@ def _mask_losses(model: CoresForReasoningSegmentation, batch: Batch, tokens: Ten
         if not len(chosen):
             continue
         with torch.no_grad():
-            embedding = model.segmenting.sam.image_encoder(batch.sam_pixels[image][None])
+            embedding = model.segmenting.sam.image_encoder.forward(batch.sam_pixels[image][None])  # not a compiled one
         resized = batch.resized_sizes[image]
         valid = valid_cells(resized, c.sam["image_size"], c.sam_dims.grid, tokens.device)
         low_res = _chain(model, embedding, tokens[chosen], valid)[:, -1]

@@ -6,7 +6,11 @@
 A step is forward, backward and AdamW. The schedules alternate in one process; times are medians. Memory is measured in a
 process per schedule: on a CPU the highest resident set above that of the process before it built anything, on a GPU the
 allocator's peak. FLOPs are counted operation by operation (multiply and add are two) and attributed to the part that
-called; what has no matrix in it (norms, resizing, softmax) counts nothing.
+called; what has no matrix in it (norms, resizing, softmax) counts nothing: of the losses, the logits of the vocabulary do.
+Tokens/s counts those of the batch, however often a schedule reads them; model FLOP utilisation is the schedule's own FLOPs
+(recomputation included) over what the device could have done in that time, for which --peak_tflops speaks.
+
+    python -m benchmarks.train_step --size 7b-v1.5 --precision bf16 --gradient_checkpointing --peak_tflops 989 --json FILE   # a GPU
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -135,6 +140,16 @@ def _words(count: int, generator: torch.Generator) -> Tensor:
     return torch.randint(3, IMAGE_ID, (count,), generator=generator)
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 # ------------------------------------------------------------------------------------------------------------------ steps
 
 
@@ -145,7 +160,12 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
         torch.manual_seed(0)
-        self.model = build_model(size, args.gradient_checkpointing).to(self.device, dtype)
+        with self.device, _default_dtype(dtype):  # 7B is never there twice, nor in float32
+            self.model = build_model(size, args.gradient_checkpointing)
+        self.model.to(self.device, dtype)
+        self.attention = args.attn_implementation
+        if args.compile:
+            self.model.segmenting.sam.image_encoder.compile()
         self.batch = build_batch(size, self.device, dtype)
         self.dtype = dtype
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -167,6 +187,8 @@ class Bench:
         return Batch(**fields).to(self.device, self.dtype)
 
     def losses(self, schedule: str) -> dict[str, Tensor]:
+        attention = "sdpa" if schedule == "published" else self.attention
+        self.model.reasoning.llava.set_attn_implementation({"": "sdpa", "text_config": attention})
         if schedule == "published":
             return published_schedule.forward(self.model, self.batch)
         output = self.model(self.cached_batch() if schedule == "cached" else self.batch)
@@ -258,7 +280,9 @@ def _resident() -> int:
 
 def memory_in_a_process(schedule: str, args: argparse.Namespace) -> dict:
     command = [sys.executable, "-m", "benchmarks.train_step", "--size", args.size, "--memory_of", schedule]
+    command += ["--attn_implementation", args.attn_implementation]
     command += ["--precision", args.precision, "--threads", str(args.threads), "--sam_cache_dtype", args.sam_cache_dtype]
+    command += ["--compile"] * args.compile
     command += ["--gradient_checkpointing"] * args.gradient_checkpointing
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
     if done.returncode:
@@ -342,7 +366,7 @@ def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
         published = {
             "CLIP": _count(lambda: clip(count)),
             "LLM": _count(lambda: llm(torch.ones(count, 1, length, length, dtype=torch.bool).tril(), None)),
-            "vocabulary": _count(lambda: heads[0](zeros(count * length, d))),
+            "loss": _count(lambda: heads[0](zeros(count * length, d))),
             "text projection": _count(lambda: heads[1](zeros(count * length, d))),
             "SAM encoder": _count(stock),
             "mask decoder": _count(chains),
@@ -350,7 +374,7 @@ def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
     ours = {
         "CLIP": _count(lambda: clip(size.images)),
         "LLM": _count(lambda: llm(plan.mask(), wanted)),
-        "vocabulary": _count(lambda: heads[0](zeros(supervised, d))),
+        "loss": _count(lambda: heads[0](zeros(supervised, d))),
         "text projection": _count(lambda: heads[1](zeros(count * levels, d))),
         "SAM encoder": _count(lambda: model.segmenting.embed(sam_pixels)),
         "mask decoder": _count(lambda: model.segmenting(zeros(count, levels, width), embeddings, image_index, valid)[0][:, -1]),
@@ -378,6 +402,19 @@ def ratios(result: dict) -> dict[str, float]:
     return out
 
 
+def rates(result: dict, size: Size, peak_tflops: float | None) -> dict[str, dict[str, float]]:
+    """Tokens/s by schedule and, where FLOPs and the device's peak are known, the share of it that is used."""
+    if "seconds" not in result:
+        return {}
+    seconds = {name: result["seconds"][name]["total"] for name in SCHEDULES}
+    tokens = size.images * size.conversations * (size.prefix + size.image_tokens + size.suffix)
+    found = {"tokens_per_second": {name: tokens / seconds[name] for name in SCHEDULES}}
+    if peak_tflops and "flops" in result:
+        done = {name: sum(result["flops"][name].values()) for name in SCHEDULES}
+        found["utilisation"] = {name: done[name] / seconds[name] / (1e12 * peak_tflops) for name in SCHEDULES}
+    return found
+
+
 def table(result: dict) -> str:
     """What was measured, a line for each quantity and a column for each schedule."""
     lines = [f"{'':24}" + "".join(f"{name:>14}" for name in SCHEDULES)]
@@ -388,6 +425,8 @@ def table(result: dict) -> str:
     if "seconds" in result:
         for key in ("total", "cpu", "forward", "backward", "optimizer"):
             row(f"{key}, seconds", [result["seconds"][name][key] for name in SCHEDULES])
+    for key, values in result["rate"].items():
+        row(key.replace("_", " "), [values[name] for name in SCHEDULES])
     if "memory" in result:
         row("peak memory, GB", [result["memory"][name]["peak_bytes"] / 1e9 for name in SCHEDULES])
     if "flops" in result:
@@ -409,6 +448,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--gradient_checkpointing", action="store_true", help="recompute the language model's activations, in all schedules"
     )
+    p.add_argument("--attn_implementation", choices=["sdpa", "flex_attention"], default="sdpa", help="of our language model")
+    p.add_argument("--compile", action="store_true", help="torch.compile SAM's image encoder in our schedule")
+    p.add_argument("--peak_tflops", type=float, help="what the device can do in --precision, dense (H100, H200 in bf16: 989)")
     p.add_argument("--sam_cache_dtype", choices=["fp16", "int8"], default="fp16")
     p.add_argument("--memory_of", choices=SCHEDULES, help=argparse.SUPPRESS)
     return p
@@ -432,6 +474,7 @@ def main(argv: list[str] | None = None) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             result["seconds"] = measure_time(Bench(SIZES[args.size], args, folder), args)
     result["ratio"] = ratios(result)
+    result["rate"] = rates(result, SIZES[args.size], args.peak_tflops)
     if args.json:
         write_text(args.json, json.dumps(result, indent=1) + "\n")
     print(table(result), flush=True)

@@ -91,11 +91,12 @@ class ConversationTemplate:
         """What stands before question ``index`` of a sequence, counted from 0."""
         return self.user if index else self.opening.replace("{system}", self.system)
 
-    def chat_template(self, image_token: str) -> str:
+    def chat_template(self, image_token: str, space_first: bool = True) -> str:
         """The same format as a Jinja template of transformers' ``apply_chat_template``, one ``image_token`` per image.
 
         Answers and their end are inside ``{% generation %}``, so that ``return_assistant_tokens_mask`` gives the labels.
-        A first message of the role "system" replaces the system text.
+        A first message of the role "system" replaces the system text. ``space_first``: whether the tokenizer puts a space
+        before a text, as LLaMA's does. White space next to a token is the tokenizer's part (``model.llava.set_spaces``).
         """
         start, end = self.image_marks or ("", "")
         words = {
@@ -103,34 +104,42 @@ class ConversationTemplate:
             "OPENING": self.opening,
             "USER": self.user,
             "ASSISTANT": self.assistant,
-            "IMAGE": start + image_token + end + ("" if self.strip_at_tokens else self.image_gap),
+            "IMAGE": start + image_token + end,
+            "IMAGE_GAP": self.image_gap,
             "ANSWER_END": self.answer_end,
+            "SPACE": " " if space_first else "",
+            "BOS_EVERY_TURN": self.bos_every_turn,
+            "STRIP": self.strip_at_tokens,
         }
-        text = _CHAT_TEMPLATE.replace("BOS_EVERY_TURN", "true" if self.bos_every_turn else "false")
-        for name, value in words.items():
-            text = text.replace(f"<<{name}>>", json.dumps(value))
-        return text
+        fill = lambda found: json.dumps(words[found[1]], ensure_ascii=False)  # noqa: E731
+        return re.sub(rf"<<({'|'.join(words)})>>", fill, _CHAT_TEMPLATE)
 
 
 _CHAT_TEMPLATE = """
+{%- macro text_of(content) -%}
+  {%- if content is string -%}{{- content -}}
+  {%- else -%}{%- for part in content if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
 {%- if messages[0]['role'] == 'system' -%}
-  {%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}
+  {%- set system = text_of(messages[0]['content']) -%}{%- set turns = messages[1:] -%}
 {%- else -%}
   {%- set system = <<SYSTEM>> -%}{%- set turns = messages -%}
 {%- endif -%}
 {%- for message in turns -%}
   {%- if message['role'] == 'user' -%}
-    {%- if loop.first or BOS_EVERY_TURN -%}{{- bos_token -}}{%- endif -%}
-    {%- if loop.first -%}{{- <<OPENING>>.replace('{system}', system) -}}{%- else -%}{{- <<USER>> -}}{%- endif -%}
-    {%- if message['content'] is string -%}
-      {{- message['content'] -}}
-    {%- else -%}
-      {%- for part in message['content'] if part['type'] == 'image' -%}{{- <<IMAGE>> -}}{%- endfor -%}
-      {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
+    {%- set before = <<OPENING>>.replace('{system}', system) if loop.first else <<USER>> -%}
+    {%- if loop.first or <<BOS_EVERY_TURN>> -%}
+      {{- bos_token -}}
+      {%- if <<STRIP>> or not before.startswith(' ') -%}{{- <<SPACE>> -}}{%- endif -%}
     {%- endif -%}
-    {{- <<ASSISTANT>> -}}
+    {%- set images = [] if message['content'] is string else message['content'] | selectattr('type', 'equalto', 'image') | list -%}
+    {{- before.rstrip(' ') if images else before -}}
+    {%- for image in images -%}{{- <<IMAGE>> + <<IMAGE_GAP>> -}}{%- endfor -%}
+    {{- text_of(message['content']) | trim + <<ASSISTANT>> -}}
   {%- else -%}
-    {%- generation -%}{{- ' ' + message['content'] + <<ANSWER_END>> + eos_token -}}{%- endgeneration -%}
+    {{- ' ' -}}
+    {%- generation -%}{{- text_of(message['content']) | trim + <<ANSWER_END>> + eos_token -}}{%- endgeneration -%}
   {%- endif -%}
 {%- endfor -%}"""
 

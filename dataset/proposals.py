@@ -174,7 +174,9 @@ class ProposalSource:
         if found is None:
             if self.generate is None:
                 where = "no store is given (--proposals)" if self.store is None else f"{self.store.folder} has none"
-                raise DataError(f"{name}: no proposals, {where}; run precompute_proposals.py with the flags of this run first")
+                raise DataError(
+                    f"{name}: no proposals, {where}; run python -m utils.precompute_proposals with the flags of this run first"
+                )
             found = self.generate(image)
             if self.store is not None:
                 self.store.write(image, found)

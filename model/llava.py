@@ -4,11 +4,13 @@ answer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import Metaspace
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
@@ -69,6 +71,7 @@ def load_llava(version: str, dtype: torch.dtype = torch.float32, vision_tower: s
         raise ValueError(f"{version}: --version needs a model of type 'llava', this is {config.get('model_type')!r}")
     if published.is_published(config):
         return _load_published(version, config, dtype, vision_tower, kwargs)
+    read_all(version)  # only mapped: names a file that is missing or damaged, which transformers does not
     model, info = LlavaForConditionalGeneration.from_pretrained(
         version, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
@@ -116,11 +119,32 @@ def assemble(
 
 
 def load_tokenizer(source: str):
-    """The tokenizer of a folder or hub name, able to pad."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    """The tokenizer of a folder or hub name, able to pad. Raises ValueError where there is none that can be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: has no tokenizer that can be read: {' '.join(str(error).split())}") from None
     if tokenizer.pad_token_id is None:  # masks come from lengths, so padding may share an id with a real token
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def set_spaces(tokenizer, strip: bool, tokens: Sequence[str]) -> bool:
+    """Makes ``tokenizer`` treat white space next to ``tokens`` as ``dataset.conversation`` does, in texts that spell them
+    out: chat templates are such texts. Returns whether the tokenizer puts a space before a text.
+
+    ``strip``: see ``ConversationTemplate.strip_at_tokens``; otherwise only spaces before a token vanish.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and isinstance(backend.pre_tokenizer, Metaspace):
+        backend.pre_tokenizer.prepend_scheme = "always" if strip else "first"
+    if hasattr(tokenizer, "legacy"):  # by which LlamaTokenizer builds the same, whatever its file says
+        tokenizer.legacy = tokenizer.init_kwargs["legacy"] = strip
+    tokenizer.add_tokens(
+        [AddedToken(token, lstrip=True, rstrip=strip, special=True, normalized=False) for token in tokens], special_tokens=True
+    )
+    plain = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    return plain("a") == plain(" a")
 
 
 def add_level_tokens(model: LlavaForConditionalGeneration, tokenizer, levels: list[str]) -> list[int]:
@@ -130,17 +154,17 @@ def add_level_tokens(model: LlavaForConditionalGeneration, tokenizer, levels: li
     checkpoints have, are filled before they are enlarged.
     """
     names = [f"[{level}]" for level in levels]
-    known = set(tokenizer.get_vocab().values())
+    rows = model.get_input_embeddings().weight.shape[0]
+    known = {i for i in tokenizer.get_vocab().values() if i < rows}  # a tokenizer may list words that no row belongs to
     tokenizer.add_tokens(names, special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(names)
-    if max(ids) >= model.get_input_embeddings().weight.shape[0]:
+    if max(ids) >= rows:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    new, old = [i for i in ids if i not in known], sorted(known)
+    new = sorted({i for i in ids if i not in known} | set(range(rows, max(ids) + 1)))
     if new:
         with torch.no_grad():
             for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-                old_rows = [i for i in old if i < table.shape[0]]
-                table[new] = table[old_rows].float().mean(0).to(table.dtype)
+                table[new] = table[sorted(known)].float().mean(0).to(table.dtype)
     return ids
 
 

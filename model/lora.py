@@ -133,10 +133,12 @@ def merge_lora(model: nn.Module) -> nn.Module:
     for name, layer in layers:
         base = layer.get_base_layer()
         delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
-        weight = base.weight.data.float() + delta  # rounded once, however coarse the stored format is
+        weight = (base.weight.data.float() + delta).to(base.weight.dtype)  # rounded once, however coarse the stored format is
         if not weight.isfinite().all():
-            raise ValueError(f"{name}: the merged weight is not finite; the adapter is damaged")
-        base.weight.data = weight.to(base.weight.dtype)
+            raise ValueError(
+                f"{name}: the merged weight is not finite in {weight.dtype}; the adapter is damaged, or fp16 too small"
+            )
+        base.weight.data = weight
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
     return model

@@ -16,7 +16,7 @@ from transformers.utils import PushToHubMixin
 from dataset.conversation import ConversationTemplate, get_template
 from model import published
 from model.config import CoresConfig
-from model.llava import IMAGE_TOKEN, add_image_token, load_tokenizer
+from model.llava import IMAGE_TOKEN, add_image_token, load_tokenizer, set_spaces
 from model.published import CLIPImageProcessor
 from model.sam import preprocess, resized_size
 from model.weights import find_file, read_all, read_json_file
@@ -95,11 +95,18 @@ class CoresProcessor(PushToHubMixin):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.chat_template = self.conversation.chat_template(self.image_token)
+        self._write_chat_template()
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         fields = {name: getattr(self, name) for name in FIELDS}
         (folder / FILE).write_text(json.dumps(fields, indent=1) + "\n")
+
+    def _write_chat_template(self) -> None:
+        tokens = [f"[{level}]" for level in self.levels]
+        if self.strip_at_tokens:
+            tokens += [self.image_token, *(self.image_marks or ())]
+        space_first = set_spaces(self.tokenizer, self.strip_at_tokens, tokens)
+        self.tokenizer.chat_template = self.conversation.chat_template(self.image_token, space_first)
 
     @classmethod
     def from_pretrained(

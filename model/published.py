@@ -63,7 +63,8 @@ MLP_LAYERS = {"0.": "linear_1.", "2.": "linear_2."}
 
 def is_published(config: Mapping[str, Any]) -> bool:
     """Whether a config.json belongs to one of these layouts rather than to transformers' own LLaVA."""
-    return config.get("model_type") == "llava" and HF_ARCHITECTURE not in (config.get("architectures") or ())
+    theirs = HF_ARCHITECTURE not in (config.get("architectures") or ()) and "text_config" not in config
+    return config.get("model_type") == "llava" and theirs
 
 
 def has_masks(names: Iterable[str]) -> bool:

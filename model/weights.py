@@ -64,13 +64,13 @@ def weight_files(source: str | Path) -> list[Path]:
     """The files that hold the weights. ``source``: a folder, a hub name, or an index file itself."""
     if Path(source).is_file():
         return _shards(Path(source), Path(source).parent)
-    for name in SINGLE:
-        index = find_file(source, f"{name}.index.json")
-        if index is not None:
-            return _shards(index, source)
+    for name in SINGLE:  # in transformers' order, which reads what this names
         file = find_file(source, name)
         if file is not None:
             return [file]
+        index = find_file(source, f"{name}.index.json")
+        if index is not None:
+            return _shards(index, source)
     raise FileNotFoundError(f"{source}: no weights here; looked for {', '.join(SINGLE)} and their shards (.index.json)")
 
 

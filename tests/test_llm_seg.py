@@ -17,7 +17,6 @@ from transformers import Dinov2Config, Dinov2Model
 
 import chat
 import merge_lora_weights_and_save_hf_model as merge
-import precompute_proposals
 import train_ds
 from benchmarks import llm_seg as benchmark
 from benchmarks.combine import candidates, with_mask
@@ -30,6 +29,7 @@ from model.lora import set_trainable
 from model.sam import PIXEL_MEAN, PIXEL_STD, preprocess
 from tests.backbone_toys import flags, toys
 from tests.helpers import TEMPLATE, conversation, randomise, rectangle, sample, tiny_model
+from utils import precompute_proposals
 
 SEG = ("SEG",)
 SMALL = {
@@ -292,7 +292,7 @@ def toy_flags(**changes) -> list[str]:
 def test_the_scripts_end_to_end(tmp_path, capsys):
     shutil.rmtree(toys() / "proposals", ignore_errors=True)
     assert train_ds.main(toy_flags(exp_name="too-early")) == 2
-    assert "precompute_proposals.py" in capsys.readouterr().err
+    assert "utils.precompute_proposals" in capsys.readouterr().err
     assert precompute_proposals.main(toy_flags()) == 0
     first = capsys.readouterr().out
     assert "0 there" not in first and "oracle union" in first
@@ -345,7 +345,7 @@ def test_two_processes_leave_what_one_leaves(tmp_path):
 @pytest.mark.chaos
 def test_a_killed_command_leaves_whole_files_and_no_process(tmp_path):
     argv = [*toy_flags(proposals=tmp_path, steps_per_epoch=2000, proposal_points=16), "--jobs", "2"]
-    process = subprocess.Popen([sys.executable, precompute_proposals.__file__, *argv], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", "utils.precompute_proposals", *argv], start_new_session=True)
     try:
         wait_until(lambda: any(tmp_path.rglob("*.json")))
         os.kill(process.pid, signal.SIGKILL)
@@ -404,5 +404,5 @@ def test_the_benchmark_of_the_store_reads_what_it_wrote(tmp_path):
 def test_a_worker_without_a_store_says_what_to_do():
     model, processor = model_with()
     processor.proposals = model.proposal_source(None, generate=False)
-    with pytest.raises(DataError, match="precompute_proposals.py"):
+    with pytest.raises(DataError, match="utils.precompute_proposals"):
         collate(two_pictures(), processor, SEG, TEMPLATE)

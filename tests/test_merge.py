@@ -124,6 +124,75 @@ def test_an_adapter_needs_a_finished_model_and_its_own_rank(tmp_path, capsys):
     assert "an adapter without weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_rslora", True),
+        ("alpha_pattern", {"q_proj": 4}),
+        ("peft_type", "IA3"),
+        ("bias", "all"),
+        ("target_modules", "q_proj|v_proj"),
+        ("lora_alpha", None),
+    ],
+)
+def test_adapters_that_mean_something_else_are_refused(tmp_path, expected, field, value, capsys):
+    finished = tmp_path / "finished"
+    assert merge.main(["--run", str(trained_run()), "--save_path", str(finished)]) == 0
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]} | {field: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"x.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    assert merge.main(["--weight", str(tmp_path), "--save_path", str(tmp_path / "m"), "--version", str(finished)]) == 2
+    assert field in capsys.readouterr().err
+
+
+def test_a_run_is_not_merged_into_its_own_merged_model(tmp_path, capsys):
+    folder = tmp_path / "model"
+    assert merge.main(["--run", str(trained_run()), "--save_path", str(folder)]) == 0
+    argv = ["--run", str(trained_run()), "--version", str(folder), "--save_path", str(tmp_path / "twice")]
+    assert merge.main(argv) == 2
+    assert "is merged already; the run" in capsys.readouterr().err
+    run = tmp_path / "further"  # one that went on from a finished model
+    (run / "ckpt").mkdir(parents=True)
+    settings = json.loads((trained_run() / "config.json").read_text()) | {"version": str(folder), "vision_pretrained": ""}
+    (run / "config.json").write_text(json.dumps(settings))
+    assert merge.main(["--run", str(run), *model_flags()[:4], "--save_path", str(tmp_path / "other")]) == 2
+    assert "is a backbone; the run" in capsys.readouterr().err
+
+
+def test_consolidated_weights_inside_a_run_folder_take_its_settings(tmp_path, expected, trained):
+    run = tmp_path / "run"
+    (run / "ckpt").mkdir(parents=True)
+    (run / "config.json").write_text((trained_run() / "config.json").read_text())
+    torch.save(trained, run / "pytorch_model.bin")
+    assert same(merged_weights(tmp_path / "m", "--weight", run / "pytorch_model.bin"), expected)
+    (run / "fp32").mkdir()
+    (run / "pytorch_model.bin").rename(run / "fp32" / "pytorch_model.bin")
+    assert same(merged_weights(tmp_path / "n", "--weight", run / "fp32"), expected)
+
+
+@pytest.mark.parametrize("part", ["lora_B", "text_projection"])
+def test_weights_that_are_not_numbers_are_named(tmp_path, trained, part, capsys):
+    name = next(name for name in trained if part in name)
+    torch.save(trained | {name: torch.full_like(trained[name], float("nan"))}, tmp_path / "w.bin")
+    argv = ["--weight", str(tmp_path / "w.bin"), "--save_path", str(tmp_path / "m"), *model_flags()]
+    assert merge.main(argv) == 2
+    assert f"not finite: {name}" in capsys.readouterr().err
+
+
+def test_the_place_to_write_may_be_here_or_a_link(tmp_path, monkeypatch, capsys):
+    (tmp_path / "here ü").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here ü")
+    for where, path in ((tmp_path, "link"), (tmp_path / "link", ".")):
+        monkeypatch.chdir(where)
+        assert merge.main(["--run", str(trained_run()), "--save_path", path]) == 0, capsys.readouterr().err
+        assert CoresForReasoningSegmentation.from_pretrained(path).config.model_type == "cores"
+        for file in (tmp_path / "here ü").iterdir():
+            file.unlink()
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "here ü.partial").exists()
+    assert merge.main(["--merged", "x", "--which", "last", "--save_path", "y"]) == 2
+    assert "--which" in capsys.readouterr().err
+
+
 def test_backbones_that_moved_are_told_and_other_alphas_refused(tmp_path, expected, capsys):
     moved = tmp_path / "elsewhere"
     moved.symlink_to(toys() / "llava")

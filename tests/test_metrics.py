@@ -69,10 +69,11 @@ def test_no_target_is_an_error_with_a_reason():
         metrics.bootstrap(np.array([]), np.array([]), np.array([]))
 
 
-def test_a_missing_mask_counts_as_zero_even_for_an_empty_target():
+def test_a_missing_mask_counts_as_zero_unless_nothing_was_meant():
     found = metrics.score_target(None, mask((0, 0), (1, 1)), mask((1, 1)), None)
     assert found == {"inter": 0, "union": 1, "iou": 0.0, "emitted": False, "target_area": 1, "image_area": 16}
-    assert metrics.score_target(None, mask(), None, None)["iou"] == 0.0
+    assert metrics.score_target(None, mask((1, 1)), mask((1, 1)), None)["iou"] == 0.0  # something was, but not for the score
+    assert metrics.score_target(None, mask(), None, None)["iou"] == 1.0
 
 
 def test_levels_and_host_are_measured_apart():

@@ -97,7 +97,7 @@ def test_a_source_reads_before_it_computes(tmp_path):
     assert [mask["counts"] for mask in first.masks] == [FOUND.masks[1], FOUND.masks[2]]
     reader = ProposalSource("area", 2, 4, ProposalStore(tmp_path, "a"))
     assert reader(picture(), "x").masks == first.masks
-    with pytest.raises(DataError, match=r"toy 7: no proposals, .*precompute_proposals.py"):
+    with pytest.raises(DataError, match=r"toy 7: no proposals, .*utils.precompute_proposals"):
         reader(picture(1), "toy 7")
     with pytest.raises(DataError, match="no store is given"):
         ProposalSource()(picture(), "x")

@@ -1,6 +1,7 @@
 """Published layouts: LLaVA's, LISA's and CoReS's own checkpoints, in and out; parity with recorded runs of their code."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -291,6 +292,60 @@ def test_parity_notices_one_wrong_value(tmp_path, case, name, capsys):
     save_file(outputs, tmp_path / case / "outputs.safetensors")
     assert parity.main([str(tmp_path / case)]) == 1
     assert f"FAIL {name}" in capsys.readouterr().out
+
+
+def copy_of(case: str, folder: Path) -> Path:
+    shutil.copytree(REFERENCE / case, folder)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755)
+    return folder
+
+
+@needs_reference
+def test_parity_reads_a_case_that_is_smaller_renamed_and_without_noise(tmp_path, capsys):
+    case = copy_of("lisa_256", tmp_path / "another name ü")
+    for name in ("inputs", "outputs"):
+        tensors = load_file(case / f"{name}.safetensors")
+        kept = {key: t for key, t in tensors.items() if not key.startswith(("train", "infer1", "eval_stop", "lora_train"))}
+        save_file(kept, case / f"{name}.safetensors")
+    outputs = load_file(case / "outputs.safetensors")
+    save_file(outputs | {"infer0.unheard_of": torch.zeros(1)}, case / "outputs.safetensors")
+    (case / "noise.json").unlink()
+    assert parity.main([str(case)]) == 0
+    shown = capsys.readouterr().out
+    assert "left out: infer0.unheard_of" in shown and re.search(r"infer0 +\d+  [\d.e-]+ +[\d.e-]+ +infer0\.", shown)
+    (case / "lora.safetensors").unlink()  # lora_infer0 is recorded, so the file has to be there
+    assert parity.main([str(case)]) == 2
+    assert "lora.safetensors: not found" in capsys.readouterr().err
+
+
+@needs_reference
+def test_parity_of_a_model_that_answers_otherwise_is_a_table_that_fails(tmp_path, capsys):
+    folder = copy_of("cores_256", tmp_path / "case")
+    weights = load_file(folder / "weights.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].roll(3, 0)  # another word everywhere, and no [SEG]
+    save_file(weights, folder / "weights.safetensors", metadata={"format": "pt"})
+    assert parity.main([str(folder)]) == 1
+    assert "FAIL eval" in capsys.readouterr().out
+
+
+@needs_reference
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("outputs.safetensors", "short", "outputs.safetensors: not a file of weights"),
+        ("meta.json", "{", "meta.json: not JSON"),
+        ("config.json", "{}", "the case is incomplete, it lacks 'llama'"),
+        ("tokenizer.model", None, "tokenizer.model"),
+    ],
+)
+def test_parity_names_the_file_that_is_broken(tmp_path, file, content, words, capsys):
+    folder = copy_of("lisa_256", tmp_path / "case")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    assert parity.main([str(folder)]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_parity_refuses_what_is_no_case(tmp_path, capsys):

@@ -32,11 +32,14 @@ def test_schedules_have_equal_losses_and_gradients(tmp_path, flags):
 
 def test_time_and_flops_are_measured_and_written(tmp_path, capsys):
     file = tmp_path / "out.json"
-    train_step.main(["--size", "toy", "--only", "time", "flops", "--repeats", "1", "--json", str(file)])
+    train_step.main(["--size", "toy", "--only", "time", "flops", "--repeats", "1", "--peak_tflops", "0.1", "--json", str(file)])
     found = json.loads(file.read_text())
     assert {"time", "time_cached", "flops"} <= found["ratio"].keys()
     assert found["ratio"]["time"] == found["seconds"]["ours"]["total"] / found["seconds"]["published"]["total"]
     assert found["flops"]["cached"]["SAM encoder"] == 0
+    assert found["rate"]["tokens_per_second"]["ours"] == 2 * 3 * (10 + 16 + 12) / found["seconds"]["ours"]["total"]
+    done = sum(found["flops"]["published"].values()) / found["seconds"]["published"]["total"]
+    assert found["rate"]["utilisation"]["published"] == pytest.approx(done / 1e11)
     assert "ratio.time_cached" in capsys.readouterr().out
 
 

@@ -71,7 +71,7 @@ class SelectArguments:
     features_pretrained: str = option("", "DINOv2 in transformers format, such as facebook/dinov2-large")
     proposal_place: bool = option(False, "proposals know where they are: SAM's positional encoding is pooled, too (paper: off)")
     select: str = option("", "which proposals are united; unset: iop, or a merged model's own rule", choices=["", *RULES])
-    proposals: str = option("", "folder of the proposal store, see precompute_proposals.py; unset: computed whenever needed")
+    proposals: str = option("", "folder of the proposal store, see utils/precompute_proposals.py; unset: computed whenever needed")
     proposal_ranking: str = option(
         "area", "which proposals are kept: the largest, the surest, or both in turns", choices=list(RANKINGS)
     )
@@ -165,6 +165,7 @@ class SpeedArguments:
         "attention of the language model, see docs/performance.md",
         choices=list(ATTENTION),
     )
+    compile: bool = option(False, "torch.compile SAM's image encoder: a minute at the start; on a CPU it needs a C++ compiler")
     sam_cache: str = option("", "folder that keeps SAM's image embeddings; unset: computed every time")
     sam_cache_dtype: str = option("fp16", "how the cache stores numbers", choices=["fp16", "int8"])
     sam_cache_gb: float = option(0.0, "most that the cache may hold, in 10^9 bytes; 0: no limit")
@@ -175,8 +176,8 @@ GROUPS = (ModelArguments, SelectArguments, LossArguments, DataArguments, TrainAr
 FREE_ON_RESUME = {
     "resume", "auto_resume", "eval_only", "exp_name", "log_base_dir", "dataset_dir", "workers", "print_freq",
     "save_every", "no_eval", "eval_every", "eval_mode", "eval_limit", "eval_texts", "val_dataset", "val_batch_size",
-    "max_new_tokens", "examples", "gallery", "prefix_sharing", "pack_tokens", "attn_implementation", "sam_cache",
-    "sam_cache_gb", "proposals", "select",
+    "max_new_tokens", "examples", "gallery", "prefix_sharing", "pack_tokens", "attn_implementation", "compile",
+    "sam_cache", "sam_cache_gb", "proposals", "select",
 }  # fmt: skip
 # Flags of the published scripts that have no meaning here: the value named is what this program does anyway.
 REFUSED = {

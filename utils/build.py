@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,12 +111,24 @@ def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s
         print(f"attention: {attention} ({reason})")
     model.reasoning.llava.set_attn_implementation({"": "sdpa", "text_config": attention})
     model.reasoning.sharing = PrefixSharing(s.prefix_sharing, s.pack_tokens)
+    if s.compile:
+        refuse_no_compiler(s)
+        model.segmenting.sam.image_encoder.compile()
     if s.sam_cache:
         if model.selecting is not None and model.selecting.encoder is not None:
             raise UsageError("--sam_cache: this LLM-Seg looks at DINOv2's features, not at SAM's embedding; leave the flag out")
         name = sam_cache.fingerprint(model.segmenting.sam.image_encoder, processor.image_size)
         processor.sam_cache = sam_cache.SamCache(s.sam_cache, name, s.sam_cache_dtype, s.sam_cache_gb)
         model.segmenting.keep = processor.sam_cache.keep
+
+
+def refuse_no_compiler(s: Settings) -> None:
+    """Raises UsageError where --compile could not work."""
+    if s.zero_stage == 3 and not s.eval_only:
+        raise UsageError("--compile: ZeRO stage 3 takes the weights apart, which torch.compile cannot follow; use --zero_stage 2")
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    if distributed.device().type == "cpu" and not any(name and shutil.which(name) for name in compilers):
+        raise UsageError("--compile: no C++ compiler found ($CXX, g++, clang++), which torch.compile needs on a CPU")
 
 
 def build_sam_only(s: Settings) -> tuple[Sam, int]:
@@ -263,10 +277,23 @@ def build_merging(
         if getattr(settings, name, saved[name]) != saved[name]:
             now = getattr(settings, name)
             raise UsageError(f"--{name} {now}: the run {run} was trained with {saved[name]}; leave the flag out")
+    _refuse_other_kind(saved, settings, run)
     settings.precision = precision or settings.precision
     model, processor = _unmerged(settings)
-    checkpoint.load_weights(model, checkpoint.find_checkpoint(run, which))
+    checkpoint.load_weights(model, checkpoint.find_weights(run, which))
     return model.eval(), processor
+
+
+def _refuse_other_kind(saved: dict[str, Any], settings: Settings, run: str | Path) -> None:
+    """Raises UsageError where --version is a merged model and the run was trained on a backbone, or the other way round."""
+    moved = settings.version != saved["version"]
+    on_backbone = saved["vision_pretrained"] and not (Path(saved["version"]).exists() and is_merged(saved["version"]))
+    if moved and not saved["vision_pretrained"] and not is_merged(settings.version):
+        raise UsageError(f"--version {settings.version}: is a backbone; the run {run} went on from the model {saved['version']}")
+    if moved and on_backbone and is_merged(settings.version):
+        raise UsageError(
+            f"--version {settings.version}: is merged already; the run {run} was trained on the backbone {saved['version']}"
+        )
 
 
 def build_from_source(source: Path, precision: str, rest: list[str]) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
@@ -275,21 +302,28 @@ def build_from_source(source: Path, precision: str, rest: list[str]) -> tuple[Co
     settings = parse_over({}, rest)
     settings.precision = precision
     if not checkpoint.is_adapter(source):
+        if settings.lora_r and not _given("lora_alpha", rest):
+            print(f"{source}: does not say with which α it was trained; --lora_alpha {settings.lora_alpha} is taken")
         model, processor = _unmerged(settings)
         checkpoint.put_weights(model, weights, source)
         return model.eval(), processor
     if not is_merged(settings.version):
         raise UsageError(f"{source}: an adapter holds no mask branch, so --version must be a finished model, not a backbone")
     adapter = read_json_file(source, checkpoint.ADAPTER_CONFIG)
+    checkpoint.refuse_other_adapters(adapter, source)
     for name, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
-        if any(flag.split("=")[0] == f"--{name}" for flag in rest) and getattr(settings, name) != adapter.get(key):
+        if _given(name, rest) and getattr(settings, name) != adapter.get(key):
             raise UsageError(f"--{name} {getattr(settings, name)}: {source} says {adapter.get(key)}; leave the flag out")
         setattr(settings, name, adapter.get(key))
-    settings.lora_target_modules = ",".join(adapter.get("target_modules") or [])
+    settings.lora_target_modules = ",".join(adapter["target_modules"])
     settings.levels = ",".join(finished_processor(settings).levels)
     model, processor = _unmerged(settings)
     load_adapter(model, weights, source)
     return model.eval(), processor
+
+
+def _given(name: str, flags: list[str]) -> bool:
+    return any(flag.split("=")[0] == f"--{name}" for flag in flags)
 
 
 def _unmerged(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from model.lora import our_name
-from model.weights import read_all, read_file
+from model.weights import SINGLE, read_all, read_file
 from utils import distributed
 from utils.arguments import Settings, UsageError, settings_of
 
@@ -63,6 +63,16 @@ def find_checkpoint(path: str | Path, which: str = "last") -> Path:
         if (folder / PROGRESS).is_file():
             return folder
     raise UsageError(f"{path}: no checkpoint here; looked for {PROGRESS} in it, in ckpt/{which} and in {which}")
+
+
+def find_weights(path: str | Path, which: str) -> Path:
+    """As ``find_checkpoint``, but also a file, an index or a folder of consolidated weights that lies in a run folder."""
+    try:
+        return find_checkpoint(path, which)
+    except UsageError:
+        if Path(path).is_file() or any(Path(path).glob("*.index.json")) or any((Path(path) / name).is_file() for name in SINGLE):
+            return Path(path)
+        raise
 
 
 def recover(folder: Path) -> None:
@@ -145,8 +155,9 @@ def put_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path
     weights.pop(None, None)
     missing, unexpected = sorted(trainable - weights.keys()), sorted(weights.keys() - own.keys() - constants)
     wrong = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
-    if missing or unexpected or wrong:
-        lists = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}
+    broken = sorted(n for n in own.keys() & weights.keys() if not weights[n].to(own[n].dtype).isfinite().all())
+    if missing or unexpected or wrong or broken:
+        lists = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong, "not finite": broken}
         found = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
         raise UsageError(f"{source}: the weights do not fit the model that the settings describe; {found}")
     with torch.no_grad():
@@ -164,6 +175,24 @@ def is_run(path: Path) -> bool:
 def is_adapter(path: Path) -> bool:
     """Whether ``path`` is a folder that PEFT wrote."""
     return (path / ADAPTER_CONFIG).is_file()
+
+
+def refuse_other_adapters(config: dict[str, Any], path: Path) -> None:
+    """Raises UsageError for an adapter_config.json that says more than W + (α/r)·B·A in layers that it lists by name."""
+    if config.get("peft_type", "LORA") != "LORA":
+        raise UsageError(f"{path}: peft_type is {config['peft_type']!r}; only LORA can be merged")
+    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"):
+        if config.get(name):
+            raise UsageError(
+                f"{path}: {name} is {config[name]!r}, which this program has no place for; merge the adapter with PEFT"
+            )
+    if config.get("bias", "none") != "none":
+        raise UsageError(f"{path}: bias is {config['bias']!r}; adapters with trained biases cannot be merged here")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), int):
+            raise UsageError(f"{path}: {ADAPTER_CONFIG} says {name} {config.get(name)!r}; it must be a whole number")
+    if not isinstance(config.get("target_modules"), list):
+        raise UsageError(f"{path}: target_modules is {config.get('target_modules')!r}; a list of names of layers is needed")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -245,13 +245,13 @@ def _core_summary(scores: Sequence[TargetScore], seed: int, draws: int = 1000) -
 def score_target(masks: torch.Tensor | None, target: torch.Tensor, ignore: torch.Tensor | None, host: torch.Tensor | None) -> dict:
     """The measured fields of a TargetScore.
 
-    ``masks``: bool (T, H, W), coarse to fine, or None if the answer holds none for this target; ``target``, ``ignore``
-    and ``host``: bool (H, W) on the same device.
+    ``masks``: bool (T, H, W), coarse to fine, or None if the answer holds none for this target, which is as good as an empty mask:
+    wrong, unless nothing was meant (gRefCOCO); ``target``, ``ignore`` and ``host``: bool (H, W) on the same device.
     """
     kept = target if ignore is None else target & ~ignore
     areas = {"target_area": int(kept.sum()), "image_area": target.shape[-2] * target.shape[-1]}
     if masks is None:
-        return {"inter": 0, "union": areas["target_area"], "iou": 0.0, "emitted": False, **areas}
+        return {"inter": 0, "union": areas["target_area"], "iou": float(not target.any()), "emitted": False, **areas}
     inter, union = (int(count) for count in intersection_and_union(masks[-1], target, ignore))
     found = {"inter": inter, "union": union, "iou": float(iou(inter, union)), "emitted": True, **areas}
     if len(masks) > 1:

@@ -15,17 +15,20 @@ counted; the table says how many there are. Exit code 0: everything agrees; 1: s
 from __future__ import annotations
 
 import argparse
-import json
+import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+
+from model.weights import read_file, read_json_file
 
 LOSS_TOLERANCE = 1e-4
 METRIC_TOLERANCE = 1e-4
+UNRECORDED = 3e-6  # noise floor of a tensor that noise.json does not name, of its largest value: what the recorded ones show
 ROUNDING = 1e-6  # of a tensor's largest value: what one float32 operation in another order may change
 
 
@@ -41,6 +44,12 @@ class Row:
     @property
     def ok(self) -> bool:
         return self.error <= self.tolerance  # False for NaN, too
+
+    def share(self) -> float:
+        """Of the tolerance that is used up: above 1 beyond it."""
+        if self.ok:
+            return self.error / self.tolerance if self.tolerance else 0.0
+        return float("inf") if math.isnan(self.error) or not self.tolerance else self.error / self.tolerance
 
 
 @dataclass
@@ -64,8 +73,14 @@ class Table:
         ours, theirs = ours.detach().double(), theirs.double()
         if tolerance is None:
             largest = theirs.abs().max().item() if theirs.numel() else 0.0
-            tolerance = self.factor * self.noise.get(name, 0.0) + ROUNDING * max(1.0, largest)
+            tolerance = self.factor * self.floor(name, theirs) + ROUNDING * max(1.0, largest)
         self.add(name, (ours - theirs).abs().max().item() if theirs.numel() else 0.0, tolerance)
+
+    def floor(self, name: str, theirs: Tensor) -> float:
+        """The noise floor of a recorded tensor."""
+        if name in self.noise or not theirs.numel():
+            return self.noise.get(name, 0.0)
+        return UNRECORDED * theirs.abs().max().item()
 
     def equal(self, name: str, ours: Tensor, theirs: Tensor, unit: str = "tokens") -> None:
         """Number of places that differ; none may."""
@@ -78,9 +93,19 @@ class Table:
     def ok(self) -> bool:
         return bool(self.rows) and all(row.ok for row in self.rows)
 
+    def worst(self) -> list[tuple[str, int, Row]]:
+        """(run, number of comparisons, the row nearest to its tolerance or beyond it) of every run, in order."""
+        runs: dict[str, list[Row]] = {}
+        for row in self.rows:
+            runs.setdefault(re.split(r"[.: ]", row.name)[0], []).append(row)
+        return [(run, len(rows), max(rows, key=Row.share)) for run, rows in runs.items()]
+
     def text(self, everything: bool = False) -> str:
-        """The rows that fail, or all of them, and a summary."""
+        """A line for every run with its largest error, then the rows that fail, or all of them."""
         lines = [f"{self.case}: {len(self.rows)} comparisons, {sum(not row.ok for row in self.rows)} beyond tolerance"]
+        lines.append(f"  {'run':<24} compared  {'max error':<9}  may be     in")
+        for run, count, row in self.worst():
+            lines.append(f"  {run:<24} {count:>8}  {row.error:<9.3g}  {row.tolerance:<9.3g}  {row.name} {row.unit}".rstrip())
         for row in self.rows:
             if everything or not row.ok:
                 mark = "ok  " if row.ok else "FAIL"
@@ -102,7 +127,7 @@ def compare_case(folder: Path, factor: float = 10.0) -> Table:
     values = folder / "values.json"
     if not values.is_file():
         raise FileNotFoundError(f"{folder}: no case here; it needs weights.safetensors or values.json")
-    content = json.loads(values.read_text())
+    content = read_json(values)
     (parity_parts.compare_tokens if "cases" in content else parity_parts.compare_utilities)(folder, content, table)
     return table
 
@@ -111,31 +136,48 @@ def read_noise(file: Path) -> dict[str, float]:
     """Largest difference between two runs of the published code, by tensor; empty where there is no file."""
     if not file.is_file():
         return {}
-    content = json.loads(file.read_text())
+    content = read_json(file)
     return {name: value["max_abs_diff"] for name, value in content["max_abs_diff"].items()} | {
         f"grad_norms.{run}": value for run, value in content.get("grad_norm_max_rel", {}).items()
     }
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Raises FileNotFoundError or ValueError naming the file."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found; a case folder needs it")
-    return load_file(file)
+    return read_file(file)
+
+
+def read_json(file: Path) -> dict:
+    """Raises FileNotFoundError or ValueError naming the file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found; a case folder needs it")
+    return read_json_file(file.parent, file.name)
+
+
+def _factor(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of times")
+    return float(text)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m utils.parity", description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="+", type=Path, metavar="CASE_DIR")
-    parser.add_argument("--tolerance", type=float, default=10.0, help="how many times the noise floor is allowed (default: 10)")
-    parser.add_argument("--all", action="store_true", help="print every comparison, not only those that fail")
+    parser.add_argument("--tolerance", type=_factor, default=10.0, help="how many times the noise floor is allowed (default: 10)")
+    parser.add_argument("--all", action="store_true", help="print every comparison, not only the largest of each run")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     ok = True
     for folder in args.cases:
         try:
             table = compare_case(folder, args.tolerance)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             print(f"error: {folder}: {error}", file=sys.stderr)
+            return 2
+        except (KeyError, IndexError) as error:
+            print(f"error: {folder}: the case is incomplete, it lacks {error}", file=sys.stderr)
             return 2
         print(table.text(args.all))
         ok &= table.ok

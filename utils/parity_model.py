@@ -23,9 +23,10 @@ from model.cores import CoresForReasoningSegmentation
 from model.lora import add_lora, load_adapter, set_trainable
 from model.processor import CoresProcessor
 from model.sam import mask_prompt, no_mask_prompt, to_original
-from utils.parity import LOSS_TOLERANCE, Table, read_tensors
+from utils.parity import LOSS_TOLERANCE, Table, read_json, read_tensors
 
 GRADIENT_FLOOR = 1e-4  # of the largest norm: what is zero in exact arithmetic is noise of that size
+UNRECORDED_NORM = 2e-5  # noise of gradient norms where noise.json has none, relative: what the recorded ones show
 LOSSES = {"ce_loss": "text", "mask_bce_loss": "bce", "mask_dice_loss": "dice"}
 
 
@@ -42,6 +43,8 @@ def compare(folder: Path, table: Table) -> None:
         case.compare_run(run)
     case.compare_generations()
     case.compare_lora()
+    for name in sorted(case.outputs.keys() - case.seen):
+        table.left_out[name] = "this program has nothing to compare it with"
 
 
 def write_checkpoint(case: Path, config: dict, folder: Path) -> None:
@@ -93,8 +96,8 @@ class Case:
 
     def __init__(self, folder: Path, table: Table):
         self.folder, self.table = folder, table
-        self.config = json.loads((folder / "config.json").read_text())
-        self.meta = json.loads((folder / "meta.json").read_text())
+        self.config = read_json(folder / "config.json")
+        self.meta = read_json(folder / "meta.json")
         self.inputs = read_tensors(folder / "inputs.safetensors")
         self.outputs = read_tensors(folder / "outputs.safetensors")
         self.seen: set[str] = set()
@@ -140,7 +143,8 @@ class Case:
         key = name
         if step > 1:
             ours, key = ours.flatten()[::step], f"{name}.sample"
-            self.table.noise.setdefault(key, self.table.noise.get(name, 0.0))
+            if name in self.table.noise:
+                self.table.noise.setdefault(key, self.table.noise[name])
         if theirs.dtype in (torch.uint8, torch.int64, torch.bool):
             self.table.equal(key, ours.to(theirs.dtype), theirs)
         else:
@@ -316,7 +320,7 @@ class Case:
         linear = published.is_linear_config(self.model.config.llava)
         recorded = self.meta["grad_norms"].get(run, {})
         largest = max(recorded.values(), default=0.0)
-        allowed = self.table.factor * self.table.noise.get(f"grad_norms.{run}", 0.0)
+        allowed = self.table.factor * self.table.noise.get(f"grad_norms.{run}", UNRECORDED_NORM)
         worst, worst_name = 0.0, "none recorded"
         for name, theirs in recorded.items():
             ours = own[published.our_name(name.removeprefix("base_model.model."), linear)]
@@ -342,7 +346,9 @@ class Case:
             return
         theirs, step = recorded
         ours, theirs = logits.flatten()[::step], theirs.flatten()
-        decided = theirs.abs() > self.table.noise.get(name, 0.0)
+        if len(ours) != len(theirs):
+            return  # said above
+        decided = theirs.abs() > self.table.floor(name, theirs)
         flipped = ((ours > 0) != (theirs > 0)) & decided
         self.table.add(f"{name} > 0", flipped.sum(), 0, f"pixels, {int((~decided).sum())} of {len(theirs)} undecided")
 
@@ -378,25 +384,34 @@ class Case:
             self.model.segmenting.refiner = kept
 
     def compare_generation(self, run: str) -> None:
-        prompt = self.inputs["eval.input_ids"]
+        prompt = self.inputs.get(f"{run}.input_ids", self.inputs.get("eval.input_ids"))
+        if prompt is None:
+            raise KeyError(f"{run}.input_ids")
         recorded = self.outputs[f"{run}.output_ids"]
         new = recorded.shape[1] - prompt.shape[1]
         stops = int(recorded[0, -1]) == self.config["eos"]
         batch = self.prompt_batch(prompt)
         with Probe(self.model) as probe, torch.no_grad():
-            answer = self.model.generate(batch, self.processor.tokenizer, max_new_tokens=32 if stops else new)[0]
+            answer = self.model.generate(batch, self.processor.tokenizer, max_new_tokens=max(32, new) if stops else new)[0]
             ids = torch.tensor([answer.token_ids + [self.config["eos"]] * stops])
             self.check(f"{run}.output_ids", torch.cat([prompt, ids], dim=1))
-            for level in range(self.levels):
-                self.check(f"{run}.prompt_text_embeds.{level}", probe.tokens[:, level][:, None])
-            low_res = probe.low_res
-            for level in range(self.levels):
-                self.check(f"{run}.low_res_masks.{level}", low_res[level][:, None])
-            self.compare_mask(f"{run}.pred_masks.0", self.full(low_res[-1], self.sam[0][1], tuple(self.originals[0].shape[:2])))
+            self.compare_answer_masks(run, probe)
             full = self.expand(recorded[:, :-1], self.model.reasoning.image_token_id)
             features = self.model.reasoning.image_features(batch.clip_pixels)
             embeddings = self.model.reasoning.embed(full, features, batch.image_index)
             self.check(f"{run}.last_hidden_state", self.model.reasoning.hidden_states(embeddings, torch.ones_like(full)))
+
+    def compare_answer_masks(self, run: str, probe: Probe) -> None:
+        """Tokens and masks of a free answer; none where it has no tokens."""
+        for level in range(self.levels if probe.tokens is not None else 0):
+            self.check(f"{run}.prompt_text_embeds.{level}", probe.tokens[:, level][:, None])
+            self.check(f"{run}.low_res_masks.{level}", probe.low_res[level][:, None])
+        name, size = f"{run}.pred_masks.0", tuple(self.originals[0].shape[:2])
+        low_res = probe.low_res[-1] if probe.low_res else torch.zeros((0, 1, 1))
+        if len(low_res):
+            self.compare_mask(name, self.full(low_res, self.sam[0][1], size))
+        else:
+            self.check(name, torch.zeros((0, *size)))
 
     def prompt_batch(self, prompt: Tensor) -> Batch:
         ids = self.expand(prompt, self.model.reasoning.image_token_id)
@@ -421,12 +436,14 @@ class Case:
     def compare_lora(self) -> None:
         """Last, as it changes the model."""
         file = self.folder / "lora.safetensors"
-        if not file.is_file():
+        runs = sorted({key.split(".")[0] for key in self.outputs if key.startswith("lora_")})
+        if not runs:
             return
         settings = self.meta["lora"]
-        add_lora(self.model, settings["r"], settings["alpha"], dropout=0.0)
+        layers = sorted({name.rsplit(".", 1)[-1] for name in settings["target_modules"]})
+        add_lora(self.model, settings["r"], settings["alpha"], dropout=0.0, target_modules=layers)
         load_adapter(self.model, read_tensors(file), file)
-        for name in ("lora_train", "lora_infer0"):
+        for name in runs:
             run = name.removeprefix("lora_")
             batch = self.batch(run)
             training = f"{name}.loss" in self.outputs
@@ -491,8 +508,8 @@ class Probe:
 
     @property
     def low_res(self) -> list[Tensor]:
-        """Per level (K, h, w)."""
-        return list(self.values["masks"][0].unbind(1))
+        """Per level (K, h, w); empty where no mask was asked for."""
+        return list(self.values["masks"][0].unbind(1)) if self.values["masks"] else []
 
 
 def image_slices(batch: Batch, counts: list[int]) -> list[slice]:

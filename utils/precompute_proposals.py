@@ -1,7 +1,7 @@
 """Computes SAM's proposals of the images that a run will see, for training, evaluation and chat with --method llm_seg.
 
-    python precompute_proposals.py --config configs/tiny-llm-seg.yaml                    # and the flags of the run
-    python precompute_proposals.py --config configs/llm-seg-7b.yaml --jobs 8 --ranks 8 --dataset_dir ./dataset_dir
+    python -m utils.precompute_proposals --config configs/tiny-llm-seg.yaml                    # and the flags of the run
+    python -m utils.precompute_proposals --config configs/llm-seg-7b.yaml --jobs 8 --ranks 8 --dataset_dir ./dataset_dir
 
 What a run draws is a function of its seed, so the images are known: those of every epoch, and the evaluation set. One file
 per image goes into the store (--proposals), named by its pixels; what is there is not computed again, so a stopped command
