@@ -34,6 +34,8 @@ from dataset.sample import Conversation, LoaderOptions, Sample
 
 logger = logging.getLogger(__name__)
 
+LARGEST = 1e6  # pixels; no image is larger, so a coordinate beyond it is a mistake
+
 
 def without_missing(
     records: Sequence, names: list[str], folder: Path, source: Path, options: LoaderOptions, dataset: str
@@ -81,6 +83,17 @@ def usable(
     return np.array(kept, dtype=np.int64)
 
 
+def _is_polygon(points: object) -> bool:
+    """Whether pycocotools can draw it: it takes four numbers for a box, and dies without a word of NaN or of 1e9."""
+    if not isinstance(points, list) or len(points) < 6 or len(points) % 2:
+        return False
+    try:
+        values = np.array(points)
+    except ValueError:  # a list of lists
+        return False
+    return values.ndim == 1 and values.dtype.kind in "if" and bool(np.all(np.abs(values) < LARGEST))
+
+
 def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path, field: str, thin: bool = False) -> np.ndarray:
     """A COCO segmentation (polygons, run lengths, compressed run lengths, a list of either) as bool (H, W).
 
@@ -97,9 +110,8 @@ def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path
             mask |= decode_rle(part, size, path, field)
     if thin:
         polygons = [p for p in polygons if not isinstance(p, list) or len(p) not in (2, 4)]
-    # pycocotools would read a list of four numbers as a box
-    if any(not isinstance(p, list) or len(p) < 6 or len(p) % 2 for p in polygons):
-        raise DataError(f"{path}: {field} must be polygons of at least three points [x0, y0, x1, …] or run lengths")
+    if not all(map(_is_polygon, polygons)):
+        raise DataError(f"{path}: {field} must be polygons of at least three points [x0, y0, x1, …] in pixels, or run lengths")
     if not polygons:
         return mask
     try:

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from dataset.coco import LARGEST
 from dataset.faults import Faults, blame
 from dataset.images import IMAGE_SUFFIXES, DataError, list_files, read_json, read_text
 
 TEXT_KEYS = ("query", "caption", "expression")
-LARGEST = 1e6  # pixels; no image is larger, so a coordinate beyond it is a mistake
 CIRCLE_POINTS = 72
 DETERMINERS = (
     "the",
@@ -87,7 +87,7 @@ def _optional(entry: dict, name: str, kind: type, where: str, what: str) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < LARGEST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def polygons_of(value: Any, where: str, name: str) -> list[list[float]]:

@@ -92,7 +92,7 @@ def _check_shapes(record: dict, field: str, path: Path) -> None:
             continue
         try:
             points = np.array(shape.get("points"), dtype=float)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             points = np.empty(0)
         if points.ndim != 2 or points.shape[1] != 2 or not np.all(np.abs(points) < 1e6):
             raise DataError(f'{path}: "{field}"[{index}] needs "points" as a list of [x, y] in pixels')
