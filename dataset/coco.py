@@ -25,6 +25,7 @@ from dataset.images import (
     MissingDataError,
     check_size,
     decode_rle,
+    named_inside,
     read_image,
     require_folder,
     resolve_inside,
@@ -51,7 +52,7 @@ def without_missing(
         if not names:
             return records
     parents = {name[: name.rfind("/") + 1] for name in names}
-    places = {parent: resolve_inside(folder, parent) if parent else folder for parent in parents}
+    places = {parent: named_inside(folder, parent) if parent else folder for parent in parents}
     there = {parent: {path.name for path in place.iterdir()} if place.is_dir() else set() for parent, place in places.items()}
     present = [name[name.rfind("/") + 1 :] in there[name[: name.rfind("/") + 1]] for name in names]
     missing = [name for name, ok in zip(names, present, strict=True) if not ok]
@@ -128,9 +129,9 @@ class CocoInstances:
         self.dataset = f"coco|{split}"
         self.options = options
         root = require_folder(Path(dataset_dir) / "coco", "COCO-format data")
-        self.source = resolve_inside(root / "annotations", f"instances_{split}.json")
+        self.source = named_inside(root / "annotations", f"instances_{split}.json")
         self.index = CocoIndex.open(self.source)
-        self.folder = require_folder(resolve_inside(root, split), "the folder of this split's images")
+        self.folder = require_folder(named_inside(root, split), "the folder of this split's images")
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(f"{self.source}: split {split} is empty; no image has an annotated instance")

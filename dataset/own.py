@@ -38,6 +38,7 @@ from dataset.images import (
     check_size,
     decode_rle,
     list_files,
+    named_inside,
     probe_images,
     read_image,
     read_json,
@@ -80,7 +81,7 @@ def find_sources(root: Path, name: str) -> dict[str, Path]:
 
     Raises DataError that says what is expected, and MissingDataError that lists the data sets that are there.
     """
-    folder = resolve_inside(root, name)
+    folder = named_inside(root, name)
     alone = _lies_here(root, name)
     if alone is not None:
         return {"": alone}

@@ -39,11 +39,11 @@ from dataset.images import (
     MissingDataError,
     decode_rle,
     list_files,
+    named_inside,
     probe_images,
     read_image,
     read_json,
     require_folder,
-    resolve_inside,
 )
 from dataset.sample import Conversation, LoaderOptions, Sample, draw_queries
 
@@ -152,7 +152,7 @@ class ReasoningSegmentation:
         if not splits or not all(splits):
             raise ValueError(f'{spec!r} names no split; write it as "{name or "ReasonSeg"}|train"')
         root = require_folder(Path(dataset_dir) / "reason_seg", "the folder of ReasonSeg-like data sets")
-        self.root = resolve_inside(root, name)
+        self.root = named_inside(root, name)
         if not self.root.is_dir():
             known = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
             raise MissingDataError(f"{self.root}: no such data set; {root} holds: {known}")
@@ -180,9 +180,9 @@ class ReasoningSegmentation:
 
     def _folder(self, split: str) -> tuple[Path, bool | None]:
         """(folder, wanted is_sentence) of "test", "testshort" or "testlong"."""
-        folder = resolve_inside(self.root, split)
+        folder = named_inside(self.root, split)
         if not folder.is_dir() and (length := re.fullmatch(r"(.+)(short|long)", split)):
-            folder = resolve_inside(self.root, length[1])
+            folder = named_inside(self.root, length[1])
             if folder.is_dir():
                 return folder, length[2] == "long"
         if not folder.is_dir():
