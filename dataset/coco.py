@@ -149,9 +149,10 @@ class CocoInstances:
         position = int(self.positions[index])
         record = self.index.image(position)
         path = resolve_inside(self.folder, record["file_name"])
-        image = read_image(path)
+        claimed = record["height"], record["width"]
+        image = read_image(path, claimed)
         size = image.shape[:2]
-        check_size((record["height"], record["width"]), size, path, f"the size in {self.source.name}")
+        check_size(claimed, size, path, f"the size in {self.source.name}")
         by_category: dict[int, list[dict]] = defaultdict(list)
         for entry in self.index.annotations(position):
             by_category[entry["category_id"]].append(entry)

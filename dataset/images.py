@@ -131,15 +131,21 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """The picture as uint8 (H, W, 3) RGB. Grey, palette, CMYK, 16-bit and transparent files are converted.
+
+    ``size``: the (H, W) of its annotations. A picture that has this size only without its EXIF orientation is not turned:
+    whoever annotated it saw it lying.
 
     Raises MissingDataError if the file is not there and DataError if it cannot be decoded completely.
     """
     path = Path(path)
     with _open(path) as picture:
         _load(picture, path)
-        return rgb_array(picture)
+        pixels = rgb_array(picture)
+        if size is not None and pixels.shape[:2] != tuple(size) == (picture.height, picture.width):
+            return np.array(_to_rgb(picture))
+        return pixels
 
 
 def read_label(path: str | Path) -> np.ndarray:

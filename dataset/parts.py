@@ -4,7 +4,7 @@
 
     paco_lvis      <dataset_dir>/vlpart/paco/annotations/paco_lvis_v1_<split>.json, images coco/<file_name>
     pascal_part    <dataset_dir>/vlpart/pascal_part/<split>.json, images .../pascal_part/VOCdevkit/VOC2010/JPEGImages/
-    partimagenet   <dataset_dir>/vlpart/partimagenet/<split>.json, images .../partimagenet/images/ (or train/, val/)
+    partimagenet   <dataset_dir>/vlpart/partimagenet/<split>.json, images .../partimagenet/images/, images/<split>/ or <split>/
 
 Facts: PACO-LVIS has 75 objects ("car_(automobile)") and 456 parts ("car_(automobile):wheel"), its file names begin with COCO's
 folder; VLPart's JSON of PASCAL-Part has 93 parts ("bus:license plate") and run lengths; PartImageNet has 40 ("Quadruped Head"),
@@ -67,7 +67,7 @@ SOURCES = {
     "pascal_part": PartSource("vlpart/pascal_part/{split}.json", ("vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages",)),
     "partimagenet": PartSource(
         "vlpart/partimagenet/{split}.json",
-        ("vlpart/partimagenet/images", "vlpart/partimagenet/{split}"),
+        ("vlpart/partimagenet/images/{split}", "vlpart/partimagenet/images", "vlpart/partimagenet/{split}"),
         separator=" ",
         by_synset=True,
     ),
@@ -148,9 +148,10 @@ class PartSegmentation:
         position = int(self.positions[index])
         record = self.index.image(position)
         path = self._inside(self._file(record["file_name"]))
-        image = read_image(path)
+        claimed = record["height"], record["width"]
+        image = read_image(path, claimed)
         size = image.shape[:2]
-        check_size((record["height"], record["width"]), size, path, f"the size in {self.source}")
+        check_size(claimed, size, path, f"the size in {self.source}")
         by_category: dict[int, list[dict]] = defaultdict(list)
         for entry in self.index.annotations(position):
             by_category[entry["category_id"]].append(entry)

@@ -32,6 +32,7 @@ import cv2
 import numpy as np
 
 from dataset.conversation import answer, explain_question, phrase_question, sentence_question
+from dataset.exclusion import without_excluded
 from dataset.faults import blame
 from dataset.images import (
     IMAGE_SUFFIXES,
@@ -163,6 +164,7 @@ class ReasoningSegmentation:
         self.images = [path for path in sorted(groups) if self._is_usable(path)]
         if not self.images:
             raise DataError(f"{self.root}: no image of {spec} can be used")
+        self.images = list(without_excluded(self.images, [path.name for path in self.images], options, spec))
         self.queries = [groups[path] for path in self.images]
 
     def _read_explanations(self) -> dict[str, list[str]]:
