@@ -239,3 +239,12 @@ def test_ones_own_photos_of_coco_are_excluded_too(tmp_path, caplog):
             kept = {loader.sample(i, np.random.default_rng(0)).id for i in range(len(loader))}
             assert kept == {f"{official.TRAIN:012d}", "mine"}
     assert caplog.text.count("2 of 4 entries are left out") == 2
+
+
+def test_a_folder_called_as_the_references(tmp_path):
+    official.write_everything(tmp_path)
+    path = tmp_path / "refer_seg/refcoco/refs(unc).p"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=r"refs\(unc\).p: cannot be read"):
+        open_evaluation(tmp_path, "refcoco|unc|val", EVAL)
