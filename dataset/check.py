@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dataset.conversation import SENTENCE_QUESTIONS, answer_text
 from dataset.drawing import Cell, card_sheet
 from dataset.faults import BadItem, Faults, write_skip_list
-from dataset.images import DataError, MissingDataError, require_folder
+from dataset.images import MissingDataError, require_folder
 from dataset.registry import Entry, Loader, entries
 from dataset.sample import LoaderOptions, Sample, check_sample
 
@@ -79,7 +79,7 @@ def inspect(entry: Entry, split: str, root: Path, samples: int | None) -> Findin
         loader = entry.open(root, split, options)
     except MissingDataError as error:
         finding.absent = str(error)
-    except DataError as error:
+    except ValueError as error:
         finding.error = str(error)
     if finding.absent or finding.error:
         finding.bad = list(faults.found.values())
@@ -137,14 +137,14 @@ def report(findings: list[Finding], absent: list[Entry]) -> str:
     lines = []
     for finding in findings:
         lines.append(f"{finding.name.ljust(width)}  {finding.line()}")
-        lines += [f"{' ' * width}    {bad.item}: {bad.reason}" for bad in finding.bad]
+        lines += [f"{' ' * width}    {' '.join(bad.item.split())}: {bad.reason}" for bad in finding.bad]
     if absent:
         lines += ["", "Not there, and where it is expected:"]
     for entry in absent:
         splits = _braces(list(dict.fromkeys(entry.splits.values())))
         expected = ", ".join((*entry.files, *entry.shared)).replace("{split}", splits)
         lines.append(f"{entry.name.ljust(width)}  {expected}" + (f"  ({entry.source})" if entry.source else ""))
-    return "\n".join(lines)
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # half characters cannot be printed
 
 
 def _braces(splits: list[str]) -> str:

@@ -25,6 +25,7 @@ from dataset.images import (
     MissingDataError,
     check_size,
     decode_rle,
+    named_inside,
     read_image,
     require_folder,
     resolve_inside,
@@ -33,6 +34,8 @@ from dataset.index import CocoIndex
 from dataset.sample import Conversation, LoaderOptions, Sample
 
 logger = logging.getLogger(__name__)
+
+LARGEST = 1e6  # pixels; no image is larger, so a coordinate beyond it is a mistake
 
 
 def without_missing(
@@ -49,7 +52,7 @@ def without_missing(
         if not names:
             return records
     parents = {name[: name.rfind("/") + 1] for name in names}
-    places = {parent: resolve_inside(folder, parent) if parent else folder for parent in parents}
+    places = {parent: named_inside(folder, parent) if parent else folder for parent in parents}
     there = {parent: {path.name for path in place.iterdir()} if place.is_dir() else set() for parent, place in places.items()}
     present = [name[name.rfind("/") + 1 :] in there[name[: name.rfind("/") + 1]] for name in names]
     missing = [name for name, ok in zip(names, present, strict=True) if not ok]
@@ -81,6 +84,17 @@ def usable(
     return np.array(kept, dtype=np.int64)
 
 
+def _is_polygon(points: object) -> bool:
+    """Whether pycocotools can draw it: it takes four numbers for a box, and dies without a word of NaN or of 1e9."""
+    if not isinstance(points, list) or len(points) < 6 or len(points) % 2:
+        return False
+    try:
+        values = np.array(points)
+    except ValueError:  # a list of lists
+        return False
+    return values.ndim == 1 and values.dtype.kind in "if" and bool(np.all(np.abs(values) < LARGEST))
+
+
 def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path, field: str, thin: bool = False) -> np.ndarray:
     """A COCO segmentation (polygons, run lengths, compressed run lengths, a list of either) as bool (H, W).
 
@@ -97,9 +111,8 @@ def annotation_mask(segmentation: list | dict, size: tuple[int, int], path: Path
             mask |= decode_rle(part, size, path, field)
     if thin:
         polygons = [p for p in polygons if not isinstance(p, list) or len(p) not in (2, 4)]
-    # pycocotools would read a list of four numbers as a box
-    if any(not isinstance(p, list) or len(p) < 6 or len(p) % 2 for p in polygons):
-        raise DataError(f"{path}: {field} must be polygons of at least three points [x0, y0, x1, …] or run lengths")
+    if not all(map(_is_polygon, polygons)):
+        raise DataError(f"{path}: {field} must be polygons of at least three points [x0, y0, x1, …] in pixels, or run lengths")
     if not polygons:
         return mask
     try:
@@ -116,9 +129,9 @@ class CocoInstances:
         self.dataset = f"coco|{split}"
         self.options = options
         root = require_folder(Path(dataset_dir) / "coco", "COCO-format data")
-        self.source = resolve_inside(root / "annotations", f"instances_{split}.json")
+        self.source = named_inside(root / "annotations", f"instances_{split}.json")
         self.index = CocoIndex.open(self.source)
-        self.folder = require_folder(resolve_inside(root, split), "the folder of this split's images")
+        self.folder = require_folder(named_inside(root, split), "the folder of this split's images")
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(f"{self.source}: split {split} is empty; no image has an annotated instance")
@@ -136,9 +149,10 @@ class CocoInstances:
         position = int(self.positions[index])
         record = self.index.image(position)
         path = resolve_inside(self.folder, record["file_name"])
-        image = read_image(path)
+        claimed = record["height"], record["width"]
+        image = read_image(path, claimed)
         size = image.shape[:2]
-        check_size((record["height"], record["width"]), size, path, f"the size in {self.source.name}")
+        check_size(claimed, size, path, f"the size in {self.source.name}")
         by_category: dict[int, list[dict]] = defaultdict(list)
         for entry in self.index.annotations(position):
             by_category[entry["category_id"]].append(entry)

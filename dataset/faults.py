@@ -43,7 +43,7 @@ def read_skip_list(path: str | Path) -> list[BadItem]:
     found = []
     if Path(path).is_file() and not Path(path).stat().st_size:
         return found
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -57,7 +57,7 @@ def read_skip_list(path: str | Path) -> list[BadItem]:
 
 
 def write_skip_list(items: list[BadItem], path: str | Path) -> None:
-    text = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+    text = "".join(json.dumps(asdict(item)) + "\n" for item in items)
     Path(path).write_text(text, encoding="utf-8")
 
 

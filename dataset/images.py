@@ -39,17 +39,30 @@ class NothingToAsk(DataError):
     """A sound image in which nothing may be asked for, such as one of void classes only. Training takes another one."""
 
 
-def resolve_inside(root: str | Path, name: str) -> Path:
-    """The path ``root/name`` for a ``name`` that was read from a file, if it stays inside ``root``.
+def named_inside(root: str | Path, name: str) -> Path:
+    """The path ``root/name`` for a ``name`` that the user typed. It may be a link: large folders often are.
 
-    Raises DataError for an empty or absolute name, for '..' and for a symbolic link that leaves ``root``.
+    Raises DataError for an empty or absolute name and for '..'.
     """
-    root = Path(root)
     relative = Path(name)
     if not name or "\0" in name or relative.is_absolute() or ".." in relative.parts:
         raise DataError(f"{root}: {name!r} is not a file name inside this folder; absolute names and '..' are refused")
-    path = root / relative
-    if not path.resolve().is_relative_to(root.resolve()):
+    return Path(root) / relative
+
+
+def resolve_inside(root: str | Path, name: str) -> Path:
+    """The path ``root/name`` for a ``name`` that was read from a file, if it stays inside ``root``.
+
+    Raises DataError for an empty or absolute name, for '..', for a symbolic link that leaves ``root`` and for what no file
+    can be called.
+    """
+    path = named_inside(root, name)
+    try:
+        leaves = not path.resolve().is_relative_to(Path(root).resolve())
+        path.exists()
+    except (OSError, RuntimeError, UnicodeError) as error:  # too long a name, a loop of links, half a character
+        raise DataError(f"{root}: {name!r} cannot be opened ({_reason(error)}); correct the name") from None
+    if leaves:
         raise DataError(f"{path}: is a link that leaves {root}; copy the file or link the whole folder")
     return path
 
@@ -118,15 +131,21 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """The picture as uint8 (H, W, 3) RGB. Grey, palette, CMYK, 16-bit and transparent files are converted.
+
+    ``size``: the (H, W) of its annotations. A picture that has this size only without its EXIF orientation is not turned:
+    whoever annotated it saw it lying.
 
     Raises MissingDataError if the file is not there and DataError if it cannot be decoded completely.
     """
     path = Path(path)
     with _open(path) as picture:
         _load(picture, path)
-        return rgb_array(picture)
+        pixels = rgb_array(picture)
+        if size is not None and pixels.shape[:2] != tuple(size) == (picture.height, picture.width):
+            return np.array(_to_rgb(picture))
+        return pixels
 
 
 def read_label(path: str | Path) -> np.ndarray:

@@ -27,6 +27,7 @@ from dataset.images import (
     MissingDataError,
     PackedRecords,
     decode_rle,
+    named_inside,
     read_image,
     read_json,
     require_folder,
@@ -70,7 +71,7 @@ class LlmSeg40K:
             raise ValueError(f'{spec!r} names no split; write it as "{NAME}|val"')
         root = Path(dataset_dir)
         folder = require_folder(root / "reason_seg" / NAME, f"the JSON files of {NAME}")
-        self.source = resolve_inside(folder, f"{SPLITS.get(split, split)}.json")
+        self.source = named_inside(folder, f"{SPLITS.get(split, split)}.json")
         if not self.source.is_file():
             known = ", ".join(sorted(path.stem for path in folder.glob("*.json"))) or "none"
             raise MissingDataError(f"{self.source}: no such split; there are: {known}")

@@ -86,9 +86,9 @@ class TrainMixture(Dataset):
         DataError for whatever can be known now."""
         names = _names(dataset, "--dataset")
         rates = np.array(sample_rates, dtype=float)
-        if rates.shape != (len(names),) or not np.all(rates >= 0) or not rates.sum() > 0:
+        if rates.shape != (len(names),) or not np.all(rates >= 0) or not 0 < sum(rates.tolist()) < float("inf"):
             found = list(sample_rates)
-            raise ValueError(f"--sample_rates {found}: give {len(names)} numbers for {names}, none negative, not all 0")
+            raise ValueError(f"--sample_rates {found}: give {len(names)} numbers for {names}, finite, none negative, not all 0")
         if samples_per_epoch < 1:
             raise ValueError(f"samples_per_epoch must be at least 1, got {samples_per_epoch}")
         if on_bad_sample not in ("raise", "skip"):

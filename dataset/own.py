@@ -30,6 +30,7 @@ from PIL import Image
 
 from dataset.coco import annotation_mask
 from dataset.conversation import answer, explain_question, phrase_question, sentence_question
+from dataset.exclusion import without_excluded
 from dataset.faults import blame
 from dataset.images import (
     DataError,
@@ -38,6 +39,7 @@ from dataset.images import (
     check_size,
     decode_rle,
     list_files,
+    named_inside,
     probe_images,
     read_image,
     read_json,
@@ -80,7 +82,7 @@ def find_sources(root: Path, name: str) -> dict[str, Path]:
 
     Raises DataError that says what is expected, and MissingDataError that lists the data sets that are there.
     """
-    folder = resolve_inside(root, name)
+    folder = named_inside(root, name)
     alone = _lies_here(root, name)
     if alone is not None:
         return {"": alone}
@@ -107,7 +109,8 @@ def own_names(root: Path) -> list[str]:
         return []
     files = [path.stem for path in list_files(root, (".json", *TABLES))]
     reserved = {"images", "masks", *files}
-    return sorted({*files, *(path.name for path in root.iterdir() if path.is_dir() and path.name not in reserved)})
+    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    return sorted({*files, *(folders - reserved)})
 
 
 # --------------------------------------------------------------------------------------------------------------- drawing
@@ -209,6 +212,7 @@ class OwnData:
         kept = [image for image in sorted(by_image) if self._is_usable(Path(image))]
         if not kept:
             raise DataError(f"{sources[0]}: no image of {self.dataset} can be used")
+        kept = without_excluded(kept, kept, self.options, self.dataset)
         self.records = PackedRecords([image, _joined(by_image[image])] for image in kept)
 
     def _with_files(self, query: Query, source: Path) -> tuple[str, dict]:

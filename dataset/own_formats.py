@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from dataset.coco import LARGEST
 from dataset.faults import Faults, blame
 from dataset.images import IMAGE_SUFFIXES, DataError, list_files, read_json, read_text
 
 TEXT_KEYS = ("query", "caption", "expression")
-LARGEST = 1e6  # pixels; no image is larger, so a coordinate beyond it is a mistake
 CIRCLE_POINTS = 72
 DETERMINERS = (
     "the",
@@ -87,7 +87,7 @@ def _optional(entry: dict, name: str, kind: type, where: str, what: str) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < LARGEST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def polygons_of(value: Any, where: str, name: str) -> list[list[float]]:
@@ -168,7 +168,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
     if path.suffix == ".csv":
         yield from _csv_rows(path, text)
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    # not splitlines: JSON may hold U+2028 and its kin as they are
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, partial(_json_row, line, f"{path}:{number}")
 
@@ -184,6 +185,7 @@ def _json_row(line: str, where: str) -> dict:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Callable[[], dict]]]:
+    csv.field_size_limit(2**31 - 1)  # run lengths and polygons exceed the 131,072 characters of Python's default
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header, end = None, 0
     while True:
@@ -460,6 +462,10 @@ def _annotation(entry: dict, item: str, categories: dict[int, str], image_has_te
     else:
         polygons = polygons_of(segmentation, item, "segmentation")
         shapes = [("polygons", polygons)] if polygons else []
+        if not polygons and _has_area(entry.get("bbox")):
+            raise DataError(
+                f'{item}: has a "bbox" but an empty "segmentation"; python -m utils.boxes_to_masks makes masks of boxes'
+            )
     return {
         "item": item,
         "texts": texts or ([] if image_has_texts else [with_article(categories[category])]),
@@ -468,6 +474,11 @@ def _annotation(entry: dict, item: str, categories: dict[int, str], image_has_te
         "answer": _optional(entry, "answer", str, item, "a text"),
         "is_sentence": _optional(entry, "is_sentence", bool, item, "true or false"),
     }
+
+
+def _has_area(bbox: Any) -> bool:
+    """Detectors' files have boxes alone, which must not pass for empty targets."""
+    return isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_number, bbox)) and bbox[2] > 0 and bbox[3] > 0
 
 
 def _coco_texts(entry: dict, where: str) -> list[str]:

@@ -4,7 +4,7 @@
 
     paco_lvis      <dataset_dir>/vlpart/paco/annotations/paco_lvis_v1_<split>.json, images coco/<file_name>
     pascal_part    <dataset_dir>/vlpart/pascal_part/<split>.json, images .../pascal_part/VOCdevkit/VOC2010/JPEGImages/
-    partimagenet   <dataset_dir>/vlpart/partimagenet/<split>.json, images .../partimagenet/images/ (or train/, val/)
+    partimagenet   <dataset_dir>/vlpart/partimagenet/<split>.json, images .../partimagenet/images/, images/<split>/ or <split>/
 
 Facts: PACO-LVIS has 75 objects ("car_(automobile)") and 456 parts ("car_(automobile):wheel"), its file names begin with COCO's
 folder; VLPart's JSON of PASCAL-Part has 93 parts ("bus:license plate") and run lengths; PartImageNet has 40 ("Quadruped Head"),
@@ -16,6 +16,7 @@ union of the category's annotations. Where the file holds the object, too (PACO)
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import numpy as np
 
 from dataset.coco import annotation_mask, usable
 from dataset.conversation import answer, phrase_question
-from dataset.images import DataError, NothingToAsk, check_size, read_image, require_folder, resolve_inside
+from dataset.images import DataError, NothingToAsk, check_size, named_inside, read_image, require_folder, resolve_inside
 from dataset.index import CocoIndex
 from dataset.sample import Conversation, LoaderOptions, Sample
 
@@ -55,16 +56,18 @@ class PartSource:
     train_split: str = "train"
     separator: str = ":"
     """Between the object and the part in a category's name."""
+    linked: tuple[str, ...] = ()
+    """Folders in the folder of images that the user may have made links."""
     by_synset: bool = False
     """Images may lie in a folder named as the first nine letters of the file name."""
 
 
 SOURCES = {
-    "paco_lvis": PartSource("vlpart/paco/annotations/paco_lvis_v1_{split}.json", ("coco",)),
+    "paco_lvis": PartSource("vlpart/paco/annotations/paco_lvis_v1_{split}.json", ("coco",), linked=("train2017", "val2017")),
     "pascal_part": PartSource("vlpart/pascal_part/{split}.json", ("vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages",)),
     "partimagenet": PartSource(
         "vlpart/partimagenet/{split}.json",
-        ("vlpart/partimagenet/images", "vlpart/partimagenet/{split}"),
+        ("vlpart/partimagenet/images/{split}", "vlpart/partimagenet/images", "vlpart/partimagenet/{split}"),
         separator=" ",
         by_synset=True,
     ),
@@ -104,7 +107,7 @@ class PartSegmentation:
         self.dataset = f"{name}|{split}"
         root = Path(dataset_dir)
         source = root / self.kind.annotations
-        self.source = resolve_inside(require_folder(source.parent, f"the {name} data"), source.name.format(split=split))
+        self.source = named_inside(require_folder(source.parent, f"the {name} data"), source.name.format(split=split))
         self.index = CocoIndex.open(self.source)
         self.names = {i: category_name(c["name"], self.kind.separator) for i, c in self.index.categories.items()}
         self.folder = self._folder([root / folder.format(split=split) for folder in self.kind.images], name)
@@ -121,9 +124,14 @@ class PartSegmentation:
 
     def _file(self, name: str) -> str:
         """Where the image of that name is, under the folder of images."""
-        if self.kind.by_synset and "/" not in name and not (self.folder / name).is_file():
+        if self.kind.by_synset and "/" not in name and not os.path.isfile(self.folder / name):
             return f"{name[:9]}/{name}"
         return name
+
+    def _inside(self, name: str) -> Path:
+        """Its path. COCO's folders of photos may be links; nothing else below the folder of images may lead out of it."""
+        folder, _, rest = name.partition("/")
+        return resolve_inside(self.folder / folder, rest) if folder in self.kind.linked else resolve_inside(self.folder, name)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -139,10 +147,11 @@ class PartSegmentation:
         """
         position = int(self.positions[index])
         record = self.index.image(position)
-        path = resolve_inside(self.folder, self._file(record["file_name"]))
-        image = read_image(path)
+        path = self._inside(self._file(record["file_name"]))
+        claimed = record["height"], record["width"]
+        image = read_image(path, claimed)
         size = image.shape[:2]
-        check_size((record["height"], record["width"]), size, path, f"the size in {self.source}")
+        check_size(claimed, size, path, f"the size in {self.source}")
         by_category: dict[int, list[dict]] = defaultdict(list)
         for entry in self.index.annotations(position):
             by_category[entry["category_id"]].append(entry)

@@ -32,6 +32,7 @@ import cv2
 import numpy as np
 
 from dataset.conversation import answer, explain_question, phrase_question, sentence_question
+from dataset.exclusion import without_excluded
 from dataset.faults import blame
 from dataset.images import (
     IMAGE_SUFFIXES,
@@ -39,11 +40,11 @@ from dataset.images import (
     MissingDataError,
     decode_rle,
     list_files,
+    named_inside,
     probe_images,
     read_image,
     read_json,
     require_folder,
-    resolve_inside,
 )
 from dataset.sample import Conversation, LoaderOptions, Sample, draw_queries
 
@@ -92,7 +93,7 @@ def _check_shapes(record: dict, field: str, path: Path) -> None:
             continue
         try:
             points = np.array(shape.get("points"), dtype=float)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             points = np.empty(0)
         if points.ndim != 2 or points.shape[1] != 2 or not np.all(np.abs(points) < 1e6):
             raise DataError(f'{path}: "{field}"[{index}] needs "points" as a list of [x, y] in pixels')
@@ -152,7 +153,7 @@ class ReasoningSegmentation:
         if not splits or not all(splits):
             raise ValueError(f'{spec!r} names no split; write it as "{name or "ReasonSeg"}|train"')
         root = require_folder(Path(dataset_dir) / "reason_seg", "the folder of ReasonSeg-like data sets")
-        self.root = resolve_inside(root, name)
+        self.root = named_inside(root, name)
         if not self.root.is_dir():
             known = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
             raise MissingDataError(f"{self.root}: no such data set; {root} holds: {known}")
@@ -163,6 +164,7 @@ class ReasoningSegmentation:
         self.images = [path for path in sorted(groups) if self._is_usable(path)]
         if not self.images:
             raise DataError(f"{self.root}: no image of {spec} can be used")
+        self.images = list(without_excluded(self.images, [path.name for path in self.images], options, spec))
         self.queries = [groups[path] for path in self.images]
 
     def _read_explanations(self) -> dict[str, list[str]]:
@@ -180,9 +182,9 @@ class ReasoningSegmentation:
 
     def _folder(self, split: str) -> tuple[Path, bool | None]:
         """(folder, wanted is_sentence) of "test", "testshort" or "testlong"."""
-        folder = resolve_inside(self.root, split)
+        folder = named_inside(self.root, split)
         if not folder.is_dir() and (length := re.fullmatch(r"(.+)(short|long)", split)):
-            folder = resolve_inside(self.root, length[1])
+            folder = named_inside(self.root, length[1])
             if folder.is_dir():
                 return folder, length[2] == "long"
         if not folder.is_dir():

@@ -197,9 +197,10 @@ class ReferringSegmentation:
         position, references = self.records[index]
         entry = self.index.image(position)
         path = resolve_inside(self.folder, entry["file_name"])
-        image = read_image(path)
+        claimed = entry["height"], entry["width"]
+        image = read_image(path, claimed)
         size = image.shape[:2]
-        check_size((entry["height"], entry["width"]), size, path, f"the size in {self.source}")
+        check_size(claimed, size, path, f"the size in {self.source}")
         chosen = self._choose(references, rng)
         masks = {number: self._mask(references[number][0], size) for number, _ in chosen}
         conversations = [self._conversation(text, masks[number], rng) for number, text in chosen]

@@ -39,6 +39,8 @@ def read_pickle(path: str | Path) -> Any:
             return _RestrictedUnpickler(stream, encoding="utf-8", errors="replace").load()
     except FileNotFoundError:
         raise MissingDataError(f"{path}: does not exist; check --dataset_dir and the names of the data sets") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or _reason(error)}); a pickle file is expected") from None
     except pickle.UnpicklingError as error:
         raise DataError(f"{path}: refused, no plain list of references ({_reason(error)}); download the original file") from None
     # what a damaged file makes of the unpickler: wrong operands, missing arguments, absurd lengths

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from dataset.coco import CocoInstances
-from dataset.images import list_files
+from dataset.images import DataError, list_files
 from dataset.llm_seg40k import NAME as LLM_SEG40K
 from dataset.llm_seg40k import LlmSeg40K
 from dataset.own import EVERYTHING, OwnData, find_sources, own_names
@@ -279,7 +279,11 @@ def _coco_files(root: Path) -> list[Entry]:
 def _own_sets(root: Path) -> list[Entry]:
     found = []
     for name in own_names(root / OWN):
-        sources = find_sources(root / OWN, name)
+        try:
+            sources = find_sources(root / OWN, name)
+        except DataError:  # opening it says the same again, where one set does not hide the others
+            found.append(Entry(f"{OWN}:{name}", OWN, _same(EVERYTHING), (f"{OWN}/{name}/",), _own(name)))
+            continue
         splits = [EVERYTHING] if "" in sources else list(sources)
         place = next(iter(sources.values())).relative_to(root).as_posix() if "" in sources else f"{OWN}/{name}/"
         files = (place + "/" if (root / place).is_dir() and not place.endswith("/") else place,)

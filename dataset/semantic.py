@@ -173,7 +173,8 @@ class SemanticSegmentation:
         """
         image_name, label_name = self.files[index]
         path, label_path = self.image_folder / image_name, self.label_folder / label_name
-        image, label = read_image(path), read_label(label_path)
+        label = read_label(label_path)
+        image = read_image(path, label.shape)
         check_size(label.shape, image.shape, label_path, "the label map")
         found = self._found(label, label_path)
         if self.options.training:
@@ -189,13 +190,13 @@ class SemanticSegmentation:
         return classes if self.family.void is None else [*classes, self.family.void]
 
     def _found(self, label: np.ndarray, path: Path) -> np.ndarray:
-        """The values of the classes to ask for, in ascending order. Raises DataError for a map without any class."""
+        """The values of the classes to ask for, in ascending order. Raises DataError for a value that is none."""
         values = np.unique(label)
         last = self.family.first + len(self.classes) - 1
         if len(unknown := values[(values > last) & (values != self.family.void)]):
             raise DataError(f"{path}: holds the value {unknown[-1]}, but there are only {len(self.classes)} classes")
         classes = values[(values >= self.family.first) & (values != self.family.void)]
-        if not len(classes):
+        if not len(classes) and self.family.void is None:  # a photo may show nothing but void, a drawn scene is of something
             raise DataError(f"{path}: holds no class at all; remove this pair")
         return classes[~np.isin(classes, self._void_values())]
 

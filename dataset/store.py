@@ -21,6 +21,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,10 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
         return Path(cache_dir)
     if base := os.environ.get("CORES_CACHE"):
         return Path(base) / "index"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cores" / "index"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cores" / "index"
+    except RuntimeError:  # a container whose user has no name and no HOME
+        return _temporary_root()
 
 
 def _writable(root: Path) -> bool:
@@ -271,15 +275,18 @@ def content_hash(source: Path, root: Path) -> str:
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror})") from None
     if time.time_ns() - signature[1] > SETTLED_NS and _signature(source) == signature:
-        _replace(stamp, json.dumps({"file": str(source), "signature": signature, "sha256": digest}))
+        with suppress(OSError):  # a full disk: it is only a shortcut
+            _replace(stamp, json.dumps({"file": str(source), "signature": signature, "sha256": digest}))
     return digest
 
 
 def _signature(source: Path) -> Signature:
     try:
         status = source.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise MissingDataError(f"{source}: does not exist; check --dataset_dir and the names of the data sets") from None
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror})") from None
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 

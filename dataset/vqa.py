@@ -16,7 +16,7 @@ import numpy as np
 
 from dataset.coco import usable
 from dataset.conversation import Turn
-from dataset.images import DataError, read_image, require_folder, resolve_inside
+from dataset.images import DataError, named_inside, read_image, require_folder, resolve_inside
 from dataset.index import RecordIndex
 from dataset.sample import Conversation, LoaderOptions, Sample
 
@@ -49,7 +49,7 @@ class VisualQuestionAnswering:
         """``name``: the JSON's name without ending, "llava_instruct_150k". Raises DataError."""
         self.dataset = f"vqa|{name}"
         root = require_folder(Path(dataset_dir) / "llava_dataset", "the LLaVA-Instruct JSON")
-        self.source = resolve_inside(root, f"{name}.json")
+        self.source = named_inside(root, f"{name}.json")
         self.index = RecordIndex.open(self.source, "vqa-1", prepare)
         self.folder = require_folder(Path(dataset_dir) / "coco" / "train2017", f"the images of {self.source.name}")
         positions, names = range(len(self.index)), list(self.index.names)
