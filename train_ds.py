@@ -9,6 +9,7 @@ Everything goes to <log_base_dir>/<exp_name>: config.json, ckpt/, log.jsonl, ten
 
 from __future__ import annotations
 
+import errno
 import random
 import sys
 import time
@@ -24,11 +25,12 @@ distributed.prepare_environment()  # before anything imports deepspeed
 
 from dataset.faults import read_skip_list  # noqa: E402
 from utils import build, checkpoint  # noqa: E402
-from utils.arguments import Settings, UsageError, parse  # noqa: E402
+from utils.arguments import Settings, UsageError, one_line, parse  # noqa: E402
 from utils.engine import Interrupted, Lost, NonFiniteLoss, Trainer  # noqa: E402
 from utils.evaluation import evaluate  # noqa: E402
 from utils.evaluation_cli import finish, modes_of  # noqa: E402
 
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLEAR_ERRORS = (UsageError, ValueError, FileNotFoundError, OSError)
 
 
@@ -134,7 +136,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 4
     except CLEAR_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        full = getattr(error, "errno", None) in DISK_FULL  # of whatever file of the run: such an error seldom knows its name
+        hint = f" (in {settings.run_dir}); free space, and the same command continues" if full else ""
+        print(f"error: {one_line(error)}{hint}", file=sys.stderr)
         return 2
     return 0
 

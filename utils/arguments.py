@@ -200,6 +200,14 @@ def _number(kind: str):
     return {"int": int, "float": float, "float | None": float, "str": str}[kind]
 
 
+def one_line(error: BaseException) -> str:
+    """An error's own words; of one that a data worker raised, without the trace that torch puts before them."""
+    text = str(error).strip()
+    if "Original Traceback" in text:  # … ends with "dataset.images.DataError: /data/a.jpg: not a readable image"
+        text = text.splitlines()[-1].split(": ", 1)[-1]
+    return " ".join(text.split())
+
+
 class OneLineParser(ArgumentParser):
     """Mistakes are a UsageError, not a page of usage."""
 

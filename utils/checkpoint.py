@@ -39,14 +39,18 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomic and durable: the file holds either the old or the new text."""
+    """Atomic and durable: the file holds either the old or the new text. Raises OSError naming it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as error:  # of a full disk, which knows no names
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def require_writable(run: Path) -> None:
@@ -163,16 +167,17 @@ def _one_line(partial: Path) -> Iterator[None]:
     """Errors of writing name the folder; what was written of it is removed, so that the disk is as full as it was."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError without a reason
-        written = isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "file write failed" in str(error)
-        if not written:
+    except (OSError, RuntimeError) as error:
+        # how torch.save reports a full disk: "[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0"
+        by_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+        if not by_torch and not isinstance(error, OSError):
             raise
         shutil.rmtree(partial, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = "the disk seems to be full" if by_torch else error.strerror or " ".join(str(error).split())
         free = shutil.disk_usage(next(folder for folder in partial.parents if folder.is_dir())).free / 10**9
         raise OSError(
-            f"{partial}: the checkpoint cannot be written ({reason}; {free:.2f} GB are free there); the one before it is "
-            "intact: free space, and the same command continues from it"
+            f"{partial}: the checkpoint cannot be written ({reason}; {free:.2f} GB are free there); free space, and "
+            "the same command continues from the last complete one"
         ) from error
 
 

@@ -181,8 +181,9 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         self.progress |= checkpoint.load(self.engine, folder)
-        if self.progress["best_step"] == self.global_step:
-            self._keep_best(folder)  # a kill may have come between a save and its copy
+        best = self.run / "ckpt" / "best"
+        if self.progress["best_step"] == self.global_step and checkpoint.read_progress(best) != checkpoint.read_progress(folder):
+            checkpoint.copy(folder, best)  # a kill came between the save and its copy
 
     def train(self) -> None:
         """All remaining epochs.
@@ -218,7 +219,7 @@ class Trainer:
                 self.progress["best_step"] = self.global_step
             self._save()
             if self.evaluate is None:
-                self._keep_best(self.last)
+                checkpoint.copy(self.last, self.run / "ckpt" / "best")
         self._stop_if_asked()
 
     def _next_epoch(self) -> None:
@@ -248,10 +249,12 @@ class Trainer:
                 self._report(bar, parts, seconds)
                 if self.progress["step"] == s.steps_per_epoch:
                     break  # saved by the end of the epoch
-                stop = distributed.any_true(self.stop)
-                if stop or (s.save_every and self.progress["step"] % s.save_every == 0):
+                saved = bool(s.save_every) and self.progress["step"] % s.save_every == 0
+                if saved:
                     self._save()
-                if stop:
+                if distributed.any_true(self.stop):
+                    if not saved:
+                        self._save()
                     self._interrupt()
 
     def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -291,7 +294,11 @@ class Trainer:
 
     def _refuse_non_finite_gradient(self) -> None:
         norm = self.engine.get_global_grad_norm()  # the same on every rank; None where the engine does not know it
-        if self.s.precision != "fp16" and norm is not None and not math.isfinite(norm):  # fp16 has loss scaling for this
+        if norm is None:  # then the weights tell, which are the same on every rank, too
+            sound = all(bool(p.isfinite().all()) for p in self.engine.module.parameters() if p.requires_grad)
+        else:
+            sound = math.isfinite(norm)
+        if self.s.precision != "fp16" and not sound:  # fp16 has loss scaling for this
             raise NonFiniteLoss(
                 f"step {self.global_step + 1}: the gradient is not finite although the loss is; samples of the step: "
                 f"{self._names(self.seen)}. Nothing was saved of this step; {self._where_to_go_on()}"
@@ -373,12 +380,7 @@ class Trainer:
             self.progress |= {"best": summary["giou"], "best_step": self.global_step}
         checkpoint.write_progress(self.last, self.progress)
         if better:
-            self._keep_best(self.last)
-
-    def _keep_best(self, source: Path) -> None:
-        best = self.run / "ckpt" / "best"
-        if source != best and checkpoint.read_progress(best) != checkpoint.read_progress(source):
-            checkpoint.copy(source, best)
+            checkpoint.copy(self.last, self.run / "ckpt" / "best")
 
     @contextlib.contextmanager
     def _stop_at_once(self) -> Iterator[None]:
