@@ -54,10 +54,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def require_writable(run: Path) -> None:
-    """Makes the run folder. Raises UsageError if nothing can be written in it: better now than at the first save."""
-    probe = run / f".probe-{distributed.rank()}"
+    """Raises UsageError if nothing can be written in the run folder, or where it will be made: better now than at a save."""
+    there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    probe = there / f".probe-{distributed.rank()}"
     try:
-        run.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except OSError as error:
