@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -130,8 +131,10 @@ def test_a_data_worker_that_dies():
     trial = server().run("train_ds", command(name, workers=2), faults={"worker_killed": [3]})
     assert trial.codes == [4], trial.output
     line = error_of(trial)
-    assert "step 3: DataLoader worker (pid" in line and "lower --workers (now 2) or --batch_size (now 2)" in line
-    assert "the last checkpoint, of step 2" in line
+    step = re.search(r"step (\d): DataLoader worker \(pid", line)[1]
+    assert step in "34", "it may have prepared the batch of step 3 before it died"
+    assert "lower --workers (now 2) or --batch_size (now 2)" in line
+    assert f"the last checkpoint, of step {int(step) - 1}" in line
     assert checkpoint.faults(run_of(name) / "ckpt" / "last") == []
 
 
