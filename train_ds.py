@@ -9,6 +9,7 @@ Everything goes to <log_base_dir>/<exp_name>: config.json, ckpt/, log.jsonl, ten
 
 from __future__ import annotations
 
+import errno
 import random
 import sys
 import time
@@ -24,11 +25,12 @@ distributed.prepare_environment()  # before anything imports deepspeed
 
 from dataset.faults import read_skip_list  # noqa: E402
 from utils import build, checkpoint  # noqa: E402
-from utils.arguments import Settings, UsageError, parse  # noqa: E402
-from utils.engine import Interrupted, NonFiniteLoss, Trainer  # noqa: E402
+from utils.arguments import Settings, UsageError, one_line, parse  # noqa: E402
+from utils.engine import Interrupted, Lost, NonFiniteLoss, Trainer  # noqa: E402
 from utils.evaluation import evaluate  # noqa: E402
 from utils.evaluation_cli import finish, modes_of  # noqa: E402
 
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLEAR_ERRORS = (UsageError, ValueError, FileNotFoundError, OSError)
 
 
@@ -61,10 +63,12 @@ def check_ranks(s: Settings) -> None:
 def train(s: Settings, started: float) -> None:
     resume_from = find_resume(s)
     if resume_from:
+        checkpoint.refuse_damaged(resume_from, s.run_dir)
         s.refuse_changes(checkpoint.load_settings(s.run_dir), s.run_dir)
     prompt = build.prompt_format(s)  # data first: a wrong path should not cost the loading of a model
     data = build.build_mixture(s, prompt)
     val = None if s.no_eval else build.build_eval(s, prompt)
+    checkpoint.require_writable(s.run_dir)
     model, processor = build.build_model(s)
     sizes = build.make_trainable(model, s)
     say("trainable:", ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
@@ -102,7 +106,7 @@ def find_resume(s: Settings) -> Path | None:
         try:
             return checkpoint.find_checkpoint(s.run_dir)
         except UsageError:
-            return None
+            checkpoint.refuse_lost(s.run_dir)
     return None
 
 
@@ -112,7 +116,8 @@ def evaluate_only(s: Settings, started: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0; 2 for a mistake in flags or files; 3 after a non-finite loss; 130 when asked to stop."""
+    """Exit code: 0; 2 for a mistake in flags or files; 3 after a non-finite loss; 4 when a data worker or another rank
+    died; 130 when asked to stop."""
     started = time.time()
     try:
         settings = parse(argv)
@@ -123,11 +128,17 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as stop:
         say(stop)
         return 130
-    except NonFiniteLoss as error:
-        print(f"error: {error}", file=sys.stderr)
+    except NonFiniteLoss as error:  # all ranks say the same
+        if distributed.is_main():
+            print(f"error: {error}", file=sys.stderr)
         return 3
+    except Lost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4
     except CLEAR_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        full = getattr(error, "errno", None) in DISK_FULL  # of whatever file of the run: such an error seldom knows its name
+        hint = f" (in {settings.run_dir}); free space, and the same command continues" if full else ""
+        print(f"error: {one_line(error)}{hint}", file=sys.stderr)
         return 2
     return 0
 

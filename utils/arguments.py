@@ -138,6 +138,7 @@ class TrainArguments:
     save_every: int = option(0, "steps between checkpoints inside an epoch; 0: only at its end")
     resume: str = option("", "run or checkpoint folder to continue, its settings are the defaults; auto: the same as --auto_resume")
     auto_resume: bool = option(True, "continue this run if it has a checkpoint")
+    spike_factor: float = option(3.0, "a loss this many times the median of the last 50 steps is reported with its samples; 0: off")
     start_epoch: int = option(0, "first epoch of a new run, counted from 0; data order and schedule start there")
     no_eval: bool = option(False, "no evaluation after the epochs")
     eval_every: int = option(1, "epochs between evaluations")
@@ -177,7 +178,7 @@ FREE_ON_RESUME = {
     "resume", "auto_resume", "eval_only", "exp_name", "log_base_dir", "dataset_dir", "workers", "print_freq",
     "save_every", "no_eval", "eval_every", "eval_mode", "eval_limit", "eval_texts", "val_dataset", "val_batch_size",
     "max_new_tokens", "examples", "gallery", "prefix_sharing", "pack_tokens", "attn_implementation", "compile",
-    "sam_cache", "sam_cache_gb", "proposals", "select",
+    "sam_cache", "sam_cache_gb", "proposals", "select", "spike_factor",
 }  # fmt: skip
 # Flags of the published scripts that have no meaning here: the value named is what this program does anyway.
 REFUSED = {
@@ -225,6 +226,14 @@ def _fields() -> dict[str, dataclasses.Field]:
 
 def _number(kind: str):
     return {"int": int, "float": float, "float | None": float, "str": str}[kind]
+
+
+def one_line(error: BaseException) -> str:
+    """An error's own words; of one that a data worker raised, without the trace that torch puts before them."""
+    text = str(error).strip()
+    if "Original Traceback" in text:  # … ends with "dataset.images.DataError: /data/a.jpg: not a readable image"
+        text = text.splitlines()[-1].split(": ", 1)[-1]
+    return " ".join(text.split())
 
 
 class OneLineParser(ArgumentParser):
@@ -371,6 +380,7 @@ def _check(s: Settings) -> None:
         "gallery",
         "pack_tokens",
         "sam_cache_gb",
+        "spike_factor",
     ):
         if getattr(s, name) < 0:
             raise UsageError(f"--{name} is {getattr(s, name)}; it must not be negative")

@@ -3,10 +3,12 @@
 ::
 
     runs/NAME/config.json     the settings, read back by every later tool
-              ckpt/last, ckpt/best   each a DeepSpeed checkpoint (ZeRO shards of any world size) with progress.json
+              ckpt/last, ckpt/best   each a DeepSpeed checkpoint (ZeRO shards of any world size), with the size of every file
+                                     in files.json and the place in the training in progress.json
               log.jsonl  tensorboard/  metrics.json  examples.png
 
-A checkpoint is written beside its place and renamed when it is complete: a killed run leaves the previous one intact.
+A checkpoint is written beside its place and renamed when it is complete: a killed run leaves the previous one intact. One
+that was damaged later is refused: nobody should train on from weights that a disk has changed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ import io
 import json
 import os
 import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +33,38 @@ from utils import distributed
 from utils.arguments import Settings, UsageError, settings_of
 
 PROGRESS = "progress.json"
+FILES = "files.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomic and durable: the file holds either the old or the new text."""
+    """Atomic and durable: the file holds either the old or the new text. Raises OSError naming it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as error:  # of a full disk, which knows no names
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def require_writable(run: Path) -> None:
+    """Raises UsageError if nothing can be written in the run folder, or where it will be made: better now than at a save."""
+    there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    probe = there / f".probe-{distributed.rank()}"
+    try:
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UsageError(
+            f"{run}: the run folder cannot be written ({reason}); repair it or choose another with --log_base_dir, --exp_name"
+        ) from None
 
 
 def save_settings(run: Path, settings: Settings) -> None:
@@ -52,7 +76,10 @@ def load_settings(run: Path) -> Settings:
     file = run / "config.json"
     if not file.is_file():
         raise UsageError(f"{file}: not found; give a run folder that train_ds.py wrote")
-    return settings_of(json.loads(file.read_text()))
+    try:
+        return settings_of(json.loads(file.read_text()))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{file}: damaged ({error}); remove it and give the flags of the run again") from None
 
 
 def find_checkpoint(path: str | Path, which: str = "last") -> Path:
@@ -79,48 +106,164 @@ def recover(folder: Path) -> None:
     """Finishes a replacement that was interrupted between its two renames."""
     old = folder.with_name(folder.name + ".old")
     if old.is_dir() and not folder.exists():
-        old.rename(folder)
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            old.rename(folder)
 
 
 def _replace(folder: Path, partial: Path) -> None:
     """Puts the complete ``partial`` in the place of ``folder``; ``recover`` mends an interruption between the two renames."""
+    recover(folder)  # or the only whole checkpoint would be the ``.old`` that is removed next
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
+    _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def save(engine, folder: Path, progress: dict[str, Any]) -> None:
-    """Writes engine state and ``progress`` to ``folder``, all or nothing. Every rank calls it."""
+    """Writes engine state and ``progress`` to ``folder``, all or nothing. Every rank calls it.
+
+    Raises OSError, one line, where the files cannot be written; ``folder`` is then what it was.
+    """
     partial = folder.with_name(folder.name + ".partial")
+    with _one_line(partial):
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        distributed.barrier()
+        engine.save_checkpoint(str(partial), tag="state", exclude_frozen_parameters=True)
+        torch.save(_random_state(), partial / f"random_{distributed.rank()}.pt")
+        distributed.barrier()
+        if distributed.is_main():
+            write_text(partial / FILES, json.dumps(_sizes(partial), indent=1) + "\n")
+            write_text(partial / PROGRESS, json.dumps(progress, indent=1) + "\n")
+            _sync_all(partial)
+            _replace(folder, partial)
+        distributed.barrier()
+
+
+def write_progress(folder: Path, progress: dict[str, Any]) -> None:
+    """The checkpoint ``folder`` now says ``progress``: the state did not change, what is known about it did."""
     if distributed.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        write_text(folder / PROGRESS, json.dumps(progress, indent=1) + "\n")
     distributed.barrier()
-    engine.save_checkpoint(str(partial), tag="state", client_state={"progress": progress}, exclude_frozen_parameters=True)
-    torch.save(_random_state(), partial / f"random_{distributed.rank()}.pt")
-    distributed.barrier()
-    if distributed.is_main():
-        _sync(partial)
-        write_text(partial / PROGRESS, json.dumps(progress, indent=1) + "\n")
-        _replace(folder, partial)
-    distributed.barrier()
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint says about itself, None if there is none or it is damaged."""
+    try:
+        progress = json.loads((folder / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return None
+    return progress if isinstance(progress, dict) else None
 
 
 def copy(source: Path, target: Path) -> None:
     """``target`` becomes a copy of the checkpoint ``source``, all or nothing. The main rank does it."""
     if distributed.is_main():
         partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial)
-        _replace(target, partial)
+        with _one_line(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            _sync_all(partial)
+            _replace(target, partial)
     distributed.barrier()
 
 
+@contextlib.contextmanager
+def _one_line(partial: Path) -> Iterator[None]:
+    """Errors of writing name the folder; what was written of it is removed, so that the disk is as full as it was."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # how torch.save reports a full disk: "[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0"
+        by_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+        if not by_torch and not isinstance(error, OSError):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = "the disk seems to be full" if by_torch else error.strerror or " ".join(str(error).split())
+        free = shutil.disk_usage(next(folder for folder in partial.parents if folder.is_dir())).free / 10**9
+        raise OSError(
+            f"{partial}: the checkpoint cannot be written ({reason}; {free:.2f} GB are free there); free space, and "
+            "the same command continues from the last complete one"
+        ) from error
+
+
+def faults(folder: Path) -> list[str]:
+    """What is wrong with the files of a checkpoint, one line each. The ranks share the reading; every rank gets all of it."""
+    sizes = _read_sizes(folder)
+    found = []
+    if sizes is None:
+        found, sizes = [f"{folder / FILES}: damaged"], {}
+    names = sorted(sizes.keys() | {str(p.relative_to(folder)) for p in folder.rglob("*.pt")})
+    for name in names[distributed.rank() :: distributed.world_size()]:
+        if fault := _fault(folder / name, sizes.get(name)):
+            found.append(f"{folder / name}: {fault}")
+    return list(dict.fromkeys(distributed.gather_lists(found)))
+
+
+def _fault(file: Path, size: int | None) -> str:
+    if not file.is_file():
+        return "missing"
+    if size is not None and file.stat().st_size != size:
+        return f"cut off: {file.stat().st_size} of {size} bytes"
+    if file.suffix != ".pt":
+        return ""
+    try:  # torch writes checksums but does not read them
+        with zipfile.ZipFile(file) as archive:
+            return "damaged" if archive.testzip() else ""
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError):
+        return "damaged"
+
+
+def _read_sizes(folder: Path) -> dict[str, int] | None:
+    """File names of a checkpoint and their bytes; {} if it is from before they were kept, None if the list is damaged."""
+    try:
+        sizes = json.loads((folder / FILES).read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        return None
+    return sizes if isinstance(sizes, dict) else None
+
+
+def refuse_damaged(folder: Path, run: Path) -> None:
+    """Raises UsageError naming the damaged files of a checkpoint and the way on. Every rank calls it."""
+    found = [] if read_progress(folder) else [f"{folder / PROGRESS}: missing or damaged"]
+    found += faults(folder)
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UsageError(f"{found[0]}{more}; {_way_on(folder, run)}")
+
+
+def _way_on(bad: Path, run: Path) -> str:
+    """The flag that goes on although the checkpoint ``bad`` cannot be used."""
+    restart = "--no-auto_resume trains from the start"
+    for name in ("last", "last.old", "best", "best.old"):
+        other = run / "ckpt" / name
+        progress = read_progress(other) if other.is_dir() and other != bad else None
+        if progress and not faults(other):
+            return f"{name} is whole: the same command with --resume {other} continues from epoch {progress['epoch']}, {restart}"
+    return f"there is no other checkpoint in {run / 'ckpt'}: {restart}"
+
+
+def refuse_lost(run: Path) -> None:
+    """Raises UsageError if a run has checkpoints but no usable ``last``: starting over would destroy what is left."""
+    last = run / "ckpt" / "last"
+    recover(last)
+    if last.is_dir():
+        refuse_damaged(last, run)
+    elif any((run / "ckpt" / name / PROGRESS).is_file() for name in ("best", "best.old")):
+        raise UsageError(f"{last}: missing; {_way_on(last, run)}")
+
+
 def load(engine, folder: Path) -> dict[str, Any]:
-    """Restores engine and random state; returns the progress. The world size must be that of the save."""
+    """Restores engine and random state; returns the progress. The world size must be that of the save.
+
+    Whether the files are whole is for ``refuse_damaged`` to say, before a model is loaded for them.
+    """
     progress = json.loads((folder / PROGRESS).read_text())
     if progress["world_size"] != distributed.world_size():
         raise UsageError(
@@ -251,9 +394,20 @@ def _restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _sync_all(folder: Path) -> None:
+    """Files before the folders that name them."""
+    for path in sorted(folder.rglob("*"), key=Path.is_dir):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
+import os
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +25,8 @@ from model.processor import CoresProcessor
 from utils import checkpoint, distributed
 from utils.arguments import Settings
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,7 +35,16 @@ class Interrupted(Exception):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is not a number; nothing was updated with it."""
+    """The loss or a gradient is not a number; nothing was saved of that step."""
+
+
+class Lost(RuntimeError):
+    """A data worker or another rank died; the last checkpoint is intact."""
+
+
+SPIKE_WINDOW, SPIKE_MINIMUM = 50, 10  # steps whose median a loss is compared with; fewer say nothing
+WORKER_GRACE = 60  # seconds that a data worker outlives SIGTERM, so that its rank can save
+RANK_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "gloo", "NCCL", "Timed out waiting", "Socket Timeout")
 
 
 # -------------------------------------------------------------------------------------------------------------- set-up
@@ -104,6 +119,12 @@ def samples_per_epoch(s: Settings) -> int:
     return s.steps_per_epoch * s.grad_accumulation_steps * s.batch_size * distributed.world_size()
 
 
+def _leave_signals_to_the_rank(_: int) -> None:
+    """In a data worker: launchers and terminals signal every process, and a rank without workers could not end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+
+
 def make_loader(data: TrainMixture, processor: CoresProcessor, s: Settings) -> tuple[DataLoader, RankSampler]:
     sampler = RankSampler(len(data), s.batch_size, distributed.rank(), distributed.world_size())
     policy = "skip" if s.on_bad_sample == "skip" else "raise"
@@ -113,7 +134,7 @@ def make_loader(data: TrainMixture, processor: CoresProcessor, s: Settings) -> t
 
     loader = DataLoader(
         data, s.batch_size, sampler=sampler, num_workers=s.workers, collate_fn=build, persistent_workers=s.workers > 0,
-        prefetch_factor=4 if s.workers else None,
+        prefetch_factor=4 if s.workers else None, worker_init_fn=_leave_signals_to_the_rank,
         # the loader's own seed must not come from the global generator: a resumed epoch would draw it once more
         generator=torch.Generator().manual_seed(s.seed),
     )  # fmt: skip
@@ -142,43 +163,74 @@ class Trainer:
             "epoch": settings.start_epoch,
             "step": 0,
             "best": None,
+            "best_step": None,
+            "recent": [],  # the last losses, for --spike_factor
             "world_size": distributed.world_size(),
         }
-        self.stop = False
-        self.log = RunLog(self.run) if distributed.is_main() else None
+        self.stop = self.validating = False
+        self.seen: list[dict] = []  # the samples of the step under way, of this rank
+        self.log: RunLog | None = None
 
     @property
     def global_step(self) -> int:
         return self.progress["epoch"] * self.s.steps_per_epoch + self.progress["step"]
 
+    @property
+    def last(self) -> Path:
+        return self.run / "ckpt" / "last"
+
     def resume(self, folder: Path) -> None:
-        self.progress = checkpoint.load(self.engine, folder)
+        self.progress |= checkpoint.load(self.engine, folder)
+        best = self.run / "ckpt" / "best"
+        if self.progress["best_step"] == self.global_step and checkpoint.read_progress(best) != checkpoint.read_progress(folder):
+            checkpoint.copy(folder, best)  # a kill came between the save and its copy
 
     def train(self) -> None:
-        """All remaining epochs. Raises Interrupted after SIGTERM or SIGINT, when the state is saved."""
+        """All remaining epochs.
+
+        Raises Interrupted after SIGTERM or SIGINT, when the state is saved; NonFiniteLoss; Lost; OSError for a full disk.
+        """
         previous = {sig: signal.signal(sig, self._ask_to_stop) for sig in (signal.SIGTERM, signal.SIGINT)}
+        if distributed.is_main():
+            validated = self.global_step - (self.progress["step"] == self.s.steps_per_epoch)
+            self.log = RunLog(self.run, {"train": self.global_step, "val": validated})
         try:
             while self.progress["epoch"] < self.s.epochs:
-                self._train_epoch()
-                self.progress |= {"epoch": self.progress["epoch"] + 1, "step": 0}
-                better = self._validate()
-                self._save()
-                if better:
-                    checkpoint.copy(self.run / "ckpt" / "last", self.run / "ckpt" / "best")
-                if distributed.any_true(self.stop):
-                    self._interrupt()
+                if self.progress["step"] < self.s.steps_per_epoch:
+                    self._train_epoch()
+                self._end_epoch()
+        except RuntimeError as error:
+            raise self._explained(error) from error
         finally:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
             if self.log:
                 self.log.close()
 
+    def _end_epoch(self) -> None:
+        """Saves, then validates: whatever happens to a validation, it starts again from here."""
+        if self._validation_is_due():
+            self._save()
+            self._stop_if_asked()
+            self._validate()
+        else:
+            self._next_epoch()
+            if self.evaluate is None:
+                self.progress["best_step"] = self.global_step
+            self._save()
+            if self.evaluate is None:
+                checkpoint.copy(self.last, self.run / "ckpt" / "best")
+        self._stop_if_asked()
+
+    def _next_epoch(self) -> None:
+        self.progress |= {"epoch": self.progress["epoch"] + 1, "step": 0}
+
     def _train_epoch(self) -> None:
         s, engine = self.s, self.engine
         engine.train()
         self.data.set_epoch(self.progress["epoch"])
         self.sampler.first_micro_step = self.progress["step"] * s.grad_accumulation_steps
-        batches = iter(self.loader)
+        batches = self._noted(iter(self.loader))
         label = f"epoch {self.progress['epoch'] + 1}/{s.epochs}"
         bar = tqdm(
             total=s.steps_per_epoch,
@@ -190,15 +242,29 @@ class Trainer:
         with bar:
             while self.progress["step"] < s.steps_per_epoch:
                 started = time.perf_counter()
+                self.seen.clear()
                 parts = self._step(batches)
                 self.progress["step"] += 1
                 seconds = time.perf_counter() - started
                 self._report(bar, parts, seconds)
-                if self.progress["step"] < s.steps_per_epoch and distributed.any_true(self.stop):
+                if self.progress["step"] == s.steps_per_epoch:
+                    break  # saved by the end of the epoch
+                saved = bool(s.save_every) and self.progress["step"] % s.save_every == 0
+                if saved:
                     self._save()
+                if distributed.any_true(self.stop):
+                    if not saved:
+                        self._save()
                     self._interrupt()
-                if s.save_every and self.progress["step"] % s.save_every == 0 and self.progress["step"] < s.steps_per_epoch:
-                    self._save()
+
+    def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.seen += batch.info
+            yield batch
+
+    def _names(self, infos: list[dict]) -> str:
+        """The samples of all ranks. Every rank calls it."""
+        return ", ".join(sorted(set(distributed.gather_lists([f"{info['dataset']} {info['id']}" for info in infos]))))
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
         """One optimizer step over its micro steps; the mean of each loss."""
@@ -220,77 +286,185 @@ class Trainer:
     def _refuse_non_finite(self, values: dict[str, float], batch: Batch) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if distributed.any_true(bool(bad)):
-            names = sorted({f"{info['dataset']} {info['id']}" for info in batch.info})
+            parts, names = sorted(set(distributed.gather_lists(bad))), self._names(batch.info if bad else [])
             raise NonFiniteLoss(
-                f"step {self.global_step + 1}, rank {distributed.rank()}: {', '.join(bad) or 'another rank'} is not "
-                f"finite; samples: {', '.join(names)}. Nothing was updated; the last checkpoint is in "
-                f"{self.run / 'ckpt' / 'last'}"
+                f"step {self.global_step + 1}: {', '.join(parts)} is not finite; samples: {names}. Nothing was updated; "
+                f"{self._where_to_go_on()}"
             )
 
     def _refuse_non_finite_gradient(self) -> None:
         norm = self.engine.get_global_grad_norm()  # the same on every rank; None where the engine does not know it
-        if self.s.precision != "fp16" and norm is not None and not math.isfinite(norm):  # fp16 has loss scaling for this
+        if norm is None:  # then the weights tell, which are the same on every rank, too
+            sound = all(bool(p.isfinite().all()) for p in self.engine.module.parameters() if p.requires_grad)
+        else:
+            sound = math.isfinite(norm)
+        if self.s.precision != "fp16" and not sound:  # fp16 has loss scaling for this
             raise NonFiniteLoss(
-                f"step {self.global_step + 1}: the gradient is not finite although the loss is; nothing was saved from "
-                f"this step, the last checkpoint is in {self.run / 'ckpt' / 'last'}"
+                f"step {self.global_step + 1}: the gradient is not finite although the loss is; samples of the step: "
+                f"{self._names(self.seen)}. Nothing was saved of this step; {self._where_to_go_on()}"
             )
+
+    def _where_to_go_on(self) -> str:
+        saved = checkpoint.read_progress(self.last)
+        if saved is None:
+            return "there is no checkpoint yet"
+        step = saved["epoch"] * self.s.steps_per_epoch + saved["step"]
+        return f"the last checkpoint, of step {step}, is in {self.last}, and the same command continues from it"
+
+    def _explained(self, error: RuntimeError) -> RuntimeError:
+        """What a user can do about an error that says nothing to him."""
+        if isinstance(error, NonFiniteLoss):
+            return error
+        text = " ".join(str(error).split())
+        if "DataLoader worker" in text and "Traceback" not in text:
+            s = self.s
+            return Lost(
+                f"step {self.global_step + 1}: {text}; the system kills the largest process when memory runs out: lower "
+                f"--workers (now {s.workers}) or --batch_size (now {s.batch_size}); {self._where_to_go_on()}"
+            )
+        if distributed.world_size() > 1 and any(sign in text for sign in RANK_GONE):
+            return Lost(
+                f"step {self.global_step + 1}, rank {distributed.rank()}: another rank is gone, see its own last words "
+                f"({text[:200]}); {self._where_to_go_on()}"
+            )
+        return error
 
     def _report(self, bar: tqdm, parts: dict[str, float], seconds: float) -> None:
         samples = self.s.batch_size * self.s.grad_accumulation_steps * distributed.world_size()
         last = self.progress["step"] == self.s.steps_per_epoch
         due = self.global_step % self.s.print_freq == 0 or last
-        if due:
+        if due or self.s.spike_factor:
             parts = distributed.mean(parts)
+        spike = self._spike(parts["loss"])
         bar.update()
         if not self.log:
             return
         shown = {name: f"{value:.3f}" for name, value in parts.items() if name != "lr"}
         bar.set_postfix(shown | {"samples/s": f"{samples / seconds:.1f}"}, refresh=False)
-        if due:
+        if due or spike:
+            norm = self.engine.get_global_grad_norm()
             row = {"step": self.global_step, "epoch": self.progress["epoch"], **parts}
-            self.log.write(row | {"samples_per_second": samples / seconds}, "train")
+            row |= {"grad_norm": float(norm)} if norm is not None and math.isfinite(norm) else {}
+            self.log.write(row | {"samples_per_second": samples / seconds} | spike, "train")
 
-    def _validate(self) -> bool:
-        """Evaluates when it is due; True for the best score so far, and always if there are no scores."""
-        epoch = self.progress["epoch"]
-        if self.evaluate is None or (epoch % self.s.eval_every and epoch < self.s.epochs):
-            return self.evaluate is None
+    def _spike(self, loss: float) -> dict[str, Any]:
+        """What the log says about a loss far above those before it; every rank gets the same mean ``loss``."""
+        if not self.s.spike_factor:
+            return {}
+        recent = self.progress["recent"]
+        median = statistics.median(recent) if len(recent) >= SPIKE_MINIMUM else math.inf
+        self.progress["recent"] = [*recent, loss][-SPIKE_WINDOW:]
+        if loss <= self.s.spike_factor * median:
+            return {}
+        names = self._names(self.seen)
+        if distributed.is_main():
+            logger.warning("step %d: loss %.3f, the median before it is %.3f: %s", self.global_step, loss, median, names)
+        return {"median": median, "samples": names.split(", ")}
+
+    def _validation_is_due(self) -> bool:
+        after = self.progress["epoch"] + 1
+        return self.evaluate is not None and (after % self.s.eval_every == 0 or after >= self.s.epochs)
+
+    def _validate(self) -> None:
+        """Scores the state in ``last``; the best so far becomes ``best``. Training draws the same numbers with and without."""
         self.engine.eval()
-        summary = self.evaluate(epoch)
+        devices = [distributed.device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices), self._stop_at_once():
+            summary = self.evaluate(self.progress["epoch"] + 1)
         if self.log:
-            self.log.write({"step": self.global_step, "epoch": epoch, **summary}, "val")
-        if self.progress["best"] is not None and summary["giou"] <= self.progress["best"]:
-            return False
-        self.progress["best"] = summary["giou"]
-        return True
+            self.log.write({"step": self.global_step, "epoch": self.progress["epoch"] + 1, **summary}, "val")
+            self.log.sync()
+        self._next_epoch()
+        better = self.progress["best"] is None or summary["giou"] > self.progress["best"]
+        if better:
+            self.progress |= {"best": summary["giou"], "best_step": self.global_step}
+        checkpoint.write_progress(self.last, self.progress)
+        if better:
+            checkpoint.copy(self.last, self.run / "ckpt" / "best")
+
+    @contextlib.contextmanager
+    def _stop_at_once(self) -> Iterator[None]:
+        """Nothing is lost by leaving this block, which may take hours."""
+        self.validating = True
+        try:
+            yield
+        finally:
+            self.validating = False
+
+    def _stop_if_asked(self) -> None:
+        if distributed.any_true(self.stop):
+            self._interrupt()
 
     def _interrupt(self) -> None:
         raise Interrupted(f"stopped at step {self.global_step}; the same command continues from {self.run / 'ckpt' / 'last'}")
 
     def _save(self) -> None:
-        checkpoint.save(self.engine, self.run / "ckpt" / "last", self.progress)
+        if self.log:
+            self.log.sync()  # a checkpoint must not know of steps that the log has lost
+        checkpoint.save(self.engine, self.last, self.progress)
 
-    def _ask_to_stop(self, *_: Any) -> None:
+    def _ask_to_stop(self, number: int, _: Any) -> None:
+        if not self.stop and distributed.is_main():  # print may be what was interrupted
+            os.write(2, f"\n{signal.Signals(number).name}: stopping as soon as the state is saved\n".encode())
         self.stop = True
+        if self.validating:
+            self._interrupt()
 
 
 class RunLog:
-    """log.jsonl and TensorBoard. Steps never restart; after a resume the curve goes on."""
+    """log.jsonl and TensorBoard: every step once, whatever happened in between.
 
-    def __init__(self, run: Path):
+    ``done``: the last step of each kind that the run need not do again. Rows after it are dropped, as they are about to be
+    written anew, and a row that a kill cut off. Raises OSError, one line, where the file cannot be written.
+    """
+
+    def __init__(self, run: Path, done: dict[str, int]):
         from torch.utils.tensorboard import SummaryWriter
 
+        self.path = run / "log.jsonl"
         run.mkdir(parents=True, exist_ok=True)
-        self.stream = (run / "log.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run / "tensorboard"))
+        with self._one_line():
+            if self.path.is_file():
+                kept = [row for row in read_log(self.path) if row["step"] <= done.get(row["kind"], 0)]
+                checkpoint.write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            self.stream = self.path.open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done["train"] + 1)
 
     def write(self, row: dict[str, Any], kind: str) -> None:
-        self.stream.write(json.dumps({"kind": kind, **row}) + "\n")
-        self.stream.flush()
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name not in ("step", "epoch"):
-                self.board.add_scalar(f"{kind}/{name}", value, row["step"])
+        with self._one_line():
+            self.stream.write(json.dumps({"kind": kind, **row}) + "\n")
+            self.stream.flush()
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name not in ("step", "epoch"):
+                    self.board.add_scalar(f"{kind}/{name}", value, row["step"])
+
+    def sync(self) -> None:
+        with self._one_line():
+            os.fsync(self.stream.fileno())
 
     def close(self) -> None:
-        self.stream.close()
-        self.board.close()
+        for part in (self.stream, self.board):
+            with contextlib.suppress(OSError):  # of a full disk, which has been reported
+                part.close()
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or " ".join(str(error).split())
+            raise OSError(f"{self.path}: cannot be written ({reason}); repair that, and the same command continues") from error
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log.jsonl up to the first one that a kill cut off."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or not {"kind", "step"} <= row.keys():
+            break
+        rows.append(row)
+    return rows

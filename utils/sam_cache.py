@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     """Fills a cache with the images that the flags of train_ds.py name. Exit code 0; 2 for a mistake; 130 when stopped."""
     distributed.prepare_environment()
     from utils import build  # which imports this file
-    from utils.arguments import UsageError, parse
+    from utils.arguments import UsageError, one_line, parse
 
     try:
         s = parse(argv)
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
     full = "; full, the rest is computed as it is needed" if cache.closed else ""
