@@ -245,9 +245,10 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         states = self.reasoning.token_states(hidden, batch.labels, batch.info, expected)
         tokens = self.text_projection(torch.cat(states))  # (K of the batch, T, C)
         low_res, iou = self._segment(tokens, batch, expected)
+        standing_in = self._stand_in(hidden, batch) if torch.is_grad_enabled() and not sum(expected) else None
         parts = {"text": self.reasoning.text_loss(hidden, batch.labels)}
-        parts |= self._mask_losses(low_res, tokens, batch, expected)
-        return CoresOutput(self._total(parts), parts, list(low_res.split(expected)), list(iou.split(expected)))
+        parts |= self._mask_losses(low_res, tokens, batch, expected) if standing_in is None else self._no_mask_losses(standing_in)
+        return CoresOutput(self.total(parts), parts, list(low_res.split(expected)), list(iou.split(expected)))
 
     @torch.no_grad()
     def segment(self, batch: Batch) -> list[Segmentation]:
@@ -278,6 +279,21 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
         return self.segmenting(tokens, embeddings, image_index, valid)
 
+    def _stand_in(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """(), 0: a pass through the mask branch for a batch without targets, hidden (N, L, d).
+
+        ZeRO puts gradients into its buckets as they come, and fetches weights as they are asked for: a rank without targets
+        has to ask for the same ones in the same order as the others, or sums of gradients of different weights come out.
+        """
+        dims, levels = self.config.sam_dims, len(self.config.levels)
+        tokens = self.text_projection(hidden[:1, :1].expand(1, levels, -1))
+        embedding = tokens.new_zeros((1, dims.prompt_dim, dims.grid, dims.grid))
+        if any(p.numel() == 0 for p in self.segmenting.sam.image_encoder.parameters()):  # apart: all ranks fetch them together
+            embedding = self.segmenting.embed(batch.sam_pixels[:1])
+        nothing = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+        low_res, _ = self.segmenting(tokens, embedding, nothing, tokens.new_ones((1, dims.grid, dims.grid)))
+        return (low_res.float().sum() + tokens.float().sum()) * 0.0
+
     def _masks(self, low_res: Tensor, batch: Batch, row: int) -> Tensor:
         """Low-res logits (K, T, h, w) of conversation ``row`` -> bool (K, T, H, W)."""
         image = int(batch.image_index[row])
@@ -287,18 +303,20 @@ class CoresForReasoningSegmentation(PreTrainedModel):
 
     # ----------------------------------------------------------------------------------------------------------- losses
 
-    def _total(self, parts: dict[str, Tensor]) -> Tensor:
+    def total(self, parts: dict[str, Tensor]) -> Tensor:
+        """The loss () of its unweighted parts, each ()."""
         c = self.config
         mask = c.bce_weight * parts["bce"] + c.dice_weight * parts["dice"]
         loss = c.text_weight * parts["text"] + c.mask_weight * mask
         return loss + c.pointing_weight * parts["pointing"] if "pointing" in parts else loss
 
+    def _no_mask_losses(self, zero: Tensor) -> dict[str, Tensor]:
+        return {name: zero for name in ("bce", "dice", *(["pointing"] if self.config.pointing_weight else []))}
+
     def _mask_losses(self, low_res: Tensor, tokens: Tensor, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
         """Sums over masks, divided by the number of masks of the batch."""
-        if len(low_res) == 0:  # text only: every trainable weight still takes part, or ranks would wait for each other
-            trainable = [p for m in (self.text_projection, self.segmenting) for p in m.parameters() if p.requires_grad]
-            zero = sum((p.float().sum() * 0.0 for p in trainable), tokens.float().sum() * 0.0)
-            return {name: zero for name in ("bce", "dice", *(["pointing"] if self.config.pointing_weight else []))}
+        if len(low_res) == 0:
+            return self._no_mask_losses(tokens.float().sum() * 0.0)
         totals: dict[str, Tensor] = {}
         for image, rows in _rows_per_image(batch.image_index, counts).items():
             for name, value in self._image_losses(low_res, tokens, batch, image, rows).items():

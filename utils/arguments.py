@@ -65,6 +65,11 @@ class LossArguments:
     pointing_weight: float = option(0.0, "weight of the pointing loss (paper: 0)")
     pointing_host: bool = option(False, "earlier tokens point at the host, where data know it")
     level_loss_weights: str = option("", "mask loss weight of every level, joined by commas; unset: only the last, 1")
+    loss_normalisation: str = option(
+        "global",
+        "losses are means over all tokens and targets of an optimizer step, or of each micro batch (published code)",
+        choices=["global", "micro"],
+    )
     ignore_in_loss: bool = option(True, "leave ignored pixels out of the loss (published code: background)")
 
 

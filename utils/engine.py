@@ -18,7 +18,7 @@ from dataset.mixture import TrainMixture
 from dataset.sample import Batch, collate
 from model.cores import CoresForReasoningSegmentation
 from model.processor import CoresProcessor
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, normalisation
 from utils.arguments import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -201,21 +201,22 @@ class Trainer:
                     self._save()
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """One optimizer step over its micro steps; the mean of each loss."""
+        """One optimizer step over its micro steps; each loss of all ranks together."""
         sums: dict[str, float] = {}
         used_lr = self.engine.get_lr()[0]
-        for _ in range(self.s.grad_accumulation_steps):
-            batch = next(batches).to(distributed.device(), DTYPES[self.s.precision])
-            output = self.engine(batch)
-            parts = {"loss": output.loss, **output.losses}
-            values = {name: float(value.detach()) for name, value in parts.items()}
+        held = [next(batches) for _ in range(self.s.grad_accumulation_steps)]
+        for factor in normalisation.factors(held, self.s.loss_normalisation):
+            batch = held.pop(0).to(distributed.device(), DTYPES[self.s.precision])
+            parts = normalisation.scaled(self.engine(batch).losses, factor)
+            loss = self.engine.module.total(parts)
+            values = {name: float(value.detach()) for name, value in ({"loss": loss} | parts).items()}
             self._refuse_non_finite(values, batch)
-            self.engine.backward(output.loss)
+            self.engine.backward(loss)
             self.engine.step()
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value / self.s.grad_accumulation_steps
         self._refuse_non_finite_gradient()
-        return sums | {"lr": used_lr}
+        return distributed.mean(sums) | {"lr": used_lr}
 
     def _refuse_non_finite(self, values: dict[str, float], batch: Batch) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -239,8 +240,6 @@ class Trainer:
         samples = self.s.batch_size * self.s.grad_accumulation_steps * distributed.world_size()
         last = self.progress["step"] == self.s.steps_per_epoch
         due = self.global_step % self.s.print_freq == 0 or last
-        if due:
-            parts = distributed.mean(parts)
         bar.update()
         if not self.log:
             return
