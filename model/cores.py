@@ -243,11 +243,14 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         hidden = self._hidden(batch, wanted=F.pad(batch.labels[:, 1:] >= 0, (0, 1)))
         expected = [len(m) for m in batch.target_masks]
         states = self.reasoning.token_states(hidden, batch.labels, batch.info, expected)
-        tokens = self.text_projection(torch.cat(states))  # (K of the batch, T, C)
+        states = torch.cat(states)  # (K of the batch, T, d)
+        standing_in = torch.is_grad_enabled() and not len(states)
+        tokens = self.text_projection(hidden[:1, :1].expand(1, states.shape[1], -1) if standing_in else states)
+        zero = self._stand_in(tokens, batch) if standing_in else None
+        tokens = tokens[: len(states)]
         low_res, iou = self._segment(tokens, batch, expected)
-        standing_in = self._stand_in(hidden, batch) if torch.is_grad_enabled() and not sum(expected) else None
         parts = {"text": self.reasoning.text_loss(hidden, batch.labels)}
-        parts |= self._mask_losses(low_res, tokens, batch, expected) if standing_in is None else self._no_mask_losses(standing_in)
+        parts |= self._mask_losses(low_res, tokens, batch, expected) if zero is None else self._no_mask_losses(zero)
         return CoresOutput(self.total(parts), parts, list(low_res.split(expected)), list(iou.split(expected)))
 
     @torch.no_grad()
@@ -279,14 +282,13 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
         return self.segmenting(tokens, embeddings, image_index, valid)
 
-    def _stand_in(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """(), 0: a pass through the mask branch for a batch without targets, hidden (N, L, d).
+    def _stand_in(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """(), 0: a pass of some tokens (1, T, C) through the mask branch, for a batch without targets.
 
         ZeRO puts gradients into its buckets as they come, and fetches weights as they are asked for: a rank without targets
         has to ask for the same ones in the same order as the others, or sums of gradients of different weights come out.
         """
-        dims, levels = self.config.sam_dims, len(self.config.levels)
-        tokens = self.text_projection(hidden[:1, :1].expand(1, levels, -1))
+        dims = self.config.sam_dims
         embedding = tokens.new_zeros((1, dims.prompt_dim, dims.grid, dims.grid))
         if any(p.numel() == 0 for p in self.segmenting.sam.image_encoder.parameters()):  # apart: all ranks fetch them together
             embedding = self.segmenting.embed(batch.sam_pixels[:1])

@@ -36,6 +36,8 @@ class NonFiniteLoss(RuntimeError):
 
 
 def deepspeed_config(s: Settings) -> dict[str, Any]:
+    # the optimizer is torch's own AdamW wherever it runs: DeepSpeed's would have to be compiled on the user's machine
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}} if s.offload == "optimizer" else {}
     return {
         "train_micro_batch_size_per_gpu": s.batch_size,
         "gradient_accumulation_steps": s.grad_accumulation_steps,
@@ -46,6 +48,7 @@ def deepspeed_config(s: Settings) -> dict[str, Any]:
             "stage": s.zero_stage,
             "contiguous_gradients": True,
             "overlap_comm": torch.cuda.is_available(),
+            **offload,
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
