@@ -246,7 +246,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         states = torch.cat(states)  # (K of the batch, T, d)
         standing_in = torch.is_grad_enabled() and not len(states)
         tokens = self.text_projection(hidden[:1, :1].expand(1, states.shape[1], -1) if standing_in else states)
-        zero = self._stand_in(tokens, batch) if standing_in else None
+        zero = self._stand_in(tokens) if standing_in else None
         tokens = tokens[: len(states)]
         low_res, iou = self._segment(tokens, batch, expected)
         parts = {"text": self.reasoning.text_loss(hidden, batch.labels)}
@@ -282,16 +282,14 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
         return self.segmenting(tokens, embeddings, image_index, valid)
 
-    def _stand_in(self, tokens: Tensor, batch: Batch) -> Tensor:
+    def _stand_in(self, tokens: Tensor) -> Tensor:
         """(), 0: a pass of some tokens (1, T, C) through the mask branch, for a batch without targets.
 
-        ZeRO puts gradients into its buckets as they come, and fetches weights as they are asked for: a rank without targets
-        has to ask for the same ones in the same order as the others, or sums of gradients of different weights come out.
+        ZeRO-2 puts gradients into its buckets as they come: a rank without targets must bring the same ones in the same order
+        as the others, or sums of gradients of different weights come out.
         """
         dims = self.config.sam_dims
         embedding = tokens.new_zeros((1, dims.prompt_dim, dims.grid, dims.grid))
-        if any(p.numel() == 0 for p in self.segmenting.sam.image_encoder.parameters()):  # apart: all ranks fetch them together
-            embedding = self.segmenting.embed(batch.sam_pixels[:1])
         nothing = torch.zeros(1, dtype=torch.int64, device=tokens.device)
         low_res, _ = self.segmenting(tokens, embedding, nothing, tokens.new_ones((1, dims.grid, dims.grid)))
         return (low_res.float().sum() + tokens.float().sum()) * 0.0

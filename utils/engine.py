@@ -19,7 +19,7 @@ from dataset.sample import Batch, collate
 from model.cores import CoresForReasoningSegmentation
 from model.processor import CoresProcessor
 from utils import checkpoint, distributed, normalisation
-from utils.arguments import Settings
+from utils.arguments import Settings, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -208,6 +208,7 @@ class Trainer:
         sums: dict[str, float] = {}
         used_lr = self.engine.get_lr()[0]
         held = [next(batches) for _ in range(self.s.grad_accumulation_steps)]
+        self._refuse_lone_fetches(held)
         for factor in normalisation.factors(held, self.s.loss_normalisation):
             batch = held.pop(0).to(distributed.device(), DTYPES[self.s.precision])
             parts = normalisation.scaled(self.engine(batch).losses, factor)
@@ -220,6 +221,17 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value / self.s.grad_accumulation_steps
         self._refuse_non_finite_gradient()
         return distributed.mean(sums) | {"lr": used_lr}
+
+    def _refuse_lone_fetches(self, batches: list[Batch]) -> None:
+        """ZeRO-3 fetches weights with all ranks at once: one without targets does not ask for SAM's, and all would wait."""
+        if self.s.zero_stage == 3 and distributed.world_size() > 1:
+            without = next((batch for batch in batches if not normalisation.counts(batch)[1]), None)
+            if without is not None:
+                info = without.info[0]
+                raise UsageError(
+                    f"{info['dataset']} {info['id']}: a micro batch without targets, which --zero_stage 3 on several ranks cannot "
+                    "train on; use --zero_stage 2, or data with targets only"
+                )
 
     def _refuse_non_finite(self, values: dict[str, float], batch: Batch) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
