@@ -51,6 +51,12 @@ def check_ranks(s: Settings) -> None:
     build.refuse_half_on_cpu(s)
     if s.zero_stage == 3 and world > 1 and not (s.no_eval or s.eval_only):
         raise UsageError("--zero_stage 3 on several ranks cannot generate during training; add --no_eval and use --eval_only later")
+    if s.zero_stage == 3 and world > 1 and s.sam_cache:
+        raise UsageError(
+            "--zero_stage 3: all ranks fetch SAM's weights together, but with --sam_cache only some ranks ask; leave one out"
+        )
+    if s.zero_stage == 3 and world > 1 and "vqa" in s.dataset.split("||") and not s.eval_only:
+        raise UsageError("--zero_stage 3 on several ranks cannot train on --dataset vqa, which has no targets; use --zero_stage 2")
     if s.global_batch_size:
         if s.global_batch_size % (s.batch_size * world):
             raise UsageError(

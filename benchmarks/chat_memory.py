@@ -28,7 +28,6 @@ from model import CoresConfig, CoresForReasoningSegmentation
 from model.sam import PRESETS, SamDims
 
 GIB = 2**30
-MARKS = ("<!-- benchmarks.chat_memory -->", "<!-- end -->")
 # bytes of a weight that is not packed, and of one that is
 PRECISIONS = {"fp32": (4.0, 4.0), "bf16": (2.0, 2.0), "8-bit": (2.0, 1.0), "4-bit": (2.0, 0.5 + 1 / 64 + 4 / (64 * 256))}
 CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,
@@ -127,6 +126,16 @@ def weights_table() -> str:
     return "\n".join(lines)
 
 
+def put_between_marks(file: Path, name: str, table: str) -> None:
+    """``table`` between <!-- name --> and <!-- end --> of a Markdown file. Raises ValueError if it lacks them."""
+    start, stop = f"<!-- {name} -->", "<!-- end -->"
+    before, mark, rest = file.read_text(encoding="utf-8").partition(start)
+    _, end, after = rest.partition(stop)
+    if not mark or not end:
+        raise ValueError(f"{file}: has no marks {start} … {stop}")
+    file.write_text(f"{before}{mark}\n{table}\n{end}{after}", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=2048, help="tokens of the conversation, the picture's 576 among them")
@@ -138,11 +147,10 @@ def main(argv: list[str] | None = None) -> int:
     table = weights_table() if args.weights else format_table(build(VICUNA_13B, CLIP, PRESETS["vit_h"]), args.context)
     print(table)
     if args.write:
-        before, mark, rest = args.write.read_text(encoding="utf-8").partition(MARKS[0])
-        _, end, after = rest.partition(MARKS[1])
-        if not mark or not end:
-            parser.error(f"{args.write}: has no marks {MARKS[0]} … {MARKS[1]}")
-        args.write.write_text(f"{before}{mark}\n{table}\n{end}{after}", encoding="utf-8")
+        try:
+            put_between_marks(args.write, "benchmarks.chat_memory", table)
+        except ValueError as error:
+            parser.error(str(error))
     return 0
 
 

@@ -52,7 +52,7 @@ def _forward(model: CoresForReasoningSegmentation, batch: Batch) -> dict[str, Te
     counts = [len(masks) for masks in batch.target_masks]
     tokens = torch.cat(reasoning.token_states(projected, batch.labels, batch.info, counts))
     parts |= _mask_losses(model, batch, tokens, counts)
-    return {"loss": model._total(parts)} | parts
+    return {"loss": model.total(parts)} | parts
 
 
 def _mask_losses(model: CoresForReasoningSegmentation, batch: Batch, tokens: Tensor, counts: list[int]) -> dict[str, Tensor]:

@@ -258,12 +258,16 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         hidden = self._hidden(batch, wanted=_supervised(batch))
         tokens, expected = self._tokens(hidden, batch)
         parts = {"text": self.reasoning.text_loss(hidden, batch.labels)}
+        if torch.is_grad_enabled() and not len(tokens):
+            zero = self._stand_in(hidden, tokens.shape[1])
+            parts |= {name: zero for name in self._mask_parts}
+            return CoresOutput(self.total(parts), parts, [], [])
         if self.selecting is not None:
             parts |= self._selection_losses(tokens, batch, expected)
-            return CoresOutput(self._total(parts), parts, [], [])
+            return CoresOutput(self.total(parts), parts, [], [])
         low_res, iou = self._segment(tokens, batch, expected)
         parts |= self._mask_losses(low_res, tokens, batch, expected)
-        return CoresOutput(self._total(parts), parts, list(low_res.split(expected)), list(iou.split(expected)))
+        return CoresOutput(self.total(parts), parts, list(low_res.split(expected)), list(iou.split(expected)))
 
     @torch.no_grad()
     def segment(self, batch: Batch) -> list[Segmentation]:
@@ -346,9 +350,6 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         parts = self.selecting.losses(scores, *truth)
         if self.config.pointing_weight:
             parts["pointing"] = self._pointing(tokens, batch, counts)
-        if len(tokens) == 0:  # as for the other branch: every trainable weight takes part, the projection, too
-            nothing = sum((p.float().sum() * 0.0 for p in self.text_projection.parameters()), tokens.float().sum() * 0.0)
-            parts["similarity"] = parts["similarity"] + nothing
         return parts
 
     def _pointing(self, tokens: Tensor, batch: Batch, counts: list[int]) -> Tensor:
@@ -363,7 +364,8 @@ class CoresForReasoningSegmentation(PreTrainedModel):
 
     # ----------------------------------------------------------------------------------------------------------- losses
 
-    def _total(self, parts: dict[str, Tensor]) -> Tensor:
+    def total(self, parts: dict[str, Tensor]) -> Tensor:
+        """The loss () of its unweighted parts, each ()."""
         c = self.config
         if self.selecting is not None:
             s = self.selecting.config
@@ -374,12 +376,34 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         loss = c.text_weight * parts["text"] + c.mask_weight * mask
         return loss + c.pointing_weight * parts["pointing"] if "pointing" in parts else loss
 
+    @property
+    def _mask_parts(self) -> list[str]:
+        """Names of the losses of the mask branch."""
+        names = ["bce", "dice"] if self.selecting is None else ["similarity", "iop"]
+        return [*names, "pointing"] if self.config.pointing_weight else names
+
+    def _stand_in(self, hidden: Tensor, levels: int) -> Tensor:
+        """(), 0: some hidden state of (N, L, d) on its way through the mask branch, for a batch without targets.
+
+        ZeRO-2 puts gradients into its buckets as they come: a rank without targets must bring the same ones in the same order
+        as the others, or sums of gradients of different weights come out.
+        """
+        dims = self.config.sam_dims
+        tokens = self.text_projection(hidden[:1, :1].expand(1, levels, -1))
+        nothing = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+        if self.selecting is not None:
+            scores = self.selecting.stand_in(tokens[:, -1], nothing, position_encoding(self.segmenting.sam))
+            result = scores.similarity.sum() + scores.iop.sum()
+        else:
+            embedding = tokens.new_zeros((1, dims.prompt_dim, dims.grid, dims.grid))
+            low_res, _ = self.segmenting(tokens, embedding, nothing, tokens.new_ones((1, dims.grid, dims.grid)))
+            result = low_res.float().sum()
+        return (result + tokens.float().sum()) * 0.0
+
     def _mask_losses(self, low_res: Tensor, tokens: Tensor, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
         """Sums over masks, divided by the number of masks of the batch."""
-        if len(low_res) == 0:  # text only: every trainable weight still takes part, or ranks would wait for each other
-            trainable = [p for m in (self.text_projection, self.segmenting) for p in m.parameters() if p.requires_grad]
-            zero = sum((p.float().sum() * 0.0 for p in trainable), tokens.float().sum() * 0.0)
-            return {name: zero for name in ("bce", "dice", *(["pointing"] if self.config.pointing_weight else []))}
+        if len(low_res) == 0:
+            return {name: tokens.float().sum() for name in self._mask_parts}
         totals: dict[str, Tensor] = {}
         for image, rows in _rows_per_image(batch.image_index, counts).items():
             for name, value in self._image_losses(low_res, tokens, batch, image, rows).items():

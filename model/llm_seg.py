@@ -170,6 +170,12 @@ class Selector(nn.Module):
         similarity = F.cosine_similarity(self.iou_head(vectors).float(), text[:, None].float(), dim=-1)
         return Scores(similarity, self.iop_head(vectors)[..., 0].float().sigmoid(), present)
 
+    def stand_in(self, text: Tensor, image_index: Tensor, position: Tensor) -> Scores:
+        """Scores of a proposal and an image that are not there, for a text (1, C) that means nothing."""
+        channels, side = self.project.in_features - text.shape[-1] * self.config.place, self.config.pool_size
+        features, weights = text.new_zeros((1, channels, 1, 1)), torch.ones((1, side, side), device=text.device)
+        return self(text, features, [Proposals((1, 1), [{}], weights)], image_index, position)
+
     def choose(self, scores: Scores) -> Tensor:
         """bool (n, K): what ``config.rule`` unites. A row without proposals chooses nothing."""
         similarity = scores.similarity.masked_fill(~scores.present, -2.0)
@@ -183,14 +189,11 @@ class Selector(nn.Module):
         return best & inside if self.config.rule == "top5+iop" else best | inside
 
     def losses(self, scores: Scores, iou: Tensor, iop: Tensor) -> dict[str, Tensor]:
-        """Means over targets; iou, iop float (n, K): the truth. Zero, with a graph to every trained weight, for no targets."""
-        if not scores.present.any():
-            zero = sum((p.float().sum() * 0.0 for p in self.trained()), (scores.similarity.sum() + scores.iop.sum()) * 0.0)
-            return {"similarity": zero, "iop": zero}
-        return {
-            "similarity": similarity_loss(scores.similarity, iou, scores.present, self.config.temperature).mean(),
-            "iop": self.config.iop_scale * iop_loss(scores.iop, iop, scores.present),
-        }
+        """Means over targets; iou, iop float (n, K): the truth. A target whose image has no proposals adds 0."""
+        count = max(len(iou), 1)
+        similarity = similarity_loss(scores.similarity, iou, scores.present, self.config.temperature)
+        inside = iop_loss(scores.iop, iop, scores.present)
+        return {"similarity": similarity.sum() / count, "iop": self.config.iop_scale * inside.sum() / count}
 
 
 # --------------------------------------------------------------------------------------------------------- pure functions
@@ -241,9 +244,10 @@ def similarity_loss(similarity: Tensor, iou: Tensor, present: Tensor, temperatur
 
 
 def iop_loss(predicted: Tensor, iop: Tensor, present: Tensor) -> Tensor:
-    """Squared error weighted by exp(IoP − 1), so that what lies inside counts most; mean over proposals: three (n, K) -> ()."""
-    error = (iop - 1).exp() * (predicted - iop) ** 2
-    return error[present].mean()
+    """Squared error weighted by exp(IoP − 1), so that what lies inside counts most; mean over the proposals of each
+    target, 0 where there are none: three (n, K) -> (n,)."""
+    error = ((iop - 1).exp() * (predicted - iop) ** 2).masked_fill(~present, 0.0)
+    return error.sum(1) / present.sum(1).clamp(min=1)
 
 
 def dinov2_pixels(sam_pixels: Tensor, resized: list[tuple[int, int]], size: int, mean: Tensor, std: Tensor) -> Tensor:

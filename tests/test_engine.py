@@ -166,12 +166,17 @@ def test_gradient_checkpointing_changes_nothing():
     assert losses(toys() / "runs" / "recompute") == pytest.approx(losses(toys() / "runs" / "keep"), abs=1e-5)  # measured: 0
 
 
-def launch(*command: object) -> subprocess.CompletedProcess:
-    """Runs as a user would, outside the process group of this process."""
+def clean_environment() -> dict[str, str]:
+    """Of a process outside the process group of this one."""
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {k: v for k, v in os.environ.items() if k not in ours} | {"OMP_NUM_THREADS": "1"}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    return subprocess.run([str(c) for c in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    return env | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"}
+
+
+def launch(*command: object) -> subprocess.CompletedProcess:
+    """Runs as a user would."""
+    words = [str(c) for c in command]
+    return subprocess.run(words, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=240)
 
 
 def free_port() -> int:

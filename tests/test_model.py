@@ -14,6 +14,7 @@ from model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor, Re
 from model.llava import add_level_tokens, load_llava
 from model.lora import add_lora, has_lora, merge_lora, set_trainable, trainable_state_dict
 from model.losses import bce_per_mask, dice_per_mask, pointing_per_token
+from model.reasoning_chain import enable_checkpointing
 from model.sam import decode_masks, mask_prompt, no_mask_prompt, position_encoding, to_grid, to_original
 from model.segmenting_chain import TokenRefiner, prototypes
 from tests.helpers import LEVELS, TEMPLATE, backbones, conversation, randomise, sample, tiny_model, write_llava
@@ -219,6 +220,30 @@ def test_text_only_batch_costs_text_only_and_touches_everything():
     assert not [name for name, grad in grads.items() if grad is None]
     assert not [name for name, grad in grads.items() if "text_projection" in name and grad.any()]
     assert any(grad.any() for name, grad in grads.items() if "lm_head" in name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_come_in_the_same_order_whatever_a_batch_holds(checkpointing):
+    """ZeRO adds up what ranks put into a bucket side by side, one of them with a batch without targets."""
+    model, processor = tiny_model(pointing_weight=0.5)
+    add_lora(model, dropout=0.0)
+    set_trainable(model)
+    if checkpointing:
+        enable_checkpointing(model.reasoning.llava)
+    order: list[str] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    text_only = collate([sample(conversation(0))], processor, LEVELS, TEMPLATE)
+    one_target = collate([sample(conversation(1))], processor, LEVELS, TEMPLATE)
+    no_text = replace(one_target, labels=torch.full_like(one_target.labels, -100), target_masks=[torch.zeros(0, 50, 40).bool()])
+    orders = []
+    for batch in (mixed_batch(processor), text_only, one_target, no_text):
+        order.clear()
+        model.train()(batch).loss.backward()
+        orders.append(list(order))
+    assert len(orders[0]) == sum(p.requires_grad for p in model.parameters())
+    assert orders[0] == orders[1] == orders[2] == orders[3]
 
 
 def test_segment_thresholds_in_the_original_frame(cores):

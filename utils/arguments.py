@@ -92,6 +92,11 @@ class LossArguments:
     pointing_weight: float = option(0.0, "weight of the pointing loss (paper: 0)")
     pointing_host: bool = option(False, "earlier tokens point at the host, where data know it")
     level_loss_weights: str = option("", "mask loss weight of every level, joined by commas; unset: only the last, 1")
+    loss_normalisation: str = option(
+        "global",
+        "losses are means over all tokens and targets of an optimizer step, or of each micro batch (published code)",
+        choices=["global", "micro"],
+    )
     ignore_in_loss: bool = option(True, "leave ignored pixels out of the loss (published code: background)")
 
 
@@ -133,6 +138,7 @@ class TrainArguments:
     warmup_steps: int = option(100, "steps of linear warm-up, before the linear decay to 0")
     max_grad_norm: float = option(1.0, "gradient clipping")
     zero_stage: int = option(2, "DeepSpeed ZeRO stage", choices=[0, 1, 2, 3])
+    offload: str = option("none", "what the host holds and computes instead of the GPU", choices=["none", "optimizer"])
     seed: int = option(0, "seed of everything")
     print_freq: int = option(10, "steps between two lines of the run log")
     save_every: int = option(0, "steps between checkpoints inside an epoch; 0: only at its end")
@@ -390,6 +396,8 @@ def _check(s: Settings) -> None:
         raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
     if s.bits and not s.eval_only and (s.zero_stage == 3 or not s.lora_r):
         raise UsageError("training on 4 or 8 bits needs --lora_r above 0 and --zero_stage 0, 1 or 2: such weights cannot change")
+    if s.offload != "none" and s.zero_stage == 0:
+        raise UsageError("--offload optimizer needs --zero_stage 1, 2 or 3: without ZeRO the optimizer stays on the GPU")
     if s.lr <= 0:
         raise UsageError(f"--lr is {s.lr}; it must be above 0")
     numbers(s.sample_rates, "--sample_rates")

@@ -70,6 +70,15 @@ def gather_lists(items: list) -> list:
     return [item for part in parts for item in part]
 
 
+def total(values: list[int]) -> list[int]:
+    """Sum over ranks of every entry; all ranks have lists of the same length."""
+    if world_size() == 1:
+        return values
+    table = torch.tensor(values, dtype=torch.int64, device=device())
+    dist.all_reduce(table)
+    return table.tolist()
+
+
 def mean(values: dict[str, float]) -> dict[str, float]:
     """Mean over ranks of every entry; all ranks have the same keys."""
     if world_size() == 1:

@@ -22,8 +22,8 @@ from dataset.mixture import TrainMixture
 from dataset.sample import Batch, collate
 from model.cores import CoresForReasoningSegmentation
 from model.processor import CoresProcessor
-from utils import checkpoint, distributed
-from utils.arguments import Settings
+from utils import checkpoint, distributed, normalisation
+from utils.arguments import Settings, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ RANK_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "gl
 
 
 def deepspeed_config(s: Settings) -> dict[str, Any]:
+    # the optimizer is torch's own AdamW wherever it runs: DeepSpeed's would have to be compiled on the user's machine
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}} if s.offload == "optimizer" else {}
     return {
         "train_micro_batch_size_per_gpu": s.batch_size,
         "gradient_accumulation_steps": s.grad_accumulation_steps,
@@ -61,6 +63,7 @@ def deepspeed_config(s: Settings) -> dict[str, Any]:
             "stage": s.zero_stage,
             "contiguous_gradients": True,
             "overlap_comm": torch.cuda.is_available(),
+            **offload,
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -267,21 +270,34 @@ class Trainer:
         return ", ".join(sorted(set(distributed.gather_lists([f"{info['dataset']} {info['id']}" for info in infos]))))
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """One optimizer step over its micro steps; the mean of each loss."""
+        """One optimizer step over its micro steps; each loss of all ranks together."""
         sums: dict[str, float] = {}
         used_lr = self.engine.get_lr()[0]
-        for _ in range(self.s.grad_accumulation_steps):
-            batch = next(batches).to(distributed.device(), DTYPES[self.s.precision])
-            output = self.engine(batch)
-            parts = {"loss": output.loss, **output.losses}
-            values = {name: float(value.detach()) for name, value in parts.items()}
+        held = [next(batches) for _ in range(self.s.grad_accumulation_steps)]
+        self._refuse_lone_fetches(held)
+        for factor in normalisation.factors(held, self.s.loss_normalisation):
+            batch = held.pop(0).to(distributed.device(), DTYPES[self.s.precision])
+            parts = normalisation.scaled(self.engine(batch).losses, factor)
+            loss = self.engine.module.total(parts)
+            values = {name: float(value.detach()) for name, value in ({"loss": loss} | parts).items()}
             self._refuse_non_finite(values, batch)
-            self.engine.backward(output.loss)
+            self.engine.backward(loss)
             self.engine.step()
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value / self.s.grad_accumulation_steps
         self._refuse_non_finite_gradient()
-        return sums | {"lr": used_lr}
+        return distributed.mean(sums) | {"lr": used_lr}
+
+    def _refuse_lone_fetches(self, batches: list[Batch]) -> None:
+        """ZeRO-3 fetches weights with all ranks at once: one without targets does not ask for SAM's, and all would wait."""
+        if self.s.zero_stage == 3 and distributed.world_size() > 1:
+            without = next((batch for batch in batches if not normalisation.counts(batch)[1]), None)
+            if without is not None:
+                info = without.info[0]
+                raise UsageError(
+                    f"{info['dataset']} {info['id']}: a micro batch without targets, which --zero_stage 3 on several ranks cannot "
+                    "train on; use --zero_stage 2, or data with targets only"
+                )
 
     def _refuse_non_finite(self, values: dict[str, float], batch: Batch) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -333,8 +349,6 @@ class Trainer:
         samples = self.s.batch_size * self.s.grad_accumulation_steps * distributed.world_size()
         last = self.progress["step"] == self.s.steps_per_epoch
         due = self.global_step % self.s.print_freq == 0 or last
-        if due or self.s.spike_factor:
-            parts = distributed.mean(parts)
         spike = self._spike(parts["loss"])
         bar.update()
         if not self.log:
@@ -348,7 +362,7 @@ class Trainer:
             self.log.write(row | {"samples_per_second": samples / seconds} | spike, "train")
 
     def _spike(self, loss: float) -> dict[str, Any]:
-        """What the log says about a loss far above those before it; every rank gets the same mean ``loss``."""
+        """What the log says about a loss far above those before it; every rank gets the same ``loss``."""
         if not self.s.spike_factor:
             return {}
         recent = self.progress["recent"]
