@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from chat import DTYPES, load
+from chat import add_model_flags, load
 from dataset import synthetic
-from dataset.conversation import TEMPLATES
 from dataset.drawing import fit, level_colour, overlay
 from dataset.images import DataError, read_image, read_json
 from model.pipeline import ReasoningSegmenter, Result, Session
@@ -58,13 +57,7 @@ INTRODUCTION = (
 
 def read_arguments(argv: list[str] | None) -> Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--version", required=True, help="model folder that the merge script wrote")
-    parser.add_argument("--precision", choices=list(DTYPES), help="default: as stored")
-    for bits in (8, 4):
-        parser.add_argument(f"--load_in_{bits}bit", action="store_true", help=f"{bits}-bit weights; needs a GPU and bitsandbytes")
-    parser.add_argument("--conv_type", choices=list(TEMPLATES), help="conversation template (default: that of the training)")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
-    parser.add_argument("--model_max_length", type=int, help="longest conversation, in tokens (default: that of the model)")
+    add_model_flags(parser)
     parser.add_argument(
         "--examples", type=Path, help='JSON list of {"image": path, "question": text} (default: three drawn scenes)'
     )

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import unicodedata
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +44,23 @@ HELP = """Type a question about the picture, or the path of another picture.
   /quit         the end (Ctrl-D, too); Ctrl-C stops an answer"""
 
 
-def read_arguments(argv: list[str] | None) -> Namespace:
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+def add_model_flags(parser: ArgumentParser) -> None:
+    """The flags that ``load`` reads."""
     parser.add_argument("--version", required=True, help="model folder that the merge script wrote, or a published LISA or CoReS")
     parser.add_argument("--precision", choices=list(DTYPES), help="default: as stored")
     for bits in (8, 4):
         parser.add_argument(f"--load_in_{bits}bit", action="store_true", help=f"{bits} bits per weight of the language model")
     parser.add_argument("--vision_tower", "--vision-tower", help="CLIP of a published LISA, in place of the one it names")
     parser.add_argument("--attn_implementation", choices=list(ATTENTION), default="auto", help="attention (default: auto)")
-    parser.add_argument("--vis_save_path", type=Path, default=Path("./vis_output"), help="folder for masks and overlays")
     parser.add_argument("--conv_type", choices=list(TEMPLATES), help="conversation template (default: that of the training)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
     parser.add_argument("--model_max_length", type=int, help="longest conversation, in tokens (default: that of the model)")
+
+
+def read_arguments(argv: list[str] | None) -> Namespace:
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_model_flags(parser)
+    parser.add_argument("--vis_save_path", type=Path, default=Path("./vis_output"), help="folder for masks and overlays")
     parser.add_argument("--image", type=Path, help="with --prompt: one answer and the end; alone: the first picture")
     parser.add_argument("--prompt", help="the one question")
     parser.add_argument("--json", action="store_true", help="with --prompt: print the answer as JSON")

@@ -137,6 +137,11 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
     assert message.count("\n") == 1
 
 
+def test_its_flags_are_all_that_loading_a_model_needs():
+    segmenter = app.load(app.read_arguments(["--version", str(scripted_model()), "--max_new_tokens", "12"]))
+    assert segmenter.decoding.max_new_tokens == 12
+
+
 def test_it_listens_to_this_machine_alone_by_default():
     assert app.read_arguments(["--version", "x"]).host == "127.0.0.1"
 
