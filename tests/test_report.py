@@ -1,6 +1,7 @@
 """What an evaluation leaves behind: the page, the rows, the pictures, comparisons, and masks of other systems."""
 
 import csv
+import dataclasses
 import json
 import re
 import sys
@@ -245,6 +246,19 @@ def test_a_file_that_is_no_report_is_named(tmp_path, content, message):
         read_targets(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("id", 5), ("id", ["a"]), ("dataset", {}), ("query", None), ("conversation", [1]), ("target", 0.5), ("iou", 1.5),
+     ("iou", True), ("inter", -1), ("union", float("nan")), ("emitted", "no")],
+)  # fmt: skip
+def test_a_row_with_another_kind_of_value_is_named(tmp_path, field, value):
+    row = dataclasses.asdict(score(0.5)) | {field: value}
+    content = {"dataset": "d", "texts": "first", "mode": "free", "targets": [row]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"a.json: targets\[0\].{field} is .*, expected "):
+        read_targets(tmp_path / "a.json")
+
+
 def test_a_folder_stands_for_its_only_file(tmp_path):
     folder = written(tmp_path)
     with pytest.raises(DataError, match="holds 2 files.*targets-free.json, targets-teacher_forced.json"):
@@ -307,7 +321,7 @@ def test_scores_of_predictions_are_written_and_compared(tmp_path, capsys):
     capsys.readouterr()
     assert evaluation_cli.main(argv) == 0
     said = capsys.readouterr().out
-    assert "1 without a prediction, counted as 0: 003" in said
+    assert "1 without a prediction, scored as no mask: 003" in said
     assert "1 predictions that belong to no target, left out: unheard-of" in said
     metrics = json.loads((tmp_path / "theirs" / "metrics.json").read_text())
     assert (metrics["missing_predictions"], metrics["unused_predictions"]) == (["003"], ["unheard-of"])

@@ -155,7 +155,7 @@ def score_command(argv: Sequence[str], started: float) -> None:
     config = {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
     facts = {"missing_predictions": predictions.missing, "unused_predictions": predictions.unused}
     write_reports([report], data, args.out, config, time.time() - started, args.name, facts)
-    _tell("without a prediction, counted as 0", predictions.missing)
+    _tell("without a prediction, scored as no mask", predictions.missing)
     _tell("predictions that belong to no target, left out", predictions.unused)
 
 

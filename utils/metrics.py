@@ -34,7 +34,7 @@ class TargetScore:
     inter: int
     union: int
     iou: float
-    """0 where the answer held no mask for this target, whatever the target is."""
+    """Where the answer held no mask for this target: 0, or 1 where the target is empty."""
     emitted: bool
     """Whether the answer held a mask for this target; always True in teacher-forced evaluation."""
     surplus: int
