@@ -428,6 +428,25 @@ def test_a_run_is_measured_by_its_folder(tmp_path, capsys):
     assert "wordings is 'first' in one, 'all' in the other" in capsys.readouterr().err
 
 
+def test_a_limit_holds_for_an_evaluation_only_where_it_is_typed(tmp_path):
+    from utils.arguments import parse
+
+    (tmp_path / "c.yaml").write_text("eval_limit: 3\n")
+    flags = ["--config", str(tmp_path / "c.yaml")]
+    assert parse(flags).eval_limit == 3
+    assert parse(["--eval_only", *flags]).eval_limit == 0, "as it is that of the evaluations between epochs"
+    assert parse(["--eval_only", *flags, "--eval_limit", "2"]).eval_limit == 2
+
+
+def test_a_limited_evaluation_measures_its_baselines_on_the_same_images(tmp_path):
+    argv = [str(trained_run()), "--out", str(tmp_path / "out"), "--eval_mode", "teacher_forced", "--eval_limit", "1"]
+    assert evaluation_cli.main(argv) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    rows = json.loads((tmp_path / "out" / "targets-teacher_forced.json").read_text())["targets"]
+    assert len({row["id"] for row in rows}) == 1
+    assert found["teacher_forced"]["n"] == found["baselines"]["whole_image"]["n"] == len(rows)
+
+
 def test_the_results_of_a_run_lie_in_it_by_default():
     s = evaluation_cli.run_settings([str(trained_run()), "--eval_mode", "free"])
     assert s.run_dir == trained_run() / "eval" / "Toy-val"

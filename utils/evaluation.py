@@ -365,17 +365,20 @@ def write_reports(
     seconds: float,
     name: str = "",
     facts: dict[str, Any] | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Prints the table and writes metrics.json, targets-<mode>.json and .csv, report.html and examples.png.
 
-    ``dataset``: the EvalDataset of the reports; the trivial baselines are measured on it. ``config``: the settings of
+    ``dataset``: the EvalDataset of the reports; the trivial baselines are measured on it, on as many images as the
+    reports (``limit``, see ``evaluate``). ``config``: the settings of
     the program; ``seconds``: how long it has run; ``name``: who answered; ``facts``: more entries for
     metrics.json. Call on one rank only. Returns what
     metrics.json holds (fractions).
     """
     folder = Path(folder)
     summaries = {report.mode: report.summary for report in reports}
-    baselines = score_baselines(dataset, seed=reports[0].seed)
+    images = evenly_spaced(len(dataset), limit or len(dataset))
+    baselines = score_baselines(dataset, seed=reports[0].seed, indices=images)
     metrics = {
         "unit": "fraction",
         "name": name,
