@@ -3,7 +3,7 @@
 Two modes, never mixed in one number:
 
 teacher_forced  the published protocol: the answer with its special tokens stands in the input, only the masks are tested
-free            the honest one: the model answers by itself; a target for which it emits no mask scores 0
+free            the honest one: the model answers by itself; a target for which it emits no mask scores 0, or 1 if it is empty
 
 Which wordings of a query are asked (the first one, as published, or all) is the evaluation set's ``texts``.
 K targets of one conversation · T levels · H, W an image in the original frame.

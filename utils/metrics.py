@@ -164,7 +164,7 @@ def summarise(scores: Sequence[TargetScore], seed: int = 0, draws: int = 1000) -
     ==================  ===========================================================================================
     unit                "fraction"
     n                   scored targets
-    giou, ciou          targets without a mask count as IoU 0, with their area in the union
+    giou, ciou          targets without a mask count as IoU 0 (1 if empty), with their area in the union
     giou_ci95, ciou_…   bootstrap 95 % intervals over images
     giou_short, _long   gIoU of short and of long queries
     emission_rate       share of targets that got a mask
