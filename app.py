@@ -43,7 +43,6 @@ MOST_PEOPLE = 16  # conversations that are kept, with the model's memory of thei
 CSS = """
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 14px; min-height: 22px; }
 .legend i { display: inline-block; width: 13px; height: 13px; border-radius: 3px; margin-right: 6px; vertical-align: -1px; }
-.legend span { white-space: nowrap; }
 .chain { display: flex; gap: 10px; }
 .chain figure { margin: 0; flex: 1 1 0; min-width: 0; max-width: 33%; }
 .chain img { width: 100%; border-radius: 6px; margin: 0; }
@@ -211,13 +210,15 @@ class Page:
             self.gr.Warning(_public(error, path))
             return None, [], self._choices(None), *self._nothing()
         side = shown_side(talk.session.image)
-        return talk, [], self._choices(talk), fit(talk.session.image, side), *self._nothing()[1:]
+        return talk, [], self._choices(talk), self._file_of(fit(talk.session.image, side)), *self._nothing()[1:]
 
     def ask(self, talk: Talk | None, question: str, view: str, opacity: float) -> Iterator[tuple]:
         """The answer as it comes: (talk, question, messages, choice of answers, *what ``view`` gives)."""
         skip = self.gr.skip()
         if talk is None:
             raise self.gr.Error("First drop a picture, or choose one of the examples.", print_exception=False)
+        if len(question) > QUESTION_LENGTH:  # the box alone cannot refuse what did not come through it
+            raise self.gr.Error(f"The question is longer than {QUESTION_LENGTH} characters.", print_exception=False)
         stream, said = talk.session.stream(question), ""
         try:
             for piece in stream:
@@ -256,13 +257,20 @@ class Page:
         if talk is None:
             return self._nothing()[:3]
         if not talk.results or chosen is None or not 0 <= chosen < len(talk.results):
-            return fit(talk.session.image, shown_side(talk.session.image)), legend(None), Markup()
+            return self._file_of(fit(talk.session.image, shown_side(talk.session.image))), legend(None), Markup()
         result, alpha = talk.results[chosen], opacity / 100
-        return paint(result, view, alpha, shown_side(result.image)), legend(result), steps(result, alpha)
+        return self._file_of(paint(result, view, alpha, shown_side(result.image))), legend(result), steps(result, alpha)
 
     def choose(self, talk: Talk | None, chosen: int | None, view: str, opacity: float) -> tuple:
         """Another answer of the conversation: what ``view`` gives, and its files."""
         return *self.view(talk, chosen, view, opacity), *self._files(talk, chosen)
+
+    def _file_of(self, shown: np.ndarray) -> str:
+        """A file with uint8 (h, w, 3) RGB. gradio deletes the files that it is given; those it makes of arrays, it forgets."""
+        number, path = tempfile.mkstemp(suffix=".webp", dir=self.folder)
+        with os.fdopen(number, "wb") as file:
+            Image.fromarray(shown).save(file, format="WEBP", quality=90)
+        return path
 
     def _nothing(self) -> tuple:
         return None, legend(None), Markup(), *self._files(None, None)

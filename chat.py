@@ -35,6 +35,7 @@ with contextlib.suppress(ImportError):  # line editing and history of what was t
     import readline  # noqa: F401
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)  # answered in one line
 HELP = """Type a question about the picture, or the path of another picture.
   /image PATH   another picture and a new conversation
   /undo         take the last question and its answer back
@@ -45,7 +46,7 @@ HELP = """Type a question about the picture, or the path of another picture.
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
-    """What ``load`` reads."""
+    """The flags that ``load`` reads."""
     parser.add_argument("--version", required=True, help="model folder that the merge script wrote, or a published LISA or CoReS")
     parser.add_argument("--precision", choices=list(DTYPES), help="default: as stored")
     for bits in (8, 4):
@@ -120,7 +121,7 @@ class Chat:
 
     def take(self, line: str) -> bool:
         """Does what a line says; False for the end. Raises ValueError or OSError and leaves the conversation as it was."""
-        command, _, rest = line.strip().partition(" ")
+        command, rest = [*line.split(maxsplit=1), "", ""][:2]
         if command == "/quit":
             return False
         if command in self.commands:
@@ -134,6 +135,8 @@ class Chat:
         return True
 
     def open(self, name: str) -> None:
+        if not name:
+            raise ValueError("/image needs the path of a picture")
         path = _path(name)
         if not path.exists():
             raise ValueError(f"{shown(str(path))}: there is no such picture; give the path of one")
@@ -178,6 +181,8 @@ class Chat:
         if not self.answers:
             raise ValueError("there is no answer to save yet")
         path = _path(name) if name else self.folder / "conversation.json"
+        if path.exists() and path.suffix.lower() != ".json":  # a slip of the fingers must not cost a photograph
+            raise ValueError(f"{shown(str(path))}: there is another file of this name; give one that ends in .json")
         write_text(path, json.dumps(self.answers, indent=1) + "\n")
         print(f"{len(self.answers)} answers saved in {shown(str(path))}")
 
@@ -255,7 +260,7 @@ def _step(chat: Chat, line: str | None) -> bool:
     except EOFError:
         print()
         return False
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except MISTAKES as error:
         print(f"error: {one_line(error)}")
         return True
 
@@ -280,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         chat.session = chat.segmenter.open(args.image)
         result, report = chat.ask(args.prompt, stream=not args.json)
-    except (ValueError, OSError) as error:
+    except MISTAKES as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

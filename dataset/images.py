@@ -110,7 +110,12 @@ def _load(picture: Image.Image, path: Path) -> None:
 
 
 def rgb_array(picture: Image.Image) -> np.ndarray:
-    """A decoded picture as uint8 (H, W, 3) RGB, turned as its EXIF orientation says, transparent parts on white."""
+    """A decoded picture as uint8 (H, W, 3) RGB, turned as its EXIF orientation says, transparent parts on white.
+
+    Raises ValueError for a mode without an RGB equivalent.
+    """
+    if picture.mode == "F":  # Pillow would take 0 to 1 for black
+        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
     return np.array(_to_rgb(_turned(picture)))
 
 
@@ -142,7 +147,10 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
     path = Path(path)
     with _open(path) as picture:
         _load(picture, path)
-        pixels = rgb_array(picture)
+        try:
+            pixels = rgb_array(picture)
+        except ValueError as error:
+            raise DataError(f"{path}: cannot be converted to RGB ({_reason(error)})") from None
         if size is not None and pixels.shape[:2] != tuple(size) == (picture.height, picture.width):
             return np.array(_to_rgb(picture))
         return pixels

@@ -172,7 +172,7 @@ def _safe(name: str) -> str:
 
 def _free_stem(folder: Path, stem: str) -> str:
     """STEM_000, or the number after the highest one in use."""
-    stem = _safe(stem)[:100]
+    stem = _safe(stem).encode()[:100].decode(errors="ignore")  # file systems count bytes
     used = [re.match(re.escape(stem) + r"_(\d{3,})_", path.name) for path in folder.iterdir()]
     return f"{stem}_{max((int(match[1]) + 1 for match in used if match), default=0):03d}"
 
@@ -217,7 +217,7 @@ def load_image(image: ImageLike) -> tuple[np.ndarray, str]:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
                 f"image: an array must be uint8 (H, W, 3) RGB, got {image.dtype} {image.shape}; "
-                "PIL.Image.fromarray(array) takes other kinds"
+                "PIL.Image.fromarray(array) takes grey and RGBA, floats from 0 to 1 become (255 * array).astype('uint8')"
             )
         pixels, name = image, "image"
     elif isinstance(image, Image.Image):
@@ -238,7 +238,7 @@ def _pixels_of(image: Image.Image) -> np.ndarray:
         raise DataError(f"image: {image.width}×{image.height} pixels, more than the limit of {limit} pixels; make it smaller")
     try:
         return rgb_array(image)
-    except (OSError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"image: cannot be decoded ({' '.join(str(error).split())})") from None
 
 

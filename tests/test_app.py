@@ -138,6 +138,11 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
     assert message.count("\n") == 1
 
 
+def test_its_flags_are_all_that_loading_a_model_needs():
+    segmenter = app.load(app.read_arguments(["--version", str(scripted_model()), "--max_new_tokens", "12"]))
+    assert segmenter.decoding.max_new_tokens == 12
+
+
 def test_it_listens_to_this_machine_alone_by_default():
     assert app.read_arguments(["--version", "x"]).host == "127.0.0.1"
 
@@ -232,6 +237,26 @@ def test_a_visitor_cannot_name_a_file_of_this_machine(served, tmp_path):
         success, said = open_picture(served, place)
         assert not success, place
         assert "root:" not in said
+
+
+def test_every_file_of_a_visitor_will_be_deleted(served, tmp_path):
+    """gradio's ``delete_cache`` knows the files in these sets only."""
+    address, page, folder = served
+    assert open_picture(served, upload(address, "mine.png", photo(tmp_path / "mine.png").read_bytes()))[0]
+    known = set().union(*page.temp_file_sets)
+    files = [str(path) for path in folder.rglob("*") if path.is_file() and not path.name.startswith("example-")]
+    assert any(name.endswith(".webp") for name in files)
+    assert [name for name in files if name not in known] == []
+
+
+def test_a_long_question_is_refused_by_the_server_too():
+    class Words:
+        skip = staticmethod(lambda: None)
+        Error = type("Error", (Exception,), {"__init__": lambda self, text, **_: Exception.__init__(self, text)})
+
+    page = app.Page(Words, None, Path())
+    with pytest.raises(Words.Error, match="longer than 1000 characters"):
+        next(page.ask(app.Talk(None), "x" * 1001, app.ANSWER, 45))
 
 
 def test_what_is_no_picture_is_named_without_its_place(served):

@@ -150,6 +150,25 @@ def test_an_answer_is_kept_when_its_files_cannot_be_written(photo, tmp_path, mon
     assert [row["text"] for row in json.loads((tmp_path / "talk.json").read_text())] == ["there"]
 
 
+def test_saving_overwrites_no_picture(photo, tmp_path, monkeypatch, capsys):
+    before = Path(photo).read_bytes()
+    type_in(monkeypatch, f"/image\t{photo}", "hello", f"/save {photo}", "/save", "/save", "/quit")
+    assert chat.main(flags(tmp_path / "out")) == 0
+    said = capsys.readouterr().out
+    assert Path(photo).read_bytes() == before
+    assert said.count("error: ") == said.count("give one that ends in .json") == 1
+    assert said.count("1 answers saved") == 2
+
+
+def test_too_little_memory_is_one_line(photo, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise chat.torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(chat.ReasoningSegmenter, "open", full)
+    assert chat.main(flags(tmp_path / "out", "--image", photo, "--prompt", "hello")) == 2
+    assert capsys.readouterr().err == "error: CUDA out of memory\n"
+
+
 def test_old_questions_are_forgotten_with_a_word(photo, tmp_path, monkeypatch, capsys):
     type_in(monkeypatch, photo, *["where is the dog?"] * 6, "/quit")
     assert chat.main(flags(tmp_path / "out", "--model_max_length", "64")) == 0

@@ -71,6 +71,12 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
     assert expected[0] <= image.min() <= image.max() <= expected[1]
 
 
+def test_floating_point_pixels_are_refused_and_not_black(tmp_path):
+    Image.fromarray(np.full((5, 7), 0.5, np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(DataError, match="a.tiff: cannot be converted to RGB .floating-point pixels have no known range"):
+        read_image(tmp_path / "a.tiff")
+
+
 def test_transparent_pixels_are_paper(tmp_path):
     picture = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
     picture.putpixel((1, 0), (10, 20, 30, 0))

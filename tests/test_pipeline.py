@@ -96,6 +96,13 @@ def test_what_is_saved_is_the_answer(segmenter, tmp_path):
     assert [step["level"] for step in report["masks"][0]["chain"]] == ["LOC"]
 
 
+def test_a_long_name_of_many_bytes_can_be_saved(segmenter, tmp_path):
+    photo = tmp_path / f"{'漢' * 80}.png"
+    Image.fromarray(picture()).save(photo)
+    files = segmenter(photo, "where?").save(tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 3 and files["overlay"]
+
+
 def test_coco_is_read_by_pycocotools(segmenter, tmp_path, capsys):
     from pycocotools.coco import COCO
 

@@ -1,6 +1,7 @@
 """What an evaluation leaves behind: the page, the rows, the pictures, comparisons, and masks of other systems."""
 
 import csv
+import dataclasses
 import json
 import re
 import sys
@@ -245,6 +246,19 @@ def test_a_file_that_is_no_report_is_named(tmp_path, content, message):
         read_targets(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("id", 5), ("id", ["a"]), ("dataset", {}), ("query", None), ("conversation", [1]), ("target", 0.5), ("iou", 1.5),
+     ("iou", True), ("inter", -1), ("union", float("nan")), ("emitted", "no")],
+)  # fmt: skip
+def test_a_row_with_another_kind_of_value_is_named(tmp_path, field, value):
+    row = dataclasses.asdict(score(0.5)) | {field: value}
+    content = {"dataset": "d", "texts": "first", "mode": "free", "targets": [row]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"a.json: targets\[0\].{field} is .*, expected "):
+        read_targets(tmp_path / "a.json")
+
+
 def test_a_folder_stands_for_its_only_file(tmp_path):
     folder = written(tmp_path)
     with pytest.raises(DataError, match="holds 2 files.*targets-free.json, targets-teacher_forced.json"):
@@ -307,7 +321,7 @@ def test_scores_of_predictions_are_written_and_compared(tmp_path, capsys):
     capsys.readouterr()
     assert evaluation_cli.main(argv) == 0
     said = capsys.readouterr().out
-    assert "1 without a prediction, counted as 0: 003" in said
+    assert "1 without a prediction, scored as no mask: 003" in said
     assert "1 predictions that belong to no target, left out: unheard-of" in said
     metrics = json.loads((tmp_path / "theirs" / "metrics.json").read_text())
     assert (metrics["missing_predictions"], metrics["unused_predictions"]) == (["003"], ["unheard-of"])
@@ -412,6 +426,25 @@ def test_a_run_is_measured_by_its_folder(tmp_path, capsys):
     argv = ["compare", str(trained_run() / "targets-free.json"), str(tmp_path / "out" / "targets-free.json")]
     assert evaluation_cli.main(argv) == 2
     assert "wordings is 'first' in one, 'all' in the other" in capsys.readouterr().err
+
+
+def test_a_limit_holds_for_an_evaluation_only_where_it_is_typed(tmp_path):
+    from utils.arguments import parse
+
+    (tmp_path / "c.yaml").write_text("eval_limit: 3\n")
+    flags = ["--config", str(tmp_path / "c.yaml")]
+    assert parse(flags).eval_limit == 3
+    assert parse(["--eval_only", *flags]).eval_limit == 0, "as it is that of the evaluations between epochs"
+    assert parse(["--eval_only", *flags, "--eval_limit", "2"]).eval_limit == 2
+
+
+def test_a_limited_evaluation_measures_its_baselines_on_the_same_images(tmp_path):
+    argv = [str(trained_run()), "--out", str(tmp_path / "out"), "--eval_mode", "teacher_forced", "--eval_limit", "1"]
+    assert evaluation_cli.main(argv) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    rows = json.loads((tmp_path / "out" / "targets-teacher_forced.json").read_text())["targets"]
+    assert len({row["id"] for row in rows}) == 1
+    assert found["teacher_forced"]["n"] == found["baselines"]["whole_image"]["n"] == len(rows)
 
 
 def test_the_results_of_a_run_lie_in_it_by_default():

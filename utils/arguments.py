@@ -156,7 +156,7 @@ class EvalArguments:
     eval_only: bool = option(False, "no training: evaluate a merged --version, or the run given by --resume")
     eval_mode: str = option("both", "how the final evaluation answers", choices=["free", "teacher_forced", "both"])
     val_batch_size: int = option(1, "images per rank in evaluation")
-    eval_limit: int = option(0, "images of the evaluations between epochs; 0: all")
+    eval_limit: int = option(0, "images of the evaluations between epochs, and of --eval_only; 0: all")
     eval_texts: str = option("first", "wordings of a query that are scored", choices=["first", "all"])
     max_new_tokens: int = option(64, "longest free answer, in tokens")
     examples: int = option(16, "rows of the contact sheet")
@@ -336,6 +336,8 @@ def parse_over(known: dict[str, Any], argv: list[str] | None = None) -> Settings
     facts = {name: value for name in FACTS if (value := given.pop(name)) is not None}
     values = known | (read_resumed(given["resume"]) if given["resume"] not in (None, "", "auto") else {})
     values |= read_config(config) if config else {}
+    if given["eval_only"] and not given["eval_limit"]:  # that of a config or run is meant for the evaluations between epochs
+        values["eval_limit"] = 0
     values |= {name: value for name, value in given.items() if value is not None}
     return settings_of(values, facts)
 

@@ -106,14 +106,15 @@ def _conversations(dataset, index: int) -> Iterator[tuple[Sample, Conversation, 
         yield sample, conversation, path
 
 
-def score_baselines(dataset, seed: int = 0) -> dict[str, dict[str, Any]]:
+def score_baselines(dataset, seed: int = 0, indices: Sequence[int] | None = None) -> dict[str, dict[str, Any]]:
     """Baseline -> {n, giou, giou_ci95, ciou, ciou_ci95} (fractions) on an EvalDataset.
 
-    Baselines that need a ``scene`` are there only if every query has one. ``seed``: of the bootstrap.
+    Baselines that need a ``scene`` are there only if every query has one. ``seed``: of the bootstrap. ``indices``: of the
+    images to score, None for all.
     """
     guesses: dict[str, list[Guess]] = {"whole_image": []}
     groups = []
-    for index in range(len(dataset)):
+    for index in range(len(dataset)) if indices is None else indices:
         for sample, conversation, path in _conversations(dataset, index):
             size = sample.image.shape[:2]
             record = {} if path is None else read_json(path)

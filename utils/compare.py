@@ -15,6 +15,16 @@ from utils.tables import percent, score_text, signed, signed_interval, words
 
 PROTOCOL = {"dataset": "data set", "texts": "wordings", "mode": "mode"}
 FIELDS = {f.name: f for f in dataclasses.fields(TargetScore)}
+CHECKS = {
+    **dict.fromkeys(("dataset", "id", "query"), (lambda value: isinstance(value, str), "a text")),
+    **dict.fromkeys(("conversation", "target"), (lambda value: type(value) is int and value >= 0, "a whole number from 0")),
+    **dict.fromkeys(
+        ("inter", "union", "target_area"),
+        (lambda value: type(value) in (int, float) and 0 <= value < float("inf"), "a number that is not negative"),
+    ),
+    "iou": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a fraction from 0 to 1"),
+    "emitted": (lambda value: isinstance(value, bool), "true or false"),
+}
 REQUIRED = {f.name for f in FIELDS.values() if f.default is dataclasses.MISSING}
 
 
@@ -70,10 +80,9 @@ def _score(row: Any, path: Path, index: int) -> TargetScore:
     if not isinstance(row, dict) or not row.keys() >= REQUIRED:
         missing = sorted(REQUIRED - row.keys()) if isinstance(row, dict) else sorted(REQUIRED)
         raise DataError(f"{path}: targets[{index}] has no {', '.join(missing)}")
-    for field in ("iou", "inter", "union", "target_area"):
-        value = row[field]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise DataError(f"{path}: targets[{index}].{field} is {value!r}, expected a number that is not negative")
+    for field, (fits, what) in CHECKS.items():
+        if not fits(row[field]):
+            raise DataError(f"{path}: targets[{index}].{field} is {row[field]!r}, expected {what}")
     return TargetScore(**{key: value for key, value in row.items() if key in FIELDS})
 
 

@@ -3,7 +3,7 @@
 Two modes, never mixed in one number:
 
 teacher_forced  the published protocol: the answer with its special tokens stands in the input, only the masks are tested
-free            the honest one: the model answers by itself; a target for which it emits no mask scores 0
+free            the honest one: the model answers by itself; a target for which it emits no mask scores 0, or 1 if it is empty
 
 Which wordings of a query are asked (the first one, as published, or all) is the evaluation set's ``texts``.
 K targets of one conversation · T levels · H, W an image in the original frame.
@@ -368,19 +368,22 @@ def write_reports(
     name: str = "",
     facts: dict[str, Any] | None = None,
     proposals: ProposalSource | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Prints the table and writes metrics.json, targets-<mode>.json and .csv, report.html and examples.png.
 
-    ``dataset``: the EvalDataset of the reports; the trivial baselines are measured on it. ``config``: the settings of
+    ``dataset``: the EvalDataset of the reports; the trivial baselines are measured on it, on as many images as the
+    reports (``limit``, see ``evaluate``). ``config``: the settings of
     the program; ``seconds``: how long it has run; ``name``: who answered; ``facts``: more entries for
     metrics.json; ``proposals``: of a model that selects, whose ceiling is measured, too. Call on one rank only. Returns what
     metrics.json holds (fractions).
     """
     folder = Path(folder)
     summaries = {report.mode: report.summary for report in reports}
-    baselines = score_baselines(dataset, seed=reports[0].seed)
+    images = evenly_spaced(len(dataset), limit or len(dataset))
+    baselines = score_baselines(dataset, seed=reports[0].seed, indices=images)
     if proposals is not None:
-        baselines |= score_oracles(dataset, proposals, seed=reports[0].seed)
+        baselines |= score_oracles(dataset, proposals, seed=reports[0].seed, indices=images)
     metrics = {
         "unit": "fraction",
         "name": name,

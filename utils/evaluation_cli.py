@@ -38,6 +38,11 @@ def modes_of(s: Settings) -> list[str]:
     return list(MODES) if s.eval_mode == "both" else [s.eval_mode]
 
 
+def _limit(s: Settings) -> int | None:
+    """Images of the last evaluation of a program: all of them after training."""
+    return (s.eval_limit or None) if s.eval_only else None
+
+
 def evaluate_settings(model, processor, data, s: Settings) -> list[Report]:
     model.to(distributed.device())
     return [
@@ -48,6 +53,7 @@ def evaluate_settings(model, processor, data, s: Settings) -> list[Report]:
             mode,
             batch_size=s.val_batch_size,
             max_new_tokens=s.max_new_tokens,
+            limit=_limit(s),
             examples=s.examples,
             gallery=s.gallery,
             seed=s.seed,
@@ -63,8 +69,9 @@ def finish(model, processor, data, s: Settings, started: float) -> None:
     if distributed.is_main():
         config = s.saved() | {"eval_only": s.eval_only}
         name = str(s.resume or s.version) if s.eval_only else s.exp_name
-        seconds = time.time() - started
-        write_reports(reports, data, s.run_dir, config, seconds, name=name, proposals=processor.proposals)
+        write_reports(
+            reports, data, s.run_dir, config, time.time() - started, name=name, proposals=processor.proposals, limit=_limit(s)
+        )
     distributed.barrier()
 
 
@@ -156,7 +163,7 @@ def score_command(argv: Sequence[str], started: float) -> None:
     config = {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
     facts = {"missing_predictions": predictions.missing, "unused_predictions": predictions.unused}
     write_reports([report], data, args.out, config, time.time() - started, args.name, facts)
-    _tell("without a prediction, counted as 0", predictions.missing)
+    _tell("without a prediction, scored as no mask", predictions.missing)
     _tell("predictions that belong to no target, left out", predictions.unused)
 
 

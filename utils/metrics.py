@@ -34,7 +34,7 @@ class TargetScore:
     inter: int
     union: int
     iou: float
-    """0 where the answer held no mask for this target, whatever the target is."""
+    """Where the answer held no mask for this target: 0, or 1 where the target is empty."""
     emitted: bool
     """Whether the answer held a mask for this target; always True in teacher-forced evaluation."""
     surplus: int
@@ -164,7 +164,7 @@ def summarise(scores: Sequence[TargetScore], seed: int = 0, draws: int = 1000) -
     ==================  ===========================================================================================
     unit                "fraction"
     n                   scored targets
-    giou, ciou          targets without a mask count as IoU 0, with their area in the union
+    giou, ciou          targets without a mask count as IoU 0 (1 if empty), with their area in the union
     giou_ci95, ciou_…   bootstrap 95 % intervals over images
     giou_short, _long   gIoU of short and of long queries
     emission_rate       share of targets that got a mask

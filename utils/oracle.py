@@ -5,6 +5,7 @@ K proposals of an image · H, W the original frame.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -49,11 +50,16 @@ def dense(proposals: Proposals, size: tuple[int, int]) -> np.ndarray:
     return np.array(masks, dtype=bool).reshape(-1, *size)
 
 
-def score_oracles(dataset, source: ProposalSource, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Name of the oracle -> {n, giou, giou_ci95, ciou, ciou_ci95} (fractions) on an EvalDataset. ``seed``: of the bootstrap."""
+def score_oracles(
+    dataset, source: ProposalSource, seed: int = 0, indices: Sequence[int] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Name of the oracle -> {n, giou, giou_ci95, ciou, ciou_ci95} (fractions) on an EvalDataset.
+
+    ``seed``: of the bootstrap. ``indices``: of the images, None for all.
+    """
     found: dict[str, list[Guess]] = {}
     groups = []
-    for index in range(len(dataset)):
+    for index in range(len(dataset)) if indices is None else indices:
         sample = dataset[index]
         proposals = dense(source(sample.image, sample.name), sample.image.shape[:2])
         for conversation in sample.conversations:

@@ -11,7 +11,7 @@ or a JSON list in the manner of COCO results::
     {"image_id": id, "conversation": 0, "target": 0, "answer": text, "segmentation": {"size": [H, W], "counts": …}}
 
 where conversation, target and answer may be left out. The sample's id is the name of its image file without the ending.
-A target without a prediction scores 0.
+A target without a prediction scores as one without a mask: 0, or 1 where nothing was meant.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BINS = 20
 MOST_FAILURES = 200  # rows; the CSV has them all
 MODES = {
-    "free": "The model answered by itself. A target for which it gave no mask scores 0.",
+    "free": "The model answered by itself. A target for which it gave no mask scores 0, or 1 where nothing was meant.",
     "teacher_forced": "The published protocol: the answer with its special tokens stood in the prompt, so only the masks are "
     "tested. Not comparable with free generation.",
 }
