@@ -13,8 +13,8 @@ The model is built on the meta device, so weights are counted exactly. Bytes on 
                    operation: the language model (with or without --gradient_checkpointing), then on top of what it keeps the
                    encoder of SAM (none with --sam_cache), then mask decoder and mask losses, then the vocabulary
 
-What CUDA and the allocator take (about 1 to 2 GiB), bitsandbytes' unpacked layer and ZeRO-3's fetched layers are listed as
-"reserve". Computed, not measured on a GPU; tests/test_memory.py compares the activations with real steps on a CPU.
+The rest of the GPU is "left", for what is not counted: CUDA and the allocator (about 1 to 2 GiB), bitsandbytes' unpacked layer and
+ZeRO-3's fetched layers. Computed, not measured on a GPU; tests/test_memory.py compares the activations with real steps on a CPU.
 """
 
 from __future__ import annotations
