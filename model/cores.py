@@ -258,10 +258,6 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         hidden = self._hidden(batch, wanted=_supervised(batch))
         tokens, expected = self._tokens(hidden, batch)
         parts = {"text": self.reasoning.text_loss(hidden, batch.labels)}
-        if torch.is_grad_enabled() and not len(tokens):
-            zero = self._stand_in(hidden, tokens.shape[1])
-            parts |= {name: zero for name in self._mask_parts}
-            return CoresOutput(self.total(parts), parts, [], [])
         if self.selecting is not None:
             parts |= self._selection_losses(tokens, batch, expected)
             return CoresOutput(self.total(parts), parts, [], [])
@@ -288,10 +284,15 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         return self.segmenting.embed(pixels) if cached is None else self.segmenting.embed_missing(*cached, pixels)
 
     def _tokens(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, list[int]]:
-        """The projected answer tokens (K, T, C) of all conversations, and how many targets each has."""
+        """The projected answer tokens (K, T, C) of all conversations, and how many targets each has.
+
+        With a gradient and without targets: one that means nothing, for ``_stand_in``.
+        """
         expected = [len(m) for m in batch.target_masks]
-        states = self.reasoning.token_states(hidden, batch.labels, batch.info, expected)
-        return self.text_projection(torch.cat(states)), expected
+        states = torch.cat(self.reasoning.token_states(hidden, batch.labels, batch.info, expected))
+        if torch.is_grad_enabled() and not len(states):
+            states = hidden[:1, :1].expand(1, states.shape[1], -1)
+        return self.text_projection(states), expected
 
     def _hidden(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """Last hidden states (N, L, d); ``wanted`` bool (N, L): what is needed of them, None for all."""
@@ -302,8 +303,8 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     def _segment(self, tokens: Tensor, batch: Batch, counts: list[int]) -> tuple[Tensor, Tensor]:
         """tokens (K, T, C) of all conversations -> low-res logits (K, T, 4G, 4G) and IoU predictions (K, T)."""
         dims = self.config.sam_dims
-        count, levels = tokens.shape[:2]
-        if count == 0:  # the image encoder is the most expensive part: nothing asks for it here
+        levels = tokens.shape[1]
+        if not sum(counts):  # the image encoder is the most expensive part: nothing asks for it here
             return tokens.new_zeros((0, levels, dims.low_res, dims.low_res)), tokens.new_zeros((0, levels))
         covered = [valid_cells(size, dims.image_size, dims.grid, tokens.device) for size in batch.resized_sizes]
         image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
@@ -334,14 +335,14 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     def _score(self, tokens: Tensor, batch: Batch, counts: list[int]) -> Scores:
         """tokens (K, 1, C) of all conversations -> Scores of every proposal for every target."""
         proposals = required(batch.proposals)
-        if len(tokens) == 0:  # nobody asks: no encoder runs
-            nothing = tokens.new_zeros((0, 1))
-            return Scores(nothing.float(), nothing.float(), nothing.bool())
         image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
         features = self.mask_features(batch.sam_pixels, batch.resized_sizes, batch.cached)
         return self.selecting(tokens[:, -1], features, proposals, image_index, position_encoding(self.segmenting.sam))
 
     def _selection_losses(self, tokens: Tensor, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
+        if not sum(counts):
+            required(batch.proposals)
+            return dict.fromkeys(self._mask_parts, self._stand_in(tokens))
         scores = self._score(tokens, batch, counts)
         truth = [torch.zeros(scores.iop.shape, device=tokens.device) for _ in range(2)]
         for row, found in zip(torch.arange(len(tokens)).split(counts), truth_of(batch, self.config.ignore_in_loss), strict=True):
@@ -382,28 +383,28 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         names = ["bce", "dice"] if self.selecting is None else ["similarity", "iop"]
         return [*names, "pointing"] if self.config.pointing_weight else names
 
-    def _stand_in(self, hidden: Tensor, levels: int) -> Tensor:
-        """(), 0: some hidden state of (N, L, d) on its way through the mask branch, for a batch without targets.
+    def _stand_in(self, tokens: Tensor) -> Tensor:
+        """(), 0: a pass of some token (1, T, C) through the mask branch, for a batch without targets; of none without a gradient.
 
         ZeRO-2 puts gradients into its buckets as they come: a rank without targets must bring the same ones in the same order
         as the others, or sums of gradients of different weights come out.
         """
-        dims = self.config.sam_dims
-        tokens = self.text_projection(hidden[:1, :1].expand(1, levels, -1))
-        nothing = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+        if not len(tokens):
+            return tokens.float().sum()
+        dims, image_index = self.config.sam_dims, torch.zeros(1, dtype=torch.int64, device=tokens.device)
         if self.selecting is not None:
-            scores = self.selecting.stand_in(tokens[:, -1], nothing, position_encoding(self.segmenting.sam))
+            scores = self.selecting.stand_in(tokens[:, -1], image_index, position_encoding(self.segmenting.sam))
             result = scores.similarity.sum() + scores.iop.sum()
         else:
             embedding = tokens.new_zeros((1, dims.prompt_dim, dims.grid, dims.grid))
-            low_res, _ = self.segmenting(tokens, embedding, nothing, tokens.new_ones((1, dims.grid, dims.grid)))
+            low_res, _ = self.segmenting(tokens, embedding, image_index, tokens.new_ones((1, dims.grid, dims.grid)))
             result = low_res.float().sum()
         return (result + tokens.float().sum()) * 0.0
 
     def _mask_losses(self, low_res: Tensor, tokens: Tensor, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
         """Sums over masks, divided by the number of masks of the batch."""
-        if len(low_res) == 0:
-            return {name: tokens.float().sum() for name in self._mask_parts}
+        if not sum(counts):
+            return dict.fromkeys(self._mask_parts, self._stand_in(tokens))
         totals: dict[str, Tensor] = {}
         for image, rows in _rows_per_image(batch.image_index, counts).items():
             for name, value in self._image_losses(low_res, tokens, batch, image, rows).items():

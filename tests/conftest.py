@@ -18,3 +18,11 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CORES_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Benchmarks set the number of threads, on which the last digits of a sum depend."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

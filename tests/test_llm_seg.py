@@ -186,13 +186,21 @@ def test_batches_without_targets_or_without_proposals_train_too():
     bare.proposals = [few(p, 0) for p in bare.proposals]
     half = collate(two_pictures(), processor, SEG, TEMPLATE)
     half.proposals[0] = few(half.proposals[0], 0)
+    order: list[str] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    orders = []
     for batch in (text_only, bare, half):
+        order.clear()
         model.train().zero_grad()
         output = model(batch)
         output.loss.backward()
+        orders.append(list(order))
         assert output.loss.isfinite()
         assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert orders[0] == orders[1] == orders[2]  # see test_model.py: ZeRO's buckets
     found = model.eval().segment(half)
     assert [tuple(f.masks.shape) for f in found] == [(0, 1, 50, 40), (2, 1, 50, 40), (1, 1, 30, 60)]
     assert not found[1].masks.any() and not found[1].iou.any()

@@ -403,13 +403,13 @@ class Case:
 
     def compare_answer_masks(self, run: str, probe: Probe) -> None:
         """Tokens and masks of a free answer; none where it has no tokens."""
+        levels = probe.low_res or [torch.zeros((0, 1, 1))] * self.levels
         for level in range(self.levels if probe.tokens is not None else 0):
             self.check(f"{run}.prompt_text_embeds.{level}", probe.tokens[:, level][:, None])
-            self.check(f"{run}.low_res_masks.{level}", probe.low_res[level][:, None])
+            self.check(f"{run}.low_res_masks.{level}", levels[level][:, None])
         name, size = f"{run}.pred_masks.0", tuple(self.originals[0].shape[:2])
-        low_res = probe.low_res[-1] if probe.low_res else torch.zeros((0, 1, 1))
-        if len(low_res):
-            self.compare_mask(name, self.full(low_res, self.sam[0][1], size))
+        if len(levels[-1]):
+            self.compare_mask(name, self.full(levels[-1], self.sam[0][1], size))
         else:
             self.check(name, torch.zeros((0, *size)))
 
