@@ -21,8 +21,9 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def threads():
-    """Benchmarks set the number of threads, on which the last digits of a sum depend."""
-    before = torch.get_num_threads()
+def same_arithmetic():
+    """What the last digits depend on: benchmarks set the number of threads, DeepSpeed's ZeRO-3 replaces the linear function."""
+    count, linear = torch.get_num_threads(), torch.nn.functional.linear
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(count)
+    torch.nn.functional.linear = linear

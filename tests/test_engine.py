@@ -112,6 +112,7 @@ def test_a_finished_run_is_not_trained_again(capsys):
 
 def test_other_settings_do_not_continue_a_run(capsys):
     trained_run()
+    capsys.readouterr()
     assert train_ds.main(flags(toys(), exp_name="trained", lr=0.5)) == 2
     message = capsys.readouterr().err
     assert "lr was 0.01 and is now 0.5" in message
