@@ -134,7 +134,8 @@ def test_one_rank_goes_on_for_three_bit_for_bit(monkeypatch):
 
 def run_on(name: str, *parts: tuple[int, int], **changes: object) -> Path:
     """Trains in ``parts``: numbers of ranks, each with the step after which it is stopped, 0 for the end."""
-    argv = arguments(name, 1, 1, global_batch_size=4, steps_per_epoch=4, **changes)
+    data = {"dataset": "reason_seg", "sample_rates": "1"}
+    argv = arguments(name, 1, 1, global_batch_size=4, steps_per_epoch=4, **data, **changes)
     for ranks, stop in parts:
         faults = {"stop_at_step": [stop, 0]} if stop else {}
         trial = server().run("train_ds", argv, ranks=ranks, faults=faults)
