@@ -24,7 +24,7 @@ from utils import distributed
 distributed.prepare_environment()  # before anything imports deepspeed
 
 from dataset.faults import read_skip_list  # noqa: E402
-from utils import build, checkpoint  # noqa: E402
+from utils import build, checkpoint, reshard  # noqa: E402
 from utils.arguments import Settings, UsageError, one_line, parse  # noqa: E402
 from utils.engine import Interrupted, Lost, NonFiniteLoss, Trainer  # noqa: E402
 from utils.evaluation import evaluate  # noqa: E402
@@ -70,7 +70,9 @@ def train(s: Settings, started: float) -> None:
     resume_from = find_resume(s)
     if resume_from:
         checkpoint.refuse_damaged(resume_from, s.run_dir)
-        s.refuse_changes(checkpoint.load_settings(s.run_dir), s.run_dir)
+        earlier = checkpoint.load_settings(s.run_dir)
+        s.refuse_changes(earlier, s.run_dir)
+        reshard.refuse(resume_from, checkpoint.read_progress(resume_from), s, earlier)
     prompt = build.prompt_format(s)  # data first: a wrong path should not cost the loading of a model
     data = build.build_mixture(s, prompt)
     val = None if s.no_eval else build.build_eval(s, prompt)

@@ -110,11 +110,19 @@ def test_no_checkpoint(tmp_path):
         checkpoint.find_checkpoint(tmp_path)
 
 
-def test_resuming_with_another_number_of_ranks_is_refused(run, capsys):
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"world_size": 2}, "saved by 2 ranks, but the optimizer's state is not in 2 files"),
+        ({"images_per_step": 8}, "a step had 8 images and would now have 2"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_these_ranks_cannot_continue(run, facts, words, capsys):
     file = run / "ckpt" / "last" / checkpoint.PROGRESS
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"world_size": 2}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | facts))
     assert train_ds.main(flags(toys(), log_base_dir=run.parent, exp_name="run")) == 2
-    assert "saved by 2 ranks, this run has 1" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
 
 
 def test_write_text_replaces_whole_files(tmp_path):

@@ -73,10 +73,10 @@ def train_on_two(name: str, batch: int, accumulation: int, **changes: object) ->
     return toys() / "runs" / name
 
 
-def differences(one: Path, two: Path) -> tuple[float, float]:
+def differences(one: Path, two: Path, steps: int = 3) -> tuple[float, float]:
     """Largest difference of any logged loss and of any weight."""
     rows = [log(run) for run in (one, two)]
-    assert len(rows[0]) == len(rows[1]) == 3
+    assert len(rows[0]) == len(rows[1]) == steps
     keys = {"loss", "text", "bce", "dice", "pointing"}
     loss = max(abs(a[key] - b[key]) for a, b in zip(*rows, strict=True) for key in keys)
     weights = [checkpoint.read_weights(run / "ckpt" / "last") for run in (one, two)]
@@ -89,8 +89,8 @@ def whole() -> Path:
     return train("whole", 4, 1)
 
 
-def the_same(one: Path, two: Path) -> bool:
-    loss, weight = differences(one, two)
+def the_same(one: Path, two: Path, steps: int = 3) -> bool:
+    loss, weight = differences(one, two, steps)
     return loss < LOSS_TOLERANCE and weight < WEIGHT_TOLERANCE
 
 

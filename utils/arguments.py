@@ -186,6 +186,8 @@ FREE_ON_RESUME = {
     "max_new_tokens", "examples", "gallery", "prefix_sharing", "pack_tokens", "attn_implementation", "compile",
     "sam_cache", "sam_cache_gb", "proposals", "select", "spike_factor",
 }  # fmt: skip
+# How a step is divided among ranks and micro steps: utils/reshard.py sees that its images stay as many.
+DIVISION = {"batch_size", "grad_accumulation_steps", "global_batch_size"}
 # Flags of the published scripts that have no meaning here: the value named is what this program does anyway.
 REFUSED = {
     "vis_save_path": "belongs to chat.py; evaluation writes its pictures into the run folder",
@@ -218,7 +220,9 @@ class Settings(Namespace):
 
     def refuse_changes(self, earlier: Settings, where: Path) -> None:
         """Raises UsageError if continuing the run that ``earlier`` started would train with other settings."""
-        changed = [k for k in self.saved() if k not in FREE_ON_RESUME and getattr(self, k) != getattr(earlier, k)]
+        # means of micro batches depend on the size of these
+        free = FREE_ON_RESUME | DIVISION - ({"batch_size"} if self.loss_normalisation == "micro" else set())
+        changed = [k for k in self.saved() if k not in free and getattr(self, k) != getattr(earlier, k)]
         if changed:
             shown = ", ".join(f"{k} was {getattr(earlier, k)!r} and is now {getattr(self, k)!r}" for k in changed)
             raise UsageError(

@@ -29,7 +29,7 @@ from torch import nn
 
 from model.lora import our_name
 from model.weights import SINGLE, read_all, read_file
-from utils import distributed
+from utils import distributed, reshard
 from utils.arguments import Settings, UsageError, settings_of
 
 PROGRESS = "progress.json"
@@ -147,6 +147,8 @@ def save(engine, folder: Path, progress: dict[str, Any]) -> None:
 def write_progress(folder: Path, progress: dict[str, Any]) -> None:
     """The checkpoint ``folder`` now says ``progress``: the state did not change, what is known about it did."""
     if distributed.is_main():
+        saved = read_progress(folder) or {}
+        progress = progress | {k: v for k, v in saved.items() if k == "world_size"}  # other ranks may have saved it
         write_text(folder / PROGRESS, json.dumps(progress, indent=1) + "\n")
     distributed.barrier()
 
@@ -260,20 +262,20 @@ def refuse_lost(run: Path) -> None:
 
 
 def load(engine, folder: Path) -> dict[str, Any]:
-    """Restores engine and random state; returns the progress. The world size must be that of the save.
+    """Restores engine and random state; returns the progress, with the number of ranks that saved it.
 
-    Whether the files are whole is for ``refuse_damaged`` to say, before a model is loaded for them.
+    Whether the files are whole is for ``refuse_damaged`` to say, and whether these ranks may go on for ``reshard.refuse``,
+    before a model is loaded for them.
     """
     progress = json.loads((folder / PROGRESS).read_text())
-    if progress["world_size"] != distributed.world_size():
-        raise UsageError(
-            f"{folder}: saved by {progress['world_size']} ranks, this run has {distributed.world_size()}; "
-            "resume with the same number"
-        )
-    loaded, _ = engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
-    if loaded is None:
+    saved = progress["world_size"]
+    if saved == distributed.world_size():
+        loaded = engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)[0] is not None
+    else:
+        loaded = reshard.load(engine, folder, saved)
+    if not loaded:
         raise UsageError(f"{folder}: DeepSpeed found no state in it")
-    _restore_random_state(torch.load(folder / f"random_{distributed.rank()}.pt", weights_only=True))
+    _restore_random_state(reshard.random_state(folder, saved, distributed.rank()))
     return progress
 
 

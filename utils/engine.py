@@ -169,6 +169,7 @@ class Trainer:
             "best_step": None,
             "recent": [],  # the last losses, for --spike_factor
             "world_size": distributed.world_size(),
+            "images_per_step": settings.batch_size * settings.grad_accumulation_steps * distributed.world_size(),
         }
         self.stop = self.validating = False
         self.seen: list[dict] = []  # the samples of the step under way, of this rank
@@ -183,7 +184,7 @@ class Trainer:
         return self.run / "ckpt" / "last"
 
     def resume(self, folder: Path) -> None:
-        self.progress |= checkpoint.load(self.engine, folder)
+        self.progress |= checkpoint.load(self.engine, folder) | {"world_size": distributed.world_size()}
         best = self.run / "ckpt" / "best"
         if self.progress["best_step"] == self.global_step and checkpoint.read_progress(best) != checkpoint.read_progress(folder):
             checkpoint.copy(folder, best)  # a kill came between the save and its copy
