@@ -98,10 +98,11 @@ def _as_file(path: str | Path | Embedded) -> Path | Embedded:
 
 def _open(path: Path | Embedded) -> Image.Image:
     """The file, not yet decoded. One that claims more pixels than Pillow's limit (89 million) is refused with that limit."""
+    file = path if isinstance(path, Path) else path.open("rb")
     try:
         with warnings.catch_warnings():  # Pillow only warns below twice its limit
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(path if isinstance(path, Path) else path.open("rb"))
+            return Image.open(file)
     except FileNotFoundError:
         raise MissingDataError(f"{path}: image does not exist; restore it or remove its entry from the data set") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
