@@ -13,10 +13,10 @@ import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as rle_codec
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -86,23 +86,35 @@ def list_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
     return [resolve_inside(folder, path.name) if path.is_symlink() else path for path in found]
 
 
-def _open(path: Path) -> Image.Image:
+class Embedded(Protocol):
+    """A picture that is no file of its own; ``str`` gives what messages call it."""
+
+    def open(self, mode: str) -> BinaryIO: ...
+
+
+def _as_file(path: str | Path | Embedded) -> Path | Embedded:
+    return path if hasattr(path, "open") else Path(path)
+
+
+def _open(path: Path | Embedded) -> Image.Image:
     """The file, not yet decoded. One that claims more pixels than Pillow's limit (89 million) is refused with that limit."""
+    file = path if isinstance(path, Path) else path.open("rb")
     try:
         with warnings.catch_warnings():  # Pillow only warns below twice its limit
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(path)
+            return Image.open(file)
     except FileNotFoundError:
         raise MissingDataError(f"{path}: image does not exist; restore it or remove its entry from the data set") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({_reason(error)}); replace or remove the file") from None
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else _reason(error)
+        raise DataError(f"{path}: not a readable image ({reason}); replace or remove the file") from None
 
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _load(picture: Image.Image, path: Path) -> None:
+def _load(picture: Image.Image, path: Path | Embedded) -> None:
     try:
         picture.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -136,7 +148,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(path: str | Path | Embedded, size: tuple[int, int] | None = None) -> np.ndarray:
     """The picture as uint8 (H, W, 3) RGB. Grey, palette, CMYK, 16-bit and transparent files are converted.
 
     ``size``: the (H, W) of its annotations. A picture that has this size only without its EXIF orientation is not turned:
@@ -144,7 +156,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
 
     Raises MissingDataError if the file is not there and DataError if it cannot be decoded completely.
     """
-    path = Path(path)
+    path = _as_file(path)
     with _open(path) as picture:
         _load(picture, path)
         try:
@@ -156,9 +168,9 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
         return pixels
 
 
-def read_label(path: str | Path) -> np.ndarray:
+def read_label(path: str | Path | Embedded) -> np.ndarray:
     """A label map (grey or palette PNG, 8 or 16 bit) as int32 (H, W). Raises DataError for colour images."""
-    path = Path(path)
+    path = _as_file(path)
     with _open(path) as picture:
         _load(picture, path)
         if picture.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
@@ -166,7 +178,7 @@ def read_label(path: str | Path) -> np.ndarray:
         return np.array(picture).astype(np.int32)
 
 
-def probe_images(paths: Iterable[Path]) -> None:
+def probe_images(paths: Iterable[Path | Embedded]) -> None:
     """Finds missing, foreign and cut-off files before any long work, reading only the two ends of each healthy file."""
     for path in paths:
         with _open(path) as picture:
@@ -174,7 +186,7 @@ def probe_images(paths: Iterable[Path]) -> None:
                 _load(picture, path)  # a cut-off file fails here; one that only carries an unusual tail passes
 
 
-def _ends_like_jpeg(path: Path) -> bool:
+def _ends_like_jpeg(path: Path | Embedded) -> bool:
     with path.open("rb") as stream:
         stream.seek(0, 2)
         stream.seek(max(0, stream.tell() - 64))

@@ -5,9 +5,11 @@
     <dataset_dir>/own/<name>/train.json, val.json …       COCO's format
     <dataset_dir>/own/<name>/{train,val,…}/*.json         labelme, one JSON per image, beside the images
     <dataset_dir>/own/<name>/train.jsonl, val.csv …       a table, one query per row
+    <dataset_dir>/own/<name>/train.parquet, val/ …        the same as Parquet, or saved by Hugging Face datasets (own_arrow.py)
 
-One file may hold everything: ``own/<name>.json``, ``.jsonl`` or ``.csv``, or one of these alone in ``own/<name>/``. Its rows or
-images may name their ``split``; those that do not are "train", and so is a folder of labelme JSONs without folders for splits.
+One file may hold everything: ``own/<name>.json``, ``.jsonl``, ``.csv`` or ``.parquet``, or one of these alone in ``own/<name>/``.
+Its rows or images may name their ``split``; those that do not are "train", and so is a folder of labelme JSONs without folders for
+splits.
 Images are looked for beside the file that names them, in ``images/`` there, and in a folder named as the file without its ending;
 masks beside the file and in ``masks/``.
 
@@ -47,13 +49,14 @@ from dataset.images import (
     require_folder,
     resolve_inside,
 )
+from dataset.own_arrow import PARQUET, Cell, first_pieces, is_saved, picture, saved_sources, stem_of
 from dataset.own_formats import Query, is_coco, read_coco, read_labelme, read_table
 from dataset.reasoning import paint_shapes
 from dataset.sample import Conversation, LoaderOptions, Sample, draw_queries
 
 FOLDER = "own"
 EVERYTHING = "all"  # the split that is all of them
-TABLES = (".jsonl", ".csv")
+TABLES = (".jsonl", ".csv", PARQUET)
 
 
 # ---------------------------------------------------------------------------------------------------------- finding files
@@ -61,6 +64,7 @@ TABLES = (".jsonl", ".csv")
 
 def _lies_here(folder: Path, stem: str) -> Path | None:
     found = [folder / f"{stem}{suffix}" for suffix in (".json", *TABLES) if (folder / f"{stem}{suffix}").is_file()]
+    found += first_pieces(folder, stem)
     if len(found) > 1:
         raise DataError(f"{folder}: has {' and '.join(path.name for path in found)}; keep the one that is to be used")
     return found[0] if found else None
@@ -83,20 +87,26 @@ def find_sources(root: Path, name: str) -> dict[str, Path]:
     Raises DataError that says what is expected, and MissingDataError that lists the data sets that are there.
     """
     folder = named_inside(root, name)
-    alone = _lies_here(root, name)
+    alone = _lies_here(root, name) if root.is_dir() else None
     if alone is not None:
         return {"": alone}
     if not folder.is_dir():
         raise MissingDataError(f"{folder}: no such data set; {root} holds: {', '.join(own_names(root)) or 'none'}")
+    if saved := saved_sources(folder):
+        return saved
     if _is_labelme(folder):
         return {"": folder}
     files = list_files(folder, (".json", *TABLES))
-    found = {stem: _lies_here(folder, stem) for stem in sorted({path.stem for path in files})}
+    found = {stem: _lies_here(folder, stem) for stem in sorted(set(map(stem_of, files)))}
     found |= {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in found and _is_labelme(path)
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and path.name not in found and (is_saved(path) or _is_labelme(path))
     }
     if not found:
-        raise DataError(f"{folder}: holds no data; it needs train.json (COCO), train.jsonl, train.csv or train/ with labelme JSONs")
+        raise DataError(
+            f"{folder}: holds no data; it needs train.json (COCO), train.jsonl, .csv or .parquet, or train/ with labelme JSONs"
+        )
     return {"": next(iter(found.values()))} if len(found) == 1 and next(iter(found)) not in SPLITS else found
 
 
@@ -107,7 +117,7 @@ def own_names(root: Path) -> list[str]:
     """The data sets under ``root``."""
     if not root.is_dir():
         return []
-    files = [path.stem for path in list_files(root, (".json", *TABLES))]
+    files = [stem_of(path) for path in list_files(root, (".json", *TABLES))]
     reserved = {"images", "masks", *files}
     folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
     return sorted({*files, *(folders - reserved)})
@@ -138,7 +148,7 @@ def _labelme_pixels(shape: dict, size: tuple[int, int], where: str) -> np.ndarra
     return mask
 
 
-def _read_mask(path: Path) -> np.ndarray:
+def _read_mask(path: Path | Cell) -> np.ndarray:
     """A mask file as bool (H, W): 0 is background, one other value the target."""
     label = read_label(path)
     values = np.unique(label[label != 0])
@@ -158,7 +168,7 @@ def _draw(shape: tuple[str, Any, str], size: tuple[int, int]) -> np.ndarray:
         if kind == "polygons":
             return annotation_mask(value, size, item, '"polygons"')
         try:
-            mask = _read_mask(Path(value))
+            mask = _read_mask(picture(value))
             check_size(mask.shape, size, value, "the mask")
         except DataError as error:
             raise DataError(f"{item}: {error}") from None
@@ -209,7 +219,7 @@ class OwnData:
         if split is not None and split not in splits:
             known = ", ".join([*sorted(splits), EVERYTHING])
             raise MissingDataError(f"{sources[0]}: no query belongs to the split {split!r}; there are: {known}")
-        kept = [image for image in sorted(by_image) if self._is_usable(Path(image))]
+        kept = [image for image in sorted(by_image) if self._is_usable(picture(image))]
         if not kept:
             raise DataError(f"{sources[0]}: no image of {self.dataset} can be used")
         kept = without_excluded(kept, kept, self.options, self.dataset)
@@ -217,7 +227,7 @@ class OwnData:
 
     def _with_files(self, query: Query, source: Path) -> tuple[str, dict]:
         """(image file, the query with mask files instead of their names). Raises DataError for what is not there."""
-        image = self._find(source, query.image, ("images", source.stem), query.item)
+        image = self._find(source, query.image, ("images", stem_of(source)), query.item)
         record = asdict(query)
         for shapes in (*record["targets"], record["ignore"]):
             for number, (kind, value) in enumerate(shapes):
@@ -226,20 +236,22 @@ class OwnData:
         return str(image), record
 
     def _read(self, source: Path) -> Iterator[Query]:
+        if source.suffix in TABLES or is_saved(source):
+            return read_table(source, self.faults, self.dataset)
         if source.is_dir():
             return read_labelme(source, self.faults, self.dataset, "train")
-        if source.suffix in TABLES:
-            return read_table(source, self.faults, self.dataset)
         content = read_json(source)
         if not is_coco(content):
             raise DataError(f'{source}: has no lists "images" and "annotations"; a file in COCO\'s format is expected here')
         return read_coco(source, content, self.faults, self.dataset)
 
     @staticmethod
-    def _find(source: Path, name: str, folders: tuple[str, ...], where: str) -> Path:
+    def _find(source: Path, name: str, folders: tuple[str, ...], where: str) -> Path | Cell:
         """The file of that name beside ``source`` or in one of the folders there. Raises DataError."""
-        beside = source if source.is_dir() else source.parent
-        places = [place for place in (beside, *(beside / folder for folder in folders)) if place.is_dir()]
+        if isinstance(name, Cell):
+            return name
+        beside = [source, source.parent] if is_saved(source) else [source if source.is_dir() else source.parent]
+        places = [place for here in beside for place in (here, *(here / folder for folder in folders)) if place.is_dir()]
         try:
             paths = [resolve_inside(place, name) for place in places]
         except DataError as error:
@@ -249,7 +261,7 @@ class OwnData:
             raise MissingDataError(f"{where}: {name} is not there; looked in {', '.join(map(str, places))}")
         return found
 
-    def _is_usable(self, image: Path) -> bool:
+    def _is_usable(self, image: Path | Cell) -> bool:
         if self.faults.skips(self.dataset, image):
             return False
         with self.faults.guard(self.dataset, image):
@@ -268,7 +280,7 @@ class OwnData:
         """Image ``index`` with its queries: in training some drawn at random, otherwise all, canonically worded."""
         name, queries = self.records[index]
         path = Path(name)
-        image = read_image(path)
+        image = read_image(picture(name))
         conversations = []
         for number, text in self._choose(queries, rng):
             query = queries[number]

@@ -20,9 +20,11 @@ from typing import Any
 from dataset.coco import LARGEST
 from dataset.faults import Faults, blame
 from dataset.images import IMAGE_SUFFIXES, DataError, list_files, read_json, read_text
+from dataset.own_arrow import PARQUET, Cell, rows
 
 TEXT_KEYS = ("query", "caption", "expression")
 CIRCLE_POINTS = 72
+LOSSLESS = (b"\x89PNG", b"II*\0", b"MM\0*")  # how PNG and TIFF begin; datasets stores masks without a file of their own as either
 DETERMINERS = (
     "the",
     "a",
@@ -115,14 +117,20 @@ def _rle_of(value: Any, where: str, name: str) -> dict:
     size = value.get("size") if isinstance(value, dict) else None
     if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
         raise DataError(f'{where}: "{name}" must be {{"size": [height, width], "counts": …}}')
-    if not isinstance(value.get("counts"), (str, list)):
+    counts = value.get("counts")
+    counts = counts.decode("latin-1") if isinstance(counts, bytes) else counts  # as pycocotools gives them to an Arrow table
+    if not isinstance(counts, (str, list)):
         raise DataError(f'{where}: "{name}" needs "counts", a text or a list of runs')
-    return {"size": size, "counts": value["counts"]}
+    return {"size": size, "counts": counts}
 
 
 def _png_of(value: Any, where: str, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f'{where}: "{name}" must be the name of a PNG')
+    if isinstance(value, Cell):
+        if not value.open().read(4).startswith(LOSSLESS):
+            raise DataError(f'{where}: "{name}" is no PNG; a mask must be one (other formats change pixels)')
+        return value
     if not value.lower().endswith(".png"):
         raise DataError(f'{where}: "{name}" is {value!r}; a mask must be a PNG (other formats change pixels)')
     return value
@@ -146,10 +154,10 @@ def _shapes_of(entry: dict, where: str, prefix: str = "") -> list[tuple[str, Any
 
 
 def read_table(path: Path, faults: Faults, dataset: str) -> Iterator[Query]:
-    """The rows of a JSONL or CSV file. CSV holds lists and objects as JSON in a cell; an empty cell is no value."""
+    """The rows of a JSONL or CSV file or an Arrow table (dataset/own_arrow.py). CSV holds lists and objects as JSON in a cell; an
+    empty cell is no value."""
     seen: dict[str, str] = {}
-    for number, read in _rows(path):
-        item = f"{path}:{number}"
+    for item, place, read in rows(path) if path.is_dir() or path.suffix == PARQUET else _lines(path):
         if faults.skips(dataset, item):
             continue
         with faults.guard(dataset, item):
@@ -157,9 +165,15 @@ def read_table(path: Path, faults: Faults, dataset: str) -> Iterator[Query]:
             query = _row(row, item)
             same = json.dumps([query.image, query.texts, query.targets, query.split], sort_keys=True)
             if same in seen:
-                raise DataError(f"{item}: repeats line {seen[same]}; remove one of the two")
-            seen[same] = str(number)
+                raise DataError(f"{item}: repeats {seen[same]}; remove one of the two")
+            seen[same] = place
             yield query
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str, Callable[[], dict]]]:
+    """As ``rows`` has it, of a text file."""
+    for number, read in _rows(path):
+        yield f"{path}:{number}", f"line {number}", read
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
