@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.synthreason import table
 from dataset import synthetic
 from dataset.conversation import answer
 from dataset.images import DataError
@@ -330,3 +331,10 @@ def test_data_without_scenes_have_the_whole_image_only(tmp_path):
 def test_a_broken_scene_names_file_and_field(record, message):
     with pytest.raises(DataError, match=f"scenes.json: .*{message}"):
         SceneBaselines.from_record(record, (8, 8), "scenes.json")
+
+
+def test_the_benchmark_states_no_spread_of_one_seed():
+    row = {"method": "lisa", "seed": 0, "free": {"giou": 0.5, "ciou": 0.4}, "teacher_forced": {"giou": 0.6}}
+    row |= {"emission_rate": 1.0, "seconds": 9}
+    assert "±" not in table([row]) and "nan" not in table([row])
+    assert table([row, row | {"seed": 1}]).count("±") == 3
