@@ -31,7 +31,7 @@ def find_file(source: str | Path, name: str) -> Path | None:
         raise FileNotFoundError(f"{source}: {' '.join(str(error).split())}") from None
     if found is None and not Path(source).is_dir() and _is_unknown(str(source), name):
         raise FileNotFoundError(
-            f"{source}: the hub cannot be reached, and its cache has nothing of this model; check the network (and HF_HUB_OFFLINE), "
+            f"{source}: the hub cannot be reached, and its cache has nothing of this model; check the network and HF_HUB_OFFLINE, "
             "or give the path of a folder"
         )
     return Path(found) if found else None
