@@ -184,7 +184,8 @@ class Chat:
         if path.exists() and path.suffix.lower() != ".json":  # a slip of the fingers must not cost a photograph
             raise ValueError(f"{shown(str(path))}: there is another file of this name; give one that ends in .json")
         write_text(path, json.dumps(self.answers, indent=1) + "\n")
-        print(f"{len(self.answers)} answers saved in {shown(str(path))}")
+        number = "1 answer" if len(self.answers) == 1 else f"{len(self.answers)} answers"
+        print(f"{number} saved in {shown(str(path))}")
 
 
 def _path(text: str) -> Path:

@@ -57,8 +57,8 @@ def table(runs: list[dict]) -> str:
 
         def cell(*keys: str, rows: list[dict] = rows) -> str:
             values = [100 * _get(row, *keys) for row in rows]
-            spread = np.std(values, ddof=1) if len(values) > 1 else float("nan")
-            return f"{np.mean(values):6.1f} ± {spread:4.1f}"
+            spread = f" ± {np.std(values, ddof=1):4.1f}" if len(values) > 1 else " " * 7
+            return f"{np.mean(values):6.1f}{spread}"
 
         lines.append(
             f"{method:8} {cell('free', 'giou'):>14} {cell('free', 'ciou'):>14} {cell('teacher_forced', 'giou'):>14} "

@@ -199,7 +199,7 @@ def read_text(path: str | Path) -> str:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise MissingDataError(f"{path}: does not exist; check --dataset_dir and the names of the data sets") from None
+        raise MissingDataError(f"{path}: does not exist; check the path (of a data set: --dataset_dir and its name)") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or _reason(error)}); a text file is expected") from None
     if not raw.strip(b"\0 \r\n\t"):

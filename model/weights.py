@@ -8,6 +8,7 @@ from pathlib import Path
 from pickle import UnpicklingError  # torch.load(weights_only=True) raises it
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ SINGLE = ("model.safetensors", "pytorch_model.bin")
 def find_file(source: str | Path, name: str) -> Path | None:
     """``name`` in a local folder, or in a hub repository (downloaded or cached); None where it is not there.
 
-    Raises FileNotFoundError for a folder that does not exist and for a hub that cannot be asked.
+    Raises FileNotFoundError for a folder that does not exist and for a hub that cannot be asked. A repository that is cached
+    in part is taken to hold no more than that while the hub cannot be asked: one may work offline.
     """
     if looks_like_path(str(source)) and not Path(source).is_dir():
         raise FileNotFoundError(f"{source}: no such folder; --version takes a model folder or a hub name such as owner/name")
@@ -27,7 +29,19 @@ def find_file(source: str | Path, name: str) -> Path | None:
         found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{source}: {' '.join(str(error).split())}") from None
+    if found is None and not Path(source).is_dir() and _is_unknown(str(source), name):
+        raise FileNotFoundError(
+            f"{source}: the hub cannot be reached, and its cache has nothing of this model; check the network and HF_HUB_OFFLINE, "
+            "or give the path of a folder"
+        )
     return Path(found) if found else None
+
+
+def _is_unknown(repository: str, name: str) -> bool:
+    """Whether the cache knows neither any model of ``repository`` nor that it lacks ``name``: then the hub did not answer."""
+    return try_to_load_from_cache(repository, name) is None and not isinstance(
+        try_to_load_from_cache(repository, "config.json"), str
+    )
 
 
 def looks_like_path(source: str) -> bool:

@@ -157,7 +157,7 @@ def test_saving_overwrites_no_picture(photo, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert Path(photo).read_bytes() == before
     assert said.count("error: ") == said.count("give one that ends in .json") == 1
-    assert said.count("1 answers saved") == 2
+    assert said.count("1 answer saved") == 2
 
 
 def test_too_little_memory_is_one_line(photo, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.synthreason import table
 from dataset import synthetic
 from dataset.conversation import answer
 from dataset.images import DataError
@@ -14,7 +15,7 @@ from dataset.reasoning import read_record, record_masks
 from dataset.sample import Conversation, LoaderOptions, Sample
 from model.cores import Generation, Segmentation
 from tests.dataset_toys import LEVELS, ToyProcessor, square, write_image, write_json, write_reason_seg
-from utils import distributed, evaluation
+from utils import distributed, evaluation, evaluation_cli
 from utils.baselines import Guess, SceneBaselines, SceneObject, score_baselines
 from utils.evaluation import evaluate, format_table, write_reports
 
@@ -330,3 +331,15 @@ def test_data_without_scenes_have_the_whole_image_only(tmp_path):
 def test_a_broken_scene_names_file_and_field(record, message):
     with pytest.raises(DataError, match=f"scenes.json: .*{message}"):
         SceneBaselines.from_record(record, (8, 8), "scenes.json")
+
+
+def test_the_benchmark_states_no_spread_of_one_seed():
+    row = {"method": "lisa", "seed": 0, "free": {"giou": 0.5, "ciou": 0.4}, "teacher_forced": {"giou": 0.6}}
+    row |= {"emission_rate": 1.0, "seconds": 9}
+    assert "±" not in table([row]) and "nan" not in table([row])
+    assert table([row, row | {"seed": 1}]).count("±") == 3
+
+
+def test_a_file_to_compare_that_is_not_there_is_not_a_data_set(tmp_path, capsys):
+    assert evaluation_cli.main(["compare", str(tmp_path / "gone.json"), str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'gone.json'}: does not exist; check the path")

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from model import CoresForReasoningSegmentation
 from model.llava import load_llava
 from model.sam import load_sam
+from model.weights import find_file
 from tests.helpers import LEVELS, backbones
 
 
@@ -69,6 +70,29 @@ def test_a_config_that_names_no_architecture_is_of_the_layout_that_its_fields_ar
     config.pop("architectures")
     (folder / "config.json").write_text(json.dumps(config))
     assert load_llava(str(folder)).image_marks is None
+
+
+@pytest.fixture
+def offline_hub(tmp_path, monkeypatch) -> Path:
+    """The empty cache of a hub that does not answer."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_hub_that_cannot_be_asked_is_no_hub_that_lacks_the_file(offline_hub):
+    with pytest.raises(FileNotFoundError, match="owner/name: the hub cannot be reached"):
+        find_file("owner/name", "config.json")
+
+
+def test_what_the_cache_has_of_a_model_is_enough_without_the_hub(offline_hub):
+    snapshot = offline_hub / "models--owner--name" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("c0ffee")
+    assert find_file("owner/name", "config.json") == snapshot / "config.json"
+    assert find_file("owner/name", "cores_processor.json") is None
 
 
 @pytest.mark.parametrize("extra", [["[SEG]"], [f"<extra{i}>" for i in range(5)]])

@@ -352,6 +352,7 @@ def test_parity_refuses_what_is_no_case(tmp_path, capsys):
     assert parity.main([str(tmp_path)]) == 2
     assert "no case here" in capsys.readouterr().err
     assert parity.main([str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'none'}: no such folder\n"
 
 
 def test_clip_towers_are_named_as_this_transformers_does():

@@ -107,7 +107,7 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
 def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s: Settings) -> None:
     """Applies SpeedArguments."""
     attention, reason = choose_attention(s.attn_implementation, DTYPES[s.precision], distributed.device())
-    if distributed.is_main():
+    if s.attn_implementation == "auto" and distributed.is_main():
         print(f"attention: {attention} ({reason})")
     model.reasoning.llava.set_attn_implementation({"": "sdpa", "text_config": attention})
     model.reasoning.sharing = PrefixSharing(s.prefix_sharing, s.pack_tokens)

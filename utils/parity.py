@@ -119,7 +119,7 @@ def compare_case(folder: Path, factor: float = 10.0) -> Table:
     from utils import parity_model, parity_parts
 
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        raise FileNotFoundError("no such folder")
     table = Table(str(folder), factor, read_noise(folder / "noise.json"))
     if (folder / "weights.safetensors").is_file():
         parity_model.compare(folder, table)
