@@ -35,8 +35,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from benchmarks.synthreason import ROOT
-from dataset.conversation import encode_prompt
-from dataset.sample import Conversation, Sample, collate_prompts
+from dataset.conversation import Conversation, encode_prompt
+from dataset.sample import Sample, collate_prompts
 from model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor, Decoding, ReasoningSegmenter
 from model.generation import Context, Scene, speak
 from model.sam import SamDims

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as rle_codec
 
-from dataset.conversation import answer, phrase_question
+from dataset.conversation import Conversation, answer, phrase_question
 from dataset.exclusion import without_excluded
 from dataset.images import (
     DataError,
@@ -31,7 +31,7 @@ from dataset.images import (
     resolve_inside,
 )
 from dataset.index import CocoIndex
-from dataset.sample import Conversation, LoaderOptions, Sample
+from dataset.sample import LoaderOptions, Sample
 
 logger = logging.getLogger(__name__)
 

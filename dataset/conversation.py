@@ -14,12 +14,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from dataset.sample import Conversation
 
 IGNORE_INDEX = -100  # the label that cross-entropy skips
 
@@ -62,6 +58,22 @@ def answer_from_ids(ids: Sequence[int], tokenizer, levels: Sequence[str]) -> Ans
                 answer[-1] += " "
             answer.append(by_id[token])
     return answer
+
+
+@dataclass
+class Conversation:
+    """Questions about one image. The image stands before the first question."""
+
+    turns: list[Turn]
+    """(question, answer) pairs in order; an answer is a list of texts and AnswerTokens."""
+    masks: np.ndarray
+    """bool (K, H, W), original frame: one per group of answer tokens, in their order; (0, H, W) for text only."""
+    ignore: np.ndarray | None = None
+    """bool (H, W): pixels that count neither in the loss nor in the metric."""
+    host_masks: np.ndarray | None = None
+    """bool (K, H, W): the object that holds each target, where the data know it."""
+    is_sentence: bool | None = None
+    """ReasonSeg's long (True) or short (False) query; None where the data do not say."""
 
 
 # ------------------------------------------------------------------------------------------------------------ templates

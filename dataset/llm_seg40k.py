@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dataset.coco import without_missing
-from dataset.conversation import answer, sentence_question
+from dataset.conversation import Conversation, answer, sentence_question
 from dataset.exclusion import without_excluded
 from dataset.images import (
     DataError,
@@ -33,7 +33,7 @@ from dataset.images import (
     require_folder,
     resolve_inside,
 )
-from dataset.sample import Conversation, LoaderOptions, Sample, draw_queries
+from dataset.sample import LoaderOptions, Sample, draw_queries
 
 NAME = "LLM-Seg40K"
 SPLITS = {"val": "validation"}  # what the command line calls them -> their files

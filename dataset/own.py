@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.coco import annotation_mask
-from dataset.conversation import answer, explain_question, phrase_question, sentence_question
+from dataset.conversation import Conversation, answer, explain_question, phrase_question, sentence_question
 from dataset.exclusion import without_excluded
 from dataset.faults import blame
 from dataset.images import (
@@ -52,7 +52,7 @@ from dataset.images import (
 from dataset.own_arrow import PARQUET, Cell, first_pieces, is_saved, picture, saved_sources, stem_of
 from dataset.own_formats import Query, is_coco, read_coco, read_labelme, read_table
 from dataset.reasoning import paint_shapes
-from dataset.sample import Conversation, LoaderOptions, Sample, draw_queries
+from dataset.sample import LoaderOptions, Sample, draw_queries
 
 FOLDER = "own"
 EVERYTHING = "all"  # the split that is all of them

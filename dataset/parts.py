@@ -26,10 +26,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.coco import annotation_mask, usable
-from dataset.conversation import answer, phrase_question
+from dataset.conversation import Conversation, answer, phrase_question
 from dataset.images import DataError, NothingToAsk, check_size, named_inside, read_image, require_folder, resolve_inside
 from dataset.index import CocoIndex
-from dataset.sample import Conversation, LoaderOptions, Sample
+from dataset.sample import LoaderOptions, Sample
 
 
 class Name(NamedTuple):

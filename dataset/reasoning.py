@@ -31,7 +31,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dataset.conversation import answer, explain_question, phrase_question, sentence_question
+from dataset.conversation import Conversation, answer, explain_question, phrase_question, sentence_question
 from dataset.exclusion import without_excluded
 from dataset.faults import blame
 from dataset.images import (
@@ -46,7 +46,7 @@ from dataset.images import (
     read_json,
     require_folder,
 )
-from dataset.sample import Conversation, LoaderOptions, Sample, draw_queries
+from dataset.sample import LoaderOptions, Sample, draw_queries
 
 
 def _kind_of_label(label: str) -> str:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataset.coco import annotation_mask, usable
-from dataset.conversation import answer, phrase_question
+from dataset.conversation import Conversation, answer, phrase_question
 from dataset.images import (
     DataError,
     MissingDataError,
@@ -41,7 +41,7 @@ from dataset.images import (
 )
 from dataset.index import CocoIndex
 from dataset.refs_pickle import read_pickle
-from dataset.sample import Conversation, LoaderOptions, Sample, draw_queries
+from dataset.sample import LoaderOptions, Sample, draw_queries
 
 COCO_IMAGES = "images/mscoco/images/train2014"
 NOTHING = -1  # gRefCOCO's ann_id where a sentence means nothing in the image

@@ -14,28 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dataset.conversation import IGNORE_INDEX, ConversationTemplate, Encoded, Turn, count_groups, encode, encode_prompt
+from dataset.conversation import IGNORE_INDEX, Conversation, ConversationTemplate, Encoded, count_groups, encode, encode_prompt
 from dataset.faults import Faults
 from dataset.images import DataError
 from dataset.proposals import Proposals
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Conversation:
-    """Questions about one image. The image stands before the first question."""
-
-    turns: list[Turn]
-    """(question, answer) pairs in order; an answer is a list of texts and AnswerTokens."""
-    masks: np.ndarray
-    """bool (K, H, W), original frame: one per group of answer tokens, in their order; (0, H, W) for text only."""
-    ignore: np.ndarray | None = None
-    """bool (H, W): pixels that count neither in the loss nor in the metric."""
-    host_masks: np.ndarray | None = None
-    """bool (K, H, W): the object that holds each target, where the data know it."""
-    is_sentence: bool | None = None
-    """ReasonSeg's long (True) or short (False) query; None where the data do not say."""
 
 
 @dataclass

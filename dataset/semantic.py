@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.coco import without_missing
-from dataset.conversation import answer, phrase_question
+from dataset.conversation import Conversation, answer, phrase_question
 from dataset.exclusion import without_excluded
 from dataset.images import (
     IMAGE_SUFFIXES,
@@ -43,7 +43,7 @@ from dataset.images import (
     read_label,
     require_folder,
 )
-from dataset.sample import Conversation, LoaderOptions, Sample
+from dataset.sample import LoaderOptions, Sample
 
 ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.json")
 # The 182 names of COCO-Stuff's label list without its 0; "sky-other" is called "sky" as in LISA, which makes it a class to ask for.

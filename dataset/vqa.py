@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from dataset.coco import usable
-from dataset.conversation import Turn
+from dataset.conversation import Conversation, Turn
 from dataset.images import DataError, named_inside, read_image, require_folder, resolve_inside
 from dataset.index import RecordIndex
-from dataset.sample import Conversation, LoaderOptions, Sample
+from dataset.sample import LoaderOptions, Sample
 
 IMAGE_PLACEHOLDER = "<image>"
 

@@ -26,11 +26,11 @@ import torch
 from PIL import Image
 
 from dataset import exemplars
-from dataset.conversation import Turn, answer_from_ids, answer_text, encode_prompt
+from dataset.conversation import Conversation, Turn, answer_from_ids, answer_text, encode_prompt
 from dataset.drawing import level_colour, overlay
 from dataset.images import DataError, encode_rle, read_image, rgb_array
 from dataset.proposals import Proposals
-from dataset.sample import Conversation, Sample, collate_prompts
+from dataset.sample import Sample, collate_prompts
 from model.cores import CoresForReasoningSegmentation
 from model.generation import Context, Decoding, Generation, Scene, common_prefix, speak
 from model.processor import CoresProcessor

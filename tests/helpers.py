@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dataset.conversation import answer
-from dataset.sample import Conversation, Sample
+from dataset.conversation import Conversation, answer
+from dataset.sample import Sample
 from model.cores import CoresForReasoningSegmentation
 from model.processor import CoresProcessor
 from model.sam import SamDims, build_sam, save_sam

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from transformers import CLIPImageProcessor
 
-from dataset.conversation import IGNORE_INDEX, TEMPLATES, AnswerToken, answer_text, encode
-from dataset.sample import Conversation
+from dataset.conversation import IGNORE_INDEX, TEMPLATES, AnswerToken, Conversation, answer_text, encode
 from model.llava import load_tokenizer
 from model.processor import CoresProcessor
 from tests.dataset_toys import IMAGE, SHARED, metaspace_tokenizer

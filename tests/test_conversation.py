@@ -10,6 +10,7 @@ from dataset.conversation import (
     ONE_LEVEL_WORDINGS,
     TEMPLATES,
     AnswerToken,
+    Conversation,
     answer,
     answer_from_ids,
     answer_text,
@@ -18,7 +19,6 @@ from dataset.conversation import (
     encode_prompt,
     phrase_question,
 )
-from dataset.sample import Conversation
 from tests.dataset_toys import IMAGE, LEVELS, SHARED, metaspace_tokenizer, word_tokenizer
 
 LLAMA = SHARED / "samples" / "tokenizers" / "llama"

@@ -8,11 +8,11 @@ import torch
 
 from benchmarks.synthreason import table
 from dataset import synthetic
-from dataset.conversation import answer
+from dataset.conversation import Conversation, answer
 from dataset.images import DataError
 from dataset.mixture import EvalDataset
 from dataset.reasoning import read_record, record_masks
-from dataset.sample import Conversation, LoaderOptions, Sample
+from dataset.sample import LoaderOptions, Sample
 from model.cores import Generation, Segmentation
 from tests.dataset_toys import LEVELS, ToyProcessor, square, write_image, write_json, write_reason_seg
 from utils import distributed, evaluation, evaluation_cli

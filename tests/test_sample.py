@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.conversation import IGNORE_INDEX, answer
+from dataset.conversation import IGNORE_INDEX, Conversation, answer
 from dataset.images import DataError
-from dataset.sample import Batch, Conversation, LoaderOptions, Sample, collate, collate_prompts
+from dataset.sample import Batch, LoaderOptions, Sample, collate, collate_prompts
 from tests.dataset_toys import LEVELS, ToyProcessor, word_tokenizer
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from dataset.conversation import Conversation
 from dataset.images import DataError, decode_rle, read_json
 from dataset.reasoning import ReasoningSegmentation
-from dataset.sample import Conversation, Sample
+from dataset.sample import Sample
 from utils.metrics import bootstrap, ciou, giou, intersection_and_union, iou
 
 

@@ -23,7 +23,7 @@ from model.cores import CoresForReasoningSegmentation
 from model.lora import add_lora, load_adapter, set_trainable
 from model.processor import CoresProcessor
 from model.sam import mask_prompt, no_mask_prompt, to_original
-from utils.parity import LOSS_TOLERANCE, Table, read_json, read_tensors
+from utils.parity_table import LOSS_TOLERANCE, Table, read_json, read_tensors
 
 GRADIENT_FLOOR = 1e-4  # of the largest norm: what is zero in exact arithmetic is noise of that size
 UNRECORDED_NORM = 2e-5  # noise of gradient norms where noise.json has none, relative: what the recorded ones show

@@ -11,15 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.conversation import AnswerToken, ConversationTemplate, Encoded, encode, encode_text, get_template
+from dataset.conversation import AnswerToken, Conversation, ConversationTemplate, Encoded, encode, encode_text, get_template
 from dataset.reasoning import paint_shapes, read_record
-from dataset.sample import Conversation
 from model.llava import IMAGE_TOKEN, load_tokenizer
 from model.losses import bce_per_mask, dice_per_mask
 from model.published import IMAGE_MARKS, CLIPImageProcessor
 from model.sam import preprocess, resize_longest_side, to_original
 from utils import metrics
-from utils.parity import METRIC_TOLERANCE, Table, read_tensors
+from utils.parity_table import METRIC_TOLERANCE, Table, read_tensors
 
 IMAGE_TEXT = f"{IMAGE_MARKS[0]}{IMAGE_TOKEN}{IMAGE_MARKS[1]}"
 PUBLISHED_IMAGE_TOKENS = 256  # of every image; sequences are cut to model_max_length after that many are added

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from dataset.conversation import Conversation
 from dataset.images import DataError, check_size, decode_rle, list_files, read_json, read_label
-from dataset.sample import Conversation
 from utils.evaluation import Collector, Part, Report, Truth, evenly_spaced, parts_of
 
 LEVEL = "prediction"  # there is one mask per target, and it is the last
