@@ -249,10 +249,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of every answer, the end token included")
     parser.add_argument("--queries", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vocabulary", type=int, default=0, help="words, where more than the tokenizer's")
     parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
     comparison = Comparison(SIZES[args.size], args.tokens, args.queries, args.vocabulary)
     results = {}
     for name in args.only:
