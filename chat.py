@@ -25,11 +25,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from dataset.conversation import TEMPLATES
+from dataset.files import write_text
 from model.pipeline import ReasoningSegmenter, Result, Session, load_image
 from model.precision import ATTENTION, choose_attention, quantization
 from utils import distributed
 from utils.arguments import OneLineParser, UsageError
-from utils.checkpoint import write_text
 
 with contextlib.suppress(ImportError):  # line editing and history of what was typed, where the platform has it
     import readline  # noqa: F401

@@ -35,13 +35,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from benchmarks import published_schedule
+from dataset.files import write_text
 from dataset.sample import Batch
 from model.config import CoresConfig
 from model.cores import CoresForReasoningSegmentation
 from model.lora import add_lora, set_trainable
 from model.reasoning_chain import enable_checkpointing
 from model.sam import PRESETS, SamDims, resized_size
-from utils.checkpoint import write_text
 from utils.sam_cache import SamCache
 
 VOCABULARY, IMAGE_ID, LEVEL_IDS = 32_003, 32_000, [32_001, 32_002]

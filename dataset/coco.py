@@ -23,10 +23,9 @@ from dataset.exclusion import without_excluded
 from dataset.images import (
     DataError,
     MissingDataError,
-    check_size,
     decode_rle,
     named_inside,
-    read_image,
+    read_claimed,
     require_folder,
     resolve_inside,
 )
@@ -149,10 +148,8 @@ class CocoInstances:
         position = int(self.positions[index])
         record = self.index.image(position)
         path = resolve_inside(self.folder, record["file_name"])
-        claimed = record["height"], record["width"]
-        image = read_image(path, claimed)
+        image = read_claimed(path, record, self.source.name)
         size = image.shape[:2]
-        check_size(claimed, size, path, f"the size in {self.source.name}")
         by_category: dict[int, list[dict]] = defaultdict(list)
         for entry in self.index.annotations(position):
             by_category[entry["category_id"]].append(entry)

@@ -60,6 +60,11 @@ def answer_from_ids(ids: Sequence[int], tokenizer, levels: Sequence[str]) -> Ans
     return answer
 
 
+def text_from_ids(ids: Sequence[int], tokenizer, levels: Sequence[str]) -> str:
+    """Generated ids (L,) as people read them."""
+    return answer_text(answer_from_ids(ids, tokenizer, levels)).strip()
+
+
 @dataclass
 class Conversation:
     """Questions about one image. The image stands before the first question."""

@@ -232,6 +232,14 @@ def check_size(found: tuple[int, ...], image: tuple[int, ...], path: str | Path,
         raise DataError(f"{path}: {what} is {found_size} (height × width) but its image is {image_size}")
 
 
+def read_claimed(path: str | Path, entry: dict, source: object) -> np.ndarray:
+    """``read_image`` for an entry of ``source``. Raises DataError unless the picture has the entry's height and width."""
+    size = entry["height"], entry["width"]
+    image = read_image(path, size)
+    check_size(size, image.shape, path, f"the size in {source}")
+    return image
+
+
 def _run_total(text: str) -> int:
     """The number of pixels that compressed run lengths cover. Raises ValueError for a text that is none.
 

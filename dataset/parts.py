@@ -27,7 +27,7 @@ import numpy as np
 
 from dataset.coco import annotation_mask, usable
 from dataset.conversation import Conversation, answer, phrase_question
-from dataset.images import DataError, NothingToAsk, check_size, named_inside, read_image, require_folder, resolve_inside
+from dataset.images import DataError, NothingToAsk, named_inside, read_claimed, require_folder, resolve_inside
 from dataset.index import CocoIndex
 from dataset.sample import LoaderOptions, Sample
 
@@ -148,10 +148,8 @@ class PartSegmentation:
         position = int(self.positions[index])
         record = self.index.image(position)
         path = self._inside(self._file(record["file_name"]))
-        claimed = record["height"], record["width"]
-        image = read_image(path, claimed)
+        image = read_claimed(path, record, self.source)
         size = image.shape[:2]
-        check_size(claimed, size, path, f"the size in {self.source}")
         by_category: dict[int, list[dict]] = defaultdict(list)
         for entry in self.index.annotations(position):
             by_category[entry["category_id"]].append(entry)

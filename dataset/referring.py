@@ -33,8 +33,7 @@ from dataset.images import (
     DataError,
     MissingDataError,
     PackedRecords,
-    check_size,
-    read_image,
+    read_claimed,
     read_json,
     require_folder,
     resolve_inside,
@@ -197,10 +196,8 @@ class ReferringSegmentation:
         position, references = self.records[index]
         entry = self.index.image(position)
         path = resolve_inside(self.folder, entry["file_name"])
-        claimed = entry["height"], entry["width"]
-        image = read_image(path, claimed)
+        image = read_claimed(path, entry, self.source)
         size = image.shape[:2]
-        check_size(claimed, size, path, f"the size in {self.source}")
         chosen = self._choose(references, rng)
         masks = {number: self._mask(references[number][0], size) for number, _ in chosen}
         conversations = [self._conversation(text, masks[number], rng) for number, text in chosen]

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from dataset.files import sync
 from dataset.images import DataError, MissingDataError, PackedRecords
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class StoreWriter:
 
     def finish(self, name: str, verify: bool = True) -> None:
         """Closes the file ``name`` for good. ``verify``: its checksum is compared whenever the store is opened."""
-        _sync(self.folder / name)
+        sync(self.folder / name)
         self.sizes[name] = (self.folder / name).stat().st_size
         if verify:
             self.checksums[name] = _checksum(self.folder / name)
@@ -72,8 +73,8 @@ class StoreWriter:
         """The header comes last: a folder without it is not a store."""
         header = json.dumps({"format": FORMAT, "source": digest, "sizes": self.sizes, "checksums": self.checksums})
         (self.folder / HEADER).write_text(f"{header}\n{zlib.crc32(header.encode())}\n", encoding="utf-8")
-        _sync(self.folder / HEADER)
-        _sync(self.folder)
+        sync(self.folder / HEADER)
+        sync(self.folder)
 
 
 class RecordsWriter:
@@ -200,7 +201,7 @@ def _build(source: Path, folder: Path, digest: str, build: Build, signature: Sig
             raise DataError(f"{source}: changed while its index was built; start again when it is complete")
         shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would be in use
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         if isinstance(error, DataError):
             raise
@@ -302,12 +303,3 @@ def _checksum(path: Path) -> int:
         while chunk := stream.read(CHUNK):
             value = zlib.crc32(chunk, value)
     return value
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from dataset import exemplars
-from dataset.conversation import Conversation, Turn, answer_from_ids, answer_text, encode_prompt
+from dataset.conversation import Conversation, Turn, answer_from_ids, encode_prompt, text_from_ids
 from dataset.drawing import level_colour, overlay
 from dataset.images import DataError, encode_rle, read_image, rgb_array
 from dataset.proposals import Proposals
@@ -359,7 +359,7 @@ class ReasoningSegmenter:
 
     def text(self, ids: Sequence[int]) -> str:
         """Generated ids as people read them."""
-        return answer_text(answer_from_ids(ids, self.processor.tokenizer, self.processor.levels)).strip()
+        return text_from_ids(ids, self.processor.tokenizer, self.processor.levels)
 
 
 class Session:

@@ -83,7 +83,7 @@ def test_ranks_are_disjoint_and_leave_nothing_out(steps, batch, world, rest, don
 
 def test_conversations_of_an_image_share_it(data, monkeypatch):
     read = []
-    monkeypatch.setattr(coco, "read_image", lambda path, size, real=coco.read_image: read.append(path) or real(path, size))
+    monkeypatch.setattr(coco, "read_claimed", lambda path, *entry, real=coco.read_claimed: read.append(path) or real(path, *entry))
     mixture = TrainMixture(data, "coco", [1], LEVELS, 2)
     samples = [mixture[0], mixture[1]]
     assert [len(sample.conversations) for sample in samples] == [3, 3] and len(read) == 2

@@ -25,9 +25,10 @@ from pycocotools import mask as rle_codec
 from segment_anything import SamPredictor
 from tqdm import tqdm
 
+from dataset.files import write_text
 from dataset.images import DataError, check_size, read_image, read_json, require_folder, resolve_inside
 from model.sam import load_sam
-from utils import checkpoint, distributed
+from utils import distributed
 from utils.arguments import OneLineParser, UsageError
 
 BOXES_AT_A_TIME = 32  # masks at full resolution are what takes the memory
@@ -124,7 +125,7 @@ def convert(annotations: Path, images: Path, vision_pretrained: Path, out: Path)
             entry["segmentation"] = masks[str(entry["id"])]
             entry["area"] = int(rle_codec.area(entry["segmentation"]))
     # images that are not there keep their boxes; whoever reads the file leaves them out
-    checkpoint.write_text(out, json.dumps(content))
+    write_text(out, json.dumps(content))
     out.with_name(f"{out.name}.partial.jsonl").unlink()
     return sum(map(len, found.values()))
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
 import zipfile
 import zlib
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataset.files import sync, write_text
 from model.lora import our_name
 from model.weights import SINGLE, read_all, read_file
 from utils import distributed, reshard
@@ -36,21 +36,6 @@ PROGRESS = "progress.json"
 FILES = "files.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomic and durable: the file holds either the old or the new text. Raises OSError naming it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except OSError as error:  # of a full disk, which knows no names
-        partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def require_writable(run: Path) -> None:
@@ -118,7 +103,7 @@ def _replace(folder: Path, partial: Path) -> None:
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -403,13 +388,5 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _sync_all(folder: Path) -> None:
     """Files before the folders that name them."""
     for path in sorted(folder.rglob("*"), key=Path.is_dir):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(folder)

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
+from dataset.files import write_text
 from dataset.mixture import TrainMixture
 from dataset.sample import Batch, collate
 from model.cores import CoresForReasoningSegmentation
@@ -441,7 +442,7 @@ class RunLog:
         with self._one_line():
             if self.path.is_file():
                 kept = [row for row in read_log(self.path) if row["step"] <= done.get(row["kind"], 0)]
-                checkpoint.write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+                write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self.stream = self.path.open("a", encoding="utf-8")
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done["train"] + 1)
 

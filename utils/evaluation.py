@@ -28,14 +28,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset.conversation import answer_from_ids, answer_text
+from dataset.conversation import text_from_ids
 from dataset.drawing import printable
+from dataset.files import write_text
 from dataset.proposals import ProposalSource
 from dataset.sample import Batch, Sample, collate, collate_prompts
 from model.cores import Generation, Segmentation
 from utils import distributed
 from utils.baselines import score_baselines
-from utils.checkpoint import write_text
 from utils.gallery import Gallery, Order, Picture
 from utils.metrics import TargetScore, breakdown, score_target, summarise
 from utils.oracle import score_oracles
@@ -284,7 +284,7 @@ class _Runner:
         """What the model said, spaced as people read it; nothing in a teacher-forced pass."""
         if not isinstance(answer, Generation):
             return ""
-        return answer_text(answer_from_ids(answer.token_ids, self.processor.tokenizer, self.processor.levels)).strip()
+        return text_from_ids(answer.token_ids, self.processor.tokenizer, self.processor.levels)
 
 
 def _truth(sample: Sample, conversation: int, batch: Batch, row: int) -> Truth:

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
+from dataset.files import write_text
 from dataset.images import DataError
 from dataset.mixture import EvalDataset
 from utils import distributed
 from utils.arguments import OneLineParser, Settings, UsageError, parse, read_resumed
-from utils.checkpoint import write_text
 from utils.compare import compare, read_targets
 from utils.evaluation import MODES, Report, evaluate, write_reports
 from utils.predictions import Predictions, score_predictions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -13,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
+from dataset.files import write_text
 from dataset.generate.client import Abort, ChatError, NotAsked
 
 Item = TypeVar("Item")
@@ -78,19 +78,8 @@ def run_all(
     return outcome
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes ``text`` so that a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
-
-
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    write_whole(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
 def tally(reasons: Iterable[str]) -> dict[str, int]:
