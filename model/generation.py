@@ -19,6 +19,7 @@ from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper
 
 from dataset.proposals import Proposals
 from dataset.sample import Batch
+from model.drafts import draft
 from model.llm_seg import required, united
 from model.reasoning_chain import ReasoningChain
 from model.sam import position_encoding, to_original, valid_cells
@@ -62,12 +63,16 @@ class Decoding:
     """Above 0; only with ``do_sample``."""
     top_p: float = 1.0
     """Draw from the likeliest tokens that together have this probability; only with ``do_sample``."""
+    prompt_lookup_num_tokens: int = 8
+    """The most tokens of a draft (model/drafts.py), read at once and kept as far as they are what is chosen; 0: no drafts."""
     logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
     """transformers' processors: (ids said so far (N, M), logits (N, V)) -> logits (N, V)."""
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.prompt_lookup_num_tokens < 0:
+            raise ValueError(f"prompt_lookup_num_tokens is {self.prompt_lookup_num_tokens}; give 0 (no drafts) or more")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0 (do_sample=False takes the likeliest token)")
         if not 0 < self.top_p <= 1:
@@ -148,6 +153,11 @@ class Context:
         self.mask = everything
         return hidden
 
+    @property
+    def length(self) -> int:
+        """Positions read so far, padding included."""
+        return 0 if self.mask is None else self.mask.shape[1]
+
     def select(self, rows: Tensor) -> None:
         """Row n becomes a copy of what is now row ``rows[n]``, int64 (N,)."""
         self.cache.batch_select_indices(rows)
@@ -171,9 +181,8 @@ def read_prompts(reasoning: ReasoningChain, batch: Batch, features: Tensor) -> t
     images, image_of_row = batch.image_index.unique(return_inverse=True)
     if len(images) == len(embeddings):
         return context, context.read(embeddings, batch.attention_mask)[:, -1]
-    width = batch.input_ids.shape[1]
-    starts = (width - batch.attention_mask.sum(1)).tolist()
-    prompts = [row[start:] for row, start in zip(batch.input_ids.tolist(), starts, strict=True)]
+    prompts, width = prompts_of(batch), batch.input_ids.shape[1]
+    starts = [width - len(prompt) for prompt in prompts]
     index = image_of_row.tolist()
     firsts = [index.index(image) for image in range(len(images))]
     # never a whole prompt: each still has its last token to read
@@ -186,6 +195,12 @@ def read_prompts(reasoning: ReasoningChain, batch: Batch, features: Tensor) -> t
     return context, context.read(embeddings[:, start:], rest.long())[:, -1]
 
 
+def prompts_of(batch: Batch) -> list[list[int]]:
+    """N × token ids without the padding on their left."""
+    lengths = batch.attention_mask.sum(1).tolist()
+    return [row[len(row) - length :] for row, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many ids the two begin with in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -194,31 +209,52 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 # ------------------------------------------------------------------------------------------------------------- speaking
 
 
-def speak(context: Context, hidden: Tensor, end: int, decoding: Decoding) -> Iterator[tuple[Tensor, Tensor]]:
-    """Goes on from the last hidden states (N, d) of what was read, one token per row and step.
+def speak(
+    context: Context, hidden: Tensor, end: int, decoding: Decoding, read: Sequence[Sequence[int]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Goes on from the last hidden states (N, d) of what was ``read``, N × token ids.
 
     Yields the tokens int64 (N,), ``end`` for a row that has ended, and the states (N, d) that predicted them. Each token
-    is read before the next one is chosen, the last one never.
+    is read before the next one is chosen, the last one never. Tokens of a draft are read ahead; whoever reads on after stopping
+    in the middle has to ``keep`` what was said.
     """
     llava = context.reasoning.llava
     embed = llava.get_input_embeddings()
+    known = [list(ids) for ids in read]
     said = torch.zeros((len(hidden), 0), dtype=torch.int64, device=hidden.device)
     ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-    one = torch.ones((len(hidden), 1), dtype=torch.int64, device=hidden.device)
+    drafted, states = said, hidden[:, None]
     while True:
-        token = decoding.choose(said, llava.lm_head(hidden)).masked_fill(ended, end)
-        yield token, hidden
-        said, ended = torch.cat([said, token[:, None]], dim=1), ended | (token == end)
-        if said.shape[1] == decoding.max_new_tokens or ended.all():
-            return
-        hidden = context.read(embed(token)[:, None], one)[:, -1]
+        logits = llava.lm_head(states)
+        for place in range(states.shape[1]):
+            token = decoding.choose(said, logits[:, place]).masked_fill(ended, end)
+            yield token, states[:, place]
+            said, ended = torch.cat([said, token[:, None]], dim=1), ended | (token == end)
+            for ids, chosen in zip(known, token.tolist(), strict=True):
+                ids.append(chosen)
+            if said.shape[1] == decoding.max_new_tokens or ended.all():
+                return
+            if place < drafted.shape[1] and ((token != drafted[:, place]) & ~ended).any():
+                break
+        context.keep(context.length - drafted.shape[1] + place)
+        room = min(decoding.prompt_lookup_num_tokens, decoding.max_new_tokens - said.shape[1] - 1)
+        drafted = _drafts(known, ended.tolist(), room, end).to(token.device)
+        tokens = torch.cat([token[:, None], drafted], dim=1)
+        states = context.read(embed(tokens), torch.ones_like(tokens))
+
+
+def _drafts(known: list[list[int]], ended: list[bool], count: int, end: int) -> Tensor:
+    """int64 (N, n): a draft for every row, as long as the shortest of the rows that have not ended; n ≤ ``count``."""
+    guesses = [[end] * count if over else draft(ids, count, end) for ids, over in zip(known, ended, strict=True)]
+    shortest = min(map(len, guesses))
+    return torch.tensor([guess[:shortest] for guess in guesses], dtype=torch.int64)
 
 
 def generate(model: CoresForReasoningSegmentation, batch: Batch, tokenizer, decoding: Decoding) -> list[Generation]:
     """See CoresForReasoningSegmentation.generate."""
     scene = Scene.of(model, batch)
     context, hidden = read_prompts(model.reasoning, batch, scene.features)
-    steps = list(speak(context, hidden, tokenizer.eos_token_id, decoding))
+    steps = list(speak(context, hidden, tokenizer.eos_token_id, decoding, prompts_of(batch)))
     del context  # keys and values make room for SAM
     ids, states = (torch.stack(part, dim=1) for part in zip(*steps, strict=True))
     spoken = [_before(row, tokenizer.eos_token_id) for row in ids.tolist()]

@@ -461,7 +461,7 @@ class Session:
         said: list[int] = []
         states = [hidden[:0]]
         shown, finished = "", False
-        for token, state in speak(self._context, hidden, end, segmenter.decoding):
+        for token, state in speak(self._context, hidden, end, segmenter.decoding, [ids]):
             self._read = ids + said  # every token is read before the next one is chosen
             finished = int(token) == end
             if finished:

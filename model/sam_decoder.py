@@ -36,8 +36,8 @@ def _layer(layer: TwoWayAttentionBlock, queries: Tensor, places: Tensor, tokens:
     queries = layer.norm1(queries)
     queries = layer.norm2(queries + _tokens_to_places(layer.cross_attn_token_to_image, queries + tokens, places, position))
     queries = layer.norm3(queries + layer.mlp(queries))
-    update = _places_to_tokens(layer.cross_attn_image_to_token, places, position, queries + tokens, queries)
-    return queries, layer.norm4(places + update)
+    places = _places_to_tokens(layer.cross_attn_image_to_token, places, position, queries + tokens, queries)
+    return queries, layer.norm4(places)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
@@ -53,8 +53,8 @@ def _per_head(linear: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
 def _scores(folded: Tensor, constant: Tensor, places: Tensor, position: Tensor, heads: int) -> Tensor:
     """folded (K, h, n, C) with every place and its position, plus constant (K, h, n) -> (K, h, n, P)."""
     rows = folded.flatten(1, 2)
-    scores = rows @ places.transpose(1, 2) + (rows @ position.T + constant.flatten(1)[..., None])
-    return scores.unflatten(1, (heads, -1))
+    of_position = rows @ position.T + constant.flatten(1)[..., None]
+    return torch.baddbmm(of_position, rows, places.transpose(1, 2)).unflatten(1, (heads, -1))
 
 
 def _tokens_to_places(attention: Attention, tokens: Tensor, places: Tensor, position: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _tokens_to_places(attention: Attention, tokens: Tensor, places: Tensor, posi
 
 
 def _places_to_tokens(attention: Attention, places: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """What the places (K, P, C) read from the tokens (K, n, C), whose keys have positions: (K, P, C)."""
+    """The places (K, P, C) plus what they read from the tokens (K, n, C), whose keys have positions: (K, P, C)."""
     heads = attention.num_heads
     k, v = _split(attention.k_proj(keys), heads), _split(attention.v_proj(values), heads)
     k = k * k.shape[-1] ** -0.5
@@ -82,8 +82,9 @@ def _places_to_tokens(attention: Attention, places: Tensor, position: Tensor, ke
     constant = torch.einsum("khnd,hd->khn", k, query_bias)
     weights = _scores(folded, constant, places, position, heads).softmax(dim=2)
     out = attention.out_proj.weight.unflatten(1, (heads, -1))  # (C, h, d)
-    written = torch.einsum("khnd,chd->khnc", v, out)
-    return weights.flatten(1, 2).transpose(1, 2) @ written.flatten(1, 2) + attention.out_proj.bias
+    # the weights of a head sum to 1 over the tokens: the bias goes in with them, not once more over all places
+    written = torch.einsum("khnd,chd->khnc", v, out) + attention.out_proj.bias / heads
+    return torch.baddbmm(places, weights.flatten(1, 2).transpose(1, 2), written.flatten(1, 2))
 
 
 def upscale(decoder: MaskDecoder, places: Tensor, weights: Tensor) -> Tensor:

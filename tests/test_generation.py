@@ -5,7 +5,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from dataset.sample import collate, collate_prompts
-from model.generation import Decoding, complete_groups, read_prompts, speak
+from model.drafts import draft
+from model.generation import Context, Decoding, complete_groups, prompts_of, read_prompts, speak
 from tests.helpers import LEVELS, TEMPLATE, conversation, randomise, sample, tiny_model
 
 
@@ -93,7 +94,7 @@ def spoken(model, prompts, processor, **options):
     """(ids (N, M), states (N, M, d)) of free answers, before any mask is made."""
     features = model.reasoning.image_features(prompts.clip_pixels)
     context, hidden = read_prompts(model.reasoning, prompts, features)
-    steps = speak(context, hidden, processor.tokenizer.eos_token_id, Decoding.of(**options))
+    steps = speak(context, hidden, processor.tokenizer.eos_token_id, Decoding.of(**options), prompts_of(prompts))
     ids, states = zip(*steps, strict=True)
     return torch.stack(ids, 1), torch.stack(states, 1)
 
@@ -145,7 +146,7 @@ def test_vision_runs_once_and_steps_are_short(scene):
         for part, seen in ((llava.vision_tower, vision), (llava.language_model, language))
     ]
     try:
-        model.generate(prompts, processor.tokenizer, logits_processor=say(processor, answers))
+        model.generate(prompts, processor.tokenizer, logits_processor=say(processor, answers), prompt_lookup_num_tokens=0)
     finally:
         for handle in handles:
             handle.remove()
@@ -155,6 +156,86 @@ def test_vision_runs_once_and_steps_are_short(scene):
     assert [shape[0] for shape in language] == [2, 3] + [3] * steps
     assert [shape[1] for shape in language[2:]] == [1] * steps
     assert shared > 4 and shared + rest == prompts.input_ids.shape[1], "the picture is in the shared part"
+
+
+def passes_of(model, run):
+    """(what ``run()`` returns, how many positions each pass of the language model read)."""
+    lengths = []
+    language = model.reasoning.llava.model.language_model
+    handle = language.register_forward_hook(lambda module, args, output: lengths.append(output.last_hidden_state.shape[1]))
+    try:
+        return run(), lengths
+    finally:
+        handle.remove()
+
+
+# An answer that repeats its question; one that leaves it after five words; one of a row that ends before the others; one that
+# repeats itself and hits the limit of 12 in a draft.
+WORDS = [[[5, 6, 7, 8, 9, 10, 11]], [[5, 6, 7, 8, 9, 20, 21, 22]], [[5, 6], [5, 6, 7, 8, 9, 10, 11]], [[30, 31] * 10]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("answers", WORDS)
+@pytest.mark.parametrize("known", [[5, 6, 7, 8, 9, 10, 11], [6, 7, 5, 6, 20]])
+def test_drafts_change_nothing_but_the_number_of_passes(scene, answers, known):
+    """Tokens, states and what the context keeps, with drafts that are right, right at first, and wrong."""
+    model, processor, _ = scene
+    reasoning, end = model.reasoning, processor.tokenizer.eos_token_id
+    ids = torch.tensor([[1, *known, 2]] * len(answers))
+    found = {}
+    for count in (0, 1, 4, 8):
+        decoding = Decoding(12, prompt_lookup_num_tokens=count, logits_processor=(Say(answers, end),))
+        context = Context(reasoning)
+        hidden = context.read(reasoning.llava.get_input_embeddings()(ids), torch.ones_like(ids))[:, -1]
+        steps, lengths = passes_of(model, lambda c=context, h=hidden, d=decoding: list(speak(c, h, end, d, ids.tolist())))
+        tokens, states = (torch.stack(part, dim=1) for part in zip(*steps, strict=True))
+        keys = [layer.keys[:, :, : ids.shape[1] + tokens.shape[1] - 1] for layer in context.cache.layers]
+        found[count] = tokens, states, torch.stack(keys), len(lengths)
+    tokens, states, keys, passes = found[0]
+    assert passes == tokens.shape[1] - 1
+    for count, (ids_, states_, keys_, passes_) in found.items():
+        assert torch.equal(ids_, tokens), count
+        for row, answer in enumerate(answers):  # what a row reads after its end is nothing
+            own = slice(len(answer) + 1)
+            assert torch.allclose(states_[row, own], states[row, own], atol=1e-5)
+            own = slice(ids.shape[1] + len(answer))
+            assert torch.allclose(keys_[:, row, :, own], keys[:, row, :, own], atol=1e-5)
+        assert passes_ <= passes
+    if known[:2] == [5, 6] and len(answers) == 1 and answers[0][-1] == 11:
+        assert found[8][3] == 3, "5, then 6, then 7 and all the rest"
+
+
+def test_sampling_with_drafts_draws_the_same(scene):
+    model, processor, _ = scene
+    prompts, _, _ = prompts_and_answers(scene)
+    drawn = []
+    for count in (0, 8):
+        torch.manual_seed(0)
+        run = lambda n=count: model.generate(  # noqa: E731
+            prompts, processor.tokenizer, max_new_tokens=24, do_sample=True, temperature=0.3, prompt_lookup_num_tokens=n
+        )
+        drawn.append(passes_of(model, run))
+    assert [r.token_ids for r in drawn[0][0]] == [r.token_ids for r in drawn[1][0]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([0, 1, 2, 3, 4, 0, 1, 2], [3, 4, 0]),  # what followed 0 1 2
+        ([0, 1, 2, 3, 0, 1, 2, 4, 0, 1, 2], [4, 0, 1]),  # the last time
+        ([7, 0, 1, 2, 3, 0, 1, 2, 4, 7, 0, 1, 2], [3, 0, 1]),  # 7 0 1 2 says more than 0 1 2
+        ([1, 2, 3, 1, 2], []),  # two ids say too little
+        ([1, 2, 3, 4], []),
+        ([0, 1, 2, 9, 3, 0, 1, 2], []),  # 9 is the end
+        ([0, 1, 2, 3, 9, 0, 1, 2], [3]),
+        ([4, 4, 4, 4], [4]),
+        ([1], []),
+        ([], []),
+    ],
+)
+def test_a_draft_is_what_followed_before(ids, expected):
+    assert draft(ids, 3, end=9) == expected
+    assert draft(ids, 0, end=9) == []
 
 
 def test_masks_need_one_pass_of_sam(scene):
@@ -223,6 +304,7 @@ def test_what_would_mix_up_states_is_refused(scene):
         ({"temperature": 0.0}, "temperature is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompt_lookup_num_tokens": -1}, "prompt_lookup_num_tokens is -1"),
     ):
         with pytest.raises(ValueError, match=words):
             model.generate(prompts, processor.tokenizer, **options)

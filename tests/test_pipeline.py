@@ -4,6 +4,7 @@ import io
 import json
 import tracemalloc
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,14 +210,17 @@ def test_undo_and_reset(random_segmenter):
     assert [session.undo(), session.undo()] == ["where is the dog?", None]
 
 
-def test_an_interrupted_answer_changes_nothing(random_segmenter):
+@pytest.mark.parametrize(("drafted", "passes"), [(0, (0, 1, 3)), (8, (0, 1))])  # with drafts this answer takes two passes
+def test_an_interrupted_answer_changes_nothing(random_segmenter, monkeypatch, drafted, passes):
+    decoding = replace(random_segmenter.decoding, prompt_lookup_num_tokens=drafted)
+    monkeypatch.setattr(random_segmenter, "decoding", decoding)
     session = random_segmenter.open(picture())
     session.ask("where is the dog?")
     turns = list(session.turns)
     expected = session.ask("a b c")
     session.undo()
     layer = random_segmenter.model.reasoning.llava.model.language_model.layers[1]
-    for calls in (0, 1, 3):  # the first layer has read what the second has not
+    for calls in passes:  # the first layer has read what the second has not
         left = calls
 
         def stop(*_):
