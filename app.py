@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from chat import add_model_flags, load
+from chat import add_model_flags, load, remarks
 from dataset import synthetic
 from dataset.drawing import fit, level_colour, overlay
 from dataset.images import DataError, read_image, read_json
@@ -191,7 +191,7 @@ class Talk:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        return [message for result in self.results for message in _turn(result.question, result.text or "(no words)")]
+        return [message for result in self.results for message in _turn(result.question, _answer(result))]
 
 
 class Page:
@@ -347,6 +347,11 @@ class Page:
 def _turn(question: str, said: str) -> list[dict[str, str]]:
     """Two messages of the conversation, escaped: gradio takes them for HTML."""
     return [{"role": "user", "content": escape(question)}, {"role": "assistant", "content": escape(said)}]
+
+
+def _answer(result: Result) -> str:
+    """The words of an answer, and below them what is to be said about it."""
+    return "\n".join([*filter(None, [result.text]), *(f"({remark})" for remark in remarks(result))])
 
 
 def _public(error: Exception, path: str = "") -> str:

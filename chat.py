@@ -207,14 +207,23 @@ def shown(text: str) -> str:
     return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
+def remarks(result: Result) -> list[str]:
+    """What people need to know about an answer besides its words, one short sentence each; the page says them, too."""
+    found = []
+    if result.forgotten_turns:
+        which = "question was" if result.forgotten_turns == 1 else f"{result.forgotten_turns} questions were"
+        found.append(f"the oldest {which} forgotten to make room")
+    if not result.text:
+        found.append("no words; this question is not remembered")
+    if not result.finished:
+        found.append("cut at --max_new_tokens")
+    return found
+
+
 def print_answer(result: Result, report: dict[str, Any]) -> None:
     """What is to be said besides the text."""
-    if result.forgotten_turns:
-        print(f"  (the oldest {result.forgotten_turns} questions were forgotten to make room)")
-    if not result.text:
-        print("  (no words; this question is not remembered)")
-    if not result.finished:
-        print("  (cut at --max_new_tokens)")
+    for remark in remarks(result):
+        print(f"  ({remark})")
     if not result.masks:
         print("  no mask in this answer")
     for found, row in zip(result.masks, report["masks"], strict=True):
