@@ -29,7 +29,7 @@ from dataset.drawing import fit, level_colour, overlay
 from dataset.images import DataError, read_image, read_json
 from model.pipeline import ReasoningSegmenter, Result, Session
 from utils import distributed
-from utils.arguments import OneLineParser, UsageError
+from utils.arguments import OneLineParser, UsageError, one_line
 from utils.gallery import jpeg
 from utils.html import Markup, join, picture, tag
 
@@ -356,7 +356,7 @@ def _answer(result: Result) -> str:
 
 def _public(error: Exception, path: str = "") -> str:
     """One line that does not tell where files of this machine lie."""
-    message = " ".join(str(error).split())
+    message = one_line(error)
     return message.replace(str(Path(path).parent) + os.sep, "") if path else message
 
 
@@ -398,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="cores-app-") as folder:
             serve(args, Path(folder))
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

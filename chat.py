@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import sys
-import unicodedata
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from dataset.files import write_text
 from model.pipeline import ReasoningSegmenter, Result, Session, load_image
 from model.precision import ATTENTION, choose_attention, quantization
 from utils import distributed
-from utils.arguments import OneLineParser, UsageError
+from utils.arguments import OneLineParser, UsageError, one_line, shown
 
 with contextlib.suppress(ImportError):  # line editing and history of what was typed, where the platform has it
     import readline  # noqa: F401
@@ -202,11 +201,6 @@ def _is_file(text: str) -> bool:
     return False
 
 
-def shown(text: str) -> str:
-    """``text`` without what would steer the terminal."""
-    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
-
-
 def remarks(result: Result) -> list[str]:
     """What people need to know about an answer besides its words, one short sentence each; the page says them, too."""
     found = []
@@ -273,10 +267,6 @@ def _step(chat: Chat, line: str | None) -> bool:
     except MISTAKES as error:
         print(f"error: {one_line(error)}")
         return True
-
-
-def one_line(error: Exception) -> str:
-    return shown(" ".join(str(error).split())) or type(error).__name__
 
 
 def main(argv: list[str] | None = None) -> int:
