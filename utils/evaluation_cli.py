@@ -24,9 +24,10 @@ from dataset.mixture import EvalDataset
 from utils import distributed
 from utils.arguments import OneLineParser, Settings, UsageError, one_line, parse, read_resumed
 from utils.compare import compare, read_targets
-from utils.evaluation import MODES, Report, evaluate, write_reports
+from utils.evaluation import MODES, evaluate, write_reports
 from utils.predictions import Predictions, score_predictions
 from utils.report import comparison_page
+from utils.results import Report
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 

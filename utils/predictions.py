@@ -26,7 +26,8 @@ import torch
 
 from dataset.conversation import Conversation
 from dataset.images import DataError, check_size, decode_rle, list_files, read_json, read_label
-from utils.evaluation import Collector, Part, Report, Truth, evenly_spaced, parts_of
+from utils.evaluation import Collector, Part, Truth, evenly_spaced, parts_of
+from utils.results import Report
 
 LEVEL = "prediction"  # there is one mask per target, and it is the last
 
