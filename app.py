@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from chat import add_model_flags, load
+from chat import add_model_flags, load, remarks
 from dataset import synthetic
 from dataset.drawing import fit, level_colour, overlay
 from dataset.images import DataError, read_image, read_json
 from model.pipeline import ReasoningSegmenter, Result, Session
 from utils import distributed
-from utils.arguments import OneLineParser, UsageError
+from utils.arguments import OneLineParser, UsageError, one_line
 from utils.gallery import jpeg
 from utils.html import Markup, join, picture, tag
 
@@ -191,7 +191,7 @@ class Talk:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        return [message for result in self.results for message in _turn(result.question, result.text or "(no words)")]
+        return [message for result in self.results for message in _turn(result.question, _answer(result))]
 
 
 class Page:
@@ -349,9 +349,14 @@ def _turn(question: str, said: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": escape(question)}, {"role": "assistant", "content": escape(said)}]
 
 
+def _answer(result: Result) -> str:
+    """The words of an answer, and below them what is to be said about it."""
+    return "\n".join([*filter(None, [result.text]), *(f"({remark})" for remark in remarks(result))])
+
+
 def _public(error: Exception, path: str = "") -> str:
     """One line that does not tell where files of this machine lie."""
-    message = " ".join(str(error).split())
+    message = one_line(error)
     return message.replace(str(Path(path).parent) + os.sep, "") if path else message
 
 
@@ -393,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="cores-app-") as folder:
             serve(args, Path(folder))
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

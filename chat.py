@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import sys
-import unicodedata
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from dataset.files import write_text
 from model.pipeline import ReasoningSegmenter, Result, Session, load_image
 from model.precision import ATTENTION, choose_attention, quantization
 from utils import distributed
-from utils.arguments import OneLineParser, UsageError
+from utils.arguments import OneLineParser, UsageError, one_line, shown
 
 with contextlib.suppress(ImportError):  # line editing and history of what was typed, where the platform has it
     import readline  # noqa: F401
@@ -202,19 +201,23 @@ def _is_file(text: str) -> bool:
     return False
 
 
-def shown(text: str) -> str:
-    """``text`` without what would steer the terminal."""
-    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+def remarks(result: Result) -> list[str]:
+    """What people need to know about an answer besides its words, one short sentence each; the page says them, too."""
+    found = []
+    if result.forgotten_turns:
+        which = "question was" if result.forgotten_turns == 1 else f"{result.forgotten_turns} questions were"
+        found.append(f"the oldest {which} forgotten to make room")
+    if not result.text:
+        found.append("no words; this question is not remembered")
+    if not result.finished:
+        found.append("cut at --max_new_tokens")
+    return found
 
 
 def print_answer(result: Result, report: dict[str, Any]) -> None:
     """What is to be said besides the text."""
-    if result.forgotten_turns:
-        print(f"  (the oldest {result.forgotten_turns} questions were forgotten to make room)")
-    if not result.text:
-        print("  (no words; this question is not remembered)")
-    if not result.finished:
-        print("  (cut at --max_new_tokens)")
+    for remark in remarks(result):
+        print(f"  ({remark})")
     if not result.masks:
         print("  no mask in this answer")
     for found, row in zip(result.masks, report["masks"], strict=True):
@@ -264,10 +267,6 @@ def _step(chat: Chat, line: str | None) -> bool:
     except MISTAKES as error:
         print(f"error: {one_line(error)}")
         return True
-
-
-def one_line(error: Exception) -> str:
-    return shown(" ".join(str(error).split())) or type(error).__name__
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from model.export import save_published  # noqa: E402
 from model.lora import has_lora, merge_lora  # noqa: E402
 from model.processor import CoresProcessor  # noqa: E402
 from utils import build, checkpoint  # noqa: E402
-from utils.arguments import OneLineParser, UsageError  # noqa: E402
+from utils.arguments import OneLineParser, UsageError, one_line  # noqa: E402
 from utils.engine import DTYPES  # noqa: E402
 
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             merge_lora(model)
         save(model, processor, folder, own.layout)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(f"{folder}: saved; try `python chat.py --version {folder}`")
     return 0

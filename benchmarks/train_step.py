@@ -42,7 +42,7 @@ from model.cores import CoresForReasoningSegmentation
 from model.lora import add_lora, set_trainable
 from model.reasoning_chain import enable_checkpointing
 from model.sam import PRESETS, SamDims, resized_size
-from utils.sam_cache import SamCache
+from utils.embeddings import SamCache
 
 VOCABULARY, IMAGE_ID, LEVEL_IDS = 32_003, 32_000, [32_001, 32_002]
 SCHEDULES = ("published", "ours", "cached")

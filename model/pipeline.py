@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,6 +36,7 @@ from model.generation import Context, Decoding, Generation, Scene, common_prefix
 from model.processor import CoresProcessor
 
 ImageLike = str | Path | Image.Image | np.ndarray
+Named = tuple[str, ImageLike]  # with what messages call it
 MAX_ASPECT = 100  # CLIP's transform enlarges the shorter side: a line of pixels would become gigabytes
 CONVERSATIONS_PER_PASS = 8  # of one picture; more take several passes
 
@@ -208,49 +209,63 @@ class Stream(Iterator[str]):
 # -------------------------------------------------------------------------------------------------------------- inputs
 
 
-def load_image(image: ImageLike) -> tuple[np.ndarray, str]:
+def load_image(image: ImageLike, argument: str = "image") -> tuple[np.ndarray, str]:
     """(uint8 (H, W, 3) RGB, name) of a path, a PIL image or an array uint8 (H, W, 3) RGB.
 
-    Raises DataError for a file that is no image or too large, ValueError for another array or an extreme shape.
+    ``argument``: what messages call one that has no path. Raises DataError for a file that is no image or too large,
+    ValueError for another array, anything else or an extreme shape.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
-                f"image: an array must be uint8 (H, W, 3) RGB, got {image.dtype} {image.shape}; "
+                f"{argument}: an array must be uint8 (H, W, 3) RGB, got {image.dtype} {image.shape}; "
                 "PIL.Image.fromarray(array) takes grey and RGBA, floats from 0 to 1 become (255 * array).astype('uint8')"
             )
-        pixels, name = image, "image"
+        pixels, name = image, ""
     elif isinstance(image, Image.Image):
-        pixels, name = _pixels_of(image), getattr(image, "filename", "") or "image"
+        pixels, name = _pixels_of(image, argument), getattr(image, "filename", "")
     elif isinstance(image, (str, Path)):
         pixels, name = read_image(image), str(image)
     else:
-        raise ValueError(f"image: give a path, a PIL image or an array uint8 (H, W, 3), got {type(image).__name__}")
+        raise ValueError(f"{argument}: give a path, a PIL image or an array uint8 (H, W, 3), got {type(image).__name__}")
     height, width = pixels.shape[:2]
     if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(f"{name}: {width}×{height} pixels; one side may be at most {MAX_ASPECT} times the other, crop the picture")
-    return pixels, str(name)
+        where = name or argument
+        raise ValueError(
+            f"{where}: {width}×{height} pixels; one side may be at most {MAX_ASPECT} times the other, crop the picture"
+        )
+    return pixels, str(name or "image")
 
 
-def _pixels_of(image: Image.Image) -> np.ndarray:
+def _pixels_of(image: Image.Image, argument: str) -> np.ndarray:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise DataError(f"image: {image.width}×{image.height} pixels, more than the limit of {limit} pixels; make it smaller")
+        raise DataError(f"{argument}: {image.width}×{image.height} pixels, more than the limit of {limit} pixels; make it smaller")
     try:
         return rgb_array(image)
     except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"image: cannot be decoded ({' '.join(str(error).split())})") from None
+        raise DataError(f"{argument}: cannot be decoded ({' '.join(str(error).split())})") from None
 
 
 def clean_question(text: str) -> str:
     """One line without control characters or broken Unicode. Raises ValueError for one that says nothing."""
     if not isinstance(text, str):
-        raise ValueError(f"a question must be a text, got {type(text).__name__}")
+        raise ValueError(f"a question must be a text, got {type(text).__name__} {text!r:.40}")
     kept = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else "\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
     question = " ".join("".join(kept).split())
     if not question:
         raise ValueError("the question is empty")
     return question
+
+
+def _questions(query: Any, argument: str = "query") -> list[str]:
+    """The questions about one picture, as they will be asked. Raises ValueError naming ``argument``."""
+    if isinstance(query, (bytes, Mapping)) or not isinstance(query, Iterable):
+        raise ValueError(f"{argument}: give a text or a list of texts, got {type(query).__name__}")
+    try:
+        return [clean_question(text) for text in ([query] if isinstance(query, str) else query)]
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ pipeline
@@ -263,6 +278,8 @@ class ReasoningSegmenter:
     """
 
     def __init__(self, model: CoresForReasoningSegmentation, processor: CoresProcessor, max_new_tokens: int = 64, seed: int = 0):
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         self.model, self.processor = model.eval(), processor
         if processor.proposals is None:
             processor.proposals = model.proposal_source(None)
@@ -295,7 +312,8 @@ class ReasoningSegmenter:
         if kwargs.get("quantization_config") is None:  # quantised weights are on their device already
             model = model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         processor.proposals = model.proposal_source(proposals)
-        return cls(model, processor, max_new_tokens or model.generation_config.max_new_tokens or 64)
+        stored = model.generation_config.max_new_tokens or 64
+        return cls(model, processor, stored if max_new_tokens is None else max_new_tokens)
 
     def __call__(self, image: ImageLike | Sequence[ImageLike], query: str | Sequence, batch_size: int = 4) -> Any:
         """The answer to ``query`` about ``image``, a Result; the questions of a list are separate conversations.
@@ -304,13 +322,18 @@ class ReasoningSegmenter:
         list with one question, or one list of questions, for each; the Results are nested as the questions are.
         ``batch_size``: pictures in one pass. Raises DataError or ValueError, naming the picture, for bad input.
         """
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
         if not isinstance(image, (list, tuple)):
-            return self([image], [query if isinstance(query, str) else list(query)], batch_size)[0]
-        queries = [query] * len(image) if isinstance(query, str) else list(query)
+            (answers,) = self._answer_all([("image", image)], [_questions(query)], batch_size)
+            return answers[0] if isinstance(query, str) else answers
+        if not isinstance(query, (str, list, tuple)):
+            raise ValueError(f"query: give a text for all images or a list with an entry for each, got {type(query).__name__}")
+        queries = [query] * len(image) if isinstance(query, str) else query
         if len(queries) != len(image):
             raise ValueError(f"{len(image)} images but {len(queries)} entries of questions; give one for each image")
-        asked = [[q] if isinstance(q, str) else list(q) for q in queries]
-        answers = self._answer_all(list(image), asked, batch_size)
+        asked = [_questions(q, f"query[{number}]") for number, q in enumerate(queries)]
+        answers = self._answer_all([(f"image[{number}]", one) for number, one in enumerate(image)], asked, batch_size)
         return [found[0] if isinstance(q, str) else found for q, found in zip(queries, answers, strict=True)]
 
     def stream(self, image: ImageLike, query: str) -> Stream:
@@ -323,9 +346,7 @@ class ReasoningSegmenter:
         session.read_ahead()
         return session
 
-    def _answer_all(self, images: list[ImageLike], queries: list[list[str]], batch_size: int) -> list[list[Result]]:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    def _answer_all(self, images: list[Named], queries: list[list[str]], batch_size: int) -> list[list[Result]]:
         answers: list[list[Result]] = [[] for _ in images]
         parts = (
             (index, questions[start : start + CONVERSATIONS_PER_PASS])
@@ -337,8 +358,8 @@ class ReasoningSegmenter:
                 answers[index] += found
         return answers
 
-    def _one_pass(self, parts: list[tuple[ImageLike, list[str]]]) -> list[list[Result]]:
-        samples = [self._sample(*load_image(image), [clean_question(q) for q in questions]) for image, questions in parts]
+    def _one_pass(self, parts: list[tuple[Named, list[str]]]) -> list[list[Result]]:
+        samples = [self._sample(*load_image(image, argument), questions) for (argument, image), questions in parts]
         batch = collate_prompts(samples, self.processor, self.processor.levels, self.processor.conversation)
         batch = batch.to(self.model.device, self.model.dtype)
         found = iter(self.model.generate(batch, self.processor.tokenizer, **vars(self.decoding)))

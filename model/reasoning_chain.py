@@ -152,7 +152,9 @@ def enable_checkpointing(llava: LlavaForConditionalGeneration) -> None:
 
     Its backward pass comes first: recomputed or kept, it is the only layer whose activations are there by then.
     """
-    llava.gradient_checkpointing_enable({"use_reentrant": False})
+    # what transformers calls it since 5.23, or its name until then
+    enable = getattr(llava, "activation_checkpointing_enable", None) or llava.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     llava.enable_input_require_grads()
     llava.model.language_model.layers[-1].gradient_checkpointing = False
 

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 import uuid
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,41 @@ def test_errors_do_not_tell_where_files_lie():
     assert app._public(ValueError("/secret/place/a.jpg: broken\nimage"), "/secret/place/a.jpg") == "a.jpg: broken image"
 
 
+class Widgets:
+    """What the handlers of the page take of gradio."""
+
+    skip = staticmethod(lambda: None)
+    Error = type("Error", (Exception,), {"__init__": lambda self, text, **_: Exception.__init__(self, text)})
+    Dropdown = DownloadButton = staticmethod(dict)
+
+
+def test_a_long_question_is_refused_by_the_server_too():
+    page = app.Page(Widgets, None, Path())
+    with pytest.raises(Widgets.Error, match="longer than 1000 characters"):
+        next(page.ask(app.Talk(None), "x" * 1001, app.ANSWER, 45))
+
+
+def test_the_conversation_says_what_was_cut_and_what_was_forgotten(tmp_path):
+    """In the words of chat.py, below the answer that it is about, and for as long as this answer is shown."""
+    flags = ["--version", str(scripted_model()), "--max_new_tokens", "12", "--model_max_length", "64"]
+    page = app.Page(Widgets, load(app.read_arguments(flags)), tmp_path)
+    talk, *_ = page.open(str(photo(tmp_path / "p.png")))
+
+    def ask(question: str) -> list[str]:
+        *_, last = page.ask(talk, question, app.ANSWER, 45)
+        return [message["content"] for message in last[2] if message["role"] == "assistant"]
+
+    (cut,) = ask("the wheel")
+    assert cut.endswith("\n(cut at --max_new_tokens)")
+    assert ask("hello") == [cut, "there"]
+    for _ in range(4):
+        answers = ask("hello")
+    assert answers[:2] == [cut, "there"]
+    assert "there\n(the oldest question was forgotten to make room)" in answers[2:]
+    talk.results = [replace(talk.results[-1], forgotten_turns=2)]
+    assert talk.messages[1]["content"] == "there\n(the oldest 2 questions were forgotten to make room)"
+
+
 # ------------------------------------------------------------------------------------------------------- with a server
 
 
@@ -249,16 +285,6 @@ def test_every_file_of_a_visitor_will_be_deleted(served, tmp_path):
     assert [name for name in files if name not in known] == []
 
 
-def test_a_long_question_is_refused_by_the_server_too():
-    class Words:
-        skip = staticmethod(lambda: None)
-        Error = type("Error", (Exception,), {"__init__": lambda self, text, **_: Exception.__init__(self, text)})
-
-    page = app.Page(Words, None, Path())
-    with pytest.raises(Words.Error, match="longer than 1000 characters"):
-        next(page.ask(app.Talk(None), "x" * 1001, app.ANSWER, 45))
-
-
 def test_what_is_no_picture_is_named_without_its_place(served):
     address, _, folder = served
     success, said = open_picture(served, upload(address, "broken.png", b"no picture"))
@@ -343,6 +369,10 @@ def test_a_conversation_in_a_browser(served, browser, tmp_path):
     expect(question).to_have_value("<b>hello</b>", timeout=10_000)
     expect(messages).not_to_contain_text("there")
     expect(legend).to_contain_text("[SEG]:")
+
+    question.fill("the wheel")  # which it answers at any length
+    tab.click("#ask")
+    expect(messages).to_contain_text("(cut at --max_new_tokens)", timeout=20_000)
     assert outside == []
 
 

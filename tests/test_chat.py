@@ -174,7 +174,7 @@ def test_old_questions_are_forgotten_with_a_word(photo, tmp_path, monkeypatch, c
     assert chat.main(flags(tmp_path / "out", "--model_max_length", "64")) == 0
     said = capsys.readouterr().out
     assert said.count(ANSWER) == 6
-    assert "questions were forgotten to make room" in said
+    assert "  (the oldest question was forgotten to make room)\n" in said
 
 
 def test_a_conversation_ends_with_its_input(monkeypatch, tmp_path):

@@ -154,6 +154,7 @@ def test_other_stages_and_formats_train_and_load(changes):
     assert any(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 
 
+@pytest.mark.filterwarnings("error:.*checkpointing.*:FutureWarning")
 def test_gradient_checkpointing_changes_nothing():
     changes = {
         "exp_name": "recompute",

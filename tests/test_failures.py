@@ -148,6 +148,8 @@ def test_an_item_that_breaks_in_a_data_worker_is_one_line(tmp_path):
 
 def test_words_of_errors():
     assert one_line(ValueError("a\n b")) == "a b"
+    assert one_line(ValueError("a\x1b[2J\udcffb")) == "a [2J b", "nothing steers the terminal or fails to be printed"
+    assert one_line(MemoryError()) == "MemoryError"
     caught = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback:\n  x\na.b.DataError: f: 3"
     assert one_line(ValueError(caught)) == "f: 3"
 

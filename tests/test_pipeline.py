@@ -333,6 +333,55 @@ def test_images_that_are_refused(segmenter, image, words):
         segmenter(image, "where?")
 
 
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        (None, "query: give a text or a list of texts, got NoneType"),
+        (7, "query: give a text or a list of texts, got int"),
+        (b"where?", "query: give a text or a list of texts, got bytes"),
+        ({"where?": 1}, "query: give a text or a list of texts, got dict"),
+        (["where?", 7], "query: a question must be a text, got int 7"),
+        ([["where?"]], r"query: a question must be a text, got list"),
+        (["where?", " "], "query: the question is empty"),
+    ],
+)
+def test_queries_that_are_refused(segmenter, query, words):
+    with pytest.raises(ValueError, match=words):
+        segmenter(picture(), query)
+
+
+@pytest.mark.parametrize(
+    ("images", "query", "words"),
+    [
+        (2, None, "query: give a text for all images or a list with an entry for each, got NoneType"),
+        (2, ["where?", None], r"query\[1\]: give a text or a list of texts, got NoneType"),
+        (2, ["where?", ["where?", 1.5]], r"query\[1\]: a question must be a text, got float 1.5"),
+        (1, ["a", "b"], "1 images but 2 entries"),
+    ],
+)
+def test_queries_of_several_pictures_that_are_refused(segmenter, images, query, words):
+    with pytest.raises(ValueError, match=words):
+        segmenter([picture()] * images, query)
+
+
+def test_the_picture_that_is_refused_is_named(segmenter):
+    with pytest.raises(ValueError, match=r"image\[1\]: give a path.*got NoneType"):
+        segmenter([picture(), None], "where?")
+    with pytest.raises(ValueError, match=r"image\[0\]: an array must be uint8"):
+        segmenter([np.zeros((4, 4)), picture()], "where?")
+    for size in (0, "2", None, 1.5):
+        with pytest.raises(ValueError, match="batch_size is .* whole number"):
+            segmenter([picture()], "where?", batch_size=size)
+
+
+def test_a_view_of_an_array_is_a_picture(segmenter):
+    """Mirrored, as torch cannot take it, and not writable."""
+    pixels = np.array(picture())
+    pixels.setflags(write=False)
+    copy = np.ascontiguousarray(pixels[:, ::-1])
+    assert np.array_equal(segmenter(pixels[:, ::-1], "where?").masks[0].mask, segmenter(copy, "where?").masks[0].mask)
+
+
 def test_a_decompression_bomb_is_refused_with_the_limit(tmp_path):
     """100 megapixels of one colour are a few kilobytes on disk; they are never decoded."""
     bomb = Image.new("1", (10_000, 10_000))

@@ -93,6 +93,31 @@ def test_source_keeps_the_rules(path):
         assert not {name for name in imports(tree) if name.split(".")[0] == "utils"}, "model knows nothing of scripts"
 
 
+def circles(sources: dict[str, str]) -> set[str]:
+    """Modules that import themselves by way of others. ``sources``: name of a module -> its text."""
+    direct = {name: imports(ast.parse(text)) & sources.keys() - {name} for name, text in sources.items()}
+    found = set()
+    for name in sources:
+        seen, todo = set(), [name]
+        while todo:
+            new = direct[todo.pop()] - seen
+            seen |= new
+            todo += new
+        found |= {name} & seen
+    return found
+
+
+def test_no_file_of_data_and_tools_imports_itself_by_way_of_others():
+    """Nor inside a function or for types only, which hides a circle and leaves it there."""
+    sources = {}
+    for path in SOURCES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
+    assert {"utils.evaluation", "utils.evaluation.__main__"} <= sources.keys()
+    assert {name for name in circles(sources) if name.split(".")[0] != "model"} == set()
+    assert circles({"a": "from b import x", "b": "def f():\n    import c", "c": "import a", "d": "import a"}) == {"a", "b", "c"}
+
+
 def test_the_rules_can_be_broken():
     tree = ast.parse("import pickle\nfrom torch import nn\nx.cuda()")
     assert methods_called(tree) == {"cuda"}

@@ -14,8 +14,10 @@ import pytest
 from pycocotools import mask as rle_codec
 
 from dataset.images import DataError
+from dataset.mixture import EvalDataset
 from tests.backbone_toys import trained_run
 from tests.dataset_toys import write_image
+from tests.helpers import LEVELS
 from tests.test_engine import launch
 from tests.test_evaluation import FirstRow, run, toy_data
 from utils import evaluation_cli, gallery, html
@@ -357,7 +359,11 @@ def test_every_wording_has_its_own_prediction(tmp_path):
             "000.png: a mask has two values",
         ),
         ("000.png", lambda p: p.write_bytes(b"no picture"), "000.png: not a readable image"),
-        ("000.0.png", lambda p: cv2.imwrite(str(p), np.zeros((10, 12), np.uint8)), "000.0 and 000 are both predictions for 000"),
+        (
+            "000.0.png",
+            lambda p: cv2.imwrite(str(p), np.zeros((10, 12), np.uint8)),
+            "000.0.png and 000.png are both predictions for 000",
+        ),
     ],
     ids=["colour", "size", "grey", "broken", "twice"],
 )
@@ -365,6 +371,47 @@ def test_a_wrong_prediction_is_named(tmp_path, name, write, message):
     data, folder = toy_data(tmp_path / "data"), write_pngs(tmp_path / "p", first_rows(3))
     write(folder / name)
     with pytest.raises(DataError, match=message):
+        score_predictions(Predictions.read(folder), data)
+
+
+def renamed(root: Path, *names: str) -> EvalDataset:
+    """toy_data of samples called otherwise."""
+    toy_data(root, count=len(names))
+    folder = root / "reason_seg" / "ReasonSeg" / "val"
+    for i, name in enumerate(names):
+        for suffix in (".jpg", ".json"):
+            (folder / f"{i:03d}{suffix}").rename(folder / f"{name}{suffix}")
+    return EvalDataset(root, "ReasonSeg|val", LEVELS, exemplar_count=0)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["a.0"], r"a\.0\.png may be the prediction for a\.0 \(.*a\.0\.jpg\) and for a \(.*a\.jpg\); give a JSON list"),
+        (["a", "a.0"], r"a\.0\.png and a\.png are both predictions for a; keep one, or give a JSON list"),
+        (["a", "a.0.1"], r"a\.0\.1\.png may be the prediction for a\.0\.1\.0 \(.*a\.0\.jpg\) and for a\.0\.1 \(.*a\.jpg\)"),
+    ],
+)
+def test_a_file_that_two_images_may_claim_is_refused(tmp_path, capsys, files, message):
+    renamed(tmp_path / "data", "a", "a.0")
+    write_pngs(tmp_path / "p", dict.fromkeys(files, first_rows(1)["000"]))
+    argv = ["score", "--predictions", str(tmp_path / "p"), "--dataset_dir", str(tmp_path / "data")]
+    argv += ["--val_dataset", "ReasonSeg|val", "--eval_texts", "all", "--out", str(tmp_path / "out")]
+    assert evaluation_cli.main(argv) == 2
+    assert re.fullmatch(f"error: .*/p: {message}.*\n", capsys.readouterr().err)
+
+
+def test_a_list_tells_such_images_apart(tmp_path):
+    data, mask = renamed(tmp_path / "data", "a", "a.0"), first_rows(1)["000"]
+    predictions = Predictions.read(write_rles(tmp_path / "p.json", {"a": mask, "a.0": ~mask}))
+    assert [(s.id, s.iou > 0.1) for s in score_predictions(predictions, data).scores] == [("a.0", False), ("a", True)]
+    assert (predictions.missing, predictions.unused) == ([], [])
+
+
+def test_files_that_differ_in_the_ending_are_refused(tmp_path):
+    data, folder = toy_data(tmp_path / "data"), write_pngs(tmp_path / "p", first_rows(1))
+    (folder / "000.png").with_suffix(".PNG").write_bytes((folder / "000.png").read_bytes())
+    with pytest.raises(DataError, match=r"000\.PNG and 000\.png are predictions for the same target; keep one"):
         score_predictions(Predictions.read(folder), data)
 
 

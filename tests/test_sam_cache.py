@@ -15,16 +15,16 @@ from model import CoresForReasoningSegmentation, CoresProcessor
 from tests.backbone_toys import flags, toys
 from tests.helpers import LEVELS, TEMPLATE, conversation, sample, tiny_model
 from tests.scripted import scripted_model
-from utils import build, sam_cache
+from utils import build, embeddings, sam_cache
 from utils.arguments import UsageError, parse
-from utils.sam_cache import SamCache, decode, encode, fingerprint
+from utils.embeddings import SamCache, decode, encode, fingerprint
 
 
 def embedding(seed: int = 0) -> torch.Tensor:
     return 3 * torch.randn(8, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("dtype", sam_cache.DTYPES)
+@pytest.mark.parametrize("dtype", embeddings.DTYPES)
 def test_what_is_kept_is_what_is_loaded_within_the_stated_error(tmp_path, dtype):
     cache, values = SamCache(tmp_path, "name", dtype), embedding()
     kept = cache.keep("abc", values)
@@ -61,7 +61,7 @@ def test_names_follow_content(tmp_path):
 
 
 def test_the_limit_holds_for_all_writers_together(tmp_path, caplog):
-    size = len(sam_cache.save(encode(embedding(), "fp16")))
+    size = len(embeddings.save(encode(embedding(), "fp16")))
     first, second = (SamCache(tmp_path, name, limit_gb=(3.5 * size) / 1e9) for name in ("one", "two"))
     for i in range(3):
         (first, second)[i % 2].keep(f"a{i}", embedding(i))
@@ -103,7 +103,7 @@ def test_a_disk_that_cannot_be_written_stops_the_cache_only(tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sam_cache.os, "fsync", full)
+    monkeypatch.setattr(embeddings.os, "fsync", full)
     kept = cache.keep("abc", embedding())
     assert torch.equal(kept, decode(encode(embedding(), "fp16")))
     assert "No space left" in caplog.text
@@ -130,7 +130,7 @@ def samples():
     return [sample(conversation(1), conversation(2), name="0"), sample(conversation(1), name="1", seed=1)]
 
 
-@pytest.mark.parametrize("dtype", sam_cache.DTYPES)
+@pytest.mark.parametrize("dtype", embeddings.DTYPES)
 def test_masks_with_a_cache_deviate_by_its_rounding_only(tmp_path, dtype):
     model, processor = tiny_model()
     plain = model.segment(collate(samples(), processor, LEVELS, TEMPLATE))

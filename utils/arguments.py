@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import unicodedata
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,12 +239,18 @@ def _number(kind: str):
     return {"int": int, "float": float, "float | None": float, "str": str}[kind]
 
 
+def shown(text: str) -> str:
+    """``text`` without what would steer the terminal."""
+    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+
+
 def one_line(error: BaseException) -> str:
-    """An error's own words; of one that a data worker raised, without the trace that torch puts before them."""
+    """An error's own words, or its name if it has none, as they may be printed; of one that a data worker raised, without the
+    trace that torch puts before them."""
     text = str(error).strip()
     if "Original Traceback" in text:  # … ends with "dataset.images.DataError: /data/a.jpg: not a readable image"
         text = text.splitlines()[-1].split(": ", 1)[-1]
-    return " ".join(text.split())
+    return " ".join(shown(text).split()) or type(error).__name__
 
 
 class OneLineParser(ArgumentParser):

@@ -29,7 +29,7 @@ from dataset.files import write_text
 from dataset.images import DataError, check_size, read_image, read_json, require_folder, resolve_inside
 from model.sam import load_sam
 from utils import distributed
-from utils.arguments import OneLineParser, UsageError
+from utils.arguments import OneLineParser, UsageError, one_line
 
 BOXES_AT_A_TIME = 32  # masks at full resolution are what takes the memory
 
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         count = convert(args.annotations, args.images, args.vision_pretrained, args.out)
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(f"{args.out}: {count} new masks")
     return 0

@@ -23,8 +23,9 @@ from model.processor import CoresProcessor
 from model.reasoning_chain import enable_checkpointing
 from model.sam import load_sam
 from model.weights import find_file, looks_like_path, read_json_file
-from utils import checkpoint, distributed, sam_cache
+from utils import checkpoint, distributed
 from utils.arguments import FREE_ON_RESUME, Settings, UsageError, numbers, parse_over, read_resumed, settings_of
+from utils.embeddings import SamCache, fingerprint
 from utils.engine import DTYPES, samples_per_epoch
 
 # What merging may find elsewhere than training did, or does not depend on.
@@ -117,8 +118,8 @@ def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s
     if s.sam_cache:
         if model.selecting is not None and model.selecting.encoder is not None:
             raise UsageError("--sam_cache: this LLM-Seg looks at DINOv2's features, not at SAM's embedding; leave the flag out")
-        name = sam_cache.fingerprint(model.segmenting.sam.image_encoder, processor.image_size)
-        processor.sam_cache = sam_cache.SamCache(s.sam_cache, name, s.sam_cache_dtype, s.sam_cache_gb)
+        name = fingerprint(model.segmenting.sam.image_encoder, processor.image_size)
+        processor.sam_cache = SamCache(s.sam_cache, name, s.sam_cache_dtype, s.sam_cache_gb)
         model.segmenting.keep = processor.sam_cache.keep
 
 

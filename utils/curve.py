@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402
 
-from utils.arguments import OneLineParser, UsageError  # noqa: E402
+from utils.arguments import OneLineParser, UsageError, one_line  # noqa: E402
 from utils.engine import read_log  # noqa: E402
 
 STYLES = ("-", "--", ":", "-.")
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out or (first if first.is_dir() else first.parent) / "curve.png"
         draw(logs, args.loss.split(","), args.score.split(","), out)
     except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(out)
     return 0

@@ -22,11 +22,12 @@ from dataset.files import write_text
 from dataset.images import DataError
 from dataset.mixture import EvalDataset
 from utils import distributed
-from utils.arguments import OneLineParser, Settings, UsageError, parse, read_resumed
+from utils.arguments import OneLineParser, Settings, UsageError, one_line, parse, read_resumed
 from utils.compare import compare, read_targets
-from utils.evaluation import MODES, Report, evaluate, write_reports
+from utils.evaluation import MODES, evaluate, write_reports
 from utils.predictions import Predictions, score_predictions
 from utils.report import comparison_page
+from utils.results import Report
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -201,6 +202,6 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run_command(argv, started)
     except (UsageError, DataError, ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

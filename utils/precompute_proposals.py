@@ -29,7 +29,7 @@ from model.cores import CoresForReasoningSegmentation
 from model.proposals import ProposalConfig, fingerprint, make_generator
 from model.sam import load_sam
 from utils import build, distributed
-from utils.arguments import OneLineParser, Settings, UsageError, parse
+from utils.arguments import OneLineParser, Settings, UsageError, one_line, parse
 from utils.engine import samples_per_epoch
 from utils.oracle import score_oracles
 from utils.tables import format_table
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
             scores = score_oracles(images.val, source, s.seed)
             print(f"{s.val_dataset}, the best that a selection can reach, percent [95 % interval]\n" + format_table(scores))
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

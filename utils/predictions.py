@@ -11,7 +11,8 @@ or a JSON list in the manner of COCO results::
     {"image_id": id, "conversation": 0, "target": 0, "answer": text, "segmentation": {"size": [H, W], "counts": …}}
 
 where conversation, target and answer may be left out. The sample's id is the name of its image file without the ending.
-A target without a prediction scores as one without a mask: 0, or 1 where nothing was meant.
+A target without a prediction scores as one without a mask: 0, or 1 where nothing was meant. A file that two images may claim,
+such as a.0.png where they are a.jpg and a.0.jpg, is an error; the list can tell them apart.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import torch
 
 from dataset.conversation import Conversation
 from dataset.images import DataError, check_size, decode_rle, list_files, read_json, read_label
-from utils.evaluation import Collector, Part, Report, Truth, evenly_spaced, parts_of
+from utils.evaluation import Collector, Part, Truth, evenly_spaced, parts_of
+from utils.results import Report
 
 LEVEL = "prediction"  # there is one mask per target, and it is the last
+LIST = 'give a JSON list, where "image_id", "conversation" and "target" are apart'
 
 
 class Key(NamedTuple):
@@ -52,15 +55,19 @@ class Key(NamedTuple):
         return full
 
 
+Name = str | Key  # a file may mean several targets, an entry of a list is about one
+
+
 class Predictions:
     """Predictions by name; each mask is read when it is asked for.
 
     ``missing``: targets that were asked for and not predicted, ``unused``: names that nobody asked for.
     """
 
-    def __init__(self, path: Path, masks: dict[str, Callable[[tuple[int, int]], np.ndarray]], answers: dict[str, str]):
+    def __init__(self, path: Path, masks: dict[Name, Callable[[tuple[int, int]], np.ndarray]], answers: dict[Name, str]):
         self.path, self._masks, self._answers = path, masks, answers
-        self._used: set[str] = set()
+        self._used: dict[Name, tuple[Key, str]] = {}
+        """For which target of which image."""
         self.missing: list[str] = []
 
     @classmethod
@@ -76,7 +83,10 @@ class Predictions:
         files = list_files(path, [".png"])
         if not files:
             raise DataError(f"{path}: holds no PNG; name every mask by its sample, <id>.png")
-        return cls(path, {file.stem: lambda size, file=file: read_mask(file, size) for file in files}, {})
+        by_name = {file.stem: file for file in files}
+        if twice := next((file for file in files if by_name[file.stem] != file), None):
+            raise DataError(f"{twice} and {by_name[twice.stem].name} are predictions for the same target; keep one")
+        return cls(path, {name: lambda size, file=file: read_mask(file, size) for name, file in by_name.items()}, {})
 
     @classmethod
     def _of_json(cls, path: Path) -> Predictions:
@@ -85,7 +95,7 @@ class Predictions:
             raise DataError(f'{path}: must be a list of {{"image_id": …, "segmentation": …}} with at least one entry')
         masks, answers = {}, {}
         for i, entry in enumerate(entries):
-            name = str(_key(entry, path, i))
+            name = _key(entry, path, i)
             if name in masks:
                 raise DataError(f"{path}: [{i}] is the second prediction for {name}; keep one")
             rle = entry["segmentation"]
@@ -95,35 +105,43 @@ class Predictions:
 
     @property
     def unused(self) -> list[str]:
-        return [name for name in self._masks if name not in self._used]
+        return [str(name) for name in self._masks if name not in self._used]
 
-    def _name(self, key: Key) -> str | None:
-        found = [name for name in key.names if name in self._masks]
+    def _take(self, key: Key, image: str) -> Name | None:
+        """What is there for a target of ``image``, which nothing else may take from now on."""
+        found = [name for name in (key, *key.names) if name in self._masks]
         if len(found) > 1:
-            raise DataError(f"{self.path}: {' and '.join(found)} are both predictions for {key}; keep one")
-        return found[0] if found else None
+            files = " and ".join(f"{name}.png" for name in found)
+            raise DataError(f"{self.path}: {files} are both predictions for {key}; keep one, or {LIST} if they are not")
+        if not found:
+            return None
+        taken, of = self._used.setdefault(found[0], (key, image))
+        if (taken, of) != (key, image):
+            mend = "rename one of the images" if taken == key else LIST
+            name = f"{found[0]}.png" if isinstance(found[0], str) else found[0]
+            raise DataError(f"{self.path}: {name} may be the prediction for {taken} ({of}) and for {key} ({image}); {mend}")
+        return found[0]
 
-    def mask(self, key: Key, size: tuple[int, int]) -> np.ndarray | None:
-        """The mask of a target, bool (H, W) of this ``size``, or None, which is remembered in ``missing``.
+    def mask(self, key: Key, size: tuple[int, int], image: str) -> np.ndarray | None:
+        """The mask of a target, bool (H, W) of this ``size``, or None, which is remembered in ``missing``. ``image``: its path.
 
-        Raises DataError naming the file for another size, for anything unreadable and for two predictions of one target.
+        Raises DataError naming the file for another size, for anything unreadable, for two predictions of one target and for one
+        that may be meant for two.
         """
-        name = self._name(key)
+        name = self._take(key, image)
         if name is None:
             self.missing.append(str(key))
             return None
-        self._used.add(name)
         return self._masks[name](size)
 
-    def answer(self, key: Key) -> str:
+    def answer(self, key: Key, image: str) -> str:
         """What the system said, where the predictions tell it."""
-        return self._answers.get(self._name(key) or "", "")
+        return self._answers.get(self._take(key, image) or "", "")
 
-    def surplus(self, id: str, conversation: int, targets: int) -> int:
+    def surplus(self, id: str, conversation: int, targets: int, image: str) -> int:
         """Predictions for targets of a conversation beyond the ``targets`` that it has."""
         count = 0
-        while name := self._name(Key(id, conversation, targets + count)):
-            self._used.add(name)
+        while self._take(Key(id, conversation, targets + count), image):
             count += 1
         return count
 
@@ -173,7 +191,8 @@ def score_predictions(
 
 def _score(predictions: Predictions, collector: Collector, part: Part, number: int, conversation: Conversation) -> None:
     keys = [Key(part.sample.id, number, k) for k in range(len(conversation.masks))]
-    found = [predictions.mask(key, part.sample.image.shape[:2]) for key in keys]
+    image = part.sample.image_path
+    found = [predictions.mask(key, part.sample.image.shape[:2], image) for key in keys]
     truth = Truth(
         sample=part.sample,
         conversation=number,
@@ -184,5 +203,5 @@ def _score(predictions: Predictions, collector: Collector, part: Part, number: i
         hosts=None if conversation.host_masks is None else torch.from_numpy(conversation.host_masks),
     )
     groups = [None if mask is None else torch.from_numpy(mask)[None] for mask in found]
-    surplus = predictions.surplus(part.sample.id, number, len(keys))
-    collector.add(part.index, truth, groups, predictions.answer(keys[0]), surplus)
+    surplus = predictions.surplus(part.sample.id, number, len(keys), image)
+    collector.add(part.index, truth, groups, predictions.answer(keys[0], image), surplus)

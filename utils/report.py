@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from utils.compare import Change, Comparison
 from utils.gallery import Picture
 from utils.html import Markup, histogram, interval_bar, join, page, picture, scatter, table, tag, text
 from utils.metrics import TargetScore, breakdown
+from utils.results import Report
 from utils.tables import columns, interval, percent, score_text, signed, signed_interval, words
-
-if TYPE_CHECKING:
-    from utils.compare import Change, Comparison
-    from utils.evaluation import Report
 
 BINS = 20
 MOST_FAILURES = 200  # rows; the CSV has them all

@@ -11,16 +11,11 @@ K targets of one conversation · T levels · H, W an image in the original frame
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
-import platform
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,98 +31,17 @@ from dataset.sample import Batch, Sample, collate, collate_prompts
 from model.cores import Generation, Segmentation
 from utils import distributed
 from utils.baselines import score_baselines
-from utils.gallery import Gallery, Order, Picture
-from utils.metrics import TargetScore, breakdown, score_target, summarise
+from utils.gallery import Gallery, Order
+from utils.metrics import TargetScore, score_target, summarise
 from utils.oracle import score_oracles
 from utils.report import evaluation_page
-from utils.tables import format_table, interval, percent, words
+from utils.results import Report, versions
+from utils.tables import format_table, words
 from utils.visualize import Example, contact_sheet
 
 MODES = ("free", "teacher_forced")
-PACKAGES = ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy")
 # An image with more conversations than this takes several passes: one pass for all is how evaluation runs out of memory.
 CONVERSATIONS_PER_IMAGE = 8
-
-
-@dataclass
-class Report:
-    """What one evaluation found. All scores are fractions; ``table`` prints percent."""
-
-    mode: str
-    """"free" or "teacher_forced"."""
-    dataset: str
-    """Name of the evaluation set, "SynthReason|val"."""
-    texts: str
-    """"first" or "all" wordings of a query."""
-    summary: dict[str, Any]
-    """See utils.metrics.summarise."""
-    scores: list[TargetScore]
-    """One per target, in the order of the evaluation set, whatever the number of ranks."""
-    examples: list[Example]
-    seconds: float
-    seed: int
-    """Of the bootstrap and of the choice of pictures."""
-    pictures: dict[str, list[Picture]] = field(default_factory=dict)
-    """Kind of gallery -> what it shows; see utils.gallery."""
-    name: str = ""
-    """Who answered: a model folder, a run, or a system whose predictions were read."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """The settings of the program that made the report."""
-
-    def table(self) -> str:
-        return format_table({self.mode: self.summary})
-
-    def line(self) -> str:
-        """The summary in one line, in percent."""
-        s = self.summary
-        shown = f"gIoU {percent(s['giou'])} {interval(s['giou_ci95'])}, cIoU {percent(s['ciou'])}"
-        shown += f", emission {percent(s['emission_rate'])} %"
-        if s["wrong_host_rate"] is not None:
-            shown += f", wrong host {percent(s['wrong_host_rate'])} %"
-        if s["first_host_iou"] is not None:
-            shown += f", first mask on host {percent(s['first_host_iou'])}"
-        return shown + f" (n = {s['n']})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures."""
-        return {
-            "unit": "fraction",
-            "name": self.name,
-            "mode": self.mode,
-            "dataset": self.dataset,
-            "texts": self.texts,
-            "summary": self.summary,
-            "breakdown": breakdown(self.scores, self.seed),
-            "seconds": self.seconds,
-            "seed": self.seed,
-            "config": self.config,
-            "versions": versions(),
-            "targets": [dataclasses.asdict(score) for score in self.scores],
-        }
-
-    def to_json(self, path: str | Path) -> None:
-        """Writes ``to_dict`` in one step: the file is never half written."""
-        write_text(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-
-    def to_csv(self, path: str | Path) -> None:
-        """One row per target with the fields of TargetScore; what is not known is an empty cell."""
-        rows = [dataclasses.asdict(score) for score in self.scores]
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: printable(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows)
-        write_text(Path(path), table.getvalue())
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a score."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -421,12 +335,3 @@ def _steps(config: dict[str, Any]) -> int | None:
     if config.get("eval_only") or not {"epochs", "steps_per_epoch"} <= config.keys():
         return None
     return (config["epochs"] - config.get("start_epoch", 0)) * config["steps_per_epoch"]
-
-
-if __name__ == "__main__":
-    from utils.evaluation_cli import main  # which imports this module under its own name
-
-    code = main()
-    if code == 0:
-        distributed.stop()
-    sys.exit(code)
