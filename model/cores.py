@@ -499,7 +499,7 @@ def load_dinov2(path: str | None, selector: dict | None) -> Dinov2Model | None:
     if selector is None or SelectorConfig(**selector).features != "dinov2":
         return None
     if not path:
-        raise ValueError("LLM-Seg with features dinov2 needs --features_pretrained, such as facebook/dinov2-large")
+        raise ValueError("a selector with features dinov2 needs --features_pretrained, such as facebook/dinov2-large")
     encoder = Dinov2Model.from_pretrained(path)
     selector["dinov2"] = encoder.config.to_diff_dict()
     return encoder
