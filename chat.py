@@ -55,7 +55,9 @@ def add_model_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--conv_type", choices=list(TEMPLATES), help="conversation template (default: that of the training)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
     parser.add_argument("--model_max_length", type=int, help="longest conversation, in tokens (default: that of the model)")
-    parser.add_argument("--proposals", type=Path, help="LLM-Seg: folder of a proposal store (default: computed for every picture)")
+    parser.add_argument(
+        "--proposals", type=Path, help="LLM-Seg, cores+select: folder of a proposal store (default: computed for every picture)"
+    )
 
 
 def read_arguments(argv: list[str] | None) -> Namespace:

@@ -1,11 +1,12 @@
 """The chain proposes, the selector chooses: CoReS's final mask as one more proposal of a trained LLM-Seg.
 
     python -m benchmarks.combine --llm_seg runs/synthreason/llm_seg-0 --cores runs/synthreason/cores-0 --json FILE
+    python -m benchmarks.combine --joint runs/synthreason/cores+select-0 --json FILE
 
-Both models answer teacher-forced (the runs of ``python -m benchmarks.synthreason``); nothing is trained together. Rows of the
-result, where "among" means that CoReS's mask stands among the proposals:
+Two models answer teacher-forced (the runs of ``python -m benchmarks.synthreason``), or both branches of one that was trained with
+``--method cores+select``. Rows of the result, where "among" means that CoReS's mask stands among the proposals:
 
-cores, iop, similarity    each model alone, LLM-Seg by two of its rules
+cores, iop, similarity    each model (branch) alone, LLM-Seg by two of its rules
 among, similarity         whatever is most similar to [SEG]
 among, iop                the union of everything with IoP > 0.5
 verified                  CoReS's mask if its IoP is at least that of every proposal, else LLM-Seg's choice by IoP
@@ -28,6 +29,7 @@ from dataset.conversation import Conversation
 from dataset.mixture import EvalDataset
 from dataset.proposals import Proposals, pooling_weights, runs, union
 from dataset.sample import Batch, Sample, collate
+from model.generation import Scene
 from model.llm_seg import Scores
 from utils.build import build_eval, build_trained
 from utils.metrics import ciou, giou, intersection_and_union, iou
@@ -81,8 +83,13 @@ class Selecting:
         """Of one target of the only conversation in ``batch``."""
         scored = dataclasses.replace(batch, proposals=[proposals])
         tokens, counts = self.model._tokens(self.model._hidden(scored), scored)
-        scores = self.model._score(tokens, scored, counts)
-        return Scores(*(getattr(scores, f.name)[target] for f in dataclasses.fields(Scores)))
+        return of_one(Scene.of(self.model, scored).score(tokens, counts, scored.image_index), target)
+
+
+def of_one(scores: Scores, target: int) -> Scores:
+    """Of one target, without the columns of proposals that its image does not have."""
+    there = scores.present[target]
+    return Scores(*(getattr(scores, f.name)[target][there] for f in dataclasses.fields(Scores)))
 
 
 @torch.no_grad()
@@ -104,6 +111,33 @@ def combine(cores_run: Path, llm_seg_run: Path) -> dict[str, dict[str, float]]:
                 alone, among = (selecting.score(batch, p, k) for p in (proposals, with_mask(proposals, mask)))
                 for name, found in candidates(mask, proposals, alone, among, target).items():
                     scores.setdefault(name, []).append(intersection_and_union(found, target, conversation.ignore))
+    return summary(scores)
+
+
+@torch.no_grad()
+def joint(run: Path) -> dict[str, dict[str, float]]:
+    """As ``combine``, of one model with both branches, on its own evaluation set."""
+    model, processor, settings = build_trained(run)
+    processor.proposals = model.proposal_source(settings.proposals or None)
+    data = build_eval(settings, processor)
+    scores: dict[str, list[tuple[int, int]]] = {}
+    for index in tqdm(range(len(data)), unit="image"):
+        sample = data[index]
+        batch = collate([sample], processor, processor.levels, processor.conversation)
+        scene = Scene.of(model, batch)
+        asked = *model._tokens(model._hidden(batch), batch), batch.image_index
+        own = [found.masks[:, -1] for found in scene.chain(*asked)]
+        alone, among, masks = scene.score(*asked), scene.score(*asked, own), torch.cat(own).numpy()
+        targets = [(target, c.ignore) for c in sample.conversations for target in c.masks]
+        for k, (target, ignore) in enumerate(targets):
+            rows = candidates(masks[k], scene.proposals[0], of_one(alone, k), of_one(among, k), target)
+            for name, found in rows.items():
+                scores.setdefault(name, []).append(intersection_and_union(found, target, ignore))
+    return summary(scores)
+
+
+def summary(scores: dict[str, list[tuple[int, int]]]) -> dict[str, dict[str, float]]:
+    """Row -> intersections and unions in pixels -> row -> {giou, ciou, n}."""
     out = {}
     for name, pairs in scores.items():
         inter, either = np.array(pairs).T
@@ -113,11 +147,14 @@ def combine(cores_run: Path, llm_seg_run: Path) -> dict[str, dict[str, float]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cores", type=Path, nargs="+", required=True, help="runs of CoReS, one after the other")
-    parser.add_argument("--llm_seg", type=Path, required=True, help="run of LLM-Seg")
+    parser.add_argument("--cores", type=Path, nargs="+", default=[], help="runs of CoReS, one after the other, with --llm_seg")
+    parser.add_argument("--llm_seg", type=Path, help="run of LLM-Seg")
+    parser.add_argument("--joint", type=Path, nargs="+", default=[], help="runs of cores+select")
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args(argv)
-    results = {run.name: combine(run, args.llm_seg) for run in args.cores}
+    if bool(args.cores) != bool(args.llm_seg) or not (args.cores or args.joint):
+        parser.error("give --cores and --llm_seg, or --joint")
+    results = {run.name: combine(run, args.llm_seg) for run in args.cores} | {run.name: joint(run) for run in args.joint}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"unit": "fraction", "mode": "teacher_forced", "runs": results}, indent=1) + "\n")

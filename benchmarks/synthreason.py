@@ -1,7 +1,8 @@
 """CoReS against LISA, and LLM-Seg, on SynthReason: same pre-trained parts, data, order, steps and learning rate; several seeds.
 
     python -m benchmarks.synthreason                       # 3 seeds × 2 methods, about an hour on 2 cores
-    python -m benchmarks.synthreason --methods llm_seg     # adds its rows; fill its store first, see docs/llm_seg.md
+    python -m benchmarks.synthreason --methods llm_seg     # adds its rows (or those of cores+select); fill the store first,
+                                                           # see docs/llm_seg.md
     python -m benchmarks.synthreason --table               # only print what benchmarks/results/synthreason.json holds
 
 Each run is ``train_ds.py --config configs/tiny.yaml --method M --seed S``, the command of ``make demo``; LLM-Seg has its own
@@ -24,7 +25,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "synthreason.json"
-CONFIGS = {"llm_seg": "configs/tiny-llm-seg.yaml"}  # of methods that --config does not fit
+CONFIGS = {  # of methods that --config does not fit
+    "llm_seg": "configs/tiny-llm-seg.yaml",
+    "cores+select": "configs/tiny-cores-select.yaml",
+}
 
 
 def command(method: str, seed: int, args: argparse.Namespace) -> list[str]:
@@ -51,7 +55,7 @@ def run(method: str, seed: int, args: argparse.Namespace) -> dict:
 
 def table(runs: list[dict]) -> str:
     """Means over seeds with their spread (sample standard deviation), in percent."""
-    lines = [f"{'':8} {'free gIoU':>14} {'free cIoU':>14} {'forced gIoU':>14} {'emission':>9} {'seconds':>8}  seeds"]
+    lines = [f"{'':12} {'free gIoU':>14} {'free cIoU':>14} {'forced gIoU':>14} {'emission':>9} {'seconds':>8}  seeds"]
     for method in dict.fromkeys(row["method"] for row in runs):
         rows = [row for row in runs if row["method"] == method]
 
@@ -61,7 +65,7 @@ def table(runs: list[dict]) -> str:
             return f"{np.mean(values):6.1f}{spread}"
 
         lines.append(
-            f"{method:8} {cell('free', 'giou'):>14} {cell('free', 'ciou'):>14} {cell('teacher_forced', 'giou'):>14} "
+            f"{method:12} {cell('free', 'giou'):>14} {cell('free', 'ciou'):>14} {cell('teacher_forced', 'giou'):>14} "
             f"{100 * np.mean([row['emission_rate'] for row in rows]):8.1f}% {np.mean([row['seconds'] for row in rows]):8.0f}  "
             + ", ".join(f"{row['seed']}: {100 * row['free']['giou']:.1f}" for row in rows)
         )

@@ -58,7 +58,8 @@ class CoresConfig(PretrainedConfig):
     paper. pointing_host also points the earlier tokens at the host. ignore_in_loss: leave ignored pixels out of the
     loss (the published code trains them as background). decode_chunk: most targets in one decoder call, None for no
     limit. selector: None: SAM's decoder makes the masks; fields of SelectorConfig: LLM-Seg, which selects among SAM's proposals,
-    has one level and uses none of the other mask losses (model/llm_seg.py).
+    has one level and uses none of the other mask losses (model/llm_seg.py). With ``chain`` in it, both: the chain's last mask is
+    one of the proposals, and the loss is that of both.
     """
 
     model_type = "cores"
@@ -135,8 +136,10 @@ class CoresConfig(PretrainedConfig):
             heads, width = self.refiner["heads"], self.sam["prompt_dim"]
             if width % heads:
                 raise ValueError(f"refiner.heads {heads} does not divide SAM's prompt_dim {width}")
-        if self.selector is not None and count != 1:
-            raise ValueError(f"a selector takes one token, but levels is {','.join(self.levels)}; use SEG alone")
+        if not self.decodes and count != 1:
+            raise ValueError(
+                f"a selector without a chain takes one token, but levels is {','.join(self.levels)}; use SEG alone or set its chain"
+            )
 
     def _check_losses(self) -> None:
         for field in ("text_weight", "mask_weight", "bce_weight", "dice_weight", "pointing_weight"):
@@ -154,6 +157,11 @@ class CoresConfig(PretrainedConfig):
     @property
     def selector_config(self) -> SelectorConfig | None:
         return None if self.selector is None else SelectorConfig(**self.selector)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether SAM's decoder makes masks, and so is trained: always, but for a selector that has nothing else."""
+        return self.selector is None or self.selector["chain"]
 
     @property
     def refiner_config(self) -> RefinerConfig:

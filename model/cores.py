@@ -8,6 +8,7 @@ B images · N conversations · L tokens · K targets · T levels · C prompt wid
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -29,7 +30,7 @@ from model import losses, published
 from model.config import CoresConfig
 from model.generation import Decoding, Generation, Scene, Segmentation, generate
 from model.llava import add_image_token, add_level_tokens, assemble, llava_class, load_llava, load_tokenizer
-from model.llm_seg import Scores, Selector, SelectorConfig, dinov2_pixels, required, truth_of
+from model.llm_seg import Selector, SelectorConfig, dinov2_pixels, overlap, required, truth_of
 from model.lora import has_lora
 from model.precision import quantized_bits
 from model.processor import CoresProcessor
@@ -43,7 +44,6 @@ from model.sam import (
     position_encoding,
     to_grid,
     to_original,
-    valid_cells,
 )
 from model.segmenting_chain import SegmentingChain, TokenRefiner
 from model.weights import find_file, read_all, read_json_file, refuse_bad_loading
@@ -58,9 +58,10 @@ class CoresOutput:
     loss: Tensor
     """(): what is minimised."""
     losses: dict[str, Tensor]
-    """Its parts, each () and unweighted: text, bce, dice, and pointing where it is used; text, similarity, iop of a selector."""
+    """Its parts, each () and unweighted: text, then bce and dice of decoded masks, similarity and iop of a selector, and pointing
+    where it is used."""
     low_res: list[Tensor]
-    """N × float (K, T, 4G, 4G): mask logits, low-res frame; none of a selector, which makes no masks."""
+    """N × float (K, T, 4G, 4G): mask logits, low-res frame; none where only proposals are selected."""
     iou: list[Tensor]
     """N × float (K, T): SAM's own prediction of its masks' IoU; likewise."""
 
@@ -90,7 +91,8 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             raise ValueError("config: level_token_ids is missing; `from_backbones` adds the tokens to a tokenizer")
         super().__init__(config)
         self.reasoning = ReasoningChain(llava_class(config.llava)(config.llava), config.level_token_ids)
-        self.segmenting = SegmentingChain(build_sam(config.sam_dims), config.refiner_config, config.decode_chunk)
+        sam, proposes = build_sam(config.sam_dims), config.selector is not None and config.decodes
+        self.segmenting = SegmentingChain(sam, config.refiner_config, config.decode_chunk, proposes)
         self.selecting = self._new_selector(config)
         self.text_projection = self._new_text_projection(config)
         self.generation_config = answer_defaults(config)
@@ -166,6 +168,8 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             model = cls(full)
         model.reasoning.llava = llava
         model.segmenting.sam = sam.to(dtype)
+        if model.segmenting.untrained is not None:
+            model.segmenting.untrained = copy.deepcopy(sam.mask_decoder)
         model.text_projection = cls._new_text_projection(full).to(dtype)
         if model.selecting is not None:
             model.selecting = cls._new_selector(full).to(dtype)
@@ -258,11 +262,14 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         hidden = self._hidden(batch, wanted=_supervised(batch))
         tokens, expected = self._tokens(hidden, batch)
         parts = {"text": self.reasoning.text_loss(hidden, batch.labels)}
-        if self.selecting is not None:
-            parts |= self._selection_losses(tokens, batch, expected)
+        scene = Scene.of(self, batch)
+        if not self.config.decodes:
+            parts |= self._selection_losses(tokens, batch, expected, scene)
             return CoresOutput(self.total(parts), parts, [], [])
-        low_res, iou = self._segment(tokens, batch, expected)
+        low_res, iou = scene.decode(tokens, expected, batch.image_index)
         parts |= self._mask_losses(low_res, tokens, batch, expected)
+        if self.selecting is not None:
+            parts |= self._selection_losses(tokens, batch, expected, scene, low_res[:, -1])
         return CoresOutput(self.total(parts), parts, list(low_res.split(expected)), list(iou.split(expected)))
 
     @torch.no_grad()
@@ -273,15 +280,20 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     @torch.no_grad()
     def mask_features(
         self, pixels: Tensor, resized: list[tuple[int, int]], cached: tuple[list[Tensor | None], list[str]] | None = None
-    ) -> Tensor:
-        """What the mask branch sees of B images, (B, C, G, G): SAM's embedding, or DINOv2's features for a selector that has one.
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What the mask branch sees of B images: SAM's embedding (B, C, G, G), and what a selector pools, (B, c, G', G'): the same,
+        or features of its DINOv2. None for what this model does not look at.
 
         pixels (B', 3, S, S), ``resized`` B × (height, width), and ``cached`` embeddings with their names, as in a Batch.
         """
-        if self.selecting is not None and self.selecting.encoder is not None:
-            sam, size = self.segmenting.sam, self.selecting.config.feature_size
-            return self.selecting.encode(dinov2_pixels(pixels, resized, size, sam.pixel_mean, sam.pixel_std))
-        return self.segmenting.embed(pixels) if cached is None else self.segmenting.embed_missing(*cached, pixels)
+        own = self.selecting is not None and self.selecting.encoder is not None
+        embedding = None
+        if self.config.decodes or not own:
+            embedding = self.segmenting.embed(pixels) if cached is None else self.segmenting.embed_missing(*cached, pixels)
+        if not own:
+            return embedding, None if self.selecting is None else embedding
+        sam, size = self.segmenting.sam, self.selecting.config.feature_size
+        return embedding, self.selecting.encode(dinov2_pixels(pixels, resized, size, sam.pixel_mean, sam.pixel_std))
 
     def _tokens(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, list[int]]:
         """The projected answer tokens (K, T, C) of all conversations, and how many targets each has.
@@ -300,17 +312,6 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             features = self.reasoning.image_features(batch.clip_pixels)
         return self.reasoning.read(batch.input_ids, batch.attention_mask, batch.image_index, features, wanted)
 
-    def _segment(self, tokens: Tensor, batch: Batch, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """tokens (K, T, C) of all conversations -> low-res logits (K, T, 4G, 4G) and IoU predictions (K, T)."""
-        dims = self.config.sam_dims
-        levels = tokens.shape[1]
-        if not sum(counts):  # the image encoder is the most expensive part: nothing asks for it here
-            return tokens.new_zeros((0, levels, dims.low_res, dims.low_res)), tokens.new_zeros((0, levels))
-        covered = [valid_cells(size, dims.image_size, dims.grid, tokens.device) for size in batch.resized_sizes]
-        image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
-        features = self.mask_features(batch.sam_pixels, batch.resized_sizes, batch.cached)
-        return self.segmenting(tokens, features, image_index, torch.stack(covered))
-
     # -------------------------------------------------------------------------------------------------------- selection
 
     def proposal_source(self, folder: str | Path | None, generate: bool = True) -> ProposalSource | None:
@@ -326,30 +327,38 @@ class CoresForReasoningSegmentation(PreTrainedModel):
 
         def compute(image: np.ndarray):
             nonlocal find
-            find = find or make_generator(self.segmenting.sam, settings)
+            find = find or make_generator(self.segmenting.proposer, settings)
             return find(image)
 
-        store = None if folder is None else ProposalStore(folder, fingerprint(self.segmenting.sam, settings))
+        store = None if folder is None else ProposalStore(folder, fingerprint(self.segmenting.proposer, settings))
         return ProposalSource(c.ranking, c.count, c.pool_size, store, compute if generate else None)
 
-    def _score(self, tokens: Tensor, batch: Batch, counts: list[int]) -> Scores:
-        """tokens (K, 1, C) of all conversations -> Scores of every proposal for every target."""
-        proposals = required(batch.proposals)
-        image_index = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
-        features = self.mask_features(batch.sam_pixels, batch.resized_sizes, batch.cached)
-        return self.selecting(tokens[:, -1], features, proposals, image_index, position_encoding(self.segmenting.sam))
-
-    def _selection_losses(self, tokens: Tensor, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
+    def _selection_losses(
+        self, tokens: Tensor, batch: Batch, counts: list[int], scene: Scene, chain: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """``chain``: the last low-res logits (K, 4G, 4G) of the targets, whose masks stand among the proposals; no gradient goes
+        into them from here."""
+        pointing = self.config.pointing_weight and chain is None  # else a mask loss already
         if not sum(counts):
             required(batch.proposals)
-            return dict.fromkeys(self._mask_parts, self._stand_in(tokens))
-        scores = self._score(tokens, batch, counts)
+            names = ["similarity", "iop", "pointing"] if pointing else ["similarity", "iop"]
+            return dict.fromkeys(names, self._stand_in_selection(tokens))
+        own = None
+        if chain is not None:
+            logits = zip(chain.detach()[:, None].split(counts), batch.image_index.tolist(), strict=True)
+            own = [scene.in_frame(low_res, image)[:, 0] for low_res, image in logits]
+        scores = scene.score(tokens, counts, batch.image_index, own)
         truth = [torch.zeros(scores.iop.shape, device=tokens.device) for _ in range(2)]
-        for row, found in zip(torch.arange(len(tokens)).split(counts), truth_of(batch, self.config.ignore_in_loss), strict=True):
+        rows = torch.arange(len(tokens)).split(counts)
+        for n, (row, found) in enumerate(zip(rows, truth_of(batch, self.config.ignore_in_loss), strict=True)):
             for table, values in zip(truth, found, strict=True):
                 table[row, : values.shape[1]] = torch.from_numpy(values).to(table)
+            if own is not None:
+                ignore = batch.ignore_masks[n] if self.config.ignore_in_loss else None
+                for table, values in zip(truth, overlap(own[n], batch.target_masks[n], ignore), strict=True):
+                    table[row, -1] = values
         parts = self.selecting.losses(scores, *truth)
-        if self.config.pointing_weight:
+        if pointing:
             parts["pointing"] = self._pointing(tokens, batch, counts)
         return parts
 
@@ -367,24 +376,17 @@ class CoresForReasoningSegmentation(PreTrainedModel):
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """The loss () of its unweighted parts, each ()."""
-        c = self.config
+        c, branches = self.config, []
+        if c.decodes:
+            branches.append(c.bce_weight * parts["bce"] + c.dice_weight * parts["dice"])
         if self.selecting is not None:
             s = self.selecting.config
-            picked = s.similarity_weight * parts["similarity"] + s.iop_weight * parts["iop"]
-            loss = c.text_weight * parts["text"] + c.mask_weight * picked
-            return loss + c.pointing_weight * parts["pointing"] if "pointing" in parts else loss
-        mask = c.bce_weight * parts["bce"] + c.dice_weight * parts["dice"]
-        loss = c.text_weight * parts["text"] + c.mask_weight * mask
+            branches.append(s.similarity_weight * parts["similarity"] + s.iop_weight * parts["iop"])
+        loss = c.text_weight * parts["text"] + c.mask_weight * sum(branches)
         return loss + c.pointing_weight * parts["pointing"] if "pointing" in parts else loss
 
-    @property
-    def _mask_parts(self) -> list[str]:
-        """Names of the losses of the mask branch."""
-        names = ["bce", "dice"] if self.selecting is None else ["similarity", "iop"]
-        return [*names, "pointing"] if self.config.pointing_weight else names
-
     def _stand_in(self, tokens: Tensor) -> Tensor:
-        """(), 0: a pass of some token (1, T, C) through the mask branch, for a batch without targets; of none without a gradient.
+        """(), 0: a pass of some token (1, T, C) through the chain, for a batch without targets; of none without a gradient.
 
         ZeRO-2 puts gradients into its buckets as they come: a rank without targets must bring the same ones in the same order
         as the others, or sums of gradients of different weights come out.
@@ -392,19 +394,23 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         if not len(tokens):
             return tokens.float().sum()
         dims, image_index = self.config.sam_dims, torch.zeros(1, dtype=torch.int64, device=tokens.device)
-        if self.selecting is not None:
-            scores = self.selecting.stand_in(tokens[:, -1], image_index, position_encoding(self.segmenting.sam))
-            result = scores.similarity.sum() + scores.iop.sum()
-        else:
-            embedding = tokens.new_zeros((1, dims.prompt_dim, dims.grid, dims.grid))
-            low_res, _ = self.segmenting(tokens, embedding, image_index, tokens.new_ones((1, dims.grid, dims.grid)))
-            result = low_res.float().sum()
-        return (result + tokens.float().sum()) * 0.0
+        embedding = tokens.new_zeros((1, dims.prompt_dim, dims.grid, dims.grid))
+        low_res, _ = self.segmenting(tokens, embedding, image_index, tokens.new_ones((1, dims.grid, dims.grid)))
+        return (low_res.float().sum() + tokens.float().sum()) * 0.0
+
+    def _stand_in_selection(self, tokens: Tensor) -> Tensor:
+        """Likewise, through the selector."""
+        if not len(tokens):
+            return tokens.float().sum()
+        image_index = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+        scores = self.selecting.stand_in(tokens[:, -1], image_index, position_encoding(self.segmenting.sam))
+        return (scores.similarity.sum() + scores.iop.sum() + tokens.float().sum()) * 0.0
 
     def _mask_losses(self, low_res: Tensor, tokens: Tensor, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
         """Sums over masks, divided by the number of masks of the batch."""
         if not sum(counts):
-            return dict.fromkeys(self._mask_parts, self._stand_in(tokens))
+            names = ["bce", "dice", "pointing"] if self.config.pointing_weight else ["bce", "dice"]
+            return dict.fromkeys(names, self._stand_in(tokens))
         totals: dict[str, Tensor] = {}
         for image, rows in _rows_per_image(batch.image_index, counts).items():
             for name, value in self._image_losses(low_res, tokens, batch, image, rows).items():
@@ -493,7 +499,7 @@ def load_dinov2(path: str | None, selector: dict | None) -> Dinov2Model | None:
     if selector is None or SelectorConfig(**selector).features != "dinov2":
         return None
     if not path:
-        raise ValueError("LLM-Seg with features dinov2 needs --features_pretrained, such as facebook/dinov2-large")
+        raise ValueError("a selector with features dinov2 needs --features_pretrained, such as facebook/dinov2-large")
     encoder = Dinov2Model.from_pretrained(path)
     selector["dinov2"] = encoder.config.to_diff_dict()
     return encoder

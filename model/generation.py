@@ -20,9 +20,9 @@ from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper
 from dataset.proposals import Proposals
 from dataset.sample import Batch
 from model.drafts import draft
-from model.llm_seg import required, united
+from model.llm_seg import Scores, required, united
 from model.reasoning_chain import ReasoningChain
-from model.sam import position_encoding, to_original, valid_cells
+from model.sam import position_encoding, to_grid, to_original, valid_cells
 
 if TYPE_CHECKING:
     from model.cores import CoresForReasoningSegmentation
@@ -304,11 +304,16 @@ class Scene:
         return self.model.reasoning.image_features(self._clip_pixels)
 
     @cached_property
-    def embeddings(self) -> Tensor:
-        """(B, C, G, G): what the mask branch sees of the images, see ``mask_features`` of the model."""
-        embeddings = self.model.mask_features(self._sam_pixels, self.resized_sizes, self._cached)
+    def _seen(self) -> tuple[Tensor | None, Tensor | None]:
+        """What the mask branch sees of the images, see ``mask_features`` of the model."""
+        seen = self.model.mask_features(self._sam_pixels, self.resized_sizes, self._cached)
         del self._sam_pixels  # 12 MB a picture, not needed again
-        return embeddings
+        return seen
+
+    @property
+    def embeddings(self) -> Tensor:
+        """(B, C, G, G): SAM's, for a model that decodes masks."""
+        return self._seen[0]
 
     @cached_property
     def proposals(self) -> list[Proposals]:
@@ -316,7 +321,7 @@ class Scene:
 
     def look(self) -> None:
         """Does now what the first mask would wait for."""
-        _ = self.embeddings
+        _ = self._seen
         if self.model.selecting is not None:
             _ = self.proposals
 
@@ -343,33 +348,68 @@ class Scene:
             nothing = tokens.new_zeros((0, tokens.shape[1]), dtype=torch.float32)
             return [Segmentation(nothing.new_zeros((*nothing.shape, *self.original_sizes[i]), dtype=torch.bool), nothing)
                     for i in images]  # fmt: skip
-        of_target = image_index.repeat_interleave(torch.tensor(counts, device=image_index.device))
-        if self.model.selecting is not None:
-            return self._select(tokens, counts, images, of_target)
-        low_res, iou = self.model.segmenting(tokens, self.embeddings, of_target, self._valid)
+        found = self.chain(tokens, counts, image_index) if self.model.config.decodes else None
+        return found if self.model.selecting is None else self._select(tokens, counts, image_index, found)
+
+    def decode(self, tokens: Tensor, counts: list[int], image_index: Tensor) -> tuple[Tensor, Tensor]:
+        """SAM's decoder on tokens (K, T, C), see ``masks``: low-res logits (K, T, 4G, 4G) and its own IoU predictions (K, T)."""
+        if not sum(counts):  # the image encoder is the most expensive part: nothing asks for it here
+            levels, side = tokens.shape[1], self.model.config.sam_dims.low_res
+            return tokens.new_zeros((0, levels, side, side)), tokens.new_zeros((0, levels))
+        return self.model.segmenting(tokens, self.embeddings, _of_target(image_index, counts), self._valid)
+
+    def chain(self, tokens: Tensor, counts: list[int], image_index: Tensor) -> list[Segmentation]:
+        """The masks of the chain of segmenting; arguments as of ``masks``."""
+        low_res, iou = self.decode(tokens, counts, image_index)
         return [
-            Segmentation(self._in_frame(masks, image), ious.float())
-            for masks, ious, image in zip(low_res.split(counts), iou.split(counts), images, strict=True)
+            Segmentation(self.in_frame(masks, image), ious.float())
+            for masks, ious, image in zip(low_res.split(counts), iou.split(counts), image_index.tolist(), strict=True)
         ]
 
-    def _select(self, tokens: Tensor, counts: list[int], images: list[int], of_target: Tensor) -> list[Segmentation]:
-        """The union of what is chosen for every target; ``iou`` is the highest IoP among it, 0 where nothing is chosen."""
-        selecting, position = self.model.selecting, position_encoding(self.model.segmenting.sam)
-        scores = selecting(tokens[:, -1], self.embeddings, self.proposals, of_target, position)
-        chosen = selecting.choose(scores)
+    def score(self, tokens: Tensor, counts: list[int], image_index: Tensor, own: list[Tensor] | None = None) -> Scores:
+        """Of every proposal for every target. ``own``: N × bool (K, H, W), one more proposal of each target."""
+        model, weights = self.model, None
+        if own is not None:
+            padded, side = model.config.sam["image_size"], model.selecting.config.pool_size
+            images = image_index.tolist()
+            weights = [to_grid(m, self.resized_sizes[i], padded, side) for m, i in zip(own, images, strict=True)]
+            weights = torch.cat(weights).to(tokens.device)
+        of_target, position = _of_target(image_index, counts), position_encoding(model.segmenting.sam)
+        return model.selecting(tokens[:, -1], self._seen[1], self.proposals, of_target, position, weights)
+
+    def _select(
+        self, tokens: Tensor, counts: list[int], image_index: Tensor, chain: list[Segmentation] | None
+    ) -> list[Segmentation]:
+        """The union of what is chosen for every target; its ``iou`` is the highest IoP among it, 0 where nothing is chosen.
+
+        It takes the place of the last mask of the ``chain``, which is one of the proposals; the levels before it stay.
+        """
+        own = None if chain is None else [found.masks[:, -1] for found in chain]
+        scores = self.score(tokens, counts, image_index, own)
+        chosen = self.model.selecting.choose(scores)
         sure = (scores.iop * chosen).amax(1, keepdim=True)
-        return [
-            Segmentation(united(picked, self.proposals[image], self.original_sizes[image]), iop)
-            for picked, iop, image in zip(chosen.split(counts), sure.split(counts), images, strict=True)
-        ]
+        out = []
+        for n, (picked, iop, image) in enumerate(zip(chosen.split(counts), sure.split(counts), image_index.tolist(), strict=True)):
+            masks = united(picked, self.proposals[image], self.original_sizes[image])
+            if chain is not None:
+                masks = masks | (own[n] & picked[:, -1, None, None])[:, None]
+                masks = torch.cat([chain[n].masks[:, :-1], masks], dim=1)
+                iop = torch.cat([chain[n].iou[:, :-1], iop], dim=1)
+            out.append(Segmentation(masks, iop))
+        return out
 
-    def _in_frame(self, low_res: Tensor, image: int) -> Tensor:
+    def in_frame(self, low_res: Tensor, image: int) -> Tensor:
         """Low-res logits (K, T, h, w) of targets in one image -> bool (K, T, H, W), target by target: logits are large."""
         resized, original = self.resized_sizes[image], self.original_sizes[image]
         out = torch.zeros((*low_res.shape[:2], *original), dtype=torch.bool, device=low_res.device)
         for target, levels in enumerate(low_res):
             out[target] = to_original(levels, resized, original, self.model.config.sam["image_size"]) > 0
         return out
+
+
+def _of_target(image_index: Tensor, counts: list[int]) -> Tensor:
+    """The image (K,) of every target: of conversations about the images image_index (N,), with ``counts`` targets each."""
+    return image_index.repeat_interleave(torch.tensor(counts, device=image_index.device))
 
 
 def complete_groups(answer: Sequence[int], level_token_ids: Sequence[int]) -> list[list[int]]:

@@ -4,6 +4,8 @@
     h of [SEG] ─► text_projection ───────────────────────────┴► two-way blocks ─► similarity with [SEG]   (which proposal)
                                                                                └► IoP, share inside the target (which to unite)
 
+Where the chain of segmenting makes masks, too (``chain``), the last one of a target stands among its proposals, behind the others.
+
 n targets of the batch · K proposals of an image, padded to the most in the batch · C width · B images · G side of the feature grid
 · P side of the pooling weights · (h, w) the frame of the proposals.
 """
@@ -58,6 +60,9 @@ class SelectorConfig:
     """Which proposals are kept: see ``dataset.proposals.Found.ranked``."""
     count: int = 50
     """How many."""
+    chain: bool = False
+    """CoReS's chain proposes, too: SAM's decoder is trained as it is there, and the last mask of a target becomes one more of its
+    proposals. False (published): the decoder makes no masks, and there is one token."""
     proposals: dict = field(default_factory=dict)
     """Fields of ProposalConfig."""
 
@@ -75,7 +80,8 @@ class SelectorConfig:
 
 @dataclass
 class Scores:
-    """What the heads say of every proposal. ``present`` bool (n, K): False where a row has fewer than K proposals."""
+    """What the heads say of every proposal. ``present`` bool (n, K): False where a row has fewer than K proposals. With a chain
+    there is one column more, the last: its mask."""
 
     similarity: Tensor
     """float32 (n, K): cosine with the [SEG] embedding, -1…1."""
@@ -150,10 +156,19 @@ class Selector(nn.Module):
         side = round(tokens.shape[1] ** 0.5)
         return tokens.transpose(1, 2).unflatten(2, (side, side))
 
-    def forward(self, text: Tensor, features: Tensor, proposals: list[Proposals], image_index: Tensor, position: Tensor) -> Scores:
+    def forward(
+        self,
+        text: Tensor,
+        features: Tensor,
+        proposals: list[Proposals],
+        image_index: Tensor,
+        position: Tensor,
+        own: Tensor | None = None,
+    ) -> Scores:
         """text (n, C), features (B, c, G, G), B × Proposals, image_index int64 (n,), position (1, C, H, W) -> Scores.
 
         ``position`` is SAM's positional encoding over the same frame, of any resolution; used with ``config.place`` only.
+        ``own``: pooling weights (n, P, P) of one more proposal of each target, None for none.
         """
         weights, present = stack(proposals)
         if self.config.place:
@@ -161,6 +176,9 @@ class Selector(nn.Module):
             features = torch.cat([features, position.to(features).expand(len(features), -1, -1, -1)], dim=1)
         vectors = self.project(pool(features, weights).to(text.dtype))[image_index]  # (n, K, C)
         present = present[image_index]
+        if own is not None:
+            vector = self.project(pool(features[image_index], own[:, None]).to(text.dtype))
+            vectors, present = torch.cat([vectors, vector], dim=1), F.pad(present, (0, 1), value=True)
         padding = ~present
         padding[:, 0] &= present.any(1)  # a row without proposals: attention needs a key; nobody reads the result
         query = text[:, None]
@@ -174,7 +192,8 @@ class Selector(nn.Module):
         """Scores of a proposal and an image that are not there, for a text (1, C) that means nothing."""
         channels, side = self.project.in_features - text.shape[-1] * self.config.place, self.config.pool_size
         features, weights = text.new_zeros((1, channels, 1, 1)), torch.ones((1, side, side), device=text.device)
-        return self(text, features, [Proposals((1, 1), [{}], weights)], image_index, position)
+        own = weights if self.config.chain else None
+        return self(text, features, [Proposals((1, 1), [{}], weights)], image_index, position, own)
 
     def choose(self, scores: Scores) -> Tensor:
         """bool (n, K): what ``config.rule`` unites. A row without proposals chooses nothing."""
@@ -272,6 +291,15 @@ def truth_of(batch: Batch, use_ignore: bool) -> list[tuple[np.ndarray, np.ndarra
         hidden = None if ignore is None else to_frame(ignore[None], proposals.size)[0]
         out.append(overlaps(proposals.masks, to_frame(targets, proposals.size), hidden))
     return out
+
+
+def overlap(masks: Tensor, targets: Tensor, ignore: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """IoU and IoP of each mask with its own target, as ``dataset.proposals.overlaps``: bool (n, H, W) twice, and bool (H, W) of
+    pixels that count nowhere -> float32 (n,) twice."""
+    if ignore is not None:
+        masks, targets = masks & ~ignore, targets & ~ignore
+    inter, area, either = (m.flatten(1).sum(1).float() for m in (masks & targets, masks, masks | targets))
+    return inter / either.clamp(min=1), inter / area.clamp(min=1)
 
 
 def to_frame(masks: Tensor, size: tuple[int, int]) -> np.ndarray:

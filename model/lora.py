@@ -75,9 +75,9 @@ def trainable_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         "lm_head": list(llava.get_output_embeddings().parameters()),
         "text projection": list(model.text_projection.parameters()),
     }
-    if model.selecting is not None:  # SAM stays as it is: it made the proposals
+    if model.selecting is not None:
         groups["selector"] = model.selecting.trained()
-    else:
+    if model.config.decodes:  # else SAM stays as it is: it made the proposals
         groups["mask decoder"] = list(model.segmenting.sam.mask_decoder.parameters())
     if model.segmenting.refiner is not None:
         groups["refiner"] = list(model.segmenting.refiner.parameters())

@@ -51,7 +51,7 @@ class AnswerMask:
     levels: dict[str, np.ndarray]
     """Level name, coarse to fine -> bool (H, W)."""
     ious: dict[str, float]
-    """Level name -> SAM's own prediction of its mask's IoU; of an LLM-Seg, the highest IoP among the proposals it united."""
+    """Level name -> SAM's own prediction of its mask's IoU; of a selector's, the highest IoP among what it united."""
 
     @property
     def mask(self) -> np.ndarray:
@@ -303,8 +303,8 @@ class ReasoningSegmenter:
 
         ``device`` "auto": CUDA where there is one, or the CPU. ``dtype`` "auto": as stored. ``template``: of the prompt,
         instead of that of the training. ``max_new_tokens``: None for what
-        generation_config.json says. ``proposals``: folder of the proposal store of an LLM-Seg; what it lacks is computed, and
-        kept there. Raises FileNotFoundError or ValueError for a folder that holds no such model.
+        generation_config.json says. ``proposals``: folder of the proposal store of a model that selects; what it lacks is
+        computed, and kept there. Raises FileNotFoundError or ValueError for a folder that holds no such model.
         """
         processor = CoresProcessor.from_pretrained(str(path), vision_tower=vision_tower)
         processor.template = template or processor.template
@@ -384,7 +384,7 @@ class ReasoningSegmenter:
 
 
 class Session:
-    """A conversation about one picture. It keeps SAM's embedding (of an LLM-Seg: its features and the proposals), CLIP's
+    """A conversation about one picture. It keeps SAM's embedding (or what a selector looks at, and the proposals), CLIP's
     features and the keys and values of what was read, so that a further question costs its own tokens only.
 
     ``turns`` are the (question, answer) pairs that the next question will see. An answer that is interrupted leaves the

@@ -5,6 +5,7 @@ K targets of the whole batch · T levels · C prompt width · G side of SAM's em
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from model.config import RefinerConfig
-from model.sam import decode_masks, mask_prompt, no_mask_prompt
+from model.sam import PIXEL_MEAN, PIXEL_STD, decode_masks, mask_prompt, no_mask_prompt
 
 POOLING_EPS = 5e-4  # of the published refiner: an empty mask gives a zero prototype instead of NaN
 
@@ -81,13 +82,24 @@ class TokenRefiner(nn.Module):
 class SegmentingChain(nn.Module):
     """Owns SAM and the refiner; turns answer tokens into one mask per level."""
 
-    def __init__(self, sam: Sam, refiner: RefinerConfig, decode_chunk: int | None = None):
+    def __init__(self, sam: Sam, refiner: RefinerConfig, decode_chunk: int | None = None, proposes: bool = False):
+        """``proposes``: SAM's everything mode is needed, too, so a copy of the decoder stays as it is now."""
         super().__init__()
         self.sam = sam
+        self.untrained = copy.deepcopy(sam.mask_decoder) if proposes else None
+        """SAM's mask decoder before any training of it; saved with the model."""
         self.refiner = TokenRefiner(sam.prompt_encoder.embed_dim, refiner) if refiner.kind != "none" else None
         self.decode_chunk = decode_chunk
         self.keep: Callable[[str, Tensor], Tensor] | None = None
         """Takes the name and embedding (C, G, G) of an image that a cache lacks, and returns what it will give later."""
+
+    @property
+    def proposer(self) -> Sam:
+        """The SAM as it came, for its everything mode; encoder and prompts are shared, for they are never trained."""
+        if self.untrained is None:
+            return self.sam
+        sam = Sam(self.sam.image_encoder, self.sam.prompt_encoder, self.untrained, list(PIXEL_MEAN), list(PIXEL_STD))
+        return sam.to(self.sam.pixel_mean.device)
 
     @torch.no_grad()
     def embed(self, pixels: Tensor) -> Tensor:

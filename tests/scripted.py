@@ -52,10 +52,10 @@ SELECTOR = {
 
 
 @cache
-def scripted_model(selecting: bool = False) -> Path:
+def scripted_model(selecting: bool = False, chain: bool = False) -> Path:
     """The folder, written once per test session; do not change it. ``selecting``: an LLM-Seg with a random DINOv2 of its
-    own, which says "It is [SEG]"."""
-    levels = ["SEG"] if selecting else list(LEVELS)
+    own, which says "It is [SEG]"; with ``chain``, too, a CoReS with the same selector."""
+    levels = ["SEG"] if selecting and not chain else list(LEVELS)
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"[{level}]" for level in levels], special_tokens=True)
     ids = tokenizer.get_vocab()
@@ -67,15 +67,14 @@ def scripted_model(selecting: bool = False) -> Path:
                                 num_attention_heads=1, bos_token_id=ids["<s>"], eos_token_id=ids["</s>"]),
         image_token_index=ids["<image>"], tie_word_embeddings=False,
     )  # fmt: skip
+    selector = SELECTOR | {"chain": chain} if selecting else None
     level_ids = [ids[f"[{level}]"] for level in levels]
-    config = CoresConfig(
-        llava, vars(SAM_DIMS), levels, level_ids, selector=SELECTOR if selecting else None, text_projection_norm=8.0
-    )
+    config = CoresConfig(llava, vars(SAM_DIMS), levels, level_ids, selector=selector, text_projection_norm=8.0)
     model = CoresForReasoningSegmentation(config).eval()
     with torch.no_grad():
         randomise(model)
         _write_rules(model, ids)
-    folder = Path(_kept.name) / ("selecting" if selecting else "model")
+    folder = Path(_kept.name) / ("chain" if chain else "selecting" if selecting else "model")
     model.save_pretrained(folder)
     crop = {"height": SIDE, "width": SIDE}
     clip = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=crop)

@@ -24,6 +24,7 @@ from dataset.images import DataError
 from dataset.proposals import Proposals, pooling_weights, runs, union
 from dataset.sample import collate, collate_prompts
 from model import CoresForReasoningSegmentation
+from model.generation import Scene
 from model.llm_seg import Scores, Selector, SelectorConfig, dinov2_pixels, iop_loss, pool, similarity_loss, truth_of, united
 from model.lora import set_trainable
 from model.sam import PIXEL_MEAN, PIXEL_STD, preprocess
@@ -216,7 +217,7 @@ def test_company_changes_nothing():
     with torch.no_grad():
         scores = []
         for b in (batch, alone):
-            scores.append(model._score(*model._tokens(model._hidden(b), b)[:1], b, [len(m) for m in b.target_masks]))
+            scores.append(Scene.of(model, b).score(*model._tokens(model._hidden(b), b), b.image_index))
     assert scores[0].present.sum(1).tolist() == [48, 48, 7]
     for name in ("similarity", "iop"):
         together, single = getattr(scores[0], name)[2, :7], getattr(scores[1], name)[0]

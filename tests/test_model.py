@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from dataset.sample import collate
 from model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor, RefinerConfig
+from model.generation import Scene
 from model.llava import add_level_tokens, load_llava
 from model.lora import add_lora, has_lora, merge_lora, set_trainable, trainable_state_dict
 from model.losses import bce_per_mask, dice_per_mask, pointing_per_token
@@ -523,7 +524,7 @@ def test_last_mask_reaches_the_first_token():
     model, processor = tiny_model(refiner={"kind": "none"})
     batch = mixed_batch(processor)
     tokens = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    low_res, _ = model._segment(tokens, batch, [0, 2, 1, 1])
+    low_res, _ = Scene.of(model, batch).decode(tokens, [0, 2, 1, 1], batch.image_index)
     low_res[:, 1].sum().backward()
     assert tokens.grad[:, 0].abs().sum(1).min() > 0
 

@@ -20,6 +20,8 @@ from dataset.conversation import TEMPLATES
 from dataset.proposals import RANKINGS, RULES
 from model.precision import ATTENTION
 
+SELECTING = ("llm_seg", "cores+select")  # methods that choose among SAM's proposals
+
 
 class UsageError(ValueError):
     """A wrong flag, value or file: shown as one line, exit code 2."""
@@ -36,8 +38,9 @@ class ModelArguments:
     vision_pretrained: str = option("", "SAM checkpoint (.pth) or folder; not needed for a merged model")
     method: str = option(
         "cores",
-        "lisa: one token [SEG], no refiner, no exemplar; llm_seg: likewise, and selects among SAM's proposals",
-        choices=["cores", "lisa", "llm_seg"],
+        "lisa: one token [SEG], no refiner, no exemplar; llm_seg: likewise, and selects among SAM's proposals; cores+select: "
+        "CoReS, whose last mask stands among SAM's proposals, and LLM-Seg's selector chooses",
+        choices=["cores", "lisa", *SELECTING],
     )
     levels: str = option("LOC,SEG", "answer tokens of the chain, coarse to fine, joined by commas")
     refiner: str = option(
@@ -64,14 +67,18 @@ class ModelArguments:
 
 @dataclass
 class SelectArguments:
-    """LLM-Seg's branch; of no effect for other methods."""
+    """LLM-Seg's branch, of llm_seg and cores+select; of no effect for other methods."""
 
     features: str = option(
         "dinov2", "features under the proposals: a DINOv2 of its own, or SAM's embedding", choices=["dinov2", "sam"]
     )
     features_pretrained: str = option("", "DINOv2 in transformers format, such as facebook/dinov2-large")
     proposal_place: bool = option(False, "proposals know where they are: SAM's positional encoding is pooled, too (paper: off)")
-    select: str = option("", "which proposals are united; unset: iop, or a merged model's own rule", choices=["", *RULES])
+    select: str = option(
+        "",
+        "which proposals are united; unset: iop, with cores+select similarity, or a merged model's own rule",
+        choices=["", *RULES],
+    )
     proposals: str = option("", "folder of the proposal store, see utils/precompute_proposals.py; unset: computed whenever needed")
     proposal_ranking: str = option(
         "area", "which proposals are kept: the largest, the surest, or both in turns", choices=list(RANKINGS)

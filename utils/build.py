@@ -24,7 +24,7 @@ from model.reasoning_chain import enable_checkpointing
 from model.sam import load_sam
 from model.weights import find_file, looks_like_path, read_json_file
 from utils import checkpoint, distributed
-from utils.arguments import FREE_ON_RESUME, Settings, UsageError, numbers, parse_over, read_resumed, settings_of
+from utils.arguments import FREE_ON_RESUME, SELECTING, Settings, UsageError, numbers, parse_over, read_resumed, settings_of
 from utils.embeddings import SamCache, fingerprint
 from utils.engine import DTYPES, samples_per_epoch
 
@@ -77,9 +77,7 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
         model = CoresForReasoningSegmentation.from_pretrained(s.version, dtype=DTYPES[s.precision], **loading)
         processor.tokenizer.model_max_length = s.model_max_length
         model.config.set_losses(**loss_config(s))
-        if (model.selecting is None) == (s.method == "llm_seg") and not s.eval_only:
-            found = "an LLM-Seg" if model.selecting else "no LLM-Seg"
-            raise UsageError(f"{s.version}: is {found}, --method says {s.method}")
+        refuse_other_method(s, model)
     else:
         prompt_format(s)
         model, processor = CoresForReasoningSegmentation.from_backbones(
@@ -105,6 +103,14 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
     return model, processor
 
 
+def refuse_other_method(s: Settings, model: CoresForReasoningSegmentation) -> None:
+    """Raises UsageError if training would go on from a model of a method that another mask branch belongs to."""
+    chain = model.selecting is not None and model.config.decodes
+    found = "a CoReS or LISA" if model.selecting is None else "a CoReS with a selector" if chain else "an LLM-Seg"
+    if (model.selecting is not None, chain) != (s.method in SELECTING, s.method == "cores+select") and not s.eval_only:
+        raise UsageError(f"{s.version}: is {found}, --method says {s.method}")
+
+
 def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s: Settings) -> None:
     """Applies SpeedArguments."""
     attention, reason = choose_attention(s.attn_implementation, DTYPES[s.precision], distributed.device())
@@ -117,7 +123,7 @@ def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s
         model.segmenting.sam.image_encoder.compile()
     if s.sam_cache:
         if model.selecting is not None and model.selecting.encoder is not None:
-            raise UsageError("--sam_cache: this LLM-Seg looks at DINOv2's features, not at SAM's embedding; leave the flag out")
+            raise UsageError("--sam_cache: this selector looks at DINOv2's features, which it does not keep; leave the flag out")
         name = fingerprint(model.segmenting.sam.image_encoder, processor.image_size)
         processor.sam_cache = SamCache(s.sam_cache, name, s.sam_cache_dtype, s.sam_cache_gb)
         model.segmenting.keep = processor.sam_cache.keep
@@ -150,12 +156,14 @@ def finished_processor(s: Settings) -> CoresProcessor:
 
 
 def selector_config(s: Settings) -> dict | None:
-    """Fields of SelectorConfig, or None for a method that decodes its masks."""
-    if s.method != "llm_seg":
+    """Fields of SelectorConfig, or None for a method without a selector."""
+    if s.method not in SELECTING:
         return None
+    chain = s.method == "cores+select"
     return {
         "features": s.features,
-        "rule": s.select or "iop",
+        "chain": chain,
+        "rule": s.select or ("similarity" if chain else "iop"),
         "ranking": s.proposal_ranking,
         "count": s.proposal_count,
         "pool_size": s.pool_size,

@@ -1,4 +1,4 @@
-"""Computes SAM's proposals of the images that a run will see, for training, evaluation and chat with --method llm_seg.
+"""Computes SAM's proposals of the images that a run will see, for --method llm_seg and cores+select.
 
     python -m utils.precompute_proposals --config configs/tiny-llm-seg.yaml                    # and the flags of the run
     python -m utils.precompute_proposals --config configs/llm-seg-7b.yaml --jobs 8 --ranks 8 --dataset_dir ./dataset_dir
@@ -29,7 +29,7 @@ from model.cores import CoresForReasoningSegmentation
 from model.proposals import ProposalConfig, fingerprint, make_generator
 from model.sam import load_sam
 from utils import build, distributed
-from utils.arguments import OneLineParser, Settings, UsageError, one_line, parse
+from utils.arguments import SELECTING, OneLineParser, Settings, UsageError, one_line, parse
 from utils.engine import samples_per_epoch
 from utils.oracle import score_oracles
 from utils.tables import format_table
@@ -42,8 +42,8 @@ def read_arguments(argv: list[str] | None) -> tuple[Namespace, Settings]:
     parser.add_argument("--ranks", type=int, default=1, help="ranks of the training run: they decide how many images it draws")
     own, rest = parser.parse_known_args(argv)
     settings = parse(rest)
-    if settings.method != "llm_seg":
-        raise UsageError(f"--method {settings.method}: only llm_seg needs proposals")
+    if settings.method not in SELECTING:
+        raise UsageError(f"--method {settings.method}: only {' and '.join(SELECTING)} need proposals")
     if not settings.proposals:
         raise UsageError("--proposals is unset; name the folder of the store")
     for name in ("jobs", "ranks"):
