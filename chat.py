@@ -139,8 +139,7 @@ class Chat:
         if not name:
             raise ValueError("/image needs the path of a picture")
         path = _path(name)
-        if not path.exists():
-            raise ValueError(f"{shown(str(path))}: there is no such picture; give the path of one")
+        _require_file(path)
         self.session = self.segmenter.open(path)
         self.answers = []
         height, width = self.session.image.shape[:2]
@@ -195,6 +194,26 @@ def _path(text: str) -> Path:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     return Path(os.path.expanduser(text.replace("\\ ", " ")))
+
+
+def _require_file(path: Path) -> None:
+    """Raises ValueError in the words of somebody who asks, not of somebody who keeps a data set."""
+    if path.is_dir():
+        raise ValueError(f"{shown(str(path))}: is a folder; give the path of a picture")
+    if not path.exists():
+        raise ValueError(f"{shown(str(path))}: there is no such picture; give the path of one")
+
+
+def _prepare_folder(folder: Path) -> None:
+    """Raises UsageError now where masks could not be saved later, when the model has been loaded and has answered."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"--vis_save_path {folder}: masks cannot be saved there ({reason}); give another folder") from None
+    if not writable:
+        raise UsageError(f"--vis_save_path {folder}: masks cannot be saved there (it is not writable); give another folder")
 
 
 def _is_file(text: str) -> bool:
@@ -278,8 +297,10 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         args = read_arguments(argv)
-        if args.prompt is not None:
-            load_image(args.image)  # before anything large is read
+        if args.prompt is not None:  # before anything large is read
+            _prepare_folder(args.vis_save_path)
+            _require_file(args.image)
+            load_image(args.image)
         transformers_logging.disable_progress_bar()
         chat = Chat(load(args), args.vis_save_path)
         if args.prompt is None:

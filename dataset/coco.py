@@ -29,7 +29,7 @@ from dataset.images import (
     require_folder,
     resolve_inside,
 )
-from dataset.index import CocoIndex
+from dataset.index import CocoIndex, RecordIndex
 from dataset.sample import LoaderOptions, Sample
 
 logger = logging.getLogger(__name__)
@@ -69,18 +69,49 @@ def without_missing(
 
 
 def usable(
-    positions: Sequence[int], name_of: Sequence[str], folder: Path, source: Path, options: LoaderOptions, dataset: str
+    index: CocoIndex | RecordIndex,
+    positions: Sequence[int],
+    name_of: Sequence[str],
+    folder: Path,
+    options: LoaderOptions,
+    dataset: str,
 ) -> np.ndarray:
-    """The ``positions``, int64, whose image may be trained on and is in ``folder``. ``name_of``: file name by position.
+    """The ``positions`` in ``index``, int64, whose image may be trained on, is in ``folder`` and has no bad entry.
+    ``name_of``: file name by position.
 
     Raises DataError, as ``without_excluded`` and ``without_missing`` do.
     """
+    source = index.source
+    positions = _without_bad(index, positions, name_of, folder, options, dataset)
     allowed = without_excluded(positions, [name_of[position] for position in positions], options, dataset)
     names = [name_of[position] for position in allowed]
     kept = without_missing(allowed, names, folder, source, options, dataset)
     if not len(kept):
         raise DataError(f"{source}: --skip_list leaves nothing of {dataset}; leave the data set out")
     return np.array(kept, dtype=np.int64)
+
+
+def _without_bad(
+    index: CocoIndex | RecordIndex,
+    positions: Sequence[int],
+    name_of: Sequence[str],
+    folder: Path,
+    options: LoaderOptions,
+    dataset: str,
+) -> Sequence[int]:
+    """``positions`` without the images of bad entries: with one annotation less, a question about them could have a wrong mask."""
+    if not index.bad:
+        return positions
+    images = {bad.image for bad in index.bad} - {None}
+    gone = {position: index.file_names[position] for position in positions if images and index.file_names[position] in images}
+    files = {name: name_of[position] for position, name in gone.items()}  # not always where the annotations say
+    places = [folder / files.get(e.image, e.image) if e.image else f"{index.source}:{e.place}" for e in index.bad]
+    reasons = [f"{index.source}: {e.reason}" for e in index.bad]
+    options.faults.leave_out(dataset, list(zip(places, reasons, strict=True)))
+    kept = [position for position in positions if position not in gone]
+    if not kept:
+        raise DataError(f"{index.source}: no entry of {dataset} can be used, for example: {index.bad[0].reason}")
+    return kept
 
 
 def _is_polygon(points: object) -> bool:
@@ -129,12 +160,12 @@ class CocoInstances:
         self.options = options
         root = require_folder(Path(dataset_dir) / "coco", "COCO-format data")
         self.source = named_inside(root / "annotations", f"instances_{split}.json")
-        self.index = CocoIndex.open(self.source)
+        self.index = CocoIndex.open(self.source, tolerant=options.faults.leaves_out)
         self.folder = require_folder(named_inside(root, split), "the folder of this split's images")
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(f"{self.source}: split {split} is empty; no image has an annotated instance")
-        self.positions = usable(positions, self.index.file_names, self.folder, self.source, options, self.dataset)
+        self.positions = usable(self.index, positions, self.index.file_names, self.folder, options, self.dataset)
 
     def __len__(self) -> int:
         return len(self.positions)

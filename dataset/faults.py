@@ -2,7 +2,7 @@
 
 An *item* is what can be left out by itself: an image (all that is asked about it goes with it), the JSON of one query, one line of
 a table. It is named by its path below the data folder, "reason_seg/ReasonSeg/train/000.json", with the place in the file where
-several items share one: "own/parts.jsonl:12".
+several items share one: "own/parts.jsonl:12", "llava_dataset/llava_instruct_150k.json:record 12".
 
 A skip list has one JSON object per line: ``dataset`` ("ReasonSeg|train"), ``item`` and ``reason``. ``python -m dataset.check``
 writes it, training reads it (``--skip_list``) and writes what it met into ``skipped.jsonl``, in the same format.
@@ -91,6 +91,11 @@ class Faults:
         self._read = 0  # bytes of the report that are in _reported
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether anything may be left out. If not, the first bad item is an error, and no others need be looked for."""
+        return self.tolerant or self.has_skip_list
+
+    @property
     def has_skip_list(self) -> bool:
         return bool(self._skip)
 
@@ -119,6 +124,18 @@ class Faults:
         """Writes down one bad item, here, in the log and in the report."""
         if self.note_all(dataset, [(item, reason)]):
             logger.warning("%s: %s is left out: %s", dataset, self.name(item), reason)
+
+    def leave_out(self, dataset: str, items: list[tuple[str | Path, str]]) -> None:
+        """Bad entries of a file, all found at once, as (item, reason) pairs: those that are not on the skip list are noted, with
+        one line in the log, or the first is raised."""
+        first: dict[str | Path, str] = {}
+        for item, reason in items:
+            first.setdefault(item, reason)  # an image may have several bad annotations
+        bad = [(item, reason) for item, reason in first.items() if not self.skips(dataset, item)]
+        if bad and not self.tolerant:
+            raise DataError(bad[0][1])
+        if self.note_all(dataset, bad):
+            logger.warning("%s: %d bad entries are left out, for example: %s", dataset, len(bad), bad[0][1])
 
     def note_all(self, dataset: str, items: list[tuple[str | Path, object]]) -> int:
         """Writes down (item, reason) pairs, and leaves the log to the caller; returns how many were new to this process."""

@@ -111,7 +111,8 @@ def _open(path: Path | Embedded) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)  # which repeats the path
+    return " ".join(said.split()) or type(error).__name__
 
 
 def _load(picture: Image.Image, path: Path | Embedded) -> None:
@@ -269,9 +270,10 @@ def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) ->
     ``size``: the (H, W) that the mask must have. Raises DataError naming ``path`` and ``field`` for anything malformed.
     """
     counts = rle.get("counts") if isinstance(rle, dict) else None
-    if not isinstance(counts, (str, list)) or not isinstance(rle.get("size"), list) or len(rle["size"]) != 2:
+    claimed = rle.get("size") if isinstance(counts, (str, list)) else None
+    if not isinstance(claimed, list) or len(claimed) != 2 or not all(isinstance(side, (int, float)) for side in claimed):
         raise DataError(f'{path}: "{field}" must be {{"size": [height, width], "counts": …}}')
-    check_size(tuple(rle["size"]), size, path, f'"{field}"')
+    check_size(tuple(claimed), size, path, f'"{field}"')
     height, width = size
     try:
         if isinstance(counts, list):

@@ -13,8 +13,9 @@ import os
 import tempfile
 from array import array
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,16 +24,33 @@ from dataset.json_stream import JsonReader, parse_stream
 from dataset.store import Build, Store, StoreWriter, open_store
 
 
+class BadEntry(NamedTuple):
+    """What is wrong with one entry of a list, found when the index was built."""
+
+    place: str
+    """Which one it is, "annotation at position 7"."""
+    reason: str
+    """In full, but for the name of the file."""
+    image: str | None = None
+    """The image that goes with it, where it is known: what is asked about this one would not be true without the entry."""
+
+
 class _Index:
     """What both have in common: opening, repair and pickling. Subclasses say in ``_load`` what they take from the store."""
 
-    def __init__(self, source: str | Path, cache_dir: Path | None, kind: str, build: Build):
-        self.source, self.cache_dir = Path(source), cache_dir
+    bad: list[BadEntry]
+    """Entries that cannot be used, in the order of the file. Only a tolerant index has some."""
+
+    def __init__(self, source: str | Path, cache_dir: str | Path | None, kind: str, build: Build, tolerant: bool):
+        self.source, self.cache_dir = Path(source), None if cache_dir is None else Path(cache_dir)
         self._kind, self._build = kind, build
         self._open(None)
+        if self.bad and not tolerant:  # another process has built it for a loader that leaves them out
+            raise DataError(f"{self.source}: {self.bad[0].reason}")
 
     def _open(self, damaged: Store | None) -> None:
         self._store = open_store(self.source, self._kind, self._build, self.cache_dir, damaged)
+        self.bad = [BadEntry(*entry) for entry in self._store.json("bad")]
         self._load(self._store)
 
     def _load(self, store: Store) -> None:
@@ -68,13 +86,14 @@ class CocoIndex(_Index):
     """
 
     @classmethod
-    def open(cls, annotation_file: str | Path, cache_dir: str | Path | None = None) -> CocoIndex:
+    def open(cls, annotation_file: str | Path, cache_dir: str | Path | None = None, tolerant: bool = False) -> CocoIndex:
         """Builds the index if it is not yet in ``cache_dir`` (default: see dataset/store.py).
 
-        Raises MissingDataError, or DataError naming the file and the entry: ids that occur twice, an annotation of an unknown
-        image or category, a missing field, broken JSON.
+        ``tolerant``: images and annotations that cannot be used are left out and in ``bad``. Raises MissingDataError, or DataError
+        naming the file and the entry: ids that occur twice, broken JSON, and, unless ``tolerant``, an annotation of an unknown
+        image or category and a missing or wrong field.
         """
-        return cls(annotation_file, None if cache_dir is None else Path(cache_dir), "coco-1", build_coco)
+        return cls(annotation_file, cache_dir, "coco-2", partial(build_coco, tolerant=tolerant), tolerant)
 
     def _load(self, store: Store) -> None:
         self.categories: dict[int, dict] = {entry["id"]: entry for entry in store.json("categories")}
@@ -150,8 +169,11 @@ class _Spool:
 class _CocoParser:
     """Takes a COCO file apart: entries go to spools, what they are sorted and looked up by to columns."""
 
-    def __init__(self, source: Path, folder: Path):
-        self.source = source
+    def __init__(self, source: Path, folder: Path, tolerant: bool):
+        self.source, self.tolerant = source, tolerant
+        self.bad: list[tuple[BadEntry, Any]] = []
+        """With the id of the image."""
+        self.bad_images: set[int] = set()
         self.images, self.annotations = _Spool(folder), _Spool(folder)
         self.file_names: list[str] = []
         self.image_ids, self.annotation_ids = array("q"), array("q")
@@ -165,10 +187,12 @@ class _CocoParser:
             if key in missing and reader.peek() == "[":
                 missing.remove(key)
                 for number, (entry, text) in enumerate(reader.items()):
-                    where = f'{self.source}: "{key}" entry {number}'
-                    if not isinstance(entry, dict):
-                        raise DataError(f"{where} is not an object")
-                    take[key](entry, text, where)
+                    try:
+                        if not isinstance(entry, dict):
+                            raise DataError(f'"{key}" entry {number} is not an object')
+                        take[key](entry, text, f'"{key}" entry {number}')
+                    except DataError as error:
+                        self._refuse(key, number, entry, str(error))
             else:
                 reader.value()
         if missing:
@@ -176,8 +200,22 @@ class _CocoParser:
             raise DataError(f'{self.source}: has no list "{first}"; a COCO instances file is expected')
         reader.end()
 
+    def _refuse(self, key: str, number: int, entry: Any, reason: str) -> None:
+        """Writes a bad entry down. Raises DataError where this is not wanted, and for a category, without which many are bad."""
+        if not self.tolerant or key == "categories":
+            raise DataError(f"{self.source}: {reason}")
+        entry = entry if isinstance(entry, dict) else {}
+        bad = BadEntry(f"{key.removesuffix('s')} at position {number}", reason)
+        if key == "annotations":
+            self.bad.append((bad, entry.get("image_id")))
+            return
+        name = entry.get("file_name")
+        self.bad.append((bad._replace(image=name if isinstance(name, str) else None), None))
+        if type(entry.get("id")) is int:
+            self.bad_images.add(entry["id"])
+
     def _image(self, entry: dict, text: str, where: str) -> None:
-        self.image_ids.append(_whole(entry, "id", where))
+        number = _whole(entry, "id", where)
         name = _field(entry, "file_name", where)
         if not isinstance(name, str):
             raise DataError(f'{where}: "file_name" must be a text')
@@ -185,19 +223,35 @@ class _CocoParser:
             value = _field(entry, field, where)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise DataError(f'{where}: "{field}" must be a positive number of pixels')
+        self.image_ids.append(number)
         self.file_names.append(name)
         self.images.add(entry, text)
 
     def _annotation(self, entry: dict, text: str, where: str) -> None:
-        self.annotation_ids.append(_whole(entry, "id", where))
-        self.image_of.append(_whole(entry, "image_id", where))
-        self.category_of.append(_whole(entry, "category_id", where))
+        number, image, category = (_whole(entry, name, where) for name in ("id", "image_id", "category_id"))
         _field(entry, "segmentation", where)
         crowd = entry.get("iscrowd", 0)
         if crowd not in (0, 1):
             raise DataError(f'{where}: "iscrowd" must be 0 or 1')
+        self.annotation_ids.append(number)
+        self.image_of.append(image)
+        self.category_of.append(category)
         self.crowd.append(int(crowd))
         self.annotations.add(entry, text)
+
+    def refuse_unknown(self, row: int) -> None:
+        """The annotation of a row whose image or category is not there; of an image that is bad itself, nothing need be said."""
+        number, image = self.annotation_ids[row], self.image_of[row]
+        reason = f"annotation {number} names an unknown image or category"
+        if not self.tolerant:
+            raise DataError(f"{self.source}: {reason}")
+        if image not in self.bad_images:
+            self.bad.append((BadEntry(f"annotation {number}", reason), image))
+
+    def named_bad(self) -> list[BadEntry]:
+        """The bad entries with the names of the images that go with them."""
+        names = dict(zip(self.image_ids, self.file_names, strict=True)) if self.bad else {}
+        return [bad._replace(image=names[i]) if type(i) is int and i in names else bad for bad, i in self.bad]
 
     def _category(self, entry: dict, _: str, where: str) -> None:
         _whole(entry, "id", where)
@@ -225,12 +279,12 @@ def _whole(entry: dict, name: str, where: str) -> int:
     return value
 
 
-def build_coco(source: Path, store: StoreWriter) -> None:
+def build_coco(source: Path, store: StoreWriter, tolerant: bool) -> None:
     """Fills ``store`` with what CocoIndex reads. Raises DataError."""
     parsers = []
 
     def parse(reader: JsonReader) -> None:
-        parsers[:] = [_CocoParser(source, store.folder)]  # anew for every guess of the encoding
+        parsers[:] = [_CocoParser(source, store.folder, tolerant)]  # anew for every guess of the encoding
         parsers[0].parse(reader)
 
     parse_stream(source, parse)
@@ -239,23 +293,26 @@ def build_coco(source: Path, store: StoreWriter) -> None:
     _unique(image_ids, source, "images")
     _unique(parser.annotation_ids, source, "annotations")
     image_of, category_of = np.array(parser.image_of), np.array(parser.category_of)
-    unknown = ~(np.isin(image_of, image_ids) & np.isin(category_of, category_ids))
-    if unknown.any():
-        raise DataError(f"{source}: annotation {parser.annotation_ids[unknown.argmax()]} names an unknown image or category")
+    known = np.isin(image_of, image_ids) & np.isin(category_of, category_ids)
+    for row in np.flatnonzero(~known):
+        parser.refuse_unknown(int(row))
 
     image_order = np.array(sorted(range(len(image_ids)), key=parser.file_names.__getitem__), dtype=np.int64)
     image_lookup = _lookup(image_ids[image_order])
-    position_of = image_lookup[1][np.searchsorted(image_lookup[0], image_of)]
-    order = np.argsort(position_of, kind="stable")
+    rows = np.flatnonzero(known)
+    position_of = image_lookup[1][np.searchsorted(image_lookup[0], image_of[rows])]
+    by_position = np.argsort(position_of, kind="stable")
+    order = rows[by_position]
     annotation_ids = np.array(parser.annotation_ids)[order]
 
+    store.json("bad", parser.named_bad())
     store.json("categories", parser.categories)
     with store.records("file_names", small=True) as names:
         for row in image_order:
             names.add(json.dumps(parser.file_names[row]).encode())
     parser.images.copy(store, "images", image_order)
     parser.annotations.copy(store, "annotations", order)
-    store.array("first", np.searchsorted(position_of[order], np.arange(len(image_ids) + 1)))
+    store.array("first", np.searchsorted(position_of[by_position], np.arange(len(image_ids) + 1)))
     store.array("annotation_ids", annotation_ids)
     store.array("category_ids", category_of[order])
     store.array("is_crowd", np.array(parser.crowd).astype(bool)[order])
@@ -285,13 +342,15 @@ class RecordIndex(_Index):
     """The entries of a JSON list after they were checked and reduced to what is needed; ``names`` has one text of each."""
 
     @classmethod
-    def open(cls, source: str | Path, kind: str, prepare: Prepare, cache_dir: str | Path | None = None) -> RecordIndex:
+    def open(
+        cls, source: str | Path, kind: str, prepare: Prepare, cache_dir: str | Path | None = None, tolerant: bool = False
+    ) -> RecordIndex:
         """``prepare(source, entry, number) -> (name, record)``: a function of a module, as workers get it by name; it raises
-        DataError for an entry that cannot be used. ``kind`` is its name and version, such as "vqa-1": a new version is a new
-        index. Raises DataError, also for a list that is empty or none.
+        DataError, which begins with ``source``, for an entry that cannot be used. ``kind`` is its name and version, such as
+        "vqa-2": a new version is a new index. ``tolerant``: these entries are left out and in ``bad``. Raises DataError, also for
+        a list that is empty or none.
         """
-        build = _RecordBuilder(prepare)
-        return cls(source, None if cache_dir is None else Path(cache_dir), kind, build)
+        return cls(source, cache_dir, kind, _RecordBuilder(prepare, tolerant), tolerant)
 
     def _load(self, store: Store) -> None:
         self.names, self._records = store.records("names"), store.records("records")
@@ -307,15 +366,24 @@ class RecordIndex(_Index):
 class _RecordBuilder:
     """The build of a RecordIndex; unlike a function inside a function it can be pickled."""
 
-    def __init__(self, prepare: Prepare):
-        self.prepare = prepare
+    def __init__(self, prepare: Prepare, tolerant: bool):
+        self.prepare, self.tolerant = prepare, tolerant
 
     def __call__(self, source: Path, store: StoreWriter) -> None:
+        bad: list[BadEntry] = []
+
         def parse(reader: JsonReader) -> int:
             count = 0
+            bad.clear()  # of another guess of the encoding
             with store.records("names", small=True) as names, store.records("records") as records:
                 for count, (entry, _) in enumerate(reader.items() if reader.peek() == "[" else _other(reader), start=1):
-                    name, record = self.prepare(source, entry, count - 1)
+                    try:
+                        name, record = self.prepare(source, entry, count - 1)
+                    except DataError as error:
+                        if not self.tolerant:
+                            raise
+                        bad.append(BadEntry(f"record {count - 1}", str(error).removeprefix(f"{source}: ")))
+                        continue
                     names.add(json.dumps(name).encode())
                     records.add(json.dumps(record, separators=(",", ":")).encode())
             reader.end()
@@ -323,3 +391,4 @@ class _RecordBuilder:
 
         if not parse_stream(source, parse):
             raise DataError(f"{source}: must be a non-empty list of records")
+        store.json("bad", bad)

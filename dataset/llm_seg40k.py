@@ -79,13 +79,22 @@ class LlmSeg40K:
         content = read_json(self.source)
         if not isinstance(content, dict) or not content:
             raise DataError(f"{self.source}: must map names of images to their questions")
-        records = [_check(self.source, image, entry) for image, entry in sorted(content.items())]
-        records = [record for record in records if record[2]]
+        records = [record for record in self._checked(content) if record[2]]
         if options.training:
             records = self._without_excluded(records)
         self.records = PackedRecords(self._without_missing(records))
         if not len(self.records):
             raise DataError(f"{self.source}: holds no question")
+
+    def _checked(self, content: dict) -> list:
+        found, bad = [], []
+        for image, entry in sorted(content.items()):
+            try:
+                found.append(_check(self.source, image, entry))
+            except DataError as error:
+                bad.append((f"{self.source}:{image}", str(error)))
+        self.options.faults.leave_out(self.dataset, bad)
+        return found
 
     def _without_excluded(self, records: list) -> list:
         # a photo of EgoObjects is never COCO's, whatever it is called

@@ -108,14 +108,14 @@ class PartSegmentation:
         root = Path(dataset_dir)
         source = root / self.kind.annotations
         self.source = named_inside(require_folder(source.parent, f"the {name} data"), source.name.format(split=split))
-        self.index = CocoIndex.open(self.source)
+        self.index = CocoIndex.open(self.source, tolerant=options.faults.leaves_out)
         self.names = {i: category_name(c["name"], self.kind.separator) for i, c in self.index.categories.items()}
         self.folder = self._folder([root / folder.format(split=split) for folder in self.kind.images], name)
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(f"{self.source}: is empty; no image has an annotated part")
         files = [self._file(file) for file in self.index.file_names]
-        self.positions = usable(positions, files, self.folder, self.source, options, self.dataset)
+        self.positions = usable(self.index, positions, files, self.folder, options, self.dataset)
 
     @staticmethod
     def _folder(folders: list[Path], name: str) -> Path:

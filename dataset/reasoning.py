@@ -174,10 +174,13 @@ class ReasoningSegmentation:
             return {}
         entries = read_json(path)
         found: dict[str, list[str]] = defaultdict(list)
+        bad: list[tuple[str, str]] = []
         for index, entry in enumerate(entries if isinstance(entries, list) else [None]):
             if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("json", "outputs")):
-                raise DataError(f'{path}: entry {index} needs the texts "json" and "outputs"')
+                bad.append((f"{path}:entry {index}", f'{path}: entry {index} needs the texts "json" and "outputs"'))
+                continue
             found[entry["json"]].append(entry["outputs"])
+        self.options.faults.leave_out(self.dataset, bad)
         return found
 
     def _folder(self, split: str) -> tuple[Path, bool | None]:

@@ -29,6 +29,7 @@ import numpy as np
 
 from dataset.coco import annotation_mask, usable
 from dataset.conversation import Conversation, answer, phrase_question
+from dataset.faults import Faults
 from dataset.images import (
     DataError,
     MissingDataError,
@@ -73,6 +74,8 @@ class Reference(NamedTuple):
     """Empty where nothing is meant."""
     split: str
     sentences: list[str]
+    number: int
+    """Its place in the file."""
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -82,8 +85,12 @@ def _files(folder: Path) -> dict[str, Path]:
     return {path.stem[len(pattern) + 1 : -1]: path for path in found}
 
 
-def read_references(folder: Path, split_by: str) -> list[Reference]:
-    """All references of a set's folder. Raises DataError; one that is MissingDataError lists the divisions that are there."""
+def read_references(folder: Path, split_by: str, faults: Faults | None = None, dataset: str = "") -> list[Reference]:
+    """All references of a set's folder. ``faults``: what to do about bad ones, instead of raising the first.
+
+    Raises DataError; one that is MissingDataError lists the divisions that are there.
+    """
+    faults = faults or Faults()
     files = _files(require_folder(folder, "a referring data set"))
     if split_by not in files:
         raise MissingDataError(f"{folder}: has no references divided by {split_by!r}; there are: {', '.join(files) or 'none'}")
@@ -91,10 +98,23 @@ def read_references(folder: Path, split_by: str) -> list[Reference]:
     entries = read_json(path) if path.suffix == ".json" else read_pickle(path)
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: must be a non-empty list of references")
-    return [_reference(entry, f"{path}: reference {number}") for number, entry in enumerate(entries)]
+    found, bad = [], []
+    for number, entry in enumerate(entries):
+        try:
+            found.append(_reference(entry, number))
+        except DataError as error:
+            bad.append((_item(path, number), f"{path}: {error}"))
+    faults.leave_out(dataset, bad)
+    return found
 
 
-def _reference(entry: Any, where: str) -> Reference:
+def _item(path: Path, number: int) -> str:
+    """What a skip list calls a reference."""
+    return f"{path}:reference {number}"
+
+
+def _reference(entry: Any, number: int) -> Reference:
+    where = f"reference {number}"
     if not isinstance(entry, dict):
         raise DataError(f"{where} is not an object")
     ids = entry.get("ann_id")
@@ -107,7 +127,7 @@ def _reference(entry: Any, where: str) -> Reference:
     if not isinstance(spoken, list) or any(not isinstance(s, dict) or not isinstance(s.get("sent"), str) for s in spoken):
         raise DataError(f'{where}: "sentences" must be a list of {{"sent": text, …}}')
     texts = [s["sent"].strip() for s in spoken]
-    return Reference(entry["image_id"], [i for i in ids if i != NOTHING], entry["split"], [text for text in texts if text])
+    return Reference(entry["image_id"], [i for i in ids if i != NOTHING], entry["split"], [text for text in texts if text], number)
 
 
 def _belongs(split: str, wanted: str) -> bool:
@@ -146,13 +166,13 @@ class ReferringSegmentation:
         root = require_folder(Path(dataset_dir) / "refer_seg", "the referring data sets")
         self.folder = require_folder(root / SETS[name].images, f"the images of {name}")
         self.source = root / name / "instances.json"
-        references = read_references(root / name, split_by)
-        self.index = CocoIndex.open(self.source)
+        references = read_references(root / name, split_by, options.faults, self.dataset)
+        self.index = CocoIndex.open(self.source, tolerant=options.faults.leaves_out)
         chosen = [r for r in references if _belongs(r.split, split)]
         if not chosen:
             known = ", ".join(sorted({r.split for r in references}))
             raise MissingDataError(f"{root / name}: no split {split!r} in the division {split_by!r}; there are: {known}")
-        self._records(chosen)
+        self._records(chosen, _files(root / name)[split_by])
 
     @staticmethod
     def _read_spec(spec: str, training: bool) -> tuple[str, str, str]:
@@ -165,23 +185,29 @@ class ReferringSegmentation:
             raise ValueError(f'{spec!r}: write it as "{name}|{SETS[name].split_by}|val", the set, who divided it and the split')
         return name, *rest
 
-    def _records(self, references: list[Reference]) -> None:
+    def _records(self, references: list[Reference], file: Path) -> None:
         """One record per image, in the order of file names: [position in the index, [[annotation ids, sentences], …]]."""
-        wanted = np.array([i for r in references for i in r.annotations], dtype=np.int64)
-        unknown = wanted[~np.isin(wanted, self.index.annotation_ids)]
-        if len(unknown):
-            raise DataError(f"{self.source}: lacks the annotation {unknown[0]}, which a reference of {self.dataset} means")
         by_image: dict[int, list] = defaultdict(list)
+        bad: list[tuple[str, str]] = []
+        damaged = {entry.image for entry in self.index.bad}
+        known = set(self.index.annotation_ids.tolist())
         for reference in references:
             try:
                 position = self.index.image_position(reference.image_id)
             except KeyError:
-                raise DataError(f"{self.source}: lacks the image {reference.image_id} of a reference of {self.dataset}") from None
-            if reference.sentences:
+                lacks = f"the image {reference.image_id} of reference {reference.number}"
+                bad.append((_item(file, reference.number), f"{self.source}: lacks {lacks} of {self.dataset}"))
+                continue
+            unknown = [number for number in reference.annotations if number not in known]
+            if unknown and self.index.file_names[position] not in damaged:  # else it is left out with its image
+                lacks = f"the annotation {unknown[0]}, which reference {reference.number}"
+                bad.append((_item(file, reference.number), f"{self.source}: lacks {lacks} of {self.dataset} means"))
+            elif reference.sentences:
                 by_image[position].append([reference.annotations, reference.sentences])
+        self.options.faults.leave_out(self.dataset, bad)
         if not by_image:
             raise DataError(f"{self.source.parent}: the references of {self.dataset} have no sentences")
-        positions = usable(sorted(by_image), self.index.file_names, self.folder, self.source, self.options, self.dataset)
+        positions = usable(self.index, sorted(by_image), self.index.file_names, self.folder, self.options, self.dataset)
         self.records = PackedRecords([position, by_image[position]] for position in positions.tolist())
 
     def __len__(self) -> int:

@@ -50,10 +50,10 @@ class VisualQuestionAnswering:
         self.dataset = f"vqa|{name}"
         root = require_folder(Path(dataset_dir) / "llava_dataset", "the LLaVA-Instruct JSON")
         self.source = named_inside(root, f"{name}.json")
-        self.index = RecordIndex.open(self.source, "vqa-1", prepare)
+        self.index = RecordIndex.open(self.source, "vqa-2", prepare, tolerant=options.faults.leaves_out)
         self.folder = require_folder(Path(dataset_dir) / "coco" / "train2017", f"the images of {self.source.name}")
         positions, names = range(len(self.index)), list(self.index.names)
-        self.positions = usable(positions, names, self.folder, self.source, options, self.dataset)
+        self.positions = usable(self.index, positions, names, self.folder, options, self.dataset)
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -117,7 +117,7 @@ def test_a_conversation_survives_every_mistake(photo, tmp_path, monkeypatch, cap
     said = capsys.readouterr().out
     assert said.count("error: ") == 8
     for words in ("there is no such picture", "not a readable image", "no answer to save", "unknown command /nonsense",
-                  "Is a directory", "too long", "question is empty", "nothing to take back"):  # fmt: skip
+                  "is a folder; give the path of a picture", "too long", "question is empty", "nothing to take back"):  # fmt: skip
         assert words in said
     assert said.count(ANSWER) == 2 == said.count("  [SEG] ")
     assert len(list((tmp_path / "out").iterdir())) == 6
@@ -167,6 +167,25 @@ def test_too_little_memory_is_one_line(photo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(chat.ReasoningSegmenter, "open", full)
     assert chat.main(flags(tmp_path / "out", "--image", photo, "--prompt", "hello")) == 2
     assert capsys.readouterr().err == "error: CUDA out of memory\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"--vis_save_path": "/dev/null"},
+            "--vis_save_path /dev/null: masks cannot be saved there (File exists); give another folder",
+        ),
+        ({"--vis_save_path": "/proc/a/b"}, "--vis_save_path /proc/a/b: masks cannot be saved there (No such file or directory)"),
+        ({"--image": "/nowhere.jpg"}, "/nowhere.jpg: there is no such picture; give the path of one"),
+        ({"--image": "/"}, "/: is a folder; give the path of a picture"),
+    ],
+)
+def test_what_cannot_end_well_is_said_before_the_model_is_loaded(photo, tmp_path, capsys, changes, words):
+    given = {"--version": "/no/model", "--image": photo, "--prompt": "where?", "--vis_save_path": tmp_path / "out"} | changes
+    assert chat.main([str(part) for pair in given.items() for part in pair]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {words}") and said.err.count("\n") == 1 and said.out == ""
 
 
 def test_old_questions_are_forgotten_with_a_word(photo, tmp_path, monkeypatch, capsys):

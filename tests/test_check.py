@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,96 @@ def test_training_with_a_skip_list_meets_nothing_bad(damaged, tmp_path, caplog):
     code, run = train(root, "listed", skip_list=listed)
     assert code == 0 and steps(run) == 10 and not (run / "skipped.jsonl").exists()
     assert "bad.jsonl: has 2 items, left out: 2 of Toy|train" in caplog.text
+
+
+def spoil(path: Path, *place: object, **fields: object) -> None:
+    """Changes one entry of a JSON; a field that becomes ... goes."""
+    content = entry = json.loads(path.read_text())
+    for key in place:
+        entry = entry[key]
+    entry.update(fields)
+    for name in [name for name, value in entry.items() if value is ...]:
+        del entry[name]
+    path.write_text(json.dumps(content))
+
+
+VQA, COCO = "vqa|llava_instruct_150k", "coco|train2017"
+RECORDS = "llava_dataset/llava_instruct_150k.json"
+INSTANCES = "coco/annotations/instances_train2017.json"
+PACO = "vlpart/paco/annotations/paco_lvis_v1_train.json"
+REFERRED = "refer_seg/grefcoco/instances.json"
+REFERENCES = "refer_seg/grefcoco/grefs(unc).json"
+QUESTIONS = "reason_seg/LLM-Seg40K/train.json"
+EXPLAINED = "reason_seg/ReasonSeg/explanatory/train.json"
+BAD_RECORD = 'record 1: "conversations" must be pairs of a human and a gpt message'
+
+
+@pytest.mark.parametrize(
+    ("spec", "file", "place", "fields", "item", "reason", "lost"),
+    [
+        (VQA, RECORDS, [1], {"conversations": ...}, f"{RECORDS}:record 1", BAD_RECORD, 1),
+        (VQA, RECORDS, [1], {"conversations": [3]}, f"{RECORDS}:record 1", BAD_RECORD, 1),
+        (VQA, RECORDS, [1], {"conversations": "talk"}, f"{RECORDS}:record 1", BAD_RECORD, 1),
+        (VQA, RECORDS, [1], {"conversations": [3, 4]}, f"{RECORDS}:record 1", "record 1: message 0 must be", 1),
+        (VQA, RECORDS, [1], {"image": 7}, f"{RECORDS}:record 1", 'record 1 has no text "image"', 1),
+        (COCO, INSTANCES, ["annotations", 1], {"image_id": ...}, f"{INSTANCES}:annotation at position 1", '"image_id"', 0),
+        (COCO, INSTANCES, ["annotations", 0], {"segmentation": ...}, "coco/train2017/", '"segmentation"', 1),
+        (COCO, INSTANCES, ["annotations", 1], {"category_id": 99}, "coco/train2017/", "unknown image or category", 1),
+        (COCO, INSTANCES, ["annotations", 1], {"image_id": 99}, f"{INSTANCES}:annotation ", "unknown image or category", 0),
+        (COCO, INSTANCES, ["images", 0], {"height": "x"}, "coco/train2017/", '"images" entry 0: "height"', 1),
+        (COCO, INSTANCES, ["images", 0], {"file_name": 3}, f"{INSTANCES}:image at position 0", '"file_name"', 1),
+        ("paco_lvis|train", PACO, ["annotations", 0], {"iscrowd": 2}, "coco/train2017/000000000009.jpg", '"iscrowd"', 1),
+        ("grefcoco|unc|train", REFERRED, ["annotations", 5], {"segmentation": ...}, "refer_seg/images/", '"segmentation"', 0),
+        ("grefcoco|unc|train", REFERENCES, [0], {"image_id": "9"}, f"{REFERENCES}:reference 0", "reference 0: ", 0),
+        ("LLM-Seg40K|train", QUESTIONS, None, {"qa_pairs": 3}, f"{QUESTIONS}:", '"qa_pairs" must be a list', 1),
+        ("LLM-Seg40K|train", QUESTIONS, None, {"from_dataset": "x"}, f"{QUESTIONS}:", '"from_dataset" must be one of', 1),
+        ("ReasonSeg|train", EXPLAINED, [0], {"outputs": ...}, f"{EXPLAINED}:entry 0", "entry 0 needs the texts", 0),
+    ],
+)
+def test_a_malformed_entry_is_an_error_or_left_out_and_listed(everything, tmp_path, spec, file, place, fields, item, reason, lost):
+    root = tmp_path / "data"
+    shutil.copytree(everything, root)
+    first = next(iter(json.loads((root / file).read_text()))) if place is None else None
+    before = len(open_training_set(root, spec, Faults(root)))
+    spoil(root / file, *(place or [first]), **fields)
+    with pytest.raises(DataError, match=re.escape(str(root / file))) as error:
+        open_training_set(root, spec, Faults(root))
+    assert re.search(reason, str(error.value)) and "\n" not in str(error.value)
+
+    tolerant = Faults(root, tolerant=True, report=tmp_path / "skipped.jsonl")
+    for _ in range(2):  # built, and from the store
+        left = open_training_set(root, spec, tolerant)
+    (bad,) = read_skip_list(tmp_path / "skipped.jsonl")
+    assert bad.item.startswith(item) and re.search(reason, bad.reason) and str(root / file) in bad.reason
+    assert len(left) == before - lost
+    for index in range(len(left)):
+        assert left.sample(index, np.random.default_rng(index)).conversations
+    with pytest.raises(DataError, match=re.escape(str(root / file))):  # what another run has built is no excuse
+        open_training_set(root, spec, Faults(root))
+
+    listed = Faults(root, skip=[bad])
+    assert len(open_training_set(root, spec, listed)) == len(left) and listed.left_out == {spec: 1}
+
+
+def open_training_set(root: Path, spec: str, faults: Faults):
+    return open_evaluation(root, spec, LoaderOptions(LEVELS, explanatory=0.5, faults=faults))
+
+
+def test_training_leaves_a_malformed_record_out_where_it_may(tmp_path, capsys):
+    root = write_data(tmp_path / "data")
+    official.write_llava(root)
+    for entry in json.loads((root / RECORDS).read_text()):
+        write_image(root / "coco" / "train2017" / entry["image"])
+    spoil(root / RECORDS, 1, conversations=...)
+    changes = {"dataset": "vqa||reason_seg", "sample_rates": "1,1", "epochs": 1, "steps_per_epoch": 2}
+    assert train(root, "malformed", **changes)[0] == 2
+    assert re.search(f"error: {re.escape(str(root / RECORDS))}: {BAD_RECORD}\n", capsys.readouterr().err)
+    code, run = train(root, "malformed", on_bad_sample="skip", **changes)
+    assert code == 0 and steps(run) == 2 and "1 bad item" in capsys.readouterr().out
+    assert [bad.item for bad in read_skip_list(run / "skipped.jsonl")] == [f"{RECORDS}:record 1"]
+    assert check.main(["--dataset_dir", str(root), "--only", "vqa", "--fix-list", str(tmp_path / "bad.jsonl")]) == 1
+    assert [bad.item for bad in read_skip_list(tmp_path / "bad.jsonl")] == [f"{RECORDS}:record 1"]
+    assert train(root, "malformed-listed", skip_list=tmp_path / "bad.jsonl", **changes)[0] == 0
 
 
 def test_every_family_leaves_a_listed_image_out(everything):

@@ -265,8 +265,8 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
     path = write_json(tmp_path / "a.json", coco())
     real = index_module.build_coco
 
-    def build_coco(source, writer):
-        real(source, writer)
+    def build_coco(source, writer, tolerant):
+        real(source, writer, tolerant)
         write_json(path, coco(annotations=8))
 
     monkeypatch.setattr(index_module, "build_coco", build_coco)

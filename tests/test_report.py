@@ -401,6 +401,15 @@ def test_a_file_that_two_images_may_claim_is_refused(tmp_path, capsys, files, me
     assert re.fullmatch(f"error: .*/p: {message}.*\n", capsys.readouterr().err)
 
 
+def test_results_that_cannot_be_written_are_said_before_the_work(tmp_path, monkeypatch, capsys):
+    toy_data(tmp_path / "data")
+    monkeypatch.setattr(evaluation_cli, "score_predictions", None)
+    argv = ["score", "--predictions", str(write_pngs(tmp_path / "p", first_rows(1))), "--dataset_dir", str(tmp_path / "data")]
+    assert evaluation_cli.main([*argv, "--val_dataset", "ReasonSeg|val", "--out", "/dev/null"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: --out /dev/null: results cannot be written there (File exists); give another folder\n"
+
+
 def test_a_list_tells_such_images_apart(tmp_path):
     data, mask = renamed(tmp_path / "data", "a", "a.0"), first_rows(1)["000"]
     predictions = Predictions.read(write_rles(tmp_path / "p.json", {"a": mask, "a.0": ~mask}))
@@ -424,6 +433,7 @@ def test_files_that_differ_in_the_ending_are_refused(tmp_path):
         ([{"image_id": "000", "segmentation": {}, "target": -1}], "whole numbers from 0"),
         ([{"image_id": "000", "segmentation": {}}] * 2, r"\[1\] is the second prediction for 000"),
         ([{"image_id": "000", "segmentation": {"size": [9, 9], "counts": "1"}}], r"\[0\].segmentation.* is 9×9"),
+        ([{"image_id": "000", "segmentation": {"size": ["10", "12"], "counts": "1"}}], r'\[0\].segmentation" must be {"size"'),
         ([{"image_id": "none", "segmentation": {}}], r"no prediction belongs to ReasonSeg\|val; found none, expected .*000, 001"),
     ],
 )

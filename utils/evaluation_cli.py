@@ -160,6 +160,10 @@ def score_command(argv: Sequence[str], started: float) -> None:
     predictions = Predictions.read(args.predictions)
     # the answers' wording plays no part here; any level will do
     data = EvalDataset(args.dataset_dir, args.val_dataset, ("SEG",), exemplar_count=0, texts=args.eval_texts)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)  # not after the work
+    except OSError as error:
+        raise UsageError(f"--out {args.out}: results cannot be written there ({error.strerror}); give another folder") from None
     report = score_predictions(predictions, data, args.eval_mode, args.examples, args.gallery, args.seed)
     config = {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
     facts = {"missing_predictions": predictions.missing, "unused_predictions": predictions.unused}
