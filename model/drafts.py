@@ -6,16 +6,17 @@ is only a guess: the model reads it and keeps as much of it as it would have sai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from itertools import takewhile
 
 SAME = 3, 6  # ids in a row: fewer foretell too little, more than these foretell no better
 
 
-def draft(ids: Sequence[int], count: int, end: int) -> list[int]:
+def draft(ids: Sequence[int], count: int, stops: Container[int]) -> list[int]:
     """At most ``count`` ids that may follow ``ids``: what followed the last ids the last time they stood there.
 
     Of several such places the one that more ids lead up to, at most 6, and of these the last. Nothing where no three ids were
-    there before; never ``end`` or what follows it, for nobody reads on there.
+    there before; none of ``stops``, nor what follows it: what ends an answer or is no word.
     """
     length, where = SAME[0] - 1, 0
     for place in range(len(ids) - 1, SAME[0] - 1, -1):
@@ -24,8 +25,9 @@ def draft(ids: Sequence[int], count: int, end: int) -> list[int]:
         same = _common_end(ids, place)
         if same > length:
             length, where = same, place
-    guess = list(ids[where : where + count]) if where else []
-    return guess[: guess.index(end)] if end in guess else guess
+        if same == SAME[1]:
+            break
+    return list(takewhile(lambda token: token not in stops, ids[where : where + count] if where else []))
 
 
 def _common_end(ids: Sequence[int], place: int) -> int:

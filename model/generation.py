@@ -221,6 +221,7 @@ def speak(
     llava = context.reasoning.llava
     embed = llava.get_input_embeddings()
     known = [list(ids) for ids in read]
+    stops = end, context.reasoning.image_token_id  # nobody reads on after the one, the other may have no row in the table
     said = torch.zeros((len(hidden), 0), dtype=torch.int64, device=hidden.device)
     ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     drafted, states = said, hidden[:, None]
@@ -238,14 +239,14 @@ def speak(
                 break
         context.keep(context.length - drafted.shape[1] + place)
         room = min(decoding.prompt_lookup_num_tokens, decoding.max_new_tokens - said.shape[1] - 1)
-        drafted = _drafts(known, ended.tolist(), room, end).to(token.device)
+        drafted = _drafts(known, ended.tolist(), room, stops).to(token.device)
         tokens = torch.cat([token[:, None], drafted], dim=1)
         states = context.read(embed(tokens), torch.ones_like(tokens))
 
 
-def _drafts(known: list[list[int]], ended: list[bool], count: int, end: int) -> Tensor:
+def _drafts(known: list[list[int]], ended: list[bool], count: int, stops: tuple[int, ...]) -> Tensor:
     """int64 (N, n): a draft for every row, as long as the shortest of the rows that have not ended; n ≤ ``count``."""
-    guesses = [[end] * count if over else draft(ids, count, end) for ids, over in zip(known, ended, strict=True)]
+    guesses = [[0] * count if over else draft(ids, count, stops) for ids, over in zip(known, ended, strict=True)]
     shortest = min(map(len, guesses))
     return torch.tensor([guess[:shortest] for guess in guesses], dtype=torch.int64)
 

@@ -177,8 +177,8 @@ class Selector(nn.Module):
         vectors = self.project(pool(features, weights).to(text.dtype))[image_index]  # (n, K, C)
         present = present[image_index]
         if own is not None:
-            vector = self.project(pool(features[image_index], own[:, None]).to(text.dtype))
-            vectors, present = torch.cat([vectors, vector], dim=1), F.pad(present, (0, 1), value=True)
+            vector = self.project(pool_own(features, own, image_index).to(text.dtype))
+            vectors, present = torch.cat([vectors, vector[:, None]], dim=1), F.pad(present, (0, 1), value=True)
         padding = ~present
         padding[:, 0] &= present.any(1)  # a row without proposals: attention needs a key; nobody reads the result
         query = text[:, None]
@@ -249,6 +249,18 @@ def pool(features: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("bkgh,bcgh->bkc", grid, features) / mass.clamp(min=1e-6)[..., None]
 
 
+def pool_own(features: Tensor, weights: Tensor, image_index: Tensor) -> Tensor:
+    """``pool`` for one proposal of each target: (B, c, G, G), weights (n, P, P), image_index int64 (n,) -> float32 (n, c).
+
+    Image by image: features of every target, 16 MB each with DINOv2's, are never made.
+    """
+    out = weights.new_zeros((len(weights), features.shape[1]))
+    for image in image_index.unique().tolist():
+        rows = image_index == image
+        out[rows] = pool(features[image : image + 1], weights[rows][None])[0]
+    return out
+
+
 def similarity_loss(similarity: Tensor, iou: Tensor, present: Tensor, temperature: float) -> Tensor:
     """KL(softmax(IoU/τ) ‖ softmax(cos/τ)) of each target over its proposals: three (n, K) -> (n,).
 
@@ -295,11 +307,14 @@ def truth_of(batch: Batch, use_ignore: bool) -> list[tuple[np.ndarray, np.ndarra
 
 def overlap(masks: Tensor, targets: Tensor, ignore: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """IoU and IoP of each mask with its own target, as ``dataset.proposals.overlaps``: bool (n, H, W) twice, and bool (H, W) of
-    pixels that count nowhere -> float32 (n,) twice."""
-    if ignore is not None:
-        masks, targets = masks & ~ignore, targets & ~ignore
-    inter, area, either = (m.flatten(1).sum(1).float() for m in (masks & targets, masks, masks | targets))
-    return inter / either.clamp(min=1), inter / area.clamp(min=1)
+    pixels that count nowhere -> float32 (n,) twice. One after the other: masks are large."""
+    out = torch.zeros((2, len(masks)), device=masks.device)
+    for row, (mask, target) in enumerate(zip(masks, targets, strict=True)):
+        if ignore is not None:
+            mask, target = mask & ~ignore, target & ~ignore
+        inter = (mask & target).sum()
+        out[0, row], out[1, row] = inter / (mask | target).sum().clamp(min=1), inter / mask.sum().clamp(min=1)
+    return out[0], out[1]
 
 
 def to_frame(masks: Tensor, size: tuple[int, int]) -> np.ndarray:

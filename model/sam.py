@@ -226,12 +226,16 @@ def to_original(low_res: Tensor, resized: tuple[int, int], original: tuple[int, 
 
 
 def to_grid(masks: Tensor, resized: tuple[int, int], image_size: int, grid: int) -> Tensor:
-    """Masks bool (K, H, W) original -> float (K, G, G): the share of each cell of the padded frame they cover."""
-    if masks.shape[0] == 0:
-        return masks.new_zeros((0, grid, grid), dtype=torch.float32)
-    scaled = F.interpolate(masks[:, None].float(), resized, mode="area")
-    padded = F.pad(scaled, (0, image_size - resized[1], 0, image_size - resized[0]))
-    return F.adaptive_avg_pool2d(padded, grid)[:, 0]
+    """Masks bool (K, H, W) original -> float (K, G, G): the share of each cell of the padded frame they cover.
+
+    Mask by mask: as floats they are large.
+    """
+    out = torch.zeros((len(masks), grid, grid), device=masks.device)
+    for share, mask in zip(out, masks, strict=True):
+        scaled = F.interpolate(mask[None, None].float(), resized, mode="area")
+        padded = F.pad(scaled, (0, image_size - resized[1], 0, image_size - resized[0]))
+        share.copy_(F.adaptive_avg_pool2d(padded, grid)[0, 0])
+    return out
 
 
 def valid_cells(resized: tuple[int, int], image_size: int, grid: int, device: torch.device | None = None) -> Tensor:

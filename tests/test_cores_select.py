@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import app
 import chat
@@ -18,7 +19,7 @@ from dataset.proposals import Proposals, overlaps, pooling_weights, runs
 from dataset.sample import collate, collate_prompts
 from model import CoresForReasoningSegmentation, ReasoningSegmenter
 from model.generation import Scene
-from model.llm_seg import Selector, SelectorConfig, overlap
+from model.llm_seg import Selector, SelectorConfig, overlap, pool, pool_own
 from model.lora import set_trainable, trainable_state_dict
 from model.sam import load_sam, to_grid
 from tests.backbone_toys import toys
@@ -84,6 +85,35 @@ def test_the_own_mask_is_pooled_in_the_frame_of_the_proposals():
     mask = rectangle((32, 64), 4, 8, 20, 40)
     ours = to_grid(torch.from_numpy(mask[None]), (32, 64), 64, 16)
     torch.testing.assert_close(ours, pooling_weights(runs(mask[None]), (32, 64), 16))
+
+
+class Largest(TorchDispatchMode):
+    """``numel``: values of the largest tensor that was made meanwhile, views left out."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and not function.is_view:
+            self.numel = max(self.numel, found.numel())
+        return found
+
+
+def test_masks_and_features_of_many_targets_are_not_made_at_once():
+    count, size = 20, (64, 48)
+    masks, targets = (torch.rand(count, *size) > 0.5 for _ in range(2))
+    ignore, image = torch.rand(size) > 0.9, torch.arange(count) % 2
+    features, weights = torch.randn(2, 24, 4, 4), torch.rand(count, 8, 8)
+    for run, limit in (
+        (lambda: overlap(masks, targets, ignore), masks[0].numel()),
+        (lambda: to_grid(masks, size, 64, 4), 64 * 64),
+        (lambda: pool_own(features, weights, image), max(features.numel(), weights.numel())),
+    ):
+        with Largest() as largest:
+            run()
+        assert 0 < largest.numel <= limit
+    together = pool(features[image], weights[:, None])[:, 0]
+    torch.testing.assert_close(pool_own(features, weights, image), together)
 
 
 def test_what_does_not_fit_is_refused():

@@ -234,8 +234,25 @@ def test_sampling_with_drafts_draws_the_same(scene):
     ],
 )
 def test_a_draft_is_what_followed_before(ids, expected):
-    assert draft(ids, 3, end=9) == expected
-    assert draft(ids, 0, end=9) == []
+    assert draft(ids, 3, stops=(9,)) == expected
+    assert draft(ids, 0, stops=(9,)) == []
+
+
+@torch.no_grad()
+def test_a_picture_is_never_drafted(scene, monkeypatch):
+    """The words before it, said again: its tokens stand beyond the table of embeddings in a published LLaVA."""
+    model, processor, _ = scene
+    reasoning, end = model.reasoning, processor.tokenizer.eos_token_id
+    embed = reasoning.llava.get_input_embeddings()
+    image = embed.num_embeddings
+    monkeypatch.setattr(type(reasoning), "image_token_id", image)
+    answers = [[5, 6, 7, 8, 9, 10]]
+    context = Context(reasoning)
+    read = torch.tensor([[1, 5, 6, 7, 8, 2, 2, 4]])
+    hidden = context.read(embed(read), torch.ones_like(read))[:, -1]
+    decoding = Decoding(8, logits_processor=(Say(answers, end),))
+    said = [int(token) for token, _ in speak(context, hidden, end, decoding, [[1, 5, 6, 7, 8, image, image, 4]])]
+    assert said == [*answers[0], end]
 
 
 def test_masks_need_one_pass_of_sam(scene):
