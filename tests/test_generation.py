@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -228,11 +228,11 @@ def speaker():
     return model.reasoning, processor.tokenizer.eos_token_id
 
 
-FEW = st.integers(4, 7)  # words, so that everything was said before
+FEW = st.integers(4, 5)  # two words, so that everything was said before
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.lists(FEW, min_size=1, max_size=16), min_size=1, max_size=3), st.data())
+@settings(max_examples=40, deadline=None, phases=(Phase.generate,))  # a failure is short enough as it is
+@given(st.lists(st.lists(FEW, min_size=8, max_size=16), min_size=1, max_size=2), st.data())
 @torch.no_grad()
 def test_whatever_is_read_and_said_drafts_change_nothing(prompts, data):
     """Rows of other lengths that end at other steps, scripted or drawn at random, cut at any length, drafts of any length."""
@@ -240,8 +240,8 @@ def test_whatever_is_read_and_said_drafts_change_nothing(prompts, data):
     width, draw = max(map(len, prompts)), data.draw
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    answers = None if draw(st.booleans()) else [draw(st.lists(FEW, max_size=12)) for _ in prompts]
-    limit, count, found = draw(st.integers(1, 14)), draw(st.integers(1, 20)), []
+    answers = None if draw(st.booleans()) else [draw(st.lists(FEW, min_size=4, max_size=12)) for _ in prompts]
+    limit, count, found = draw(st.integers(5, 14)), draw(st.integers(1, 20)), []
     for drafted in (0, count):
         torch.manual_seed(0)
         favour = Favour()
