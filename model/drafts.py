@@ -1,7 +1,8 @@
 """Prompt lookup decoding: what an answer repeats is drafted and then read in one pass, where it would take one pass a word.
 
 The answers of one conversation are alike ("It appears on [LOC]. It is [SEG]."), so the previous answer foretells the next. A draft
-is only a guess: the model reads it and keeps as much of it as it would have said itself, so nothing but the time changes.
+is only a guess: the model reads it and keeps as much of it as it would have said itself, so nothing but the time changes. (Several
+tokens at once are rounded otherwise than one: of two words that are equally likely to the last bit, it may say the other one.)
 """
 
 from __future__ import annotations

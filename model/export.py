@@ -52,7 +52,7 @@ def refuse_unpublishable(model: CoresForReasoningSegmentation) -> None:
     if bits := quantized_bits(model):
         raise ValueError(f"the model is held in {bits} bits; load it in full precision to save it")
     if config.selector is not None:
-        raise ValueError("LISA's layout has no place for a selector: this model is an LLM-Seg, keep it in its own layout (cores)")
+        raise ValueError("LISA's layout has no place for a selector, which this model has; keep it in its own layout (cores)")
     if config.text_projection_norm is not None:
         raise ValueError("LISA's layout has no norm behind the text projection (text_projection_norm); this model has one")
     if config.refiner["kind"] == "attention":

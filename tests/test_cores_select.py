@@ -345,7 +345,7 @@ def test_chat_and_export(tmp_path, capsys):
     assert found["text"] == ANSWER and list(found["masks"][0]["files"]) == ["LOC", "SEG"]
     assert len(list((tmp_path / "store").rglob("*.json"))) == 1
     assert merge.main(["--merged", str(model), "--layout", "lisa", "--save_path", str(tmp_path / "lisa")]) == 2
-    assert "no place for a selector" in capsys.readouterr().err
+    assert "no place for a selector, which this model has; keep" in capsys.readouterr().err
 
 
 def test_evaluation_by_both_rules(tmp_path):

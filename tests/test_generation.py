@@ -1,7 +1,11 @@
 """Free answers: groups of tokens, the key-value cache, hidden states, and masks like those of teacher forcing."""
 
+from functools import cache
+
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from dataset.sample import collate, collate_prompts
@@ -203,6 +207,56 @@ def test_drafts_change_nothing_but_the_number_of_passes(scene, answers, known):
         assert passes_ <= passes
     if known[:2] == [5, 6] and len(answers) == 1 and answers[0][-1] == 11:
         assert found[8][3] == 3, "5, then 6, then 7 and all the rest"
+
+
+class Favour:
+    """Keeps state: every call makes another word likelier, in place. ``calls``: the shapes of what was said by then."""
+
+    def __init__(self):
+        self.calls: list[tuple[int, ...]] = []
+
+    def __call__(self, input_ids, scores):
+        self.calls.append(tuple(input_ids.shape))
+        scores[:, 7 * len(self.calls) % scores.shape[1]] += 5
+        return scores
+
+
+@cache
+def speaker():
+    model, processor = tiny_model()
+    randomise(model)
+    return model.reasoning, processor.tokenizer.eos_token_id
+
+
+FEW = st.integers(4, 5)  # two words, so that everything was said before
+
+
+@settings(max_examples=40, deadline=None, phases=(Phase.generate,))  # a failure is short enough as it is
+@given(st.lists(st.lists(FEW, min_size=8, max_size=16), min_size=1, max_size=2), st.data())
+@torch.no_grad()
+def test_whatever_is_read_and_said_drafts_change_nothing(prompts, data):
+    """Rows of other lengths that end at other steps, scripted or drawn at random, cut at any length, drafts of any length."""
+    reasoning, end = speaker()
+    width, draw = max(map(len, prompts)), data.draw
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    answers = None if draw(st.booleans()) else [draw(st.lists(FEW, min_size=4, max_size=12)) for _ in prompts]
+    limit, count, found = draw(st.integers(5, 14)), draw(st.integers(1, 20)), []
+    for drafted in (0, count):
+        torch.manual_seed(0)
+        favour = Favour()
+        processors = (favour,) if answers is None else (favour, Say(answers, end))
+        decoding = Decoding(limit, answers is None, 0.5, 0.9, drafted, processors)
+        context = Context(reasoning)
+        hidden = context.read(reasoning.llava.get_input_embeddings()(ids), mask)[:, -1]
+        tokens, states = (torch.stack(part, 1) for part in zip(*speak(context, hidden, end, decoding, prompts), strict=True))
+        assert context.length < width + limit, "nothing is read beyond the longest answer"
+        found.append((tokens, states, favour.calls))
+    (tokens, states, calls), (tokens_, states_, calls_) = found
+    assert torch.equal(tokens, tokens_) and calls == calls_
+    for row, own in enumerate(tokens.tolist()):
+        until = own.index(end) + 1 if end in own else len(own)
+        torch.testing.assert_close(states[row, :until], states_[row, :until], atol=1e-5, rtol=1e-4)
 
 
 def test_sampling_with_drafts_draws_the_same(scene):
