@@ -24,7 +24,7 @@ from pycocotools import mask as rle
 from dataset.images import DataError
 
 RANKINGS = ("area", "quality", "mixed")  # which proposals are kept
-RULES = ("iop", "similarity", "similarity+iop", "top5+iop")  # which of them are united into the answer
+RULES = ("iop", "similarity", "similarity+iop", "top5+iop", "verified")  # which of them are united into the answer
 
 
 @dataclass

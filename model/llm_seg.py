@@ -54,7 +54,8 @@ class SelectorConfig:
     iop_weight: float = 1.0
     rule: str = "iop"
     """What is united: "iop": IoP above the threshold; "similarity": the most similar alone; "similarity+iop": both of these;
-    "top5+iop": those of the five most similar whose IoP is above the threshold."""
+    "top5+iop": those of the five most similar whose IoP is above the threshold; "verified", with a chain only: its mask, unless
+    the IoP of some proposal is higher, then "iop" without it."""
     threshold: float = 0.5
     ranking: str = "area"
     """Which proposals are kept: see ``dataset.proposals.Found.ranked``."""
@@ -73,6 +74,8 @@ class SelectorConfig:
         for name in ("feature_size", "pool_size", "blocks", "heads", "mlp_dim", "iou_hidden", "iop_hidden", "count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"selector.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.rule == "verified" and not self.chain:
+            raise ValueError("selector.rule is 'verified', but there is no chain whose mask it verifies; choose another rule")
         if self.temperature <= 0:
             raise ValueError(f"selector.temperature is {self.temperature}; it must be above 0")
         ProposalConfig(**self.proposals)
@@ -201,6 +204,8 @@ class Selector(nn.Module):
         inside = (scores.iop > self.config.threshold) & scores.present
         if self.config.rule == "iop":
             return inside
+        if self.config.rule == "verified":
+            return verified(scores, inside)
         count = min(5 if self.config.rule == "top5+iop" else 1, similarity.shape[1])
         best = torch.zeros_like(inside).scatter_(1, similarity.topk(count).indices, True) & scores.present
         if self.config.rule == "similarity":
@@ -259,6 +264,14 @@ def pool_own(features: Tensor, weights: Tensor, image_index: Tensor) -> Tensor:
         rows = image_index == image
         out[rows] = pool(features[image : image + 1], weights[rows][None])[0]
     return out
+
+
+def verified(scores: Scores, inside: Tensor) -> Tensor:
+    """bool (n, K): the last column, the chain's mask; where the IoP of another is higher, what is ``inside`` of the others."""
+    own, others = torch.zeros_like(inside), inside.clone()
+    own[:, -1], others[:, -1] = True, False
+    surer = (scores.iop.masked_fill(~scores.present, -1.0) > scores.iop[:, -1:]).any(1) & others.any(1)
+    return torch.where(surer[:, None], others, own)
 
 
 def similarity_loss(similarity: Tensor, iou: Tensor, present: Tensor, temperature: float) -> Tensor:

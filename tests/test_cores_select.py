@@ -348,13 +348,16 @@ def test_chat_and_export(tmp_path, capsys):
     assert "no place for a selector, which this model has; keep" in capsys.readouterr().err
 
 
-def test_evaluation_by_both_rules(tmp_path):
+def test_evaluation_by_three_rules(tmp_path, capsys):
     argv = [str(scripted_model(selecting=True, chain=True)), "--dataset_dir", str(toys() / "data"), "--val_dataset", "Toy|val"]
     argv += ["--max_new_tokens", "8", "--proposals", str(tmp_path / "store"), "--val_batch_size", "2"]
     found = {}
-    for rule in ("similarity", "iop"):
+    for rule in ("similarity", "iop", "verified"):
         assert evaluation_cli.main([*argv, "--select", rule, "--out", str(tmp_path / rule)]) == 0
         found[rule] = json.loads((tmp_path / rule / "metrics.json").read_text())["free"]
     assert found["similarity"]["emission_rate"] == 1
     assert found["similarity"]["giou"] != found["iop"]["giou"]
-    assert found["similarity"]["first_iou"] == found["iop"]["first_iou"], "the chain's first mask is not chosen"
+    assert len({rule["first_iou"] for rule in found.values()}) == 1, "the chain's first mask is not chosen"
+    alone = ["--select", "verified", "--out", str(tmp_path / "alone")]
+    assert evaluation_cli.main([str(scripted_model(selecting=True)), *argv[1:], *alone]) == 2
+    assert "no chain whose mask it verifies" in capsys.readouterr().err

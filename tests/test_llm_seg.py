@@ -115,6 +115,17 @@ def test_rules(rule, expected):
     assert selector.choose(Scores(similarity, iop, present)).int().tolist() == expected
 
 
+def test_the_chain_is_verified():
+    """The last column is the chain's: surest of all, less sure than two, than one of half, and alone."""
+    present = torch.tensor([[True] * 4, [True] * 4, [True] * 4, [False] * 3 + [True]])
+    iop = torch.tensor([[0.6, 0.7, 0.1, 0.8], [0.6, 0.7, 0.1, 0.3], [0.5, 0.1, 0.1, 0.3], [0.9, 0.9, 0.9, 0.0]])
+    selector = Selector(SelectorConfig(features="sam", rule="verified", chain=True), 16)
+    chosen = selector.choose(Scores(torch.zeros(4, 4), iop, present)).int().tolist()
+    assert chosen == [[0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]]
+    with pytest.raises(ValueError, match="no chain whose mask it verifies"):
+        SelectorConfig(rule="verified")
+
+
 def test_a_union_returns_to_the_original_frame():
     masks = np.stack([rectangle((10, 20), 0, 0, 5, 5), rectangle((10, 20), 5, 5, 10, 10)])
     proposals = Proposals((10, 20), runs(masks), pooling_weights(runs(masks), (10, 20), 4))
