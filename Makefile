@@ -34,7 +34,7 @@ demo: setup $(SYNTHREASON)/synthreason.json ## train CoReS on SynthReason, measu
 	rm -rf $(DEMO)/model
 	$(PYTHON_VENV) merge_lora_weights_and_save_hf_model.py --run $(DEMO) --save_path $(DEMO)/model
 
-bench: setup $(SYNTHREASON)/synthreason.json ## CoReS against LISA, three seeds each: about an hour on 2 cores
+bench: setup $(SYNTHREASON)/synthreason.json ## CoReS against LISA, five seeds each: half an hour on 2 free cores
 	$(PYTHON_VENV) -m benchmarks.synthreason
 
 clean: ## remove caches and the link to the environment; data and runs stay

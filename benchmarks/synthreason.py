@@ -1,6 +1,6 @@
 """CoReS against LISA, and LLM-Seg, on SynthReason: same pre-trained parts, data, order, steps and learning rate; several seeds.
 
-    python -m benchmarks.synthreason                       # 3 seeds × 2 methods, about an hour on 2 cores
+    python -m benchmarks.synthreason                       # 5 seeds × 2 methods, half an hour on 2 free cores
     python -m benchmarks.synthreason --methods llm_seg     # adds its rows (or those of cores+select); fill the store first,
                                                            # see docs/llm_seg.md
     python -m benchmarks.synthreason --table               # only print what benchmarks/results/synthreason.json holds
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="configs/tiny.yaml")
     parser.add_argument("--dataset_dir", default="data/synthreason")
     parser.add_argument("--methods", nargs="+", default=["cores", "lisa"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/synthreason"))
     parser.add_argument("--json", type=Path, default=RESULTS)
