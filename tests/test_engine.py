@@ -187,6 +187,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.parametrize("world", [{}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}])
+def test_a_world_of_one_needs_no_port(world):
+    """Two runs on one machine, or any program that listens where the process group would."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code = "from utils import distributed as d; d.start(); print(d.gather_lists([d.world_size()])); d.barrier(); d.stop()"
+        env = clean_environment() | world | {"MASTER_PORT": str(taken.getsockname()[1])}
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert result.stdout == "[1]\n", result.stderr
+
+
 def test_two_ranks_equal_one_rank_with_accumulation():
     """The same four samples per step, dropout off: 2 ranks × 2 images against 1 rank × 2 images × 2 micro steps."""
     common = {"lora_dropout": 0, "global_batch_size": 4, "epochs": 1, "eval_mode": "teacher_forced"}

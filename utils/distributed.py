@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 from typing import Any
 
@@ -26,19 +25,18 @@ def prepare_environment() -> None:
     # DeepSpeed calls them, and every rank would say so in every run
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        # DeepSpeed looks whether an address is there; nobody listens on it, see start
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
 
 
 def start() -> None:
-    """Joins the process group once."""
+    """Joins the process group once. A world of one meets nobody, and so needs no port, which another program might have taken."""
     prepare_environment()
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if os.environ["WORLD_SIZE"] == "1" else {}
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **meeting)
 
 
 def stop() -> None:
