@@ -41,8 +41,9 @@ from benchmarks.synthreason import ROOT
 from dataset.conversation import Conversation, answer, encode_prompt
 from dataset.sample import Sample, collate_prompts
 from model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor, Decoding, ReasoningSegmenter
-from model.generation import Context, Scene, speak
+from model.generation import Context, speak
 from model.sam import SamDims
+from model.scene import Scene
 
 RESULTS = ROOT / "benchmarks" / "results" / "chat.json"
 LEVELS = ["LOC", "SEG"]

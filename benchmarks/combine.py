@@ -29,8 +29,8 @@ from dataset.conversation import Conversation
 from dataset.mixture import EvalDataset
 from dataset.proposals import Proposals, pooling_weights, runs, union
 from dataset.sample import Batch, Sample, collate
-from model.generation import Scene
 from model.llm_seg import Scores
+from model.scene import Scene
 from utils.build import build_eval, build_trained
 from utils.metrics import ciou, giou, intersection_and_union, iou
 

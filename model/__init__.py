@@ -2,9 +2,10 @@
 
 from model.config import CoresConfig, RefinerConfig
 from model.cores import CoresForReasoningSegmentation, CoresOutput
-from model.generation import Decoding, Generation, Segmentation
+from model.generation import Decoding, Generation
 from model.pipeline import AnswerMask, ReasoningSegmenter, Result, Session, Stream
 from model.processor import CoresProcessor
+from model.scene import Segmentation
 
 __all__ = [
     "AnswerMask",

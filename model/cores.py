@@ -28,7 +28,7 @@ from dataset.proposals import ProposalSource, ProposalStore
 from dataset.sample import Batch
 from model import losses, published
 from model.config import CoresConfig
-from model.generation import Decoding, Generation, Scene, Segmentation, generate
+from model.generation import Decoding, Generation, generate
 from model.llava import add_image_token, add_level_tokens, assemble, llava_class, load_llava, load_tokenizer
 from model.llm_seg import Selector, SelectorConfig, dinov2_pixels, overlap, required, truth_of
 from model.lora import has_lora
@@ -45,6 +45,7 @@ from model.sam import (
     to_grid,
     to_original,
 )
+from model.scene import Scene, Segmentation
 from model.segmenting_chain import SegmentingChain, TokenRefiner
 from model.weights import find_file, read_all, read_json_file, refuse_bad_loading
 

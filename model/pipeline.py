@@ -32,8 +32,9 @@ from dataset.images import DataError, encode_rle, read_image, rgb_array
 from dataset.proposals import Proposals
 from dataset.sample import Sample, collate_prompts
 from model.cores import CoresForReasoningSegmentation
-from model.generation import Context, Decoding, Generation, Scene, common_prefix, speak
+from model.generation import Context, Decoding, Generation, common_prefix, speak
 from model.processor import CoresProcessor
+from model.scene import Scene
 
 ImageLike = str | Path | Image.Image | np.ndarray
 Named = tuple[str, ImageLike]  # with what messages call it

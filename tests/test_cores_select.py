@@ -18,10 +18,10 @@ from benchmarks import combine
 from dataset.proposals import Proposals, overlaps, pooling_weights, runs
 from dataset.sample import collate, collate_prompts
 from model import CoresForReasoningSegmentation, ReasoningSegmenter
-from model.generation import Scene
 from model.llm_seg import Selector, SelectorConfig, overlap, pool, pool_own
 from model.lora import set_trainable, trainable_state_dict
 from model.sam import load_sam, to_grid
+from model.scene import Scene
 from tests.backbone_toys import toys
 from tests.helpers import LEVELS, TEMPLATE, backbones, conversation, randomise, rectangle, sample, tiny_model
 from tests.scripted import scripted_model

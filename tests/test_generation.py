@@ -10,7 +10,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from dataset.sample import collate, collate_prompts
 from model.drafts import draft
-from model.generation import Context, Decoding, complete_groups, prompts_of, read_prompts, speak
+from model.generation import Context, Decoding, prompts_of, read_prompts, speak
+from model.scene import complete_groups
 from tests.helpers import LEVELS, TEMPLATE, conversation, randomise, sample, tiny_model
 
 

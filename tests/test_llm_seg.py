@@ -24,10 +24,10 @@ from dataset.images import DataError
 from dataset.proposals import Proposals, pooling_weights, runs, union
 from dataset.sample import collate, collate_prompts
 from model import CoresForReasoningSegmentation
-from model.generation import Scene
 from model.llm_seg import Scores, Selector, SelectorConfig, dinov2_pixels, iop_loss, pool, similarity_loss, truth_of, united
 from model.lora import set_trainable
 from model.sam import PIXEL_MEAN, PIXEL_STD, preprocess
+from model.scene import Scene
 from tests.backbone_toys import flags, toys
 from tests.helpers import TEMPLATE, conversation, randomise, rectangle, sample, tiny_model
 from utils import precompute_proposals

@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from dataset.sample import collate
 from model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor, RefinerConfig
-from model.generation import Scene
 from model.llava import add_level_tokens, load_llava
 from model.lora import add_lora, has_lora, merge_lora, set_trainable, trainable_state_dict
 from model.losses import bce_per_mask, dice_per_mask, pointing_per_token
 from model.reasoning_chain import enable_checkpointing
 from model.sam import decode_masks, mask_prompt, no_mask_prompt, position_encoding, to_grid, to_original
+from model.scene import Scene
 from model.segmenting_chain import TokenRefiner, prototypes
 from tests.helpers import LEVELS, TEMPLATE, backbones, conversation, randomise, sample, tiny_model, write_llava
 

@@ -28,7 +28,8 @@ from dataset.drawing import printable
 from dataset.files import write_text
 from dataset.proposals import ProposalSource
 from dataset.sample import Batch, Sample, collate, collate_prompts
-from model.cores import Generation, Segmentation
+from model.generation import Generation
+from model.scene import Segmentation
 from utils import distributed
 from utils.baselines import score_baselines
 from utils.gallery import Gallery, Order
