@@ -136,6 +136,16 @@ def put_between_marks(file: Path, name: str, table: str) -> None:
     file.write_text(f"{before}{mark}\n{table}\n{end}{after}", encoding="utf-8")
 
 
+def show(table: str, file: Path | None, name: str, parser: argparse.ArgumentParser) -> None:
+    """Prints ``table`` and, if there is a ``file``, puts it between its marks; one without them ends the program."""
+    print(table)
+    if file:
+        try:
+            put_between_marks(file, name, table)
+        except ValueError as error:
+            parser.error(str(error))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=2048, help="tokens of the conversation, the picture's 576 among them")
@@ -145,12 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.context < 1:
         parser.error(f"--context is {args.context}; it must be at least 1")
     table = weights_table() if args.weights else format_table(build(VICUNA_13B, CLIP, PRESETS["vit_h"]), args.context)
-    print(table)
-    if args.write:
-        try:
-            put_between_marks(args.write, "benchmarks.chat_memory", table)
-        except ValueError as error:
-            parser.error(str(error))
+    show(table, args.write, "benchmarks.chat_memory", parser)
     return 0
 
 

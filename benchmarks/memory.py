@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.chat_memory import GIB, PRECISIONS, put_between_marks
+from benchmarks.chat_memory import GIB, PRECISIONS, show
 from benchmarks.train_step import LEVEL_IDS, SIZES, Size, build_batch, build_model
 from model import losses
 from model.cores import CoresForReasoningSegmentation, _pieces
@@ -237,12 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         rows = [row(name, gigabytes, MODELS[model], setup) for name, (gigabytes, model, setup) in RECIPES.items()]
     table = format_table(rows)
-    print(table)
-    if args.write:
-        try:
-            put_between_marks(args.write, "benchmarks.memory", table)
-        except ValueError as error:
-            p.error(str(error))
+    show(table, args.write, "benchmarks.memory", p)
     return 0
 
 
