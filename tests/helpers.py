@@ -175,3 +175,20 @@ def sample(*conversations: Conversation, name: str = "0", size: tuple[int, int] 
     """A random picture with these conversations."""
     image = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     return Sample(image, f"{name}.jpg", list(conversations), "reasoning", "toy", name)
+
+
+def gradient_orders(model, batches):
+    """Trains on one batch after the other; yields each output and the names of the weights in the order their gradients came.
+
+    ZeRO-2 sums gradients as they come, so the order may not depend on what a rank's batch holds.
+    """
+    order: list[str] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    for batch in batches:
+        order.clear()
+        model.train().zero_grad()
+        output = model(batch)
+        output.loss.backward()
+        yield output, list(order)

@@ -23,7 +23,7 @@ from model.lora import set_trainable, trainable_state_dict
 from model.sam import load_sam, to_grid
 from model.scene import Scene
 from tests.backbone_toys import toys
-from tests.helpers import LEVELS, TEMPLATE, backbones, conversation, randomise, rectangle, sample, tiny_model
+from tests.helpers import LEVELS, TEMPLATE, backbones, conversation, gradient_orders, randomise, rectangle, sample, tiny_model
 from tests.scripted import scripted_model
 from tests.test_llm_seg import SMALL, dinov2, few, toy_flags  # noqa: F401 (dinov2 is a fixture)
 from utils import evaluation_cli, precompute_proposals
@@ -178,17 +178,9 @@ def test_batches_without_targets_or_without_proposals_train_too(pointing):
     bare.proposals = [few(p, 0) for p in bare.proposals]
     half = collate(pictures(), processor, LEVELS, TEMPLATE)
     half.proposals[0] = few(half.proposals[0], 0)
-    order: list[str] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
     orders = []
-    for batch in (text_only, bare, half):
-        order.clear()
-        model.train().zero_grad()
-        output = model(batch)
-        output.loss.backward()
-        orders.append(list(order))
+    for output, order in gradient_orders(model, (text_only, bare, half)):
+        orders.append(order)
         assert output.loss.isfinite()
     assert len(orders[0]) == sum(p.requires_grad for p in model.parameters())
     assert orders[0] == orders[1] == orders[2]  # see test_model.py: ZeRO's buckets

@@ -29,7 +29,7 @@ from model.lora import set_trainable
 from model.sam import PIXEL_MEAN, PIXEL_STD, preprocess
 from model.scene import Scene
 from tests.backbone_toys import flags, toys
-from tests.helpers import TEMPLATE, conversation, randomise, rectangle, sample, tiny_model
+from tests.helpers import TEMPLATE, conversation, gradient_orders, randomise, rectangle, sample, tiny_model
 from utils import precompute_proposals
 
 SEG = ("SEG",)
@@ -198,17 +198,9 @@ def test_batches_without_targets_or_without_proposals_train_too():
     bare.proposals = [few(p, 0) for p in bare.proposals]
     half = collate(two_pictures(), processor, SEG, TEMPLATE)
     half.proposals[0] = few(half.proposals[0], 0)
-    order: list[str] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
     orders = []
-    for batch in (text_only, bare, half):
-        order.clear()
-        model.train().zero_grad()
-        output = model(batch)
-        output.loss.backward()
-        orders.append(list(order))
+    for output, order in gradient_orders(model, (text_only, bare, half)):
+        orders.append(order)
         assert output.loss.isfinite()
         assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

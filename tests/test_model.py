@@ -18,7 +18,7 @@ from model.reasoning_chain import enable_checkpointing
 from model.sam import decode_masks, mask_prompt, no_mask_prompt, position_encoding, to_grid, to_original
 from model.scene import Scene
 from model.segmenting_chain import TokenRefiner, prototypes
-from tests.helpers import LEVELS, TEMPLATE, backbones, conversation, randomise, sample, tiny_model, write_llava
+from tests.helpers import LEVELS, TEMPLATE, backbones, conversation, gradient_orders, randomise, sample, tiny_model, write_llava
 
 CHAINS = [("SEG",), ("LOC", "SEG"), ("LOC", "PART", "SEG")]
 
@@ -231,18 +231,12 @@ def test_gradients_come_in_the_same_order_whatever_a_batch_holds(checkpointing):
     set_trainable(model)
     if checkpointing:
         enable_checkpointing(model.reasoning.llava)
-    order: list[str] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
     text_only = collate([sample(conversation(0))], processor, LEVELS, TEMPLATE)
     one_target = collate([sample(conversation(1))], processor, LEVELS, TEMPLATE)
     no_text = replace(one_target, labels=torch.full_like(one_target.labels, -100), target_masks=[torch.zeros(0, 50, 40).bool()])
     orders = []
-    for batch in (mixed_batch(processor), text_only, one_target, no_text):
-        order.clear()
-        model.train()(batch).loss.backward()
-        orders.append(list(order))
+    for _, order in gradient_orders(model, (mixed_batch(processor), text_only, one_target, no_text)):
+        orders.append(order)
     assert len(orders[0]) == sum(p.requires_grad for p in model.parameters())
     assert orders[0] == orders[1] == orders[2] == orders[3]
 
