@@ -279,12 +279,10 @@ class ReasoningSegmenter:
     """
 
     def __init__(self, model: CoresForReasoningSegmentation, processor: CoresProcessor, max_new_tokens: int = 64, seed: int = 0):
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        self.decoding = Decoding(max_new_tokens)  # refuses a wrong number before anything is changed
         self.model, self.processor = model.eval(), processor
         if processor.proposals is None:
             processor.proposals = model.proposal_source(None)
-        self.decoding = Decoding(max_new_tokens)
         self.exemplars = exemplars.draw(np.random.default_rng(seed), processor.exemplar_count)
 
     @classmethod
