@@ -24,14 +24,18 @@ import numpy as np
 from PIL import Image
 
 from chat import add_model_flags, load, remarks
-from dataset import synthetic
 from dataset.drawing import fit, level_colour, overlay
-from dataset.images import DataError, read_image, read_json
-from model.pipeline import ReasoningSegmenter, Result, Session
+from dataset.files.errors import DataError
+from dataset.files.images import read_image
+from dataset.files.text import read_json
+from dataset.synthetic import write as synthetic
+from model.inference.results import Result
+from model.inference.segmenter import ReasoningSegmenter, Session
 from utils import distributed
-from utils.arguments import OneLineParser, UsageError, one_line
-from utils.gallery import jpeg
-from utils.html import Markup, join, picture, tag
+from utils.report.gallery import jpeg
+from utils.report.html import Markup, join, picture, tag
+from utils.settings.arguments import OneLineParser, one_line
+from utils.settings.flags import UsageError
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 ANSWER, CHAIN, PICTURE = "answer", "whole chain", "picture only"

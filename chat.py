@@ -23,12 +23,15 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from dataset.conversation import TEMPLATES
-from dataset.files import write_text
-from model.pipeline import ReasoningSegmenter, Result, Session, load_image
-from model.precision import ATTENTION, choose_attention, quantization
+from dataset.conversation.templates import TEMPLATES
+from dataset.files.write import write_text
+from model.checkpoints.precision import ATTENTION, choose_attention, quantization
+from model.inference.inputs import load_image
+from model.inference.results import Result
+from model.inference.segmenter import ReasoningSegmenter, Session
 from utils import distributed
-from utils.arguments import OneLineParser, UsageError, one_line, shown
+from utils.settings.arguments import OneLineParser, one_line, shown
+from utils.settings.flags import UsageError
 
 with contextlib.suppress(ImportError):  # line editing and history of what was typed, where the platform has it
     import readline  # noqa: F401

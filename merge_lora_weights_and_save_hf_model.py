@@ -24,11 +24,13 @@ distributed.prepare_environment()  # before anything imports deepspeed
 
 from model.cores import CoresForReasoningSegmentation  # noqa: E402
 from model.export import save_published  # noqa: E402
-from model.lora import has_lora, merge_lora  # noqa: E402
 from model.processor import CoresProcessor  # noqa: E402
-from utils import build, checkpoint  # noqa: E402
-from utils.arguments import OneLineParser, UsageError, one_line  # noqa: E402
-from utils.engine import DTYPES  # noqa: E402
+from model.reasoning.lora import has_lora, merge_lora  # noqa: E402
+from utils import build  # noqa: E402
+from utils.settings.arguments import OneLineParser, one_line  # noqa: E402
+from utils.settings.flags import UsageError  # noqa: E402
+from utils.training import checkpoint  # noqa: E402
+from utils.training.deepspeed import DTYPES  # noqa: E402
 
 
 def read_arguments(argv: list[str] | None) -> tuple[Namespace, list[str]]:

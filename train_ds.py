@@ -23,12 +23,14 @@ from utils import distributed
 
 distributed.prepare_environment()  # before anything imports deepspeed
 
-from dataset.faults import read_skip_list  # noqa: E402
-from utils import build, checkpoint, reshard  # noqa: E402
-from utils.arguments import Settings, UsageError, one_line, parse  # noqa: E402
-from utils.engine import Interrupted, Lost, NonFiniteLoss, Trainer  # noqa: E402
-from utils.evaluation import evaluate  # noqa: E402
-from utils.evaluation_cli import finish, modes_of  # noqa: E402
+from dataset.files.faults import read_skip_list  # noqa: E402
+from utils import build  # noqa: E402
+from utils.evaluation.cli import finish, modes_of  # noqa: E402
+from utils.evaluation.run import evaluate  # noqa: E402
+from utils.settings.arguments import Settings, one_line, parse  # noqa: E402
+from utils.settings.flags import UsageError  # noqa: E402
+from utils.training import checkpoint, reshard  # noqa: E402
+from utils.training.trainer import Interrupted, Lost, NonFiniteLoss, Trainer  # noqa: E402
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLEAR_ERRORS = (UsageError, ValueError, FileNotFoundError, OSError)

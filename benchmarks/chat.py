@@ -14,7 +14,7 @@ follow_up_alike  the same, answered as the question before was: "It appears on [
 evaluation       free generation for --queries questions about one picture, text and masks
 
 Weights are random and seeded. All but follow_up_alike say --tokens tokens, [LOC] and [SEG] at fixed places and greedy in between,
-but no word twice: a random model repeats itself, and here repetitions are drafted (model/drafts.py). So no draft helps there; only
+but no word twice: a random model repeats itself, and here repetitions are drafted (model/reasoning/drafts.py). So no draft helps there; only
 trained models, which follow_up_alike stands for, answer as they did before. Every follow-up question is a new one.
 """
 
@@ -38,12 +38,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from benchmarks.synthreason import ROOT
-from dataset.conversation import Conversation, answer, encode_prompt
-from dataset.sample import Sample, collate_prompts
+from dataset.collate import collate_prompts
+from dataset.conversation.encoding import encode_prompt
+from dataset.conversation.turns import Conversation
+from dataset.conversation.wordings import answer
+from dataset.sample import Sample
 from model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor, Decoding, ReasoningSegmenter
-from model.generation import Context, speak
-from model.sam import SamDims
-from model.scene import Scene
+from model.config import SamDims
+from model.masks import Scene
+from model.reasoning.generation import Context, speak
 
 RESULTS = ROOT / "benchmarks" / "results" / "chat.json"
 LEVELS = ["LOC", "SEG"]

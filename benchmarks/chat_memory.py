@@ -25,7 +25,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from model import CoresConfig, CoresForReasoningSegmentation
-from model.sam import PRESETS, SamDims
+from model.checkpoints.sam import PRESETS
+from model.config import SamDims
 
 GIB = 2**30
 # bytes of a weight that is not packed, and of one that is

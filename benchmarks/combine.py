@@ -25,12 +25,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset.conversation import Conversation
+from dataset.collate import Batch, collate
+from dataset.conversation.turns import Conversation
 from dataset.mixture import EvalDataset
 from dataset.proposals import Proposals, pooling_weights, runs, union
-from dataset.sample import Batch, Sample, collate
-from model.llm_seg import Scores
-from model.scene import Scene
+from dataset.sample import Sample
+from model.masks import Scene
+from model.selecting.selector import Scores
 from utils.build import build_eval, build_trained
 from utils.metrics import ciou, giou, intersection_and_union, iou
 

@@ -78,7 +78,7 @@ def memory() -> dict[str, float]:
 
 def start_index(path: Path, cache: Path) -> Callable[[], None]:
     """What CocoInstances does at its start; returns what it does later."""
-    from dataset.index import CocoIndex
+    from dataset.files.index import CocoIndex
 
     index = CocoIndex.open(path, cache)
     names = list(index.file_names)
@@ -109,7 +109,7 @@ def measure(reader: str, path: Path, cache: Path) -> dict[str, float]:
     """Seconds and memory of one start in this process, then of reading ``READS`` images."""
     import pycocotools.coco  # noqa: F401
 
-    import dataset.index  # noqa: F401 (what is imported is no part of the start)
+    import dataset.files.index  # noqa: F401 (what is imported is no part of the start)
 
     before = memory()
     started = time.perf_counter()

@@ -28,7 +28,8 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from dataset.proposals import Found, Proposals, ProposalSource, ProposalStore, encode, pooling_weights, runs
-from model.llm_seg import Selector, SelectorConfig, pool, stack, united
+from model.config import SelectorConfig
+from model.selecting.selector import Selector, pool, stack, united
 
 COUNT, SIZE = 50, (480, 640)
 TOKENS = 576 + 60  # CLIP's at 336 pixels, and a question with its answer

@@ -23,8 +23,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerFast
 
+from dataset.collate import collate
 from dataset.mixture import TrainMixture
-from dataset.sample import collate
 from model.processor import CoresProcessor
 
 ROOT = Path(__file__).resolve().parents[1]

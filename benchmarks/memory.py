@@ -14,7 +14,7 @@ The model is built on the meta device, so weights are counted exactly. Bytes on 
                    encoder of SAM (none with --sam_cache), then mask decoder and mask losses, then the vocabulary
 
 The rest of the GPU is "left", for what is not counted: CUDA and the allocator (about 1 to 2 GiB), bitsandbytes' unpacked layer and
-ZeRO-3's fetched layers. Computed, not measured on a GPU; tests/test_memory.py compares the activations with real steps on a CPU.
+ZeRO-3's fetched layers. Computed, not measured on a GPU; tests/benchmarks/test_memory.py compares the activations with real steps on a CPU.
 """
 
 from __future__ import annotations

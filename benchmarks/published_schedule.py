@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset.sample import Batch
+from dataset.collate import Batch
 from model import losses
 from model.cores import CoresForReasoningSegmentation
-from model.sam import position_encoding, to_original, valid_cells
-from model.sam_encoder import set_fast
+from model.segmenting.encoder import set_fast
+from model.segmenting.frames import to_original, valid_cells
+from model.segmenting.sam import position_encoding
 
 
 @contextmanager

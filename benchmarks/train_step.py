@@ -35,14 +35,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from benchmarks import published_schedule
-from dataset.files import write_text
-from dataset.sample import Batch
-from model.config import CoresConfig
+from dataset.collate import Batch
+from dataset.files.write import write_text
+from model.checkpoints.sam import PRESETS
+from model.config import CoresConfig, SamDims
 from model.cores import CoresForReasoningSegmentation
-from model.lora import add_lora, set_trainable
-from model.reasoning_chain import enable_checkpointing
-from model.sam import PRESETS, SamDims, resized_size
-from utils.embeddings import SamCache
+from model.reasoning.chain import enable_checkpointing
+from model.reasoning.lora import add_lora, set_trainable
+from model.segmenting.embedding_cache import SamCache
+from model.segmenting.frames import resized_size
 
 VOCABULARY, IMAGE_ID, LEVEL_IDS = 32_003, 32_000, [32_001, 32_002]
 SCHEDULES = ("published", "ours", "cached")

@@ -19,12 +19,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset.conversation import SENTENCE_QUESTIONS, answer_text
+from dataset.collate import check_sample
+from dataset.conversation.turns import answer_text
+from dataset.conversation.wordings import SENTENCE_QUESTIONS
 from dataset.drawing import Cell, card_sheet
-from dataset.faults import BadItem, Faults, write_skip_list
-from dataset.images import MissingDataError, require_folder
+from dataset.files.errors import MissingDataError
+from dataset.files.faults import BadItem, Faults, write_skip_list
+from dataset.files.paths import require_folder
 from dataset.registry import Entry, Loader, entries
-from dataset.sample import LoaderOptions, Sample, check_sample
+from dataset.sample import LoaderOptions, Sample
 
 LEVELS = ("LOC", "SEG")
 SHEET_CELLS = 24  # pictures on a contact sheet

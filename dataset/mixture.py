@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset import exemplars
-from dataset.faults import BadItem, Faults, read_skip_list
-from dataset.images import DataError, NothingToAsk, require_folder
-from dataset.referring import validation_images
+from dataset.conversation import exemplars
+from dataset.files.errors import DataError, NothingToAsk
+from dataset.files.faults import BadItem, Faults, read_skip_list
+from dataset.files.paths import require_folder
+from dataset.readers.referring import validation_images
 from dataset.registry import TRAINING, Loader, open_evaluation, open_training
 from dataset.sample import LoaderOptions, Sample
 
@@ -82,7 +83,7 @@ class TrainMixture(Dataset):
         probability that a query with a known explanation asks for it. ``on_bad_sample``: "raise" stops at a file that
         cannot be used, "skip" logs it and takes another one, the same in every run. ``exclude_val``: no source shows a
         photo of COCO that the val and test splits of refCOCO, refCOCO+ and refCOCOg hold. ``skip_list``: file of items
-        that are left out (dataset/faults.py). ``report``: file to which skipped items are added. Raises ValueError or
+        that are left out (dataset/files/faults.py). ``report``: file to which skipped items are added. Raises ValueError or
         DataError for whatever can be known now."""
         names = _names(dataset, "--dataset")
         rates = np.array(sample_rates, dtype=float)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 
-from dataset.images import DataError
+from dataset.files.errors import DataError
 
 RANKINGS = ("area", "quality", "mixed")  # which proposals are kept
 RULES = ("iop", "similarity", "similarity+iop", "top5+iop", "verified")  # which of them are united into the answer
@@ -118,7 +118,7 @@ class ProposalStore:
     """Reads and writes one file per image; keeps nothing in memory."""
 
     def __init__(self, folder: str | Path, settings: str):
-        """``settings``: the name of generator settings and weights (model/proposals.py, ``fingerprint``)."""
+        """``settings``: the name of generator settings and weights (model/selecting/proposals.py, ``fingerprint``)."""
         self.folder = Path(folder) / settings
 
     def path(self, image: np.ndarray) -> Path:

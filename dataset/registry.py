@@ -13,18 +13,19 @@ from typing import Protocol
 
 import numpy as np
 
-from dataset.coco import CocoInstances
-from dataset.images import DataError, list_files
-from dataset.llm_seg40k import NAME as LLM_SEG40K
-from dataset.llm_seg40k import LlmSeg40K
-from dataset.own import EVERYTHING, OwnData, find_sources, own_names
-from dataset.own import FOLDER as OWN
-from dataset.parts import SOURCES, PartSegmentation
-from dataset.reasoning import ReasoningSegmentation
-from dataset.referring import SETS, ReferringSegmentation
+from dataset.files.errors import DataError
+from dataset.files.paths import list_files
+from dataset.readers.coco import CocoInstances
+from dataset.readers.llm_seg40k import NAME as LLM_SEG40K
+from dataset.readers.llm_seg40k import LlmSeg40K
+from dataset.readers.own.dataset import EVERYTHING, OwnData, find_sources, own_names
+from dataset.readers.own.dataset import FOLDER as OWN
+from dataset.readers.parts import SOURCES, PartSegmentation
+from dataset.readers.reasoning import ReasoningSegmentation
+from dataset.readers.referring import SETS, ReferringSegmentation
+from dataset.readers.semantic import FAMILIES, SemanticSegmentation
+from dataset.readers.vqa import VisualQuestionAnswering
 from dataset.sample import LoaderOptions, Sample
-from dataset.semantic import FAMILIES, SemanticSegmentation
-from dataset.vqa import VisualQuestionAnswering
 
 
 class Loader(Protocol):

@@ -2,10 +2,11 @@
 
 from model.config import CoresConfig, RefinerConfig
 from model.cores import CoresForReasoningSegmentation, CoresOutput
-from model.generation import Decoding, Generation
-from model.pipeline import AnswerMask, ReasoningSegmenter, Result, Session, Stream
+from model.inference.results import AnswerMask, Result, Stream
+from model.inference.segmenter import ReasoningSegmenter, Session
+from model.masks import Segmentation
 from model.processor import CoresProcessor
-from model.scene import Segmentation
+from model.reasoning.generation import Decoding, Generation
 
 __all__ = [
     "AnswerMask",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformers import AutoConfig, LlavaConfig, PretrainedConfig
 
-from model.llm_seg import SelectorConfig
-from model.sam import SamDims
+from dataset.proposals import RANKINGS, RULES
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,12 @@ class RefinerConfig:
             "prototypes": ("foreground", "foreground+background", "regions"),
             "pooling": ("soft", "hard", "released"),
         }
-        for field, values in allowed.items():
-            if getattr(self, field) not in values:
-                raise ValueError(f"refiner.{field} is {getattr(self, field)!r}; choose one of {', '.join(values)}")
-        for field in ("region_grid", "heads"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"refiner.{field} is {getattr(self, field)}; it must be at least 1")
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"refiner.{name} is {getattr(self, name)!r}; choose one of {', '.join(values)}")
+        for name in ("region_grid", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"refiner.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 class CoresConfig(PretrainedConfig):
@@ -58,7 +57,7 @@ class CoresConfig(PretrainedConfig):
     paper. pointing_host also points the earlier tokens at the host. ignore_in_loss: leave ignored pixels out of the
     loss (the published code trains them as background). decode_chunk: most targets in one decoder call, None for no
     limit. selector: None: SAM's decoder makes the masks; fields of SelectorConfig: LLM-Seg, which selects among SAM's proposals,
-    has one level and uses none of the other mask losses (model/llm_seg.py). With ``chain`` in it, both: the chain's last mask is
+    has one level and uses none of the other mask losses (model/selecting/selector.py). With ``chain`` in it, both: the chain's last mask is
     one of the proposals, and the loss is that of both.
     """
 
@@ -123,10 +122,10 @@ class CoresConfig(PretrainedConfig):
         count = len(self.levels)
         if not self.levels or len(set(self.levels)) != count:
             raise ValueError(f"levels is {self.levels}; give one or more different names, such as LOC,SEG")
-        for field in ("level_token_ids", "level_loss_weights"):
-            values = getattr(self, field)
+        for name in ("level_token_ids", "level_loss_weights"):
+            values = getattr(self, name)
             if values is not None and len(values) != count:
-                raise ValueError(f"{field} has {len(values)} values for {count} levels, {','.join(self.levels)}")
+                raise ValueError(f"{name} has {len(values)} values for {count} levels, {','.join(self.levels)}")
         if self.refiner["kind"] != "none":
             if count == 1:
                 raise ValueError(
@@ -142,9 +141,9 @@ class CoresConfig(PretrainedConfig):
             )
 
     def _check_losses(self) -> None:
-        for field in ("text_weight", "mask_weight", "bce_weight", "dice_weight", "pointing_weight"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must not be negative")
+        for name in ("text_weight", "mask_weight", "bce_weight", "dice_weight", "pointing_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if min(self.level_loss_weights) < 0 or self.level_loss_weights[-1] == 0:
             raise ValueError(f"level_loss_weights is {self.level_loss_weights}; none may be negative, the last must be above 0")
         if self.pointing_host and (not self.pointing_weight or len(self.levels) == 1):
@@ -169,3 +168,120 @@ class CoresConfig(PretrainedConfig):
 
 
 AutoConfig.register("cores", CoresConfig)
+
+
+@dataclass(frozen=True)
+class SamDims:
+    """Sizes of a SAM; the defaults are ViT-B's. Grid and low-res sides follow from image and patch size."""
+
+    image_size: int = 1024
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11)
+    window_size: int = 14
+    """Side of an attention window in patches; 0 means global attention in every block."""
+    prompt_dim: int = 256
+    decoder_heads: int = 8
+    decoder_mlp_dim: int = 2048
+    mask_in_chans: int = 16
+    iou_head_hidden_dim: int = 256
+
+    def __post_init__(self):
+        object.__setattr__(self, "global_attn_indexes", tuple(self.global_attn_indexes))  # JSON gives lists
+        if self.image_size % self.patch_size:
+            raise ValueError(f"sam: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.embed_dim % self.num_heads or self.prompt_dim % self.decoder_heads:
+            raise ValueError("sam: embed_dim must be divisible by num_heads, and prompt_dim by decoder_heads")
+        if self.mask_in_chans % 4 or self.mask_in_chans < 8:  # a norm over a quarter of them: one channel would be 0
+            raise ValueError(f"sam: mask_in_chans {self.mask_in_chans} must be a multiple of 4 and at least 8")
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def low_res(self) -> int:
+        """Side of the decoder's masks: it upscales the embedding four times."""
+        return 4 * self.grid
+
+
+@dataclass(frozen=True)
+class SelectorConfig:
+    """Everything of the selecting branch that is not in the weights; defaults are the published ones."""
+
+    features: str = "dinov2"
+    """"dinov2": a frozen DINOv2 of its own; "sam": the embedding of the SAM that proposed, for nothing extra."""
+    dinov2: dict | None = None
+    """Fields of Dinov2Config; ``from_backbones`` reads them off the backbone."""
+    feature_size: int = 896
+    """Side of DINOv2's padded input in pixels."""
+    pool_size: int = 256
+    """P: features are pooled as if they were resized to this side, under masks of this side."""
+    place: bool = False
+    """Also pool SAM's positional encoding, so a proposal knows where it is (published: no)."""
+    blocks: int = 2
+    heads: int = 8
+    mlp_dim: int = 2048
+    iou_hidden: int = 2048
+    iop_hidden: int = 128
+    temperature: float = 0.05
+    """Of both softmaxes of the similarity loss."""
+    iop_scale: float = 50.0
+    """Factor of the IoP loss."""
+    similarity_weight: float = 1.0
+    iop_weight: float = 1.0
+    rule: str = "iop"
+    """What is united: "iop": IoP above the threshold; "similarity": the most similar alone; "similarity+iop": both of these;
+    "top5+iop": those of the five most similar whose IoP is above the threshold; "verified", with a chain only: its mask, unless
+    the IoP of some proposal is higher, then "iop" without it."""
+    threshold: float = 0.5
+    ranking: str = "area"
+    """Which proposals are kept: see ``dataset.proposals.Found.ranked``."""
+    count: int = 50
+    """How many."""
+    chain: bool = False
+    """CoReS's chain proposes, too: SAM's decoder is trained as it is there, and the last mask of a target becomes one more of its
+    proposals. False (published): the decoder makes no masks, and there is one token."""
+    proposals: dict = field(default_factory=dict)
+    """Fields of ProposalConfig."""
+
+    def __post_init__(self):
+        for name, allowed in (("features", ("dinov2", "sam")), ("rule", RULES), ("ranking", RANKINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"selector.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        for name in ("feature_size", "pool_size", "blocks", "heads", "mlp_dim", "iou_hidden", "iop_hidden", "count"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"selector.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.rule == "verified" and not self.chain:
+            raise ValueError("selector.rule is 'verified', but there is no chain whose mask it verifies; choose another rule")
+        if self.temperature <= 0:
+            raise ValueError(f"selector.temperature is {self.temperature}; it must be above 0")
+        ProposalConfig(**self.proposals)
+
+
+@dataclass(frozen=True)
+class ProposalConfig:
+    """Settings of the everything mode; the defaults are the library's, which LLM-Seg uses."""
+
+    points_per_side: int = 32
+    """Points of the grid that prompts SAM, per side of the image."""
+    predicted_iou: float = 0.88
+    """Masks that SAM itself expects to be worse are dropped."""
+    stability: float = 0.95
+    """So are masks whose IoU between a stricter and a looser threshold on the logits is smaller."""
+    nms: float = 0.7
+    """Of two masks whose boxes overlap more, the one with the lower predicted IoU is dropped."""
+    long_side: int = 1024
+    """Larger images are made smaller first: the longer side in pixels."""
+    multimask: bool = True
+    """Three masks per point (SAM's ambiguity tokens); False: the single-mask token, for a SAM that was trained with it only."""
+
+    def __post_init__(self):
+        for name in ("points_per_side", "long_side"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"proposals.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("predicted_iou", "stability", "nms"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"proposals.{name} is {getattr(self, name)}; it must be between 0 and 1")

@@ -24,30 +24,26 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Dinov2Model, GenerationConfig, LlavaForConditionalGeneration, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from dataset.collate import Batch
 from dataset.proposals import ProposalSource, ProposalStore
-from dataset.sample import Batch
-from model import losses, published
-from model.config import CoresConfig
-from model.generation import Decoding, Generation, generate
-from model.llava import add_image_token, add_level_tokens, assemble, llava_class, load_llava, load_tokenizer
-from model.llm_seg import Selector, SelectorConfig, dinov2_pixels, overlap, required, truth_of
-from model.lora import has_lora
-from model.precision import quantized_bits
+from model import losses
+from model.checkpoints import published
+from model.checkpoints.llava import add_image_token, add_level_tokens, assemble, llava_class, load_llava, load_tokenizer
+from model.checkpoints.precision import quantized_bits
+from model.checkpoints.sam import load_sam
+from model.checkpoints.weights import find_file, read_all, read_json_file, refuse_bad_loading
+from model.config import CoresConfig, ProposalConfig, SelectorConfig
+from model.masks import Scene, Segmentation
 from model.processor import CoresProcessor
-from model.proposals import ProposalConfig, fingerprint, make_generator
-from model.reasoning_chain import ReasoningChain
-from model.sam import (
-    PIXEL_MEAN,
-    PIXEL_STD,
-    build_sam,
-    load_sam,
-    position_encoding,
-    to_grid,
-    to_original,
-)
-from model.scene import Scene, Segmentation
-from model.segmenting_chain import SegmentingChain, TokenRefiner
-from model.weights import find_file, read_all, read_json_file, refuse_bad_loading
+from model.reasoning.chain import ReasoningChain
+from model.reasoning.generation import Decoding, Generation, generate
+from model.reasoning.lora import has_lora
+from model.segmenting.chain import SegmentingChain, TokenRefiner
+from model.segmenting.frames import PIXEL_MEAN, PIXEL_STD, to_grid, to_original
+from model.segmenting.sam import build_sam, position_encoding
+from model.selecting.proposals import fingerprint, make_generator
+from model.selecting.selector import Selector, dinov2_pixels, required
+from model.selecting.targets import overlap, truth_of
 
 MASK_PIXELS = 1 << 22  # pixels of the original frame that the mask losses hold at a time: 16 MB a copy
 
@@ -190,7 +186,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         """As in transformers, but a missing, unexpected or wrongly shaped weight is an error that names it.
 
         ``name``: a folder that ``save_pretrained`` wrote, or a folder or hub name of a published LISA or CoReS
-        (model/published.py; ``vision_tower``: its CLIP, in place of the one that its config.json names). Raises
+        (model/checkpoints/published.py; ``vision_tower``: its CLIP, in place of the one that its config.json names). Raises
         FileNotFoundError where there is none and ValueError for another kind of model.
         """
         content = read_json_file(name, "config.json")
@@ -479,7 +475,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     def generate(self, batch: Batch, tokenizer, max_new_tokens: int = 64, **decoding: Any) -> list[Generation]:
         """Free answers to left-padded prompts (``collate_prompts``), with masks for every complete group of tokens.
 
-        ``decoding``: further fields of model.generation.Decoding; greedy unless they say otherwise. An answer that lacks
+        ``decoding``: further fields of model.reasoning.generation.Decoding; greedy unless they say otherwise. An answer that lacks
         a level's token before [SEG] has no group there and so no mask: it counts as not emitted. Raises ValueError for
         an unknown option and for a model in training mode.
         """

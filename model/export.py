@@ -1,4 +1,4 @@
-"""Writing a model in LISA's own layout (model/published.py), so that the tools made for LISA read it."""
+"""Writing a model in LISA's own layout (model/checkpoints/published.py), so that the tools made for LISA read it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import CLIPVisionModel
 
-from model import published
+from model.checkpoints import published
+from model.checkpoints.precision import quantized_bits
 from model.cores import CoresForReasoningSegmentation
-from model.lora import has_lora
-from model.precision import quantized_bits
 from model.processor import CoresProcessor
+from model.reasoning.lora import has_lora
 
 CLIP_FOLDER = "clip"
 

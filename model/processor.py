@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoProcessor
 from transformers.utils import PushToHubMixin
 
-from dataset.conversation import ConversationTemplate, get_template
-from model import published
+from dataset.conversation.templates import ConversationTemplate, get_template
+from model.checkpoints import published
+from model.checkpoints.llava import IMAGE_TOKEN, add_image_token, load_tokenizer, set_spaces
+from model.checkpoints.published import CLIPImageProcessor
+from model.checkpoints.weights import find_file, read_all, read_json_file
 from model.config import CoresConfig
-from model.llava import IMAGE_TOKEN, add_image_token, load_tokenizer, set_spaces
-from model.published import CLIPImageProcessor
-from model.sam import preprocess, resized_size
-from model.weights import find_file, read_all, read_json_file
+from model.segmenting.frames import preprocess, resized_size
 
 FILE = "cores_processor.json"
 FIELDS = (

@@ -47,10 +47,14 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import synthetic as world
-from dataset.conversation import PHRASE_QUESTIONS, SENTENCE_QUESTIONS, answer, phrase_question, sentence_question
-from dataset.synthetic import Part, Scene, SceneObject, held_out, host_phrases, make_query, make_scene, plural
-from model.sam import SamDims, build_sam, decode_masks, save_sam
+from dataset.conversation.wordings import PHRASE_QUESTIONS, SENTENCE_QUESTIONS, answer, phrase_question, sentence_question
+from dataset.synthetic import write as world
+from dataset.synthetic.queries import host_phrases, make_query, plural
+from dataset.synthetic.scenes import Part, Scene, SceneObject, make_scene
+from dataset.synthetic.vocabulary import held_out
+from model.checkpoints.sam import save_sam
+from model.config import SamDims
+from model.segmenting.sam import build_sam, decode_masks
 
 GRID = 8  # CLIP's patches per side; also the grid of places that the language model speaks of
 PATCH = world.SIZE // GRID

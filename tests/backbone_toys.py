@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from model.sam import SamDims, build_sam, save_sam
+from model.checkpoints.sam import save_sam
+from model.config import SamDims
+from model.segmenting.sam import build_sam
 from tests.dataset_toys import IMAGE, metaspace_tokenizer, square, write_json
 
 SIZE = 32

@@ -9,12 +9,12 @@ import cv2
 import numpy as np
 import torch
 
-from dataset.index import CocoIndex
+from dataset.files.index import CocoIndex
 from tests.backbone_toys import flags, toys
 from tests.dataset_toys import write_json
 from tests.fork_server import Trial, server
-from utils import checkpoint
-from utils.engine import read_log
+from utils.training import checkpoint
+from utils.training.log import read_log
 
 CHANGES = {"save_every": 1, "eval_mode": "teacher_forced", "dataset": "coco||reason_seg", "sample_rates": "1,1", "coco_data": "toy",
            "examples": 0, "gallery": 0}  # fmt: skip

@@ -140,7 +140,8 @@ def watch(events: Events) -> None:
 
     import torch
 
-    from utils.engine import RunLog, Trainer
+    from utils.training.log import RunLog
+    from utils.training.trainer import Trainer
 
     for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")):
         events.before(owner, name)
@@ -184,7 +185,7 @@ def full_disk(after: int) -> None:
 
 def full_disk_at_save(number: int) -> None:
     """As ``full_disk``, from the checkpoint ``number`` on, counted from 0."""
-    from utils import checkpoint
+    from utils.training import checkpoint
 
     real, left = checkpoint.save, iter(range(number))
 
@@ -199,7 +200,7 @@ def full_disk_at_save(number: int) -> None:
 def stop_in(what: str) -> None:
     """SIGTERM in the middle of "validation", of a "save", or two of them in a save ("twice")."""
     import train_ds
-    from utils import checkpoint
+    from utils.training import checkpoint
 
     def ask(*_: Any) -> None:
         for _ in range(1 + (what == "twice")):
@@ -257,7 +258,7 @@ def images_lost(number: int, folder: str) -> None:
 
 def _at_step(number: int, action: Callable) -> None:
     """``action(trainer)`` before step ``number``, counted from 1."""
-    from utils.engine import Trainer
+    from utils.training.trainer import Trainer
 
     real = Trainer._step
 
@@ -295,7 +296,7 @@ def serve() -> None:
 
     import deepspeed  # noqa: F401
 
-    programs = {name: importlib.import_module(name) for name in ("train_ds", "utils.sam_cache")}
+    programs = {name: importlib.import_module(name) for name in ("train_ds", "utils.precompute.sam_cache")}
     assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads"
     print(json.dumps("ready"), file=answers)
     while line := sys.stdin.readline():

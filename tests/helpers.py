@@ -23,11 +23,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dataset.conversation import Conversation, answer
+from dataset.conversation.turns import Conversation
+from dataset.conversation.wordings import answer
 from dataset.sample import Sample
+from model.checkpoints.sam import save_sam
+from model.config import SamDims
 from model.cores import CoresForReasoningSegmentation
 from model.processor import CoresProcessor
-from model.sam import SamDims, build_sam, save_sam
+from model.segmenting.sam import build_sam
 
 LEVELS = ("LOC", "SEG")
 TEMPLATE = "tiny"

@@ -19,8 +19,8 @@ from PIL import Image
 
 import app
 from chat import load
-from dataset.images import decode_rle
-from model.pipeline import AnswerMask, Result
+from dataset.files.rle import decode_rle
+from model.inference.results import AnswerMask, Result
 from tests.scripted import scripted_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import chat
-from dataset.images import decode_rle
+from dataset.files.rle import decode_rle
 from tests.scripted import scripted_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,7 +258,7 @@ class Terminal:
 SLOW = """
 import sys, time
 import chat
-from model import pipeline
+from model.inference import segmenter as pipeline
 speak = pipeline.speak
 def slow(*arguments):
     for step in speak(*arguments):
@@ -301,7 +301,7 @@ def test_ctrl_c_ends_a_single_question_quietly(photo, tmp_path, monkeypatch, cap
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("model.pipeline.speak", interrupted)
+    monkeypatch.setattr("model.inference.segmenter.speak", interrupted)
     assert chat.main(flags(tmp_path / "out", "--image", photo, "--prompt", "where?")) == 130
     assert capsys.readouterr().err == ""
 

@@ -10,7 +10,7 @@ import merge_lora_weights_and_save_hf_model as merge
 import train_ds
 from model import CoresForReasoningSegmentation, CoresProcessor
 from tests.backbone_toys import flags, toys, trained_run
-from utils import checkpoint
+from utils.training import checkpoint
 
 
 def scores(run: Path) -> dict:
@@ -46,8 +46,8 @@ def test_evaluation_of_a_run_and_of_its_merged_model_agree(merged):
 
 
 def test_merging_changes_no_mask(merged):
+    from dataset.collate import collate
     from dataset.mixture import EvalDataset
-    from dataset.sample import collate
     from utils.build import build_trained
 
     apart, processor, _ = build_trained(trained_run())

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import merge_lora_weights_and_save_hf_model as merge
 from model import CoresForReasoningSegmentation
-from model.lora import add_lora, has_lora
+from model.reasoning.lora import add_lora, has_lora
 from tests.backbone_toys import flags, toys, trained_run
-from utils import build, checkpoint
+from utils import build
+from utils.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,7 +77,7 @@ def test_a_checkpoint_folder_as_deepspeed_leaves_it(tmp_path, expected):
 
 
 def test_names_of_a_lisa_in_training_are_understood(tmp_path, expected, trained):
-    from model import published
+    from model.checkpoints import published
 
     renamed = {}
     for name, tensor in trained.items():

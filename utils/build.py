@@ -13,20 +13,23 @@ from segment_anything.modeling import Sam
 
 from dataset.mixture import EvalDataset, TrainMixture
 from dataset.proposals import ProposalSource
-from model import published
+from model.checkpoints import published
+from model.checkpoints.precision import choose_attention, quantization
+from model.checkpoints.sam import load_sam
+from model.checkpoints.weights import find_file, looks_like_path, read_json_file
 from model.cores import CoresForReasoningSegmentation
-from model.lora import add_lora, load_adapter, set_trainable
-from model.precision import choose_attention, quantization
-from model.prefix_sharing import PrefixSharing
 from model.processor import FILE as PROCESSOR_FILE
 from model.processor import CoresProcessor
-from model.reasoning_chain import enable_checkpointing
-from model.sam import load_sam
-from model.weights import find_file, looks_like_path, read_json_file
-from utils import checkpoint, distributed
-from utils.arguments import FREE_ON_RESUME, SELECTING, Settings, UsageError, numbers, parse_over, read_resumed, settings_of
-from utils.embeddings import SamCache, fingerprint
-from utils.engine import DTYPES, samples_per_epoch
+from model.reasoning.chain import enable_checkpointing
+from model.reasoning.lora import add_lora, load_adapter, set_trainable
+from model.reasoning.prefix_sharing import PrefixSharing
+from model.segmenting.embedding_cache import SamCache, fingerprint
+from utils import distributed
+from utils.settings.arguments import FREE_ON_RESUME, Settings, numbers, parse_over, read_resumed, settings_of
+from utils.settings.flags import SELECTING, UsageError
+from utils.training import checkpoint
+from utils.training.deepspeed import DTYPES
+from utils.training.loader import samples_per_epoch
 
 # What merging may find elsewhere than training did, or does not depend on.
 FREE_IN_MERGE = FREE_ON_RESUME | {

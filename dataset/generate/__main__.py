@@ -6,7 +6,9 @@ import sys
 from argparse import Namespace
 from collections import Counter
 
-from dataset.exemplars import ExemplarLibrary
+from dataset.conversation.exemplars import ExemplarLibrary
+from dataset.files.errors import DataError
+from dataset.files.text import read_json
 from dataset.generate import exemplars, questions, rephrase
 from dataset.generate.client import Abort, Stopped
 from dataset.generate.estimate import estimate_table
@@ -14,7 +16,6 @@ from dataset.generate.flags import build_parser, read_source
 from dataset.generate.scenes import read_scenes
 from dataset.generate.session import Session
 from dataset.generate.work import write_json
-from dataset.images import DataError, read_json
 
 
 def run_questions(args: Namespace, session: Session) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from dataset.exemplars import LOOKS_SPECIAL, normalise
+from dataset.conversation.exemplars import LOOKS_SPECIAL, normalise
 
 
 def words(text: str) -> list[str]:

@@ -26,8 +26,8 @@ import httpx2
 import numpy as np
 from PIL import Image
 
+from dataset.files.images import read_image
 from dataset.generate.journal import Answer, Journal
-from dataset.images import read_image
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 FATAL = {401, 402, 403, 404, 405}  # the same for every request

@@ -1,4 +1,4 @@
-"""New pairs for the library of in-context exemplars (dataset/exemplars.json), domain by domain."""
+"""New pairs for the library of in-context exemplars (dataset/conversation/exemplars.json), domain by domain."""
 
 from __future__ import annotations
 

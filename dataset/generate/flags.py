@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dataset.exemplars import LIBRARY_PATH
+from dataset.conversation.exemplars import LIBRARY_PATH
 from dataset.generate.questions import QuestionOptions
 from dataset.generate.scenes import KINDS, Source, parse_wanted
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.images import DataError
+from dataset.files.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Questions about the marked objects of photographs: the data pipeline of LLM-Seg40K, which was published without it.
 
-Result, in the layout of LLM-Seg40K (dataset/llm_seg40k.py reads it)::
+Result, in the layout of LLM-Seg40K (dataset/readers/llm_seg40k.py reads it)::
 
     <out>/{train,validation,test}.json
     {photo: {"from_dataset": …, "qa_pairs": [{"question", "answer", "rle_seg", "object", "annotation_ids"}, …]}}
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.exemplars import normalise
+from dataset.conversation.exemplars import normalise
 from dataset.generate import checks, prompts
 from dataset.generate.client import Chat, Request, picture
 from dataset.generate.scenes import Scene, SceneObject

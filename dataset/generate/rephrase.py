@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dataset.files.errors import DataError
+from dataset.files.images import IMAGE_SUFFIXES
+from dataset.files.paths import list_files, require_folder
+from dataset.files.text import read_json
 from dataset.generate import checks, prompts
 from dataset.generate.client import Chat
 from dataset.generate.talk import Talk, talk
 from dataset.generate.work import write_json
-from dataset.images import IMAGE_SUFFIXES, DataError, list_files, read_json, require_folder
-from dataset.reasoning import read_record
+from dataset.readers.reasoning import read_record
 
 
 def read_queries(folder: Path) -> list[tuple[Path, dict]]:

@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle_codec
 
-from dataset.coco import annotation_mask
-from dataset.images import DataError, check_size, read_image, require_folder, resolve_inside
-from dataset.json_stream import JsonReader, parse_stream
+from dataset.files.errors import DataError
+from dataset.files.images import check_size, read_image
+from dataset.files.json_stream import JsonReader, parse_stream
+from dataset.files.paths import require_folder, resolve_inside
+from dataset.readers.coco import annotation_mask
 
 KINDS = ("coco", "ego_objects")
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from dataset.files import write_text
+from dataset.files.write import write_text
 from dataset.generate.client import Abort, ChatError, NotAsked
 
 Item = TypeVar("Item")

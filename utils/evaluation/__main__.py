@@ -1,9 +1,9 @@
-"""``python -m utils.evaluation``: the commands of utils/evaluation_cli.py."""
+"""``python -m utils.evaluation``: the commands of utils/evaluation/cli.py."""
 
 import sys
 
 from utils import distributed
-from utils.evaluation_cli import main
+from utils.evaluation.cli import main
 
 if __name__ == "__main__":
     code = main()

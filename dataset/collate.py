@@ -1,0 +1,269 @@
+"""From samples to a batch: token ids, pixels and masks of several samples side by side, padded and counted.
+
+B images · N conversations · L tokens · K targets of one conversation."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dataset.conversation.encoding import IGNORE_INDEX, Encoded, encode, encode_prompt
+from dataset.conversation.templates import ConversationTemplate
+from dataset.conversation.turns import Conversation, count_groups
+from dataset.files.errors import DataError
+from dataset.proposals import Proposals
+from dataset.sample import Sample
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Batch:
+    """What the model takes. Built by ``collate`` (right padded) or ``collate_prompts`` (left padded, no labels)."""
+
+    input_ids: torch.Tensor
+    """int64 (N, L)."""
+    attention_mask: torch.Tensor
+    """int64 (N, L): 1 for tokens, 0 for padding; made from lengths, as padding may share an id with real tokens."""
+    labels: torch.Tensor
+    """int64 (N, L): -100 where unsupervised."""
+    image_index: torch.Tensor
+    """int64 (N,): the image of each conversation."""
+    clip_pixels: torch.Tensor
+    """float (B, 3, h, w): CLIP's normalised input."""
+    sam_pixels: torch.Tensor
+    """float (B', 3, S, S): SAM's normalised and padded input of the images without a cached embedding, without a cache
+    of all: B' = B."""
+    original_sizes: list[tuple[int, int]]
+    """(H, W) of each of the B images."""
+    resized_sizes: list[tuple[int, int]]
+    """(height, width) of each of the B images inside SAM's padded input."""
+    target_masks: list[torch.Tensor]
+    """N × bool (K, H, W), original frame."""
+    ignore_masks: list[torch.Tensor | None]
+    """N × bool (H, W)."""
+    host_masks: list[torch.Tensor | None]
+    """N × bool (K, H, W)."""
+    info: list[dict]
+    """N × {dataset, id, image_path, kind, query, is_sentence, conversation (its index in the sample)}."""
+    sam_embeddings: list[torch.Tensor | None] | None = None
+    """With a cache: B × float (C, G, G), None where it has none."""
+    sam_keys: list[str] | None = None
+    """With a cache: B names under which it keeps embeddings."""
+    proposals: list[Proposals] | None = None
+    """B × the masks a selecting model chooses from; None where the processor has no source of proposals."""
+
+    @property
+    def cached(self) -> tuple[list[torch.Tensor | None], list[str]] | None:
+        """``sam_embeddings`` and ``sam_keys``; None without a cache."""
+        return None if self.sam_embeddings is None else (self.sam_embeddings, self.sam_keys)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
+        """A batch with its tensors on ``device`` and its float tensors as ``dtype``; None leaves either as it is."""
+
+        def move(value):
+            if isinstance(value, torch.Tensor):
+                return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+            if isinstance(value, Proposals):
+                return value.to(device)
+            return [move(item) for item in value] if isinstance(value, list) else value
+
+        return Batch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+def check_sample(sample: Sample, levels: Sequence[str]) -> None:
+    """Raises DataError naming the sample unless masks fit the image and are as many as the answers' targets."""
+    size = sample.image.shape[:2]
+    for index, conversation in enumerate(sample.conversations):
+        where = f"{sample.name}, conversation {index}"
+        groups, masks = count_groups(conversation.turns, levels, where), len(conversation.masks)
+        if groups != masks:
+            tokens = " ".join(f"[{level}]" for level in levels)
+            raise DataError(f"{where}: {groups} groups of answer tokens ({tokens}) but {masks} target masks")
+        frames = {"masks": (conversation.masks, (masks, *size)), "ignore": (conversation.ignore, size)}
+        frames["host_masks"] = (conversation.host_masks, (masks, *size))
+        for name, (mask, expected) in frames.items():
+            if mask is not None and mask.shape != expected:
+                raise DataError(f"{where}: {name} has shape {mask.shape}, expected {expected}")
+
+
+def _encode_all(sample: Sample, conversation: Conversation, processor, levels, template) -> Encoded:
+    count = processor.image_token_count
+    return encode(conversation, sample.exemplars, processor.tokenizer, template, processor.image_token, count, levels)
+
+
+def _drop_turns(conversation: Conversation) -> Conversation | None:
+    """The text-only conversation without its last turn; None where that is not possible without losing a target."""
+    if len(conversation.turns) < 2 or len(conversation.masks):
+        return None
+    return dataclasses.replace(conversation, turns=conversation.turns[:-1])
+
+
+def _fit(sample: Sample, index: int, encode_one: Callable[[Conversation], Encoded], limit: int, on_too_long: str):
+    """(conversation, Encoded) within ``limit`` tokens, or None if it is to be left out. Tokens are never cut."""
+    conversation = sample.conversations[index]
+    encoded = encode_one(conversation)
+    length = len(encoded.input_ids)
+    if length <= limit:
+        return conversation, encoded
+    message = f"{sample.name}, conversation {index}: {length} tokens, but model_max_length is {limit}"
+    if on_too_long == "raise":
+        raise DataError(f"{message}; raise --model_max_length, use fewer exemplars or shorten the text")
+    while (conversation := _drop_turns(conversation)) is not None:
+        encoded = encode_one(conversation)
+        if len(encoded.input_ids) <= limit:
+            logger.warning("%s; kept its first %d turns", message, len(conversation.turns))
+            return conversation, encoded
+    logger.warning("%s; left out", message)
+    return None
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    table = torch.full((len(rows), width), value, dtype=torch.int64)
+    for target, row in zip(table, rows, strict=True):
+        start = width - len(row) if left else 0
+        target[start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
+    return table
+
+
+def _tensor(mask: np.ndarray | None) -> torch.Tensor | None:
+    return None if mask is None else torch.from_numpy(np.ascontiguousarray(mask, dtype=bool))
+
+
+def _assemble(samples: Sequence[Sample], processor, encode_one: Callable, on_too_long: str, left: bool) -> Batch:
+    tokenizer = processor.tokenizer
+    limit = tokenizer.model_max_length
+    kept = []  # (image index, conversation index, conversation, encoded)
+    for number, sample in enumerate(samples):
+        for index in range(len(sample.conversations)):
+            fitted = _fit(sample, index, lambda c, sample=sample: encode_one(sample, c), limit, on_too_long)
+            if fitted is not None:
+                kept.append((number, index, *fitted))
+    if not kept:
+        names = "; ".join(sample.name for sample in samples)
+        raise DataError(f"no conversation is left in a batch of {names or 'no samples'}; raise --model_max_length")
+
+    encodings = [encoded for *_, encoded in kept]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sam_pixels, resized_sizes, cached = _sam_inputs([sample.image for sample in samples], processor)
+    conversations = [conversation for _, _, conversation, _ in kept]
+    return Batch(
+        input_ids=_pad([e.input_ids for e in encodings], pad, left),
+        attention_mask=_pad([[1] * len(e.input_ids) for e in encodings], 0, left),
+        labels=_pad([e.labels for e in encodings], IGNORE_INDEX, left),
+        image_index=torch.tensor([number for number, *_ in kept], dtype=torch.int64),
+        clip_pixels=torch.stack([processor.clip(sample.image) for sample in samples]),
+        sam_pixels=sam_pixels,
+        original_sizes=[tuple(sample.image.shape[:2]) for sample in samples],
+        resized_sizes=resized_sizes,
+        target_masks=[_tensor(c.masks) for c in conversations],
+        ignore_masks=[_tensor(c.ignore) for c in conversations],
+        host_masks=[_tensor(c.host_masks) for c in conversations],
+        info=[_info(samples[number], index, conversation) for number, index, conversation, _ in kept],
+        proposals=_proposals(samples, processor, free=left),
+        **cached,
+    )
+
+
+def _sam_inputs(images: Sequence[np.ndarray], processor) -> tuple[torch.Tensor, list[tuple[int, int]], dict]:
+    """Pixels (B', 3, S, S) and resized sizes (B) for SAM, and the fields of a Batch that its cache fills, if there is one."""
+    cache = getattr(processor, "sam_cache", None)
+    if cache is None:
+        inputs = [processor.sam(image) for image in images]
+        return torch.stack([pixels for pixels, _ in inputs]), [tuple(size) for _, size in inputs], {}
+    keys = [cache.key(image) for image in images]
+    found = [cache.load(key) for key in keys]
+    missing = [processor.sam(image)[0] for image, known in zip(images, found, strict=True) if known is None]
+    pixels = torch.stack(missing) if missing else torch.zeros(0, 3, processor.image_size, processor.image_size)
+    sizes = [processor.sam_size(image) for image in images]
+    return pixels, sizes, {"sam_embeddings": found, "sam_keys": keys}
+
+
+def _proposals(samples: Sequence[Sample], processor, free: bool) -> list[Proposals] | None:
+    """One per image; an image that is only talked about needs none, unless the answers are still to come (``free``)."""
+    source = getattr(processor, "proposals", None)
+    if source is None:
+        return None
+    wanted = [free or any(len(c.masks) for c in sample.conversations) for sample in samples]
+    return [source(s.image, s.name) if want else source.none(s.image) for s, want in zip(samples, wanted, strict=True)]
+
+
+def _info(sample: Sample, index: int, conversation: Conversation) -> dict:
+    return {
+        "dataset": sample.dataset,
+        "id": sample.id,
+        "image_path": sample.image_path,
+        "kind": sample.kind,
+        "query": conversation.turns[-1][0],
+        "is_sentence": conversation.is_sentence,
+        "conversation": index,
+    }
+
+
+def collate(
+    samples: Sequence[Sample],
+    processor,
+    levels: Sequence[str],
+    template: str | ConversationTemplate,
+    on_too_long: str = "raise",
+) -> Batch:
+    """The batch for training and teacher-forced evaluation, right padded. Each image is processed once.
+
+    ``processor`` has ``tokenizer``, ``image_token``, ``image_token_count``, ``clip(image) -> (3, h, w)`` and
+    ``sam(image) -> ((3, S, S), resized size)``; SAM's pixels are not made where its ``sam_cache``, if it has one, holds
+    the embedding. A conversation longer than ``tokenizer.model_max_length`` raises
+    DataError, or with ``on_too_long="skip"`` loses its last text-only turns or is left out with a warning; answer
+    tokens are never cut. Raises DataError for a sample whose masks do not match its answer tokens or its image.
+    """
+    _check_policy(on_too_long)
+    for sample in samples:
+        check_sample(sample, levels)
+
+    def encode_one(sample: Sample, conversation: Conversation) -> Encoded:
+        return _encode_all(sample, conversation, processor, levels, template)
+
+    return _assemble(samples, processor, encode_one, on_too_long, left=False)
+
+
+def collate_prompts(samples: Sequence[Sample], processor, levels: Sequence[str], template: str | ConversationTemplate) -> Batch:
+    """The batch for free generation: left-padded prompts that end where the assistant starts to speak, labels -100.
+
+    The last question of each conversation is asked, its earlier turns are the history, and the masks are those of the
+    last answer. Raises DataError for a prompt longer than ``tokenizer.model_max_length``.
+    """
+    for sample in samples:
+        check_sample(sample, levels)
+    samples = [dataclasses.replace(s, conversations=[_last_only(c, levels) for c in s.conversations]) for s in samples]
+
+    def encode_one(sample: Sample, conversation: Conversation) -> Encoded:
+        *history, (question, _) = conversation.turns
+        ids = encode_prompt(
+            question,
+            history,
+            sample.exemplars,
+            processor.tokenizer,
+            template,
+            processor.image_token,
+            processor.image_token_count,
+            levels,
+        )
+        return Encoded(ids, [IGNORE_INDEX] * len(ids))
+
+    return _assemble(samples, processor, encode_one, "raise", left=True)
+
+
+def _last_only(conversation: Conversation, levels: Sequence[str]) -> Conversation:
+    start = len(conversation.masks) - count_groups(conversation.turns[-1:], levels)
+    hosts = conversation.host_masks
+    return dataclasses.replace(conversation, masks=conversation.masks[start:], host_masks=None if hosts is None else hosts[start:])
+
+
+def _check_policy(on_too_long: str) -> None:
+    if on_too_long not in ("raise", "skip"):
+        raise ValueError(f'on_too_long must be "raise" or "skip", got {on_too_long!r}')

@@ -1,0 +1,1 @@
+"""Conversations: turns, templates, wordings, in-context exemplars, and their token ids with exact labels."""

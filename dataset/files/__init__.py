@@ -1,0 +1,1 @@
+"""Reading and writing files: every error is one line that names the file."""

@@ -1,0 +1,161 @@
+"""Items that cannot be used: which are left out on purpose, what happens at a new one, and where it is written down.
+
+An *item* is what can be left out by itself: an image (all that is asked about it goes with it), the JSON of one query, one line of
+a table. It is named by its path below the data folder, "reason_seg/ReasonSeg/train/000.json", with the place in the file where
+several items share one: "own/parts.jsonl:12", "llava_dataset/llava_instruct_150k.json:record 12".
+
+A skip list has one JSON object per line: ``dataset`` ("ReasonSeg|train"), ``item`` and ``reason``. ``python -m dataset.check``
+writes it, training reads it (``--skip_list``) and writes what it met into ``skipped.jsonl``, in the same format.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dataset.files.errors import DataError
+from dataset.files.text import read_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BadItem:
+    """One line of a skip list."""
+
+    dataset: str
+    item: str
+    reason: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """A list made for one split serves another one that holds the same file."""
+        return self.dataset.split("|")[0], self.item
+
+
+def read_skip_list(path: str | Path) -> list[BadItem]:
+    """The items of a skip list; clean data have an empty one. Raises DataError naming file, line and field."""
+    found = []
+    if Path(path).is_file() and not Path(path).stat().st_size:
+        return found
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or any(not isinstance(entry.get(k), str) or not entry[k] for k in ("dataset", "item")):
+            raise DataError(f'{path}:{number}: a skip list has one {{"dataset": text, "item": text, "reason": text}} per line')
+        found.append(BadItem(entry["dataset"], entry["item"], str(entry.get("reason", ""))))
+    return found
+
+
+def write_skip_list(items: list[BadItem], path: str | Path) -> None:
+    text = "".join(json.dumps(asdict(item)) + "\n" for item in items)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def blame(item: str | Path) -> Iterator[None]:
+    """A DataError from the block is about ``item`` and not about the whole sample."""
+    try:
+        yield
+    except DataError as error:
+        if error.item is None:
+            error.item = str(item)
+        raise
+
+
+class Faults:
+    """What a loader does about bad items. The default raises the first one, and leaves nothing out."""
+
+    def __init__(
+        self, root: str | Path = ".", tolerant: bool = False, skip: list[BadItem] | None = None, report: str | Path | None = None
+    ):
+        """``root``: the data folder, below which items are named. ``tolerant``: bad items are left out and noted.
+        ``skip``: items to leave out unseen. ``report``: file to which every new bad item is added once, whichever process
+        meets it."""
+        self.root = Path(root)
+        self.tolerant = tolerant
+        self.found: dict[tuple[str, str], BadItem] = {}
+        self.left_out: Counter[str] = Counter()
+        self._skip = {item.key for item in skip or []}
+        self._report = None if report is None else Path(report)
+        self._reported: set[tuple[str, str]] = set()
+        self._read = 0  # bytes of the report that are in _reported
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether anything may be left out. If not, the first bad item is an error, and no others need be looked for."""
+        return self.tolerant or self.has_skip_list
+
+    @property
+    def has_skip_list(self) -> bool:
+        return bool(self._skip)
+
+    def name(self, item: str | Path) -> str:
+        """The item below the data folder, with "/" on every system."""
+        path = Path(item)
+        return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
+
+    def skips(self, dataset: str, item: str | Path) -> bool:
+        """Whether the skip list holds the item; counted by data set in ``left_out``."""
+        listed = self.has_skip_list and BadItem(dataset, self.name(item), "").key in self._skip
+        self.left_out[dataset] += listed
+        return listed
+
+    @contextmanager
+    def guard(self, dataset: str, item: str | Path) -> Iterator[None]:
+        """A DataError from the block ends it, and is noted if bad items are tolerated and raised otherwise."""
+        try:
+            yield
+        except DataError as error:
+            if not self.tolerant:
+                raise
+            self.note(dataset, error.item or item, error)
+
+    def note(self, dataset: str, item: str | Path, reason: object) -> None:
+        """Writes down one bad item, here, in the log and in the report."""
+        if self.note_all(dataset, [(item, reason)]):
+            logger.warning("%s: %s is left out: %s", dataset, self.name(item), reason)
+
+    def leave_out(self, dataset: str, items: list[tuple[str | Path, str]]) -> None:
+        """Bad entries of a file, all found at once, as (item, reason) pairs: those that are not on the skip list are noted, with
+        one line in the log, or the first is raised."""
+        first: dict[str | Path, str] = {}
+        for item, reason in items:
+            first.setdefault(item, reason)  # an image may have several bad annotations
+        bad = [(item, reason) for item, reason in first.items() if not self.skips(dataset, item)]
+        if bad and not self.tolerant:
+            raise DataError(bad[0][1])
+        if self.note_all(dataset, bad):
+            logger.warning("%s: %d bad entries are left out, for example: %s", dataset, len(bad), bad[0][1])
+
+    def note_all(self, dataset: str, items: list[tuple[str | Path, object]]) -> int:
+        """Writes down (item, reason) pairs, and leaves the log to the caller; returns how many were new to this process."""
+        new = [BadItem(dataset, self.name(item), " ".join(str(reason).split())) for item, reason in items]
+        new = [bad for bad in new if bad.key not in self.found]
+        self.found |= {bad.key: bad for bad in new}
+        if new and self._report is not None:
+            self._add_to_report(new)
+        return len(new)
+
+    def _add_to_report(self, items: list[BadItem]) -> None:
+        """Ranks and workers share the file; whoever holds the lock reads what the others added before it writes."""
+        self._report.parent.mkdir(parents=True, exist_ok=True)
+        with self._report.open("a+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            stream.seek(self._read)
+            self._reported |= {BadItem(**json.loads(line)).key for line in stream}
+            for bad in items:
+                if bad.key not in self._reported:
+                    self._reported.add(bad.key)
+                    stream.write(json.dumps(asdict(bad)).encode() + b"\n")
+            self._read = stream.tell()

@@ -1,0 +1,127 @@
+"""Large JSON files, one entry at a time: the parser is Python's own (in C), only its window on the text is ours.
+
+``json.load`` of a 1 GB annotation file takes several GB of memory; this reader takes a window of a few MB, or of the largest
+single entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from dataset.files.errors import DataError, MissingDataError
+
+WINDOW = 1 << 22  # characters
+SPACE = " \t\n\r"
+Result = TypeVar("Result")
+
+
+class JsonReader:
+    """A position in a JSON text. Its iterators share it, so take the value of a member or item before asking for the next."""
+
+    def __init__(self, stream: TextIO, window: int = WINDOW):
+        self._stream, self._window = stream, window
+        self._decode = json.JSONDecoder().raw_decode
+        self._text, self._at, self._dropped = "", 0, 0
+        self._ended = False
+
+    def members(self) -> Iterator[str]:
+        """The keys of the object that starts here; the caller takes each ``value()`` or ``items()``. Raises ValueError."""
+        self._take("{")
+        if self.peek() == "}":
+            self._take("}")
+            return
+        while True:
+            if self.peek() != '"':
+                self._fail("a key in quotes is expected")
+            key, _ = self.value()
+            self._take(":")
+            yield key
+            if self._take(",}") == "}":
+                return
+
+    def items(self) -> Iterator[tuple[Any, str]]:
+        """(value, its text) of each item of the list that starts here. Raises ValueError."""
+        self._take("[")
+        if self.peek() == "]":
+            self._take("]")
+            return
+        while True:
+            yield self.value()
+            if self._take(",]") == "]":
+                return
+
+    def value(self) -> tuple[Any, str]:
+        """The value that starts here and its text. Raises ValueError."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if self._ended:
+                    self._fail(error.msg.removesuffix(" starting at"), error.pos)
+            else:
+                # a number at the window's end may go on behind it, and the parser takes "1." or "1e+" for a 1
+                if self._ended or (end < len(self._text) and self._text[end] not in ".eE+-"):
+                    text, self._at = self._text[self._at : end], end
+                    return value, text
+            self._fill()
+
+    def peek(self) -> str:
+        """The next character that is not white space, "" at the end of the text."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in SPACE:
+                self._at += 1
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._fill()
+
+    def end(self) -> None:
+        """Raises ValueError if anything follows."""
+        if self.peek():
+            self._fail("extra data")
+
+    def _take(self, allowed: str) -> str:
+        found = self.peek()
+        if not found or found not in allowed:
+            self._fail(f"{' or '.join(allowed)} is expected")
+        self._at += 1
+        return found
+
+    def _fill(self) -> None:
+        """Drops what was read and doubles what is left, so that a long entry is parsed a few times only."""
+        rest = self._text[self._at :]
+        more = self._stream.read(max(self._window, len(rest)))
+        self._dropped += self._at
+        self._text, self._at, self._ended = rest + more, 0, not more
+
+    def _fail(self, reason: str, at: int | None = None) -> None:
+        at = self._at if at is None else at
+        ending = ", where the file ends" if at >= len(self._text) else ""
+        raise ValueError(f"{reason} at character {self._dropped + at}{ending}")
+
+
+def parse_stream(path: str | Path, parse: Callable[[JsonReader], Result]) -> Result:
+    """``parse`` of a JSON file in UTF-8 or Windows-1252; it runs twice where the first guess was wrong.
+
+    Raises MissingDataError or DataError naming the file.
+    """
+    path = Path(path)
+    try:
+        for encoding in ("utf-8-sig", "cp1252"):
+            try:
+                with path.open(encoding=encoding, newline="") as stream:
+                    return parse(JsonReader(stream))
+            except UnicodeDecodeError:
+                if encoding == "cp1252":
+                    raise
+    except FileNotFoundError:
+        raise MissingDataError(f"{path}: does not exist; check --dataset_dir and the names of the data sets") from None
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: not valid JSON ({reason}); repair or remove the file") from None
+    raise AssertionError("unreachable: the loop returns or raises")

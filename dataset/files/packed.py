@@ -1,0 +1,45 @@
+"""Records packed end to end, as the tables of an index hold them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from dataset.files.errors import DamagedRecords
+
+
+class PackedRecords:
+    """A read-only list of JSON-like records in one flat buffer.
+
+    A million small Python objects are copied into every worker process as soon as their reference counts change; one
+    buffer is shared between them for good, and between all processes where it is a mapped file (dataset/files/store.py).
+    """
+
+    def __init__(self, records: Iterable[Any]):
+        blobs = [json.dumps(record, separators=(",", ":")).encode() for record in records]
+        self._ends = np.cumsum([0] + [len(blob) for blob in blobs])
+        self._buffer = np.frombuffer(b"".join(blobs), dtype=np.uint8)
+        self._sums = None
+
+    @classmethod
+    def over(cls, buffer: np.ndarray, ends: np.ndarray, sums: np.ndarray) -> PackedRecords:
+        """Records written before. ``buffer``: uint8, record i is [ends[i], ends[i + 1]); ``sums``: CRC-32 of each, uint32."""
+        packed = cls.__new__(cls)
+        packed._buffer, packed._ends, packed._sums = buffer, ends, sums
+        return packed
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        """Record ``index``. Raises IndexError, or DamagedRecords where its checksum is another."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        blob = self._buffer[self._ends[index] : self._ends[index + 1]].tobytes()
+        if self._sums is not None and zlib.crc32(blob) != self._sums[index]:
+            raise DamagedRecords(index)
+        return json.loads(blob)

@@ -1,0 +1,136 @@
+"""LLM-Seg40K: questions that GPT-4 wrote about photos of COCO (by way of LVIS) and of EgoObjects.
+
+::
+
+    <dataset_dir>/reason_seg/LLM-Seg40K/{train,validation,test}.json
+    <dataset_dir>/coco/train2017/*.jpg          photos with "from_dataset": "coco"
+    <dataset_dir>/ego_objects/images/*          photos with "from_dataset": "ego_objects"
+
+Facts, from the reader in the data set's own repository (wangjunchi/LLMSeg, utils/llm_seg_dataset.py; the files themselves were
+not at hand): a JSON maps an image's name to ``{"from_dataset": …, "qa_pairs": [{"question", "answer", "rle_seg"}, …]}``, where
+``rle_seg`` is COCO's compressed run lengths of the target. Every question is a sentence. The answer in words is used neither there
+nor here. A question may also be a list of wordings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataset.conversation.turns import Conversation
+from dataset.conversation.wordings import answer, sentence_question
+from dataset.files.errors import DataError, MissingDataError
+from dataset.files.images import read_image
+from dataset.files.packed import PackedRecords
+from dataset.files.paths import named_inside, require_folder, resolve_inside
+from dataset.files.rle import decode_rle
+from dataset.files.text import read_json
+from dataset.readers.coco import without_missing
+from dataset.readers.exclusion import without_excluded
+from dataset.sample import LoaderOptions, Sample, draw_queries
+
+NAME = "LLM-Seg40K"
+SPLITS = {"val": "validation"}  # what the command line calls them -> their files
+FOLDERS = {"coco": "coco/train2017", "ego_objects": "ego_objects/images"}
+
+
+def _check(path: Path, name: str, entry: Any) -> list:
+    """[image name, where it is from, [[wordings, run lengths], …]] of one entry."""
+    where = f"{path}: {name!r}"
+    if not isinstance(entry, dict) or entry.get("from_dataset") not in FOLDERS:
+        raise DataError(f'{where}: "from_dataset" must be one of {", ".join(FOLDERS)}')
+    pairs = entry.get("qa_pairs")
+    if not isinstance(pairs, list) or any(not isinstance(pair, dict) for pair in pairs):
+        raise DataError(f'{where}: "qa_pairs" must be a list of questions')
+    queries = []
+    for number, pair in enumerate(pairs):
+        texts = pair.get("question")
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not texts or any(not isinstance(t, str) or not t.strip() for t in texts):
+            raise DataError(f'{where}: question {number}: "question" must be a text, or several wordings of it')
+        if not isinstance(pair.get("rle_seg"), dict):
+            raise DataError(f'{where}: question {number}: "rle_seg" must be {{"size": [height, width], "counts": …}}')
+        queries.append([[text.strip() for text in texts], pair["rle_seg"]])
+    return [name, entry["from_dataset"], queries]
+
+
+class LlmSeg40K:
+    """A sample is an image with its questions."""
+
+    def __init__(self, dataset_dir: str | Path, spec: str, options: LoaderOptions):
+        """``spec``: "LLM-Seg40K|train", "|val" or "|test". Raises DataError."""
+        self.dataset, self.options = spec, options
+        name, _, split = spec.partition("|")
+        if name != NAME or not split:
+            raise ValueError(f'{spec!r} names no split; write it as "{NAME}|val"')
+        root = Path(dataset_dir)
+        folder = require_folder(root / "reason_seg" / NAME, f"the JSON files of {NAME}")
+        self.source = named_inside(folder, f"{SPLITS.get(split, split)}.json")
+        if not self.source.is_file():
+            known = ", ".join(sorted(path.stem for path in folder.glob("*.json"))) or "none"
+            raise MissingDataError(f"{self.source}: no such split; there are: {known}")
+        self.folders = {kind: root / place for kind, place in FOLDERS.items()}
+        content = read_json(self.source)
+        if not isinstance(content, dict) or not content:
+            raise DataError(f"{self.source}: must map names of images to their questions")
+        records = [record for record in self._checked(content) if record[2]]
+        if options.training:
+            records = self._without_excluded(records)
+        self.records = PackedRecords(self._without_missing(records))
+        if not len(self.records):
+            raise DataError(f"{self.source}: holds no question")
+
+    def _checked(self, content: dict) -> list:
+        found, bad = [], []
+        for image, entry in sorted(content.items()):
+            try:
+                found.append(_check(self.source, image, entry))
+            except DataError as error:
+                bad.append((f"{self.source}:{image}", str(error)))
+        self.options.faults.leave_out(self.dataset, bad)
+        return found
+
+    def _without_excluded(self, records: list) -> list:
+        # a photo of EgoObjects is never COCO's, whatever it is called
+        names = [name if kind == "coco" else "" for name, kind, _ in records]
+        return list(without_excluded(records, names, self.options, self.dataset))
+
+    def _without_missing(self, records: list) -> list:
+        kept = []
+        for kind, folder in self.folders.items():
+            mine = [record for record in records if record[1] == kind]
+            if mine:
+                require_folder(folder, f"the photos of {self.dataset} from {kind}")
+                kept += without_missing(mine, [name for name, *_ in mine], folder, self.source, self.options, self.dataset)
+        return sorted(kept, key=lambda record: record[0])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def path(self, index: int) -> Path:
+        """The image of sample ``index``."""
+        return self.folders[self.records[index][1]] / self.records[index][0]
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """Image ``index`` with some of its questions in training, all of them otherwise; Sample.kind is "reasoning"."""
+        name, kind, queries = self.records[index]
+        path = resolve_inside(self.folders[kind], name)
+        image = read_image(path)
+        chosen = self._choose(queries, rng)
+        conversations = [self._conversation(name, text, rle, image.shape[:2], rng) for text, rle in chosen]
+        return Sample(image, str(path), conversations, "reasoning", self.dataset, Path(name).stem)
+
+    def _choose(self, queries: list, rng: np.random.Generator) -> list[tuple[str, dict]]:
+        if not self.options.training:
+            count = 1 if self.options.texts == "first" else None
+            return [(text, rle) for texts, rle in queries for text in texts[:count]]
+        drawn = draw_queries([texts for texts, _ in queries], self.options.num_classes_per_sample, rng)
+        return [(text, queries[number][1]) for number, text in drawn]
+
+    def _conversation(self, name: str, text: str, rle: dict, size: tuple[int, int], rng: np.random.Generator) -> Conversation:
+        target = decode_rle(rle, size, self.source, f"{name} rle_seg")
+        question = sentence_question(text, self.options.wording(rng))
+        reply = answer(self.options.levels, self.options.wording(rng))
+        return Conversation([(question, reply)], target[None], is_sentence=True)

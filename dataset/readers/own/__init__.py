@@ -1,0 +1,1 @@
+"""A user's own data, in the forms in which people have them."""

@@ -1,0 +1,245 @@
+"""Referring segmentation: refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO. "The man on the left" is the one that is meant.
+
+::
+
+    <dataset_dir>/refer_seg/<set>/refs(<splitBy>).p             gRefCOCO: grefs(<splitBy>).json or .p
+    <dataset_dir>/refer_seg/<set>/instances.json                COCO's format; every annotation a reference may mean
+    <dataset_dir>/refer_seg/images/mscoco/images/train2014/     refCLEF: refer_seg/images/saiapr_tc-12/
+
+A file of references is a list of ``{ref_id, image_id, ann_id, split, sentences: [{sent, …}], …}``. Facts, as in the readers that
+come with the data (REFER, gRefer):
+
+- ``ann_id`` is one annotation; in gRefCOCO a list, whose union is the target, and [-1] where nothing is meant: an empty target;
+- a segmentation is several polygons, or (refCLEF) a list of run lengths, or empty: an empty target as well;
+- of the several annotations of a gRefCOCO reference, crowd regions are left out;
+- refCLEF writes several test splits into one word: a reference of "testAC" belongs to testA and to testC; "test" is all of them;
+- ``splitBy`` names who divided the data: unc, for refCOCOg umd (by image) or google (by object: train and val share images).
+
+The published evaluation scores every sentence of every reference, so ``LoaderOptions.texts`` has no say here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dataset.conversation.turns import Conversation
+from dataset.conversation.wordings import answer, phrase_question
+from dataset.files.errors import DataError, MissingDataError
+from dataset.files.faults import Faults
+from dataset.files.images import read_claimed
+from dataset.files.index import CocoIndex
+from dataset.files.packed import PackedRecords
+from dataset.files.paths import require_folder, resolve_inside
+from dataset.files.refs_pickle import read_pickle
+from dataset.files.text import read_json
+from dataset.readers.coco import annotation_mask, usable
+from dataset.sample import LoaderOptions, Sample, draw_queries
+
+COCO_IMAGES = "images/mscoco/images/train2014"
+NOTHING = -1  # gRefCOCO's ann_id where a sentence means nothing in the image
+
+
+@dataclass(frozen=True)
+class ReferringSet:
+    """``images``: under refer_seg; ``split_by``: the division that training uses."""
+
+    images: str = COCO_IMAGES
+    split_by: str = "unc"
+
+
+SETS = {
+    "refclef": ReferringSet(images="images/saiapr_tc-12"),
+    "refcoco": ReferringSet(),
+    "refcoco+": ReferringSet(),
+    "refcocog": ReferringSet(split_by="umd"),
+    "grefcoco": ReferringSet(),
+}
+# Divided by image, all three: refCOCOg's other division would leave out most of its own training images.
+VALIDATED = (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"))
+
+
+class Reference(NamedTuple):
+    """One object, or in gRefCOCO any number of them, with the sentences that mean it."""
+
+    image_id: int
+    annotations: list[int]
+    """Empty where nothing is meant."""
+    split: str
+    sentences: list[str]
+    number: int
+    """Its place in the file."""
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """splitBy -> file of references, for all that there are."""
+    pattern = "grefs" if folder.name == "grefcoco" else "refs"
+    found = [path for suffix in (".p", ".json") for path in sorted(folder.glob(f"{pattern}(*){suffix}"))]
+    return {path.stem[len(pattern) + 1 : -1]: path for path in found}
+
+
+def read_references(folder: Path, split_by: str, faults: Faults | None = None, dataset: str = "") -> list[Reference]:
+    """All references of a set's folder. ``faults``: what to do about bad ones, instead of raising the first.
+
+    Raises DataError; one that is MissingDataError lists the divisions that are there.
+    """
+    faults = faults or Faults()
+    files = _files(require_folder(folder, "a referring data set"))
+    if split_by not in files:
+        raise MissingDataError(f"{folder}: has no references divided by {split_by!r}; there are: {', '.join(files) or 'none'}")
+    path = files[split_by]
+    entries = read_json(path) if path.suffix == ".json" else read_pickle(path)
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path}: must be a non-empty list of references")
+    found, bad = [], []
+    for number, entry in enumerate(entries):
+        try:
+            found.append(_reference(entry, number))
+        except DataError as error:
+            bad.append((_item(path, number), f"{path}: {error}"))
+    faults.leave_out(dataset, bad)
+    return found
+
+
+def _item(path: Path, number: int) -> str:
+    """What a skip list calls a reference."""
+    return f"{path}:reference {number}"
+
+
+def _reference(entry: Any, number: int) -> Reference:
+    where = f"reference {number}"
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} is not an object")
+    ids = entry.get("ann_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    if type(entry.get("image_id")) is not int or not ids or any(type(i) is not int for i in ids):
+        raise DataError(f'{where}: "image_id" and "ann_id" must be whole numbers (gRefCOCO: a list of them)')
+    if not isinstance(entry.get("split"), str):
+        raise DataError(f'{where}: "split" must be a text')
+    spoken = entry.get("sentences")
+    if not isinstance(spoken, list) or any(not isinstance(s, dict) or not isinstance(s.get("sent"), str) for s in spoken):
+        raise DataError(f'{where}: "sentences" must be a list of {{"sent": text, …}}')
+    texts = [s["sent"].strip() for s in spoken]
+    return Reference(entry["image_id"], [i for i in ids if i != NOTHING], entry["split"], [text for text in texts if text], number)
+
+
+def _belongs(split: str, wanted: str) -> bool:
+    if wanted in ("testA", "testB", "testC"):
+        return split.startswith("test") and wanted[-1] in split
+    return split.startswith("test") if wanted == "test" else split == wanted
+
+
+def validation_images(dataset_dir: str | Path) -> frozenset[int]:
+    """COCO's numbers of the photos in the val and test splits of refCOCO, refCOCO+ and refCOCOg, for --exclude_val.
+
+    Raises MissingDataError if the references of one of them are not there, DataError if they are broken.
+    """
+    root = Path(dataset_dir) / "refer_seg"
+    found = set()
+    for name, split_by in VALIDATED:
+        try:
+            references = read_references(root / name, split_by)
+        except MissingDataError as error:
+            raise MissingDataError(f"--exclude_val needs the references of {name}, {split_by}: {error}") from None
+        found |= {r.image_id for r in references if r.split == "val" or _belongs(r.split, "test")}
+    return frozenset(found)
+
+
+class ReferringSegmentation:
+    """A sample is an image with sentences that mean something in it."""
+
+    def __init__(self, dataset_dir: str | Path, spec: str, options: LoaderOptions):
+        """``spec``: "refcoco|unc|val"; in training also "refcocog" or "refcocog|google", which is its train split.
+
+        Raises ValueError or DataError listing the sets, divisions or splits that there are.
+        """
+        self.options = options
+        name, split_by, split = self._read_spec(spec, options.training)
+        self.dataset = f"{name}|{split_by}|{split}"
+        root = require_folder(Path(dataset_dir) / "refer_seg", "the referring data sets")
+        self.folder = require_folder(root / SETS[name].images, f"the images of {name}")
+        self.source = root / name / "instances.json"
+        references = read_references(root / name, split_by, options.faults, self.dataset)
+        self.index = CocoIndex.open(self.source, tolerant=options.faults.leaves_out)
+        chosen = [r for r in references if _belongs(r.split, split)]
+        if not chosen:
+            known = ", ".join(sorted({r.split for r in references}))
+            raise MissingDataError(f"{root / name}: no split {split!r} in the division {split_by!r}; there are: {known}")
+        self._records(chosen, _files(root / name)[split_by])
+
+    @staticmethod
+    def _read_spec(spec: str, training: bool) -> tuple[str, str, str]:
+        name, *rest = spec.split("|")
+        if name not in SETS:
+            raise ValueError(f"unknown referring data set {name!r}; known: {', '.join(SETS)}")
+        if training:
+            rest += (SETS[name].split_by, "train")[len(rest) :]
+        if len(rest) != 2 or not all(rest):
+            raise ValueError(f'{spec!r}: write it as "{name}|{SETS[name].split_by}|val", the set, who divided it and the split')
+        return name, *rest
+
+    def _records(self, references: list[Reference], file: Path) -> None:
+        """One record per image, in the order of file names: [position in the index, [[annotation ids, sentences], …]]."""
+        by_image: dict[int, list] = defaultdict(list)
+        bad: list[tuple[str, str]] = []
+        damaged = {entry.image for entry in self.index.bad}
+        known = set(self.index.annotation_ids.tolist())
+        for reference in references:
+            try:
+                position = self.index.image_position(reference.image_id)
+            except KeyError:
+                lacks = f"the image {reference.image_id} of reference {reference.number}"
+                bad.append((_item(file, reference.number), f"{self.source}: lacks {lacks} of {self.dataset}"))
+                continue
+            unknown = [number for number in reference.annotations if number not in known]
+            if unknown and self.index.file_names[position] not in damaged:  # else it is left out with its image
+                lacks = f"the annotation {unknown[0]}, which reference {reference.number}"
+                bad.append((_item(file, reference.number), f"{self.source}: lacks {lacks} of {self.dataset} means"))
+            elif reference.sentences:
+                by_image[position].append([reference.annotations, reference.sentences])
+        self.options.faults.leave_out(self.dataset, bad)
+        if not by_image:
+            raise DataError(f"{self.source.parent}: the references of {self.dataset} have no sentences")
+        positions = usable(self.index, sorted(by_image), self.index.file_names, self.folder, self.options, self.dataset)
+        self.records = PackedRecords([position, by_image[position]] for position in positions.tolist())
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def path(self, index: int) -> Path:
+        """The image of sample ``index``."""
+        return self.folder / self.index.file_names[self.records[index][0]]
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """Image ``index`` with some of its sentences in training, all of them otherwise."""
+        position, references = self.records[index]
+        entry = self.index.image(position)
+        path = resolve_inside(self.folder, entry["file_name"])
+        image = read_claimed(path, entry, self.source)
+        size = image.shape[:2]
+        chosen = self._choose(references, rng)
+        masks = {number: self._mask(references[number][0], size) for number, _ in chosen}
+        conversations = [self._conversation(text, masks[number], rng) for number, text in chosen]
+        return Sample(image, str(path), conversations, "referring", self.dataset, Path(entry["file_name"]).stem)
+
+    def _choose(self, references: list, rng: np.random.Generator) -> list[tuple[int, str]]:
+        """(reference, sentence) pairs."""
+        if not self.options.training:
+            return [(number, text) for number, (_, texts) in enumerate(references) for text in texts]
+        return draw_queries([texts for _, texts in references], self.options.num_classes_per_sample, rng)
+
+    def _mask(self, annotations: list[int], size: tuple[int, int]) -> np.ndarray:
+        mask = np.zeros(size, dtype=bool)
+        for number in annotations:
+            entry = self.index.annotation(number)
+            if len(annotations) == 1 or not entry.get("iscrowd"):
+                mask |= annotation_mask(entry["segmentation"], size, self.source, f'annotation {number} "segmentation"')
+        return mask
+
+    def _conversation(self, text: str, mask: np.ndarray, rng: np.random.Generator) -> Conversation:
+        question = phrase_question(text.lower(), self.options.wording(rng))
+        return Conversation([(question, answer(self.options.levels, self.options.wording(rng)))], mask[None])

@@ -1,0 +1,1 @@
+"""SynthReason: a procedural benchmark for reasoning segmentation that fits a machine without a GPU."""

@@ -1,0 +1,1 @@
+"""Asking a finished model about pictures from Python."""

@@ -1,0 +1,276 @@
+"""Ask a picture from Python.
+
+    segmenter = ReasoningSegmenter.from_pretrained("runs/demo/model")
+    result = segmenter("dog.jpg", "the part that lets the dog smell")
+    result.text, result.masks[0].mask, result.overlay(), result.save("out")
+
+    session = segmenter.open("dog.jpg")  # the picture is read once; what was said before is remembered
+    session.ask("Where is the dog?")
+    session.ask("And what does it hear with?")
+
+H, W a picture in the original frame · K masks of an answer · T levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataset.collate import collate_prompts
+from dataset.conversation import exemplars
+from dataset.conversation.encoding import encode_prompt
+from dataset.conversation.turns import Conversation, Turn, answer_from_ids, text_from_ids
+from dataset.files.errors import DataError
+from dataset.proposals import Proposals
+from dataset.sample import Sample
+from model.cores import CoresForReasoningSegmentation
+from model.inference.inputs import ImageLike, clean_question, clean_questions, load_image
+from model.inference.results import AnswerMask, Result, Stream
+from model.masks import Scene
+from model.processor import CoresProcessor
+from model.reasoning.generation import Context, Decoding, Generation, common_prefix, speak
+
+Named = tuple[str, ImageLike]  # with what messages call it
+
+
+CONVERSATIONS_PER_PASS = 8  # of one picture; more take several passes
+
+
+# ------------------------------------------------------------------------------------------------------------ pipeline
+
+
+class ReasoningSegmenter:
+    """A model that answers questions about pictures in words and masks.
+
+    ``max_new_tokens``: longest answer. The in-context exemplars of the prompt are drawn once, by ``seed``.
+    """
+
+    def __init__(self, model: CoresForReasoningSegmentation, processor: CoresProcessor, max_new_tokens: int = 64, seed: int = 0):
+        self.decoding = Decoding(max_new_tokens)  # refuses a wrong number before anything is changed
+        self.model, self.processor = model.eval(), processor
+        if processor.proposals is None:
+            processor.proposals = model.proposal_source(None)
+        self.exemplars = exemplars.draw(np.random.default_rng(seed), processor.exemplar_count)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        template: str | None = None,
+        max_new_tokens: int | None = None,
+        vision_tower: str | None = None,
+        proposals: str | Path | None = None,
+        **kwargs: Any,
+    ) -> ReasoningSegmenter:
+        """A model folder, ours or a published LISA or CoReS, read as CoresForReasoningSegmentation.from_pretrained does,
+        which takes ``vision_tower`` and ``kwargs``.
+
+        ``device`` "auto": CUDA where there is one, or the CPU. ``dtype`` "auto": as stored. ``template``: of the prompt,
+        instead of that of the training. ``max_new_tokens``: None for what
+        generation_config.json says. ``proposals``: folder of the proposal store of a model that selects; what it lacks is
+        computed, and kept there. Raises FileNotFoundError or ValueError for a folder that holds no such model.
+        """
+        processor = CoresProcessor.from_pretrained(str(path), vision_tower=vision_tower)
+        processor.template = template or processor.template
+        model = CoresForReasoningSegmentation.from_pretrained(str(path), dtype=dtype, vision_tower=vision_tower, **kwargs)
+        if kwargs.get("quantization_config") is None:  # quantised weights are on their device already
+            model = model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        processor.proposals = model.proposal_source(proposals)
+        stored = model.generation_config.max_new_tokens or 64
+        return cls(model, processor, stored if max_new_tokens is None else max_new_tokens)
+
+    def __call__(self, image: ImageLike | Sequence[ImageLike], query: str | Sequence, batch_size: int = 4) -> Any:
+        """The answer to ``query`` about ``image``, a Result; the questions of a list are separate conversations.
+
+        One picture and a list of questions give a list of Results. Several pictures take one question for all, or a
+        list with one question, or one list of questions, for each; the Results are nested as the questions are.
+        ``batch_size``: pictures in one pass. Raises DataError or ValueError, naming the picture, for bad input.
+        """
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
+        if not isinstance(image, (list, tuple)):
+            (answers,) = self._answer_all([("image", image)], [clean_questions(query)], batch_size)
+            return answers[0] if isinstance(query, str) else answers
+        if not isinstance(query, (str, list, tuple)):
+            raise ValueError(f"query: give a text for all images or a list with an entry for each, got {type(query).__name__}")
+        queries = [query] * len(image) if isinstance(query, str) else query
+        if len(queries) != len(image):
+            raise ValueError(f"{len(image)} images but {len(queries)} entries of questions; give one for each image")
+        asked = [clean_questions(q, f"query[{number}]") for number, q in enumerate(queries)]
+        answers = self._answer_all([(f"image[{number}]", one) for number, one in enumerate(image)], asked, batch_size)
+        return [found[0] if isinstance(q, str) else found for q, found in zip(queries, answers, strict=True)]
+
+    def stream(self, image: ImageLike, query: str) -> Stream:
+        """As a call with one picture and one question, but the text comes in pieces."""
+        return Session(self, *load_image(image)).stream(query)
+
+    def open(self, image: ImageLike) -> Session:
+        """A conversation about one picture, which is read now."""
+        session = Session(self, *load_image(image))
+        session.read_ahead()
+        return session
+
+    def _answer_all(self, images: list[Named], queries: list[list[str]], batch_size: int) -> list[list[Result]]:
+        answers: list[list[Result]] = [[] for _ in images]
+        parts = (
+            (index, questions[start : start + CONVERSATIONS_PER_PASS])
+            for index, questions in enumerate(queries)
+            for start in range(0, len(questions), CONVERSATIONS_PER_PASS)
+        )
+        while batch := list(islice(parts, batch_size)):
+            for (index, _), found in zip(batch, self._one_pass([(images[i], questions) for i, questions in batch]), strict=True):
+                answers[index] += found
+        return answers
+
+    def _one_pass(self, parts: list[tuple[Named, list[str]]]) -> list[list[Result]]:
+        samples = [self._sample(*load_image(image, argument), questions) for (argument, image), questions in parts]
+        batch = collate_prompts(samples, self.processor, self.processor.levels, self.processor.conversation)
+        batch = batch.to(self.model.device, self.model.dtype)
+        found = iter(self.model.generate(batch, self.processor.tokenizer, **vars(self.decoding)))
+        return [[self._result(s.image, s.image_path, talk.turns[0][0], next(found)) for talk in s.conversations] for s in samples]
+
+    def _result(self, image: np.ndarray, name: str, question: str, spoken: Generation, forgotten: int = 0) -> Result:
+        levels = self.processor.levels
+        masks = [
+            AnswerMask(dict(zip(levels, group, strict=True)), dict(zip(levels, ious, strict=True)))
+            for group, ious in zip(spoken.masks.cpu().numpy(), spoken.iou.tolist(), strict=True)
+        ]
+        return Result(image, name, question, self.text(spoken.token_ids), masks, spoken.token_ids, spoken.finished, forgotten)
+
+    def _sample(self, pixels: np.ndarray, name: str, questions: list[str]) -> Sample:
+        nothing = np.zeros((0, *pixels.shape[:2]), dtype=bool)
+        talks = [Conversation([(question, [])], nothing) for question in questions]
+        return Sample(pixels, name, talks, "chat", "chat", Path(name).name, self.exemplars)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Generated ids as people read them."""
+        return text_from_ids(ids, self.processor.tokenizer, self.processor.levels)
+
+
+class Session:
+    """A conversation about one picture. It keeps SAM's embedding (or what a selector looks at, and the proposals), CLIP's
+    features and the keys and values of what was read, so that a further question costs its own tokens only.
+
+    ``turns`` are the (question, answer) pairs that the next question will see. An answer that is interrupted leaves the
+    conversation as it was.
+    """
+
+    @torch.no_grad()
+    def __init__(self, segmenter: ReasoningSegmenter, image: np.ndarray, name: str):
+        """image: uint8 (H, W, 3) RGB; see ReasoningSegmenter.open."""
+        model, processor = segmenter.model, segmenter.processor
+        self.segmenter, self.image, self.name = segmenter, image, name
+        self.turns: list[Turn] = []
+        sam_pixels, resized = processor.sam(image)
+        clip_pixels, sam_pixels = (pixels[None].to(model.device, model.dtype) for pixels in (processor.clip(image), sam_pixels))
+        self._scene = Scene(model, clip_pixels, sam_pixels, [image.shape[:2]], [resized], self._proposals)
+        self._context = Context(model.reasoning)
+        self._read: list[int] = []
+        """Token ids that the context holds."""
+        self._running: Stream | None = None
+
+    def ask(self, question: str) -> Result:
+        """The answer; it stands in the history of the next question if it has words.
+
+        Where the conversation does not fit any more, its oldest turns are forgotten; ``Result.forgotten_turns`` counts
+        them. Raises ValueError for a question that is empty or too long on its own.
+        """
+        return self.stream(question).result
+
+    def stream(self, question: str) -> Stream:
+        """As ``ask``, in pieces of text. A stream of this session that is still running is given up."""
+        self._give_up()
+        self._running = Stream(self._answer(question))
+        return self._running
+
+    def undo(self) -> str | None:
+        """Takes the last turn back and returns its question; None where there is none."""
+        self._give_up()
+        return self.turns.pop()[0] if self.turns else None
+
+    def reset(self) -> None:
+        """Forgets the conversation, not the picture."""
+        self._give_up()
+        self.turns = []
+
+    def _give_up(self) -> None:
+        if self._running is not None:
+            self._running.close()
+
+    @torch.no_grad()
+    def read_ahead(self) -> None:
+        """Reads now what every question shares: the prompt up to the picture, and the picture for the masks."""
+        ids = self._encode("?", [])
+        last = len(ids) - 1 - ids[::-1].index(self.segmenter.processor.image_token_id)
+        self._read_up_to(ids[: last + 1])
+        self._scene.look()
+
+    def _proposals(self) -> list[Proposals]:
+        return [self.segmenter.processor.proposals(self.image, self.name).to(self.segmenter.model.device)]
+
+    def _encode(self, question: str, history: Sequence[Turn]) -> list[int]:
+        p = self.segmenter.processor
+        return encode_prompt(
+            question, history, self.segmenter.exemplars, p.tokenizer, p.conversation, p.image_token, p.image_token_count, p.levels
+        )
+
+    def _fit(self, question: str) -> tuple[list[Turn], list[int]]:
+        """(history, token ids) of the prompt, without as many of the oldest turns as it takes to leave room to answer."""
+        limit = self.segmenter.processor.tokenizer.model_max_length
+        for start in range(len(self.turns) + 1):
+            history = self.turns[start:]
+            ids = self._encode(question, history)
+            room = limit - self.segmenter.decoding.max_new_tokens if history else limit
+            if len(ids) <= room:
+                return history, ids
+        raise DataError(f"the question is too long: {len(ids)} tokens with its prompt, the model takes {limit}; shorten it")
+
+    def _read_up_to(self, ids: list[int]) -> torch.Tensor:
+        """Hidden states (1, d) at the end of ``ids``. What the context holds of them is not read again."""
+        reasoning = self.segmenter.model.reasoning
+        shared = min(common_prefix(self._read, ids), len(ids) - 1)
+        self._read = self._read[:shared]
+        self._context.keep(shared)
+        tokens = torch.tensor([ids], device=self._scene.features.device)
+        embeddings = reasoning.embed(tokens, self._scene.features, torch.zeros_like(tokens[:, 0]))
+        hidden = self._context.read(embeddings[:, shared:], torch.ones_like(tokens[:, shared:]))
+        self._read = list(ids)
+        return hidden[:, -1]
+
+    @torch.no_grad()
+    def _answer(self, question: str) -> Generator[str, None, Result]:
+        segmenter, end = self.segmenter, self.segmenter.processor.tokenizer.eos_token_id
+        question = clean_question(question)
+        history, ids = self._fit(question)
+        hidden = self._read_up_to(ids)
+        said: list[int] = []
+        states = [hidden[:0]]
+        shown, finished = "", False
+        for token, state in speak(self._context, hidden, end, segmenter.decoding, [ids]):
+            self._read = ids + said  # every token is read before the next one is chosen
+            finished = int(token) == end
+            if finished:
+                break
+            said.append(int(token))
+            states.append(state)
+            ready = segmenter.text(said).rstrip("\ufffd")  # a character may take several tokens
+            if ready.startswith(shown) and ready != shown:
+                yield ready[len(shown) :]
+                shown = ready
+        text = segmenter.text(said)
+        if text != shown:
+            yield text[common_prefix(text, shown) :]
+        index = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+        found = self._scene.segment([torch.cat(states)], [said], index)[0]
+        spoken = Generation(found.masks, found.iou, said, text, finished)
+        result = segmenter._result(self.image, self.name, question, spoken, len(self.turns) - len(history))
+        reply = answer_from_ids(said, segmenter.processor.tokenizer, segmenter.processor.levels)
+        self.turns = [*history, (question, reply)] if text else history
+        return result

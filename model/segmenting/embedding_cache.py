@@ -1,0 +1,184 @@
+"""SAM's image embeddings on disk: the image encoder is frozen, so an image costs it once, not once per epoch.
+
+``train_ds.py --sam_cache DIR`` fills the cache as it trains and uses what is there; utils/precompute/sam_cache.py fills it beforehand.
+
+::
+
+    DIR/used, lock                     bytes in use, for the limit
+        <weights>-<image size>-fp16/ab/abcd….safetensors
+
+An entry's name is the hash of the image's pixels, its folder the hash of the encoder's weights: nothing can be taken
+for something else, and data sets and runs may share a DIR. Entries appear whole or not at all, so any number of ranks,
+workers and killed runs may meet in one DIR; a broken entry is computed again. A full cache stays as it is: for images
+drawn at random, no other choice of what to keep is better.
+
+What training sees does not depend on what the cache held: a fresh embedding is rounded as a stored one is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("fp16", "int8")
+GIGABYTE = 10**9
+STALE_SECONDS = 3600  # a partial file that old belongs to nobody
+
+
+def fingerprint(encoder: nn.Module, image_size: int) -> str:
+    """Names what turns pixels into an embedding: the encoder's weights with their dtype, and the size of its input."""
+    digest = hashlib.blake2b(digest_size=10)
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return f"{digest.hexdigest()}-{image_size}"
+
+
+def encode(embedding: Tensor, dtype: str) -> dict[str, Tensor]:
+    """An embedding (C, G, G) as it is stored.
+
+    fp16: an error of at most 2⁻¹¹ of each value. int8: one step per channel, 1/127 of the largest magnitude in it; an
+    error of at most half a step.
+    """
+    values = embedding.detach().float().cpu()
+    if dtype == "fp16":
+        return {"values": values.half().contiguous()}
+    scale = values.abs().amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return {"values": (values / scale).round().to(torch.int8).contiguous(), "scale": scale}
+
+
+def decode(stored: dict[str, Tensor]) -> Tensor:
+    """The embedding float32 (C, G, G) of what ``encode`` made."""
+    values = stored["values"].float()
+    return values * stored["scale"] if "scale" in stored else values
+
+
+class SamCache:
+    """One folder of embeddings of one encoder."""
+
+    def __init__(self, root: str | Path, name: str, dtype: str = "fp16", limit_gb: float = 0.0):
+        """``name``: see ``fingerprint``. ``limit_gb``: most that ``root`` may hold, in 10⁹ bytes; 0: no limit.
+
+        Raises ValueError for an unknown dtype or a negative limit, OSError where ``root`` cannot be written.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"--sam_cache_dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        if limit_gb < 0:
+            raise ValueError(f"--sam_cache_gb {limit_gb}: must not be negative; 0 means no limit")
+        self.root, self.dtype, self.limit = Path(root), dtype, int(limit_gb * GIGABYTE)
+        self.folder = self.root / f"{name}-{dtype}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.closed = False  # full, or the disk is
+        with self._lock():
+            self._write_used(self._count())
+
+    # ----------------------------------------------------------------------------------------------------- what callers use
+
+    @staticmethod
+    def key(image: np.ndarray) -> str:
+        """Of an image uint8 (H, W, 3): its content, whatever file it came from."""
+        digest = hashlib.blake2b(str(image.shape).encode(), digest_size=20)
+        digest.update(np.ascontiguousarray(image))
+        return digest.hexdigest()
+
+    def has(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def load(self, key: str) -> Tensor | None:
+        """The embedding float32 (C, G, G), None if it is not there or cannot be read."""
+        try:
+            return decode(load(self._path(key).read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, KeyError) as error:
+            logger.warning("%s: unreadable (%s); computed again", self._path(key), error)
+            with contextlib.suppress(OSError):
+                self._path(key).unlink()
+            return None
+
+    def keep(self, key: str, embedding: Tensor) -> Tensor:
+        """Stores an embedding (C, G, G) if there is room; returns it as ``load`` will, on its device in its dtype."""
+        stored = encode(embedding, self.dtype)
+        if not self.closed and not self.has(key):
+            self._store(self._path(key), save(stored))
+        return decode(stored).to(embedding)
+
+    def used(self) -> int:
+        """Bytes in ``root``, of all encoders."""
+        with self._lock():
+            return self._read_used()
+
+    # ---------------------------------------------------------------------------------------------------------------- files
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _store(self, path: Path, content: bytes) -> None:
+        if not self._reserve(len(content)):
+            self._close(f"the cache is full (--sam_cache_gb {self.limit / GIGABYTE:g}); it stays as it is")
+            return
+        partial = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with partial.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        except OSError as error:  # a full disk must not stop a training run that can do without
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            self._close(f"{error}; nothing more is stored")
+
+    def _close(self, reason: str) -> None:
+        self.closed = True
+        logger.warning("%s: %s", self.root, reason)
+
+    def _reserve(self, size: int) -> bool:
+        with self._lock():
+            used = self._read_used() + size
+            if self.limit and used > self.limit:
+                return False
+            self._write_used(used)
+            return True
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        with (self.root / "lock").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)  # given back when the file is closed, by a kill, too
+            yield
+
+    def _read_used(self) -> int:
+        try:
+            return int((self.root / "used").read_text())
+        except (FileNotFoundError, ValueError):  # a kill in the middle of writing: count again
+            return self._count()
+
+    def _write_used(self, size: int) -> None:
+        (self.root / "used").write_text(str(size))
+
+    def _count(self) -> int:
+        """Bytes of all entries; removes what killed writers left."""
+        total = 0
+        for file in self.root.glob("*/*/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process may finish or remove it
+                status = file.stat()
+                if file.suffix == ".partial" and time.time() - status.st_mtime > STALE_SECONDS:
+                    file.unlink()
+                else:
+                    total += status.st_size
+        return total

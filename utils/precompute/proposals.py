@@ -1,0 +1,157 @@
+"""Computes SAM's proposals of the images that a run will see, for --method llm_seg and cores+select.
+
+    python -m utils.precompute_proposals --config configs/tiny-llm-seg.yaml                    # and the flags of the run
+    python -m utils.precompute_proposals --config configs/llm-seg-7b.yaml --jobs 8 --ranks 8 --dataset_dir ./dataset_dir
+
+What a run draws is a function of its seed, so the images are known: those of every epoch, and the evaluation set. One file
+per image goes into the store (--proposals), named by its pixels; what is there is not computed again, so a stopped command
+goes on where it was, and runs share their images. At the end it prints what the best possible selection would score on the
+evaluation set.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from dataset.proposals import ProposalSource, ProposalStore
+from model.checkpoints.sam import load_sam
+from model.config import ProposalConfig
+from model.cores import CoresForReasoningSegmentation
+from model.selecting.proposals import fingerprint, make_generator
+from utils import build, distributed
+from utils.evaluation.oracle import score_oracles
+from utils.report.tables import format_table
+from utils.settings.arguments import OneLineParser, Settings, one_line, parse
+from utils.settings.flags import SELECTING, UsageError
+from utils.training.loader import samples_per_epoch
+
+
+def read_arguments(argv: list[str] | None) -> tuple[Namespace, Settings]:
+    """This command's own flags, and the settings of the run."""
+    parser = OneLineParser(description=__doc__.split("\n")[0] + " Further flags: those of train_ds.py.", allow_abbrev=False)
+    parser.add_argument("--jobs", type=int, default=1, help="processes; with GPUs, process i takes GPU i modulo their number")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of the training run: they decide how many images it draws")
+    own, rest = parser.parse_known_args(argv)
+    settings = parse(rest)
+    if settings.method not in SELECTING:
+        raise UsageError(f"--method {settings.method}: only {' and '.join(SELECTING)} need proposals")
+    if not settings.proposals:
+        raise UsageError("--proposals is unset; name the folder of the store")
+    for name in ("jobs", "ranks"):
+        if getattr(own, name) < 1:
+            raise UsageError(f"--{name} is {getattr(own, name)}; it must be at least 1")
+    return own, settings
+
+
+class Images(Dataset):
+    """Every image that the run draws, in its order, then every image of the evaluation set."""
+
+    def __init__(self, s: Settings, ranks: int):
+        prompt = build.prompt_format(s)
+        self.mixture, self.val = build.build_mixture(s, prompt), None if s.no_eval else build.build_eval(s, prompt)
+        self.mixture.samples_per_epoch = samples_per_epoch(s) // distributed.world_size() * ranks
+        self.epochs = range(s.start_epoch, s.epochs)
+
+    def __len__(self) -> int:
+        return len(self.epochs) * len(self.mixture) + (0 if self.val is None else len(self.val))
+
+    def __getitem__(self, index: int):
+        """(image, name), or None for a sample without targets, which needs no proposals."""
+        epoch, draw = divmod(index, len(self.mixture))
+        if epoch < len(self.epochs):
+            self.mixture.set_epoch(self.epochs[epoch])
+            sample = self.mixture[draw]
+        else:
+            sample = self.val[index - len(self.epochs) * len(self.mixture)]
+        return (sample.image, sample.name) if any(len(c.masks) for c in sample.conversations) else None
+
+
+_worker: tuple[Images, ProposalSource] | None = None  # of this process
+
+
+def load_source(s: Settings, device: str = "cpu") -> ProposalSource:
+    """Store and generator of the SAM of --vision_pretrained, or of a merged model, in float32 as proposals need it."""
+    if build.is_merged(s.version):
+        model = CoresForReasoningSegmentation.from_pretrained(s.version, dtype=torch.float32)
+        return model.to(device).eval().proposal_source(s.proposals)
+    sam, fields = load_sam(s.vision_pretrained)[0].to(device).eval(), build.selector_config(s)
+    config = ProposalConfig(**fields["proposals"])
+    store = ProposalStore(s.proposals, fingerprint(sam, config))
+    return ProposalSource(fields["ranking"], fields["count"], fields["pool_size"], store, make_generator(sam, config))
+
+
+def start_worker(s: Settings, ranks: int, numbers) -> None:
+    """Loads data and SAM, once per process; a process whose parent is gone, killed even, ends."""
+    global _worker
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(1)
+    devices = torch.cuda.device_count()
+    number = numbers.get()
+    _worker = Images(s, ranks), load_source(s, f"cuda:{number % devices}" if devices else "cpu")
+
+
+def compute(index: int) -> str:
+    """What happened to the image: "computed", "there" already, or "not needed"."""
+    images, source = _worker
+    found = images[index]
+    if found is None:
+        return "not needed"
+    image, _ = found
+    if image in source.store:
+        return "there"
+    source.store.write(image, source.generate(image))
+    return "computed"
+
+
+def results(s: Settings, ranks: int, jobs: int, total: int) -> Iterator[str]:
+    """``compute`` of every index, in ``jobs`` processes."""
+    context = multiprocessing.get_context("spawn")  # a forked process must not use a GPU or torch's threads
+    numbers = context.Queue()
+    for number in range(jobs):
+        numbers.put(number)
+    with ExitStack() as stack:
+        if jobs == 1:
+            start_worker(s, ranks, numbers)
+            yield from map(compute, range(total))
+            return
+        pool = stack.enter_context(ProcessPoolExecutor(jobs, context, start_worker, (s, ranks, numbers)))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        yield from pool.map(compute, range(total), chunksize=4)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 2 with one line for a mistake in flags or files; 130 when interrupted."""
+    try:
+        own, s = read_arguments(argv)
+        images = Images(s, own.ranks)  # a wrong path is an error here, not in every process
+        counts = {"computed": 0, "there": 0, "not needed": 0}
+        with tqdm(total=len(images), unit="image") as bar:
+            for result in results(s, own.ranks, own.jobs, len(images)):
+                counts[result] += 1
+                bar.update()
+                bar.set_postfix(counts, refresh=False)
+        source = load_source(s)
+        print(f"{source.store.folder}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+        if images.val is not None:
+            scores = score_oracles(images.val, source, s.seed)
+            print(f"{s.val_dataset}, the best that a selection can reach, percent [95 % interval]\n" + format_table(scores))
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0

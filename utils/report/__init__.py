@@ -1,0 +1,1 @@
+"""What an evaluation leaves behind for people: tables, pictures, pages and comparisons."""

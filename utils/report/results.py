@@ -1,0 +1,103 @@
+"""What an evaluation found, as data and as files: who answered, every target's score, and what to call it in one line."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dataset.drawing import printable
+from dataset.files.write import write_text
+from utils.metrics import TargetScore, breakdown
+from utils.report.gallery import Picture
+from utils.report.tables import format_table, interval, percent
+from utils.report.visualize import Example
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy")
+
+
+@dataclass
+class Report:
+    """What one evaluation found. All scores are fractions; ``table`` prints percent."""
+
+    mode: str
+    """"free" or "teacher_forced"."""
+    dataset: str
+    """Name of the evaluation set, "SynthReason|val"."""
+    texts: str
+    """"first" or "all" wordings of a query."""
+    summary: dict[str, Any]
+    """See utils.metrics.summarise."""
+    scores: list[TargetScore]
+    """One per target, in the order of the evaluation set, whatever the number of ranks."""
+    examples: list[Example]
+    seconds: float
+    seed: int
+    """Of the bootstrap and of the choice of pictures."""
+    pictures: dict[str, list[Picture]] = field(default_factory=dict)
+    """Kind of gallery -> what it shows; see utils.report.gallery."""
+    name: str = ""
+    """Who answered: a model folder, a run, or a system whose predictions were read."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The settings of the program that made the report."""
+
+    def table(self) -> str:
+        return format_table({self.mode: self.summary})
+
+    def line(self) -> str:
+        """The summary in one line, in percent."""
+        s = self.summary
+        shown = f"gIoU {percent(s['giou'])} {interval(s['giou_ci95'])}, cIoU {percent(s['ciou'])}"
+        shown += f", emission {percent(s['emission_rate'])} %"
+        if s["wrong_host_rate"] is not None:
+            shown += f", wrong host {percent(s['wrong_host_rate'])} %"
+        if s["first_host_iou"] is not None:
+            shown += f", first mask on host {percent(s['first_host_iou'])}"
+        return shown + f" (n = {s['n']})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures."""
+        return {
+            "unit": "fraction",
+            "name": self.name,
+            "mode": self.mode,
+            "dataset": self.dataset,
+            "texts": self.texts,
+            "summary": self.summary,
+            "breakdown": breakdown(self.scores, self.seed),
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "config": self.config,
+            "versions": versions(),
+            "targets": [dataclasses.asdict(score) for score in self.scores],
+        }
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes ``to_dict`` in one step: the file is never half written."""
+        write_text(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    def to_csv(self, path: str | Path) -> None:
+        """One row per target with the fields of TargetScore; what is not known is an empty cell."""
+        rows = [dataclasses.asdict(score) for score in self.scores]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: printable(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows)
+        write_text(Path(path), table.getvalue())
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a score."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,1 @@
+"""What a run is told: flags, YAML files and how they combine."""

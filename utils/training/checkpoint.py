@@ -1,0 +1,394 @@
+"""Run folders and checkpoints.
+
+::
+
+    runs/NAME/config.json     the settings, read back by every later tool
+              ckpt/last, ckpt/best   each a DeepSpeed checkpoint (ZeRO shards of any world size), with the size of every file
+                                     in files.json and the place in the training in progress.json
+              log.jsonl  tensorboard/  metrics.json  examples.png
+
+A checkpoint is written beside its place and renamed when it is complete: a killed run leaves the previous one intact. One
+that was damaged later is refused: nobody should train on from weights that a disk has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dataset.files.write import sync, write_text
+from model.checkpoints.weights import SINGLE, read_all, read_file
+from model.reasoning.lora import our_name
+from utils import distributed
+from utils.settings.arguments import Settings, settings_of
+from utils.settings.flags import UsageError
+from utils.training import reshard
+
+PROGRESS = "progress.json"
+FILES = "files.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def require_writable(run: Path) -> None:
+    """Raises UsageError if nothing can be written in the run folder, or where it will be made: better now than at a save."""
+    there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    probe = there / f".probe-{distributed.rank()}"
+    try:
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UsageError(
+            f"{run}: the run folder cannot be written ({reason}); repair it or choose another with --log_base_dir, --exp_name"
+        ) from None
+
+
+def save_settings(run: Path, settings: Settings) -> None:
+    write_text(run / "config.json", json.dumps(settings.saved(), indent=1) + "\n")
+
+
+def load_settings(run: Path) -> Settings:
+    """The settings of a run folder. Raises UsageError if it is none."""
+    file = run / "config.json"
+    if not file.is_file():
+        raise UsageError(f"{file}: not found; give a run folder that train_ds.py wrote")
+    try:
+        return settings_of(json.loads(file.read_text()))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{file}: damaged ({error}); remove it and give the flags of the run again") from None
+
+
+def find_checkpoint(path: str | Path, which: str = "last") -> Path:
+    """The checkpoint that a run folder, its ckpt folder or a checkpoint folder stands for, or a UsageError."""
+    path = Path(path)
+    for folder in (path, path / "ckpt" / which, path / which):
+        recover(folder)
+        if (folder / PROGRESS).is_file():
+            return folder
+    raise UsageError(f"{path}: no checkpoint here; looked for {PROGRESS} in it, in ckpt/{which} and in {which}")
+
+
+def find_weights(path: str | Path, which: str) -> Path:
+    """As ``find_checkpoint``, but also a file, an index or a folder of consolidated weights that lies in a run folder."""
+    try:
+        return find_checkpoint(path, which)
+    except UsageError:
+        if Path(path).is_file() or any(Path(path).glob("*.index.json")) or any((Path(path) / name).is_file() for name in SINGLE):
+            return Path(path)
+        raise
+
+
+def recover(folder: Path) -> None:
+    """Finishes a replacement that was interrupted between its two renames."""
+    old = folder.with_name(folder.name + ".old")
+    if old.is_dir() and not folder.exists():
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            old.rename(folder)
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Puts the complete ``partial`` in the place of ``folder``; ``recover`` mends an interruption between the two renames."""
+    recover(folder)  # or the only whole checkpoint would be the ``.old`` that is removed next
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save(engine, folder: Path, progress: dict[str, Any]) -> None:
+    """Writes engine state and ``progress`` to ``folder``, all or nothing. Every rank calls it.
+
+    Raises OSError, one line, where the files cannot be written; ``folder`` is then what it was.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    with _one_line(partial):
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        distributed.barrier()
+        engine.save_checkpoint(str(partial), tag="state", exclude_frozen_parameters=True)
+        torch.save(_random_state(), partial / f"random_{distributed.rank()}.pt")
+        distributed.barrier()
+        if distributed.is_main():
+            write_text(partial / FILES, json.dumps(_sizes(partial), indent=1) + "\n")
+            write_text(partial / PROGRESS, json.dumps(progress, indent=1) + "\n")
+            _sync_all(partial)
+            _replace(folder, partial)
+        distributed.barrier()
+
+
+def write_progress(folder: Path, progress: dict[str, Any]) -> None:
+    """The checkpoint ``folder`` now says ``progress``: the state did not change, what is known about it did."""
+    if distributed.is_main():
+        saved = read_progress(folder) or {}
+        progress = progress | {k: v for k, v in saved.items() if k == "world_size"}  # other ranks may have saved it
+        write_text(folder / PROGRESS, json.dumps(progress, indent=1) + "\n")
+    distributed.barrier()
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint says about itself, None if there is none or it is damaged."""
+    try:
+        progress = json.loads((folder / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return None
+    return progress if isinstance(progress, dict) else None
+
+
+def copy(source: Path, target: Path) -> None:
+    """``target`` becomes a copy of the checkpoint ``source``, all or nothing. The main rank does it."""
+    if distributed.is_main():
+        partial = target.with_name(target.name + ".partial")
+        with _one_line(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            _sync_all(partial)
+            _replace(target, partial)
+    distributed.barrier()
+
+
+@contextlib.contextmanager
+def _one_line(partial: Path) -> Iterator[None]:
+    """Errors of writing name the folder; what was written of it is removed, so that the disk is as full as it was."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # how torch.save reports a full disk: "[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0"
+        by_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+        if not by_torch and not isinstance(error, OSError):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = "the disk seems to be full" if by_torch else error.strerror or " ".join(str(error).split())
+        free = shutil.disk_usage(next(folder for folder in partial.parents if folder.is_dir())).free / 10**9
+        raise OSError(
+            f"{partial}: the checkpoint cannot be written ({reason}; {free:.2f} GB are free there); free space, and "
+            "the same command continues from the last complete one"
+        ) from error
+
+
+def faults(folder: Path) -> list[str]:
+    """What is wrong with the files of a checkpoint, one line each. The ranks share the reading; every rank gets all of it."""
+    sizes = _read_sizes(folder)
+    found = []
+    if sizes is None:
+        found, sizes = [f"{folder / FILES}: damaged"], {}
+    names = sorted(sizes.keys() | {str(p.relative_to(folder)) for p in folder.rglob("*.pt")})
+    for name in names[distributed.rank() :: distributed.world_size()]:
+        if fault := _fault(folder / name, sizes.get(name)):
+            found.append(f"{folder / name}: {fault}")
+    return list(dict.fromkeys(distributed.gather_lists(found)))
+
+
+def _fault(file: Path, size: int | None) -> str:
+    if not file.is_file():
+        return "missing"
+    if size is not None and file.stat().st_size != size:
+        return f"cut off: {file.stat().st_size} of {size} bytes"
+    if file.suffix != ".pt":
+        return ""
+    try:  # torch writes checksums but does not read them
+        with zipfile.ZipFile(file) as archive:
+            return "damaged" if archive.testzip() else ""
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError):
+        return "damaged"
+
+
+def _read_sizes(folder: Path) -> dict[str, int] | None:
+    """File names of a checkpoint and their bytes; {} if it is from before they were kept, None if the list is damaged."""
+    try:
+        sizes = json.loads((folder / FILES).read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        return None
+    return sizes if isinstance(sizes, dict) else None
+
+
+def refuse_damaged(folder: Path, run: Path) -> None:
+    """Raises UsageError naming the damaged files of a checkpoint and the way on. Every rank calls it."""
+    found = [] if read_progress(folder) else [f"{folder / PROGRESS}: missing or damaged"]
+    found += faults(folder)
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UsageError(f"{found[0]}{more}; {_way_on(folder, run)}")
+
+
+def _way_on(bad: Path, run: Path) -> str:
+    """The flag that goes on although the checkpoint ``bad`` cannot be used."""
+    restart = "--no-auto_resume trains from the start"
+    for name in ("last", "last.old", "best", "best.old"):
+        other = run / "ckpt" / name
+        progress = read_progress(other) if other.is_dir() and other != bad else None
+        if progress and not faults(other):
+            return f"{name} is whole: the same command with --resume {other} continues from epoch {progress['epoch']}, {restart}"
+    return f"there is no other checkpoint in {run / 'ckpt'}: {restart}"
+
+
+def refuse_lost(run: Path) -> None:
+    """Raises UsageError if a run has checkpoints but no usable ``last``: starting over would destroy what is left."""
+    last = run / "ckpt" / "last"
+    recover(last)
+    if last.is_dir():
+        refuse_damaged(last, run)
+    elif any((run / "ckpt" / name / PROGRESS).is_file() for name in ("best", "best.old")):
+        raise UsageError(f"{last}: missing; {_way_on(last, run)}")
+
+
+def load(engine, folder: Path) -> dict[str, Any]:
+    """Restores engine and random state; returns the progress, with the number of ranks that saved it.
+
+    Whether the files are whole is for ``refuse_damaged`` to say, and whether these ranks may go on for ``reshard.refuse``,
+    before a model is loaded for them.
+    """
+    progress = json.loads((folder / PROGRESS).read_text())
+    saved = progress["world_size"]
+    if saved == distributed.world_size():
+        loaded = engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)[0] is not None
+    else:
+        loaded = reshard.load(engine, folder, saved)
+    if not loaded:
+        raise UsageError(f"{folder}: DeepSpeed found no state in it")
+    _restore_random_state(reshard.random_state(folder, saved, distributed.rank()))
+    return progress
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """The trained weights of a checkpoint (any ZeRO stage, any world size) or file, into a model built as for training.
+
+    Raises UsageError naming trainable weights that are missing, and weights that the model does not train.
+    """
+    put_weights(model, read_weights(folder), folder)
+
+
+def put_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
+    """``weights`` into ``model``: all trainable ones must be there, frozen ones may be, nothing else.
+
+    Names may be ours or those of a published LISA in training. ``source``: for the UsageError's message.
+    """
+    own = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+    trainable = {name for name, p in own.items() if p.requires_grad}
+    constants = {name for name, _ in model.named_buffers()}  # DeepSpeed stores them, too
+    linear = any(name.endswith("mm_projector.weight") for name in weights)
+    weights = {our_name(name, linear): weight for name, weight in weights.items()}
+    weights.pop(None, None)
+    missing, unexpected = sorted(trainable - weights.keys()), sorted(weights.keys() - own.keys() - constants)
+    wrong = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
+    broken = sorted(n for n in own.keys() & weights.keys() if not weights[n].to(own[n].dtype).isfinite().all())
+    if missing or unexpected or wrong or broken:
+        lists = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong, "not finite": broken}
+        found = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
+        raise UsageError(f"{source}: the weights do not fit the model that the settings describe; {found}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if name in weights:
+                parameter.copy_(weights[name])
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is a run folder or one of its checkpoints, whose settings are known."""
+    around = (path, *list(path.resolve().parents)[:2])
+    return any((folder / "config.json").is_file() and (folder / "ckpt").is_dir() for folder in around)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether ``path`` is a folder that PEFT wrote."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+def refuse_other_adapters(config: dict[str, Any], path: Path) -> None:
+    """Raises UsageError for an adapter_config.json that says more than W + (α/r)·B·A in layers that it lists by name."""
+    if config.get("peft_type", "LORA") != "LORA":
+        raise UsageError(f"{path}: peft_type is {config['peft_type']!r}; only LORA can be merged")
+    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"):
+        if config.get(name):
+            raise UsageError(
+                f"{path}: {name} is {config[name]!r}, which this program has no place for; merge the adapter with PEFT"
+            )
+    if config.get("bias", "none") != "none":
+        raise UsageError(f"{path}: bias is {config['bias']!r}; adapters with trained biases cannot be merged here")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), int):
+            raise UsageError(f"{path}: {ADAPTER_CONFIG} says {name} {config.get(name)!r}; it must be a whole number")
+    if not isinstance(config.get("target_modules"), list):
+        raise UsageError(f"{path}: target_modules is {config.get('target_modules')!r}; a list of names of layers is needed")
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Names and values, on the CPU, of whatever holds weights: a checkpoint folder of ours or of DeepSpeed, a folder or an
+    index of shards, a PEFT adapter, or one file. Raises UsageError naming what is missing or broken.
+    """
+    path = Path(path)
+    try:
+        if is_adapter(path):
+            return read_file(next(path / name for name in ADAPTER_FILES if (path / name).is_file()))
+        if path.is_dir() and _deepspeed_state(path) is not None:
+            return _read_shards(path)
+        if path.is_dir() or path.name.endswith(".index.json"):
+            return read_all(path)
+        return read_file(path)
+    except StopIteration:
+        raise UsageError(f"{path}: an adapter without weights; looked for {', '.join(ADAPTER_FILES)}") from None
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _deepspeed_state(folder: Path) -> Path | None:
+    """The folder with DeepSpeed's own files: below a checkpoint of ours, below the tag in ``latest``, or itself."""
+    latest = folder / "latest"
+    names = ["state", latest.read_text().strip()] if latest.is_file() else ["state"]
+    for state in (*(folder / name for name in names if name and Path(name).name == name), folder):
+        if any(state.glob("*_states.pt")):
+            return state
+    return None
+
+
+def _read_shards(folder: Path) -> dict[str, torch.Tensor]:
+    state = _deepspeed_state(folder)
+    if not any(state.glob("*_optim_states.pt")):  # ZeRO stage 0 writes no shards
+        file = state / "mp_rank_00_model_states.pt"
+        return torch.load(file, map_location="cpu", weights_only=True)["module"]
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it narrates
+            return get_fp32_state_dict_from_zero_checkpoint(str(state.parent), tag=state.name, exclude_frozen_parameters=True)
+    except (ValueError, FileNotFoundError) as error:  # a shard is missing
+        raise UsageError(f"{folder}: incomplete checkpoint: {error}") from None
+
+
+def _random_state() -> dict[str, Any]:
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _sync_all(folder: Path) -> None:
+    """Files before the folders that name them."""
+    for path in sorted(folder.rglob("*"), key=Path.is_dir):
+        sync(path)
+    sync(folder)
