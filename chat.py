@@ -3,9 +3,10 @@
     python chat.py --version runs/demo/model                # a conversation; /help lists what can be typed
     python chat.py --version runs/demo/model --image dog.jpg --prompt "Where is the dog's nose?" --json
 
-The model sees the picture and the conversation so far. Each mask of each level is saved as a PNG (0 or 255, size of the
-picture) beside an overlay of the final ones; the paths are printed. Exit codes with --prompt: 0 an answer with a mask,
-1 an answer without one, 2 a mistake in flags or files, 130 Ctrl-C. docs/chat.md has more.
+The model sees the picture and the conversation so far. Each mask of each level is saved as a PNG (0
+or 255, size of the picture) beside an overlay of the final ones; the paths are printed. Exit codes
+with --prompt: 0 an answer with a mask, 1 an answer without one, 2 a mistake in flags or files, 130
+Ctrl-C. docs/chat.md has more.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from utils import distributed
 from utils.settings.arguments import OneLineParser, one_line, shown
 from utils.settings.flags import UsageError
 
-with contextlib.suppress(ImportError):  # line editing and history of what was typed, where the platform has it
+# line editing and history of what was typed, where the platform has it
+with contextlib.suppress(ImportError):
     import readline  # noqa: F401
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,27 +51,66 @@ HELP = """Type a question about the picture, or the path of another picture.
 
 def add_model_flags(parser: ArgumentParser) -> None:
     """The flags that ``load`` reads."""
-    parser.add_argument("--version", required=True, help="model folder that the merge script wrote, or a published LISA or CoReS")
+    parser.add_argument(
+        "--version",
+        required=True,
+        help="model folder that the merge script wrote, or a published LISA or CoReS",
+    )
     parser.add_argument("--precision", choices=list(DTYPES), help="default: as stored")
     for bits in (8, 4):
-        parser.add_argument(f"--load_in_{bits}bit", action="store_true", help=f"{bits} bits per weight of the language model")
-    parser.add_argument("--vision_tower", "--vision-tower", help="CLIP of a published LISA, in place of the one it names")
-    parser.add_argument("--attn_implementation", choices=list(ATTENTION), default="auto", help="attention (default: auto)")
-    parser.add_argument("--conv_type", choices=list(TEMPLATES), help="conversation template (default: that of the training)")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
-    parser.add_argument("--model_max_length", type=int, help="longest conversation, in tokens (default: that of the model)")
+        parser.add_argument(
+            f"--load_in_{bits}bit",
+            action="store_true",
+            help=f"{bits} bits per weight of the language model",
+        )
     parser.add_argument(
-        "--proposals", type=Path, help="LLM-Seg, cores+select: folder of a proposal store (default: computed for every picture)"
+        "--vision_tower",
+        "--vision-tower",
+        help="CLIP of a published LISA, in place of the one it names",
+    )
+    parser.add_argument(
+        "--attn_implementation",
+        choices=list(ATTENTION),
+        default="auto",
+        help="attention (default: auto)",
+    )
+    parser.add_argument(
+        "--conv_type",
+        choices=list(TEMPLATES),
+        help="conversation template (default: that of the training)",
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
+    parser.add_argument(
+        "--model_max_length",
+        type=int,
+        help="longest conversation, in tokens (default: that of the model)",
+    )
+    parser.add_argument(
+        "--proposals",
+        type=Path,
+        help=(
+            "LLM-Seg, cores+select: folder of a proposal store (default: computed for every"
+            " picture)"
+        ),
     )
 
 
 def read_arguments(argv: list[str] | None) -> Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add_model_flags(parser)
-    parser.add_argument("--vis_save_path", type=Path, default=Path("./vis_output"), help="folder for masks and overlays")
-    parser.add_argument("--image", type=Path, help="with --prompt: one answer and the end; alone: the first picture")
+    parser.add_argument(
+        "--vis_save_path",
+        type=Path,
+        default=Path("./vis_output"),
+        help="folder for masks and overlays",
+    )
+    parser.add_argument(
+        "--image", type=Path, help="with --prompt: one answer and the end; alone: the first picture"
+    )
     parser.add_argument("--prompt", help="the one question")
-    parser.add_argument("--json", action="store_true", help="with --prompt: print the answer as JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="with --prompt: print the answer as JSON"
+    )
     args = parser.parse_args(argv)
     _check(args)
     return args
@@ -97,7 +138,11 @@ def load(args: Namespace) -> ReasoningSegmenter:
     loading: dict[str, Any] = {"quantization_config": quantization(bits, compute)} if bits else {}
     attention, _ = choose_attention(args.attn_implementation, compute, distributed.device())
     dtype = compute if bits or args.precision else "auto"
-    loading |= {"attn_implementation": attention, "template": args.conv_type, "max_new_tokens": args.max_new_tokens}
+    loading |= {
+        "attn_implementation": attention,
+        "template": args.conv_type,
+        "max_new_tokens": args.max_new_tokens,
+    }
     loading |= {"vision_tower": args.vision_tower, "proposals": args.proposals}
     segmenter = ReasoningSegmenter.from_pretrained(args.version, dtype=dtype, **loading)
     if args.model_max_length is not None:
@@ -105,7 +150,7 @@ def load(args: Namespace) -> ReasoningSegmenter:
     return segmenter
 
 
-# ---------------------------------------------------------------------------------------------------------- conversation
+# ------------------------------------------------------------------------------------- conversation
 
 
 class Chat:
@@ -116,15 +161,21 @@ class Chat:
         self.session: Session | None = None
         self.answers: list[dict[str, Any]] = []
         """Of this conversation, ready for JSON."""
-        self.commands = {"/image": self.open, "/undo": self.undo, "/reset": self.reset, "/save": self.save,
-                         "/help": lambda _: print(HELP)}  # fmt: skip
+        self.commands = {
+            "/image": self.open,
+            "/undo": self.undo,
+            "/reset": self.reset,
+            "/save": self.save,
+            "/help": lambda _: print(HELP),
+        }
 
     @property
     def prompt(self) -> str:
         return "image> " if self.session is None else "question> "
 
     def take(self, line: str) -> bool:
-        """Does what a line says; False for the end. Raises ValueError or OSError and leaves the conversation as it was."""
+        """Does what a line says; False for the end. Raises ValueError or OSError and leaves the
+        conversation as it was."""
         command, rest = [*line.split(maxsplit=1), "", ""][:2]
         if command == "/quit":
             return False
@@ -149,7 +200,8 @@ class Chat:
         print(f"{shown(str(path))}: {width} × {height} pixels")
 
     def ask(self, question: str, stream: bool = False) -> tuple[Result, dict[str, Any]]:
-        """The answer and its report with the files that were written; ``stream`` prints the text as it comes."""
+        """The answer and its report with the files that were written; ``stream`` prints the text as
+        it comes."""
         answer = self.session.stream(question)
         if stream:
             try:
@@ -184,8 +236,12 @@ class Chat:
         if not self.answers:
             raise ValueError("there is no answer to save yet")
         path = _path(name) if name else self.folder / "conversation.json"
-        if path.exists() and path.suffix.lower() != ".json":  # a slip of the fingers must not cost a photograph
-            raise ValueError(f"{shown(str(path))}: there is another file of this name; give one that ends in .json")
+        # a slip of the fingers must not cost a photograph
+        if path.exists() and path.suffix.lower() != ".json":
+            raise ValueError(
+                f"{shown(str(path))}: there is another file of this name; give one that ends in"
+                " .json"
+            )
         write_text(path, json.dumps(self.answers, indent=1) + "\n")
         number = "1 answer" if len(self.answers) == 1 else f"{len(self.answers)} answers"
         print(f"{number} saved in {shown(str(path))}")
@@ -208,15 +264,21 @@ def _require_file(path: Path) -> None:
 
 
 def _prepare_folder(folder: Path) -> None:
-    """Raises UsageError now where masks could not be saved later, when the model has been loaded and has answered."""
+    """Raises UsageError now where masks could not be saved later, when the model has been loaded
+    and has answered."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK | os.X_OK)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"--vis_save_path {folder}: masks cannot be saved there ({reason}); give another folder") from None
+        raise UsageError(
+            f"--vis_save_path {folder}: masks cannot be saved there ({reason}); give another folder"
+        ) from None
     if not writable:
-        raise UsageError(f"--vis_save_path {folder}: masks cannot be saved there (it is not writable); give another folder")
+        raise UsageError(
+            f"--vis_save_path {folder}: masks cannot be saved there (it is not writable); give"
+            " another folder"
+        )
 
 
 def _is_file(text: str) -> bool:
@@ -226,10 +288,15 @@ def _is_file(text: str) -> bool:
 
 
 def remarks(result: Result) -> list[str]:
-    """What people need to know about an answer besides its words, one short sentence each; the page says them, too."""
+    """What people need to know about an answer besides its words, one short sentence each; the page
+    says them, too."""
     found = []
     if result.forgotten_turns:
-        which = "question was" if result.forgotten_turns == 1 else f"{result.forgotten_turns} questions were"
+        which = (
+            "question was"
+            if result.forgotten_turns == 1
+            else f"{result.forgotten_turns} questions were"
+        )
         found.append(f"the oldest {which} forgotten to make room")
     if not result.text:
         found.append("no words; this question is not remembered")
@@ -246,13 +313,17 @@ def print_answer(result: Result, report: dict[str, Any]) -> None:
         print("  no mask in this answer")
     for found, row in zip(result.masks, report["masks"], strict=True):
         for level, file in row["files"].items():
-            print(f"  [{level}] {file} ({int(found.levels[level].sum())} pixels, predicted IoU {found.ious[level]:.2f})")
+            print(
+                f"  [{level}] {file} ({int(found.levels[level].sum())} pixels, predicted IoU"
+                f" {found.ious[level]:.2f})"
+            )
     if report["overlay"]:
         print(f"  overlay {report['overlay']}")
 
 
 class _CtrlC:
-    """Ctrl-C as a KeyboardInterrupt while ``armed``, once; nothing at any other time, such as while that one is answered."""
+    """Ctrl-C as a KeyboardInterrupt while ``armed``, once; nothing at any other time, such as while
+    that one is answered."""
 
     armed = False
 
@@ -263,7 +334,8 @@ class _CtrlC:
 
 
 def converse(chat: Chat, first_image: Path | None) -> None:
-    """Reads lines until /quit or the end of the input. No mistake and no Ctrl-C ends it or loses the conversation."""
+    """Reads lines until /quit or the end of the input. No mistake and no Ctrl-C ends it or loses
+    the conversation."""
     print(HELP)
     line = None if first_image is None else f"/image {first_image}"
     ctrl_c, going = _CtrlC(), True

@@ -4,7 +4,8 @@
     deepspeed --num_gpus 2 train_ds.py --config configs/cores-7b.yaml --exp_name cores-7b
     python train_ds.py --eval_only --version runs/demo/model --dataset_dir data/synthreason --val_dataset NAME
 
-Everything goes to <log_base_dir>/<exp_name>: config.json, ckpt/, log.jsonl, tensorboard/, metrics.json, report.html, examples.png.
+Everything goes to <log_base_dir>/<exp_name>: config.json, ckpt/, log.jsonl, tensorboard/,
+metrics.json, report.html, examples.png.
 """
 
 from __future__ import annotations
@@ -48,17 +49,25 @@ def say(*words: Any) -> None:
 
 
 def check_ranks(s: Settings) -> None:
-    """Raises UsageError for what this machine or number of ranks cannot do; applies --global_batch_size."""
+    """Raises UsageError for what this machine or number of ranks cannot do; applies
+    --global_batch_size."""
     world = distributed.world_size()
     build.refuse_half_on_cpu(s)
     if s.zero_stage == 3 and world > 1 and not (s.no_eval or s.eval_only):
-        raise UsageError("--zero_stage 3 on several ranks cannot generate during training; add --no_eval and use --eval_only later")
+        raise UsageError(
+            "--zero_stage 3 on several ranks cannot generate during training; add --no_eval and use"
+            " --eval_only later"
+        )
     if s.zero_stage == 3 and world > 1 and s.sam_cache:
         raise UsageError(
-            "--zero_stage 3: all ranks fetch SAM's weights together, but with --sam_cache only some ranks ask; leave one out"
+            "--zero_stage 3: all ranks fetch SAM's weights together, but with --sam_cache only some"
+            " ranks ask; leave one out"
         )
     if s.zero_stage == 3 and world > 1 and "vqa" in s.dataset.split("||") and not s.eval_only:
-        raise UsageError("--zero_stage 3 on several ranks cannot train on --dataset vqa, which has no targets; use --zero_stage 2")
+        raise UsageError(
+            "--zero_stage 3 on several ranks cannot train on --dataset vqa, which has no targets;"
+            " use --zero_stage 2"
+        )
     if s.global_batch_size:
         if s.global_batch_size % (s.batch_size * world):
             raise UsageError(
@@ -75,7 +84,8 @@ def train(s: Settings, started: float) -> None:
         earlier = checkpoint.load_settings(s.run_dir)
         s.refuse_changes(earlier, s.run_dir)
         reshard.refuse(resume_from, checkpoint.read_progress(resume_from), s, earlier)
-    prompt = build.prompt_format(s)  # data first: a wrong path should not cost the loading of a model
+    # data first: a wrong path should not cost the loading of a model
+    prompt = build.prompt_format(s)
     data = build.build_mixture(s, prompt)
     val = None if s.no_eval else build.build_eval(s, prompt)
     checkpoint.require_writable(s.run_dir)
@@ -87,9 +97,16 @@ def train(s: Settings, started: float) -> None:
     def validate(epoch: int) -> dict[str, Any]:
         mode = modes_of(s)[0]
         report = evaluate(
-            model, processor, val, mode, batch_size=s.val_batch_size, max_new_tokens=s.max_new_tokens,
-            limit=s.eval_limit or None, seed=s.seed, progress=distributed.is_main(),
-        )  # fmt: skip
+            model,
+            processor,
+            val,
+            mode,
+            batch_size=s.val_batch_size,
+            max_new_tokens=s.max_new_tokens,
+            limit=s.eval_limit or None,
+            seed=s.seed,
+            progress=distributed.is_main(),
+        )
         say(f"after epoch {epoch}, {mode}: " + report.line())
         return {k: v for k, v in report.summary.items() if isinstance(v, float)}
 
@@ -126,8 +143,8 @@ def evaluate_only(s: Settings, started: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0; 2 for a mistake in flags or files; 3 after a non-finite loss; 4 when a data worker or another rank
-    died; 130 when asked to stop."""
+    """Exit code: 0; 2 for a mistake in flags or files; 3 after a non-finite loss; 4 when a data
+    worker or another rank died; 130 when asked to stop."""
     started = time.time()
     try:
         settings = parse(argv)
@@ -146,8 +163,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 4
     except CLEAR_ERRORS as error:
-        full = getattr(error, "errno", None) in DISK_FULL  # of whatever file of the run: such an error seldom knows its name
-        hint = f" (in {settings.run_dir}); free space, and the same command continues" if full else ""
+        # of whatever file of the run: such an error seldom knows its name
+        full = getattr(error, "errno", None) in DISK_FULL
+        hint = (
+            f" (in {settings.run_dir}); free space, and the same command continues" if full else ""
+        )
         print(f"error: {one_line(error)}{hint}", file=sys.stderr)
         return 2
     return 0

@@ -1,10 +1,12 @@
-"""The chain proposes, the selector chooses: CoReS's final mask as one more proposal of a trained LLM-Seg.
+"""The chain proposes, the selector chooses: CoReS's final mask as one more proposal of a trained
+LLM-Seg.
 
     python -m benchmarks.combine --llm_seg runs/synthreason/llm_seg-0 --cores runs/synthreason/cores-0 --json FILE
     python -m benchmarks.combine --joint runs/synthreason/cores+select-0 --json FILE
 
-Two models answer teacher-forced (the runs of ``python -m benchmarks.synthreason``), or both branches of one that was trained with
-``--method cores+select``. Rows of the result, where "among" means that CoReS's mask stands among the proposals:
+Two models answer teacher-forced (the runs of ``python -m benchmarks.synthreason``), or both
+branches of one that was trained with ``--method cores+select``. Rows of the result, where "among"
+means that CoReS's mask stands among the proposals:
 
 cores, iop, similarity    each model (branch) alone, LLM-Seg by two of its rules
 among, similarity         whatever is most similar to [SEG]
@@ -37,9 +39,13 @@ from utils.metrics import ciou, giou, intersection_and_union, iou
 
 
 def with_mask(proposals: Proposals, mask: np.ndarray) -> Proposals:
-    """One more proposal, the last; bool (H, W) in the proposals' frame. Raises ValueError for another frame."""
+    """One more proposal, the last; bool (H, W) in the proposals' frame. Raises ValueError for
+    another frame."""
     if mask.shape != tuple(proposals.size):
-        raise ValueError(f"the mask is of {mask.shape}, the proposals are of {proposals.size}; use smaller images")
+        raise ValueError(
+            f"the mask is of {mask.shape}, the proposals are of {proposals.size}; use smaller"
+            " images"
+        )
     extra, side = runs(mask[None]), proposals.weights.shape[-1]
     weights = torch.cat([proposals.weights, pooling_weights(extra, proposals.size, side)])
     return Proposals(proposals.size, proposals.masks + extra, weights)
@@ -47,11 +53,16 @@ def with_mask(proposals: Proposals, mask: np.ndarray) -> Proposals:
 
 def pick(proposals: Proposals, chosen: np.ndarray) -> np.ndarray:
     """bool (K,) -> the union, bool (h, w)."""
-    return union([m for m, keep in zip(proposals.masks, chosen, strict=True) if keep], proposals.size)
+    return union(
+        [m for m, keep in zip(proposals.masks, chosen, strict=True) if keep], proposals.size
+    )
 
 
-def candidates(mask: np.ndarray, proposals: Proposals, alone: Scores, among: Scores, target: np.ndarray) -> dict[str, np.ndarray]:
-    """Row of the table -> mask, see above. ``among`` has one column more than ``alone``; both are of this one target."""
+def candidates(
+    mask: np.ndarray, proposals: Proposals, alone: Scores, among: Scores, target: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Row of the table -> mask, see above. ``among`` has one column more than ``alone``; both are
+    of this one target."""
     count, everything = len(proposals), with_mask(proposals, mask)
     best = np.arange(count) == (int(alone.similarity.argmax()) if count else -1)
     selected = pick(proposals, alone.iop.numpy()[:count] > 0.5)
@@ -60,9 +71,13 @@ def candidates(mask: np.ndarray, proposals: Proposals, alone: Scores, among: Sco
         "cores": mask,
         "iop": selected,
         "similarity": pick(proposals, best),
-        "among, similarity": pick(everything, np.arange(count + 1) == int(among.similarity.argmax())),
+        "among, similarity": pick(
+            everything, np.arange(count + 1) == int(among.similarity.argmax())
+        ),
         "among, iop": pick(everything, sure > 0.5),
-        "verified": mask if not selected.any() or sure[count] >= sure[:count].max(initial=0) else selected,
+        "verified": (
+            mask if not selected.any() or sure[count] >= sure[:count].max(initial=0) else selected
+        ),
         "either": mask | selected,
     }
     better = max((mask, selected), key=lambda m: float(iou(*intersection_and_union(m, target))))
@@ -84,7 +99,9 @@ class Selecting:
         """Of one target of the only conversation in ``batch``."""
         scored = dataclasses.replace(batch, proposals=[proposals])
         tokens, counts = self.model._tokens(self.model._hidden(scored), scored)
-        return of_one(Scene.of(self.model, scored).score(tokens, counts, scored.image_index), target)
+        return of_one(
+            Scene.of(self.model, scored).score(tokens, counts, scored.image_index), target
+        )
 
 
 def of_one(scores: Scores, target: int) -> Scores:
@@ -99,19 +116,30 @@ def combine(cores_run: Path, llm_seg_run: Path) -> dict[str, dict[str, float]]:
     chain, processor, settings = build_trained(cores_run)
     selecting = Selecting(llm_seg_run)
     data = build_eval(settings, processor)
-    same = EvalDataset(settings.dataset_dir, settings.val_dataset, selecting.processor.levels, selecting.processor.exemplar_count)
+    same = EvalDataset(
+        settings.dataset_dir,
+        settings.val_dataset,
+        selecting.processor.levels,
+        selecting.processor.exemplar_count,
+    )
     scores: dict[str, list[tuple[int, int]]] = {}
     for index in tqdm(range(len(data)), unit="image"):
-        answers = chain.segment(collate([data[index]], processor, processor.levels, processor.conversation))
+        answers = chain.segment(
+            collate([data[index]], processor, processor.levels, processor.conversation)
+        )
         sample = same[index]
         for conversation, answer in zip(sample.conversations, answers, strict=True):
             batch = selecting.batch(sample, conversation)
             proposals = batch.proposals[0]
             for k, target in enumerate(conversation.masks):
                 mask = answer.masks[k, -1].numpy()
-                alone, among = (selecting.score(batch, p, k) for p in (proposals, with_mask(proposals, mask)))
+                alone, among = (
+                    selecting.score(batch, p, k) for p in (proposals, with_mask(proposals, mask))
+                )
                 for name, found in candidates(mask, proposals, alone, among, target).items():
-                    scores.setdefault(name, []).append(intersection_and_union(found, target, conversation.ignore))
+                    scores.setdefault(name, []).append(
+                        intersection_and_union(found, target, conversation.ignore)
+                    )
     return summary(scores)
 
 
@@ -131,7 +159,9 @@ def joint(run: Path) -> dict[str, dict[str, float]]:
         alone, among, masks = scene.score(*asked), scene.score(*asked, own), torch.cat(own).numpy()
         targets = [(target, c.ignore) for c in sample.conversations for target in c.masks]
         for k, (target, ignore) in enumerate(targets):
-            rows = candidates(masks[k], scene.proposals[0], of_one(alone, k), of_one(among, k), target)
+            rows = candidates(
+                masks[k], scene.proposals[0], of_one(alone, k), of_one(among, k), target
+            )
             for name, found in rows.items():
                 scores.setdefault(name, []).append(intersection_and_union(found, target, ignore))
     return summary(scores)
@@ -147,21 +177,36 @@ def summary(scores: dict[str, list[tuple[int, int]]]) -> dict[str, dict[str, flo
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cores", type=Path, nargs="+", default=[], help="runs of CoReS, one after the other, with --llm_seg")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cores",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="runs of CoReS, one after the other, with --llm_seg",
+    )
     parser.add_argument("--llm_seg", type=Path, help="run of LLM-Seg")
     parser.add_argument("--joint", type=Path, nargs="+", default=[], help="runs of cores+select")
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args(argv)
     if bool(args.cores) != bool(args.llm_seg) or not (args.cores or args.joint):
         parser.error("give --cores and --llm_seg, or --joint")
-    results = {run.name: combine(run, args.llm_seg) for run in args.cores} | {run.name: joint(run) for run in args.joint}
+    results = {run.name: combine(run, args.llm_seg) for run in args.cores} | {
+        run.name: joint(run) for run in args.joint
+    }
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"unit": "fraction", "mode": "teacher_forced", "runs": results}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"unit": "fraction", "mode": "teacher_forced", "runs": results}, indent=1)
+            + "\n"
+        )
     print(f"{'gIoU / cIoU, percent':22}" + "".join(f"{name:>16}" for name in results))
     for row in next(iter(results.values())):
-        cells = (f"{100 * r[row]['giou']:.1f} / {100 * r[row]['ciou']:.1f}" for r in results.values())
+        cells = (
+            f"{100 * r[row]['giou']:.1f} / {100 * r[row]['ciou']:.1f}" for r in results.values()
+        )
         print(f"{row:22}" + "".join(f"{cell:>16}" for cell in cells))
 
 

@@ -1,9 +1,11 @@
-"""Start of a rank on a file of PACO-LVIS' size: the memory-mapped index against ``pycocotools.COCO``, in one run.
+"""Start of a rank on a file of PACO-LVIS' size: the memory-mapped index against
+``pycocotools.COCO``, in one run.
 
     python -m benchmarks.data_index --json benchmarks/results/data_index.json      # 3 GB of disk, 6 GB of memory, minutes
 
-Every measurement is a process of its own. The annotation file is generated; its entries have the fields and about the lengths of
-PACO-LVIS (boxes, polygons, attributes), in no order. It is in the page cache when it is read, for both readers alike.
+Every measurement is a process of its own. The annotation file is generated; its entries have the
+fields and about the lengths of PACO-LVIS (boxes, polygons, attributes), in no order. It is in the
+page cache when it is read, for both readers alike.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ MAX_START_SECONDS, MAX_GROWTH_MB = 5.0, 200.0
 READS = 2_000  # images whose annotations are read after the start
 
 
-# ------------------------------------------------------------------------------------------------------------- the file
+# ----------------------------------------------------------------------------------------- the file
 
 
 def _polygon(rng: np.random.Generator) -> str:
@@ -44,36 +46,59 @@ def generate(path: Path, megabytes: int, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     polygons = [_polygon(rng) for _ in range(5_000)]
     image_ids = rng.choice(600_000, IMAGES, replace=False)
-    categories = [{"id": i, "name": f"thing_{i}", "supercategory": "OBJECT"} for i in range(1, CATEGORIES + 1)]
+    categories = [
+        {"id": i, "name": f"thing_{i}", "supercategory": "OBJECT"} for i in range(1, CATEGORIES + 1)
+    ]
     count, target = 0, megabytes * 1_000_000
     with path.open("w", encoding="utf-8") as stream:
         stream.write('{"info": {"description": "generated"}, "images": [')
         for number, i in enumerate(image_ids):
-            image = {"id": int(i), "file_name": f"train2017/{i:012d}.jpg", "height": 480, "width": 640, "neg_category_ids": [4, 9]}
+            image = {
+                "id": int(i),
+                "file_name": f"train2017/{i:012d}.jpg",
+                "height": 480,
+                "width": 640,
+                "neg_category_ids": [4, 9],
+            }
             stream.write(", " * (number > 0) + json.dumps(image))
         stream.write(f'], "categories": {json.dumps(categories)}, "annotations": [')
         while stream.tell() < target:
             rows = zip(
-                rng.choice(image_ids, 10_000), rng.integers(1, CATEGORIES + 1, 10_000), rng.integers(0, 5_000, 10_000), strict=True
+                rng.choice(image_ids, 10_000),
+                rng.integers(1, CATEGORIES + 1, 10_000),
+                rng.integers(0, 5_000, 10_000),
+                strict=True,
             )
             for image, category, polygon in rows:
                 count += 1
                 stream.write(
-                    f'{", " * (count > 1)}{{"id": {count}, "image_id": {image}, "category_id": {category}, "area": 5021.25, '
-                    f'"bbox": [241.5, 142.25, 118.75, 116.5], "iscrowd": 0, "attribute_ids": [3, 17, 44], "obj_ann_id": {count}, '
-                    f'"dom_color_ids": [], "unknown_color": 0, "segmentation": {polygons[polygon]}}}'
+                    f'{", " * (count > 1)}{{"id": {count}, "image_id": {image}, "category_id":'
+                    f' {category}, "area": 5021.25, "bbox": [241.5, 142.25, 118.75, 116.5],'
+                    f' "iscrowd": 0, "attribute_ids": [3, 17, 44], "obj_ann_id": {count},'
+                    ' "dom_color_ids": [], "unknown_color": 0, "segmentation":'
+                    f" {polygons[polygon]}}}"
                 )
         stream.write("]}")
-    return {"megabytes": round(path.stat().st_size / 1e6), "images": IMAGES, "annotations": count, "categories": CATEGORIES}
+    return {
+        "megabytes": round(path.stat().st_size / 1e6),
+        "images": IMAGES,
+        "annotations": count,
+        "categories": CATEGORIES,
+    }
 
 
-# -------------------------------------------------------------------------------------------------------- measurements
+# ------------------------------------------------------------------------------------- measurements
 
 
 def memory() -> dict[str, float]:
-    """MB of this process: VmHWM (peak), VmRSS, RssAnon (its own) and RssFile (shared, the system may take it back)."""
+    """MB of this process: VmHWM (peak), VmRSS, RssAnon (its own) and RssFile (shared, the system
+    may take it back)."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0][:-1]: int(words[1]) / 1024 for words in lines if words[0] in ("VmHWM:", "VmRSS:", "RssAnon:", "RssFile:")}
+    return {
+        words[0][:-1]: int(words[1]) / 1024
+        for words in lines
+        if words[0] in ("VmHWM:", "VmRSS:", "RssAnon:", "RssFile:")
+    }
 
 
 def start_index(path: Path, cache: Path) -> Callable[[], None]:
@@ -131,10 +156,20 @@ def measure(reader: str, path: Path, cache: Path) -> dict[str, float]:
 
 
 def in_process(reader: str, path: Path, cache: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.data_index", "--measure", reader, str(path), str(cache)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.data_index",
+        "--measure",
+        reader,
+        str(path),
+        str(cache),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}"
+        )
     return json.loads(done.stdout)
 
 
@@ -144,22 +179,37 @@ def run(folder: Path, megabytes: int) -> dict:
     content = generate(path, megabytes)
     two_hours = time.time() - 7200  # a file this old is known by its size, time and inode
     os.utime(path, (two_hours, two_hours))
-    results = {"file": content, "machine": f"{os.cpu_count()} × {platform.machine()}, Python {platform.python_version()}"}
-    for name, reader in (("first_start", "index"), ("second_start", "index"), ("pycocotools", "pycocotools")):
+    results = {
+        "file": content,
+        "machine": f"{os.cpu_count()} × {platform.machine()}, Python {platform.python_version()}",
+    }
+    for name, reader in (
+        ("first_start", "index"),
+        ("second_start", "index"),
+        ("pycocotools", "pycocotools"),
+    ):
         results[name] = in_process(reader, path, cache)
         print(f"{name}: {results[name]}", flush=True)
-    results["index_megabytes"] = round(sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()) / 1e6)
+    results["index_megabytes"] = round(
+        sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()) / 1e6
+    )
     second = results["second_start"]
-    results["within_limits"] = second["seconds"] < MAX_START_SECONDS and second["rss_growth_mb"] < MAX_GROWTH_MB
+    results["within_limits"] = (
+        second["seconds"] < MAX_START_SECONDS and second["rss_growth_mb"] < MAX_GROWTH_MB
+    )
     return results
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="where results are written")
     parser.add_argument("--megabytes", type=int, default=650, help="size of the generated file")
     parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
-    parser.add_argument("--measure", nargs=3, metavar=("READER", "FILE", "CACHE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--measure", nargs=3, metavar=("READER", "FILE", "CACHE"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args(argv)
     if args.measure:
         reader, path, cache = args.measure
@@ -169,7 +219,11 @@ def main(argv: list[str] | None = None) -> int:
         results = run(Path(folder), args.megabytes)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print("within limits" if results["within_limits"] else f"over the limits: {MAX_START_SECONDS} s, {MAX_GROWTH_MB} MB")
+    print(
+        "within limits"
+        if results["within_limits"]
+        else f"over the limits: {MAX_START_SECONDS} s, {MAX_GROWTH_MB} MB"
+    )
     return 0 if results["within_limits"] else 1
 
 

@@ -27,7 +27,15 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from dataset.proposals import Found, Proposals, ProposalSource, ProposalStore, encode, pooling_weights, runs
+from dataset.proposals import (
+    Found,
+    Proposals,
+    ProposalSource,
+    ProposalStore,
+    encode,
+    pooling_weights,
+    runs,
+)
 from model.config import SelectorConfig
 from model.selecting.selector import Selector, pool, stack, united
 
@@ -62,13 +70,29 @@ def selection(repeats: int) -> dict:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     llm = LlamaModel(
-        LlamaConfig(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, vocab_size=32000)
+        LlamaConfig(
+            hidden_size=512,
+            intermediate_size=1376,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            vocab_size=32000,
+        )
     ).eval()
-    dinov2 = {"hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16, "image_size": 518, "patch_size": 14}
+    dinov2 = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 16,
+        "image_size": 518,
+        "patch_size": 14,
+    }
     selector = Selector(SelectorConfig(dinov2=dinov2), 256).eval()
     masks = runs(blobs(COUNT, SIZE, rng))
     proposals = [Proposals(SIZE, masks, pooling_weights(masks, SIZE, 256))]
-    features, text, position = torch.randn(1, 1024, 64, 64), torch.randn(1, 256), torch.randn(1, 256, 64, 64)
+    features, text, position = (
+        torch.randn(1, 1024, 64, 64),
+        torch.randn(1, 256),
+        torch.randn(1, 256, 64, 64),
+    )
     embeddings, one = torch.randn(1, TOKENS, 512), torch.zeros(1, dtype=torch.long)
 
     def select() -> None:
@@ -80,7 +104,10 @@ def selection(repeats: int) -> dict:
         "selection": seconds(select, repeats),
         "of_which_pooling": seconds(lambda: pool(features, stack(proposals)[0]), repeats),
     }
-    return {**{f"{name}_ms": 1e3 * t for name, t in times.items()}, "share": times["selection"] / times["language_model"]}
+    return {
+        **{f"{name}_ms": 1e3 * t for name, t in times.items()},
+        "share": times["selection"] / times["language_model"],
+    }
 
 
 def memory_mb() -> float:
@@ -89,7 +116,12 @@ def memory_mb() -> float:
 
 def store(images: int, folder: Path) -> dict:
     rng = np.random.default_rng(0)
-    found = Found(SIZE, encode(blobs(200, SIZE, rng)), list(range(200, 0, -1)), rng.random(200).round(4).tolist())
+    found = Found(
+        SIZE,
+        encode(blobs(200, SIZE, rng)),
+        list(range(200, 0, -1)),
+        rng.random(200).round(4).tolist(),
+    )
     pictures = rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 
     def picture(number: int) -> np.ndarray:
@@ -125,7 +157,9 @@ def store(images: int, folder: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, help="file to write")

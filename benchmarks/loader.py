@@ -1,9 +1,11 @@
-"""Samples per second of one worker: the training mixture with collate against a plain OpenCV read and resize of the same images.
+"""Samples per second of one worker: the training mixture with collate against a plain OpenCV read
+and resize of the same images.
 
     python -m benchmarks.loader --json benchmarks/results/loader.json           # a minute
 
-Both run in this process with one thread, in turns. The photos are COCO's where they are at ``--dataset_dir``, otherwise 128 JPEGs
-of such sizes are generated; the tokenizer is LLaMA's where ``--tokenizer`` has it, otherwise one token per word.
+Both run in this process with one thread, in turns. The photos are COCO's where they are at
+``--dataset_dir``, otherwise 128 JPEGs of such sizes are generated; the tokenizer is LLaMA's where
+``--tokenizer`` has it, otherwise one token per word.
 """
 
 from __future__ import annotations
@@ -31,27 +33,38 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT.parent / "shared" / "samples"
 LEVELS = ["LOC", "SEG"]
 IMAGE_SIZE = 1024
-SIZES = [(480, 640)] * 3 + [(427, 640), (640, 480), (640, 427), (500, 375), (375, 500)]  # the commonest of COCO
+# the commonest of COCO
+SIZES = [(480, 640)] * 3 + [(427, 640), (640, 480), (640, 427), (500, 375), (375, 500)]
 
 
-# ----------------------------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------- what is read
 
 
 def generate(root: Path, count: int = 128) -> Path:
-    """Smooth noise as JPEGs of 120 kB in the mean (the COCO photos: 170 kB) with five polygons each."""
+    """Smooth noise as JPEGs of 120 kB in the mean (the COCO photos: 170 kB) with five polygons
+    each."""
     rng = np.random.default_rng(0)
     images, annotations = [], []
     folder = root / "coco" / "train2017"
     folder.mkdir(parents=True)
     for i in range(count):
         height, width = SIZES[i % len(SIZES)]
-        noise = cv2.resize(rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8), (width, height))
+        noise = cv2.resize(
+            rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8), (width, height)
+        )
         cv2.imwrite(str(folder / f"{i:012d}.jpg"), noise, [cv2.IMWRITE_JPEG_QUALITY, 90])
         images.append({"id": i, "file_name": f"{i:012d}.jpg", "height": height, "width": width})
         for _ in range(5):
             angle = np.linspace(0, 6.28, 30, endpoint=False)
-            polygon = np.stack([width * (0.5 + 0.3 * np.cos(angle)), height * (0.5 + 0.3 * np.sin(angle))], 1).round(2)
-            entry = {"id": len(annotations), "image_id": i, "category_id": int(rng.integers(1, 81)), "iscrowd": 0}
+            polygon = np.stack(
+                [width * (0.5 + 0.3 * np.cos(angle)), height * (0.5 + 0.3 * np.sin(angle))], 1
+            ).round(2)
+            entry = {
+                "id": len(annotations),
+                "image_id": i,
+                "category_id": int(rng.integers(1, 81)),
+                "iscrowd": 0,
+            }
             annotations.append(entry | {"segmentation": [polygon.ravel().tolist()]})
     categories = [{"id": i, "name": f"thing {i}"} for i in range(1, 81)]
     (root / "coco" / "annotations").mkdir()
@@ -68,8 +81,16 @@ def make_tokenizer(folder: Path):
     else:
         backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
-        tokenizer, name = PreTrainedTokenizerFast(tokenizer_object=backend, **special), "one token per word"
+        special = {
+            "unk_token": "<unk>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<unk>",
+        }
+        tokenizer, name = (
+            PreTrainedTokenizerFast(tokenizer_object=backend, **special),
+            "one token per word",
+        )
     tokenizer.add_tokens(["<image>", *(f"[{level}]" for level in LEVELS)], special_tokens=True)
     tokenizer.model_max_length = 2048
     return tokenizer, name
@@ -95,7 +116,7 @@ class TimedProcessor(CoresProcessor):
         return found
 
 
-# ----------------------------------------------------------------------------------------------------------- measurements
+# ------------------------------------------------------------------------------------- measurements
 
 
 def plain(path: str) -> np.ndarray:
@@ -108,7 +129,8 @@ def run(dataset_dir: Path, tokenizer, samples: int, rounds: int, batch_size: int
     """Seconds per sample of each stage and the rates, medians over the rounds."""
     data = TrainMixture(dataset_dir, "coco", [1], LEVELS, samples)
     processor = TimedProcessor(tokenizer, CLIPImageProcessor(), IMAGE_SIZE, 256, LEVELS)
-    paths = [data[i].image_path for i in range(samples)]  # also brings the files into the page cache
+    # also brings the files into the page cache
+    paths = [data[i].image_path for i in range(samples)]
     rows = []
     for _ in range(rounds):
         processor.seconds = dict.fromkeys(processor.seconds, 0.0)
@@ -133,12 +155,16 @@ def run(dataset_dir: Path, tokenizer, samples: int, rounds: int, batch_size: int
         "plain_opencv_per_second": round(1 / middle["plain"], 2),
         "share_of_plain": round(middle["plain"] / middle["ours"], 3),
         "ms_per_sample": {name: round(1000 * seconds, 2) for name, seconds in middle.items()},
-        "conversations_per_sample": round(float(np.mean([len(data[i].conversations) for i in range(0, samples, 8)])), 2),
+        "conversations_per_sample": round(
+            float(np.mean([len(data[i].conversations) for i in range(0, samples, 8)])), 2
+        ),
     }
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="where results are written")
     parser.add_argument("--dataset_dir", type=Path, default=SAMPLES / "dataset_dir")
     parser.add_argument("--tokenizer", type=Path, default=SAMPLES / "tokenizers" / "llama")
@@ -152,15 +178,28 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         real = (args.dataset_dir / "coco" / "annotations" / "instances_train2017.json").exists()
         results = {
-            "images": "128 photos of COCO train2017" if real else "128 generated JPEGs of COCO's sizes",
+            "images": (
+                "128 photos of COCO train2017" if real else "128 generated JPEGs of COCO's sizes"
+            ),
             "tokenizer": name,
-            "machine": f"{os.cpu_count()} × {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
+            "machine": (
+                f"{os.cpu_count()} × {platform.machine()}, Python {platform.python_version()},"
+                f" torch {torch.__version__}"
+            ),
             "image_size": IMAGE_SIZE,
-            **run(args.dataset_dir if real else generate(Path(folder)), tokenizer, args.samples, args.rounds, args.batch_size),
+            **run(
+                args.dataset_dir if real else generate(Path(folder)),
+                tokenizer,
+                args.samples,
+                args.rounds,
+                args.batch_size,
+            ),
         }
     print(json.dumps(results, indent=1, ensure_ascii=False))
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        args.json.write_text(
+            json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python -m benchmarks.memory --write docs/recipes.md                  # puts their table between the marks of that file
     python -m benchmarks.memory --model 7b --world 4 --zero_stage 2 --batch_size 1 --offload optimizer
 
-The model is built on the meta device, so weights are counted exactly. Bytes on a GPU of W, with n trainable weights:
+The model is built on the meta device, so weights are counted exactly. Bytes on a GPU of W, with n
+trainable weights:
 
     weights        frozen and trainable ones at 2 bytes (fp32: 4), packed ones as bitsandbytes packs them; ZeRO-3: divided by W
     gradients      2 n, divided by W from ZeRO-2 on; + 4 n / W in float32 while the optimizer works; + ZeRO's two buckets
@@ -13,8 +14,9 @@ The model is built on the meta device, so weights are counted exactly. Bytes on 
                    operation: the language model (with or without --gradient_checkpointing), then on top of what it keeps the
                    encoder of SAM (none with --sam_cache), then mask decoder and mask losses, then the vocabulary
 
-The rest of the GPU is "left", for what is not counted: CUDA and the allocator (about 1 to 2 GiB), bitsandbytes' unpacked layer and
-ZeRO-3's fetched layers. Computed, not measured on a GPU; tests/benchmarks/test_memory.py compares the activations with real steps on a CPU.
+The rest of the GPU is "left", for what is not counted: CUDA and the allocator (about 1 to 2 GiB),
+bitsandbytes' unpacked layer and ZeRO-3's fetched layers. Computed, not measured on a GPU;
+tests/benchmarks/test_memory.py compares the activations with real steps on a CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +38,12 @@ from benchmarks.train_step import LEVEL_IDS, SIZES, Size, build_batch, build_mod
 from model import losses
 from model.cores import CoresForReasoningSegmentation, _pieces
 
-LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+LLAMA_13B = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+}
 MODELS = {"7b": SIZES["7b-v1.5"], "13b": replace(SIZES["7b-v1.5"], llama=LLAMA_13B)}
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in numbers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,7 +51,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model trains. ``bits``: of the language model's layers, 0 for ``precision``. ``batch``: images per GPU."""
+    """How a model trains. ``bits``: of the language model's layers, 0 for ``precision``. ``batch``:
+    images per GPU."""
 
     world: int = 1
     stage: int = 2
@@ -68,7 +76,8 @@ RECIPES = {  # GPU memory in GB, model, setup; the configs are configs/recipes/
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, from when they are made until nothing holds them."""
+    """Counts the bytes of the tensors that operations make, from when they are made until nothing
+    holds them."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +87,9 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage(), given)
@@ -98,7 +109,8 @@ class Alive(TorchDispatchMode):
 
 
 def measure(compute: Callable[[], Tensor]) -> tuple[int, int]:
-    """(bytes kept for the backward pass, most bytes at once in both passes) of ``compute``; weights' gradients are dropped."""
+    """(bytes kept for the backward pass, most bytes at once in both passes) of ``compute``;
+    weights' gradients are dropped."""
     with Alive() as alive:
         result = compute()
         kept = alive.now
@@ -118,11 +130,16 @@ def drop_gradients(model: nn.Module) -> None:
             p.register_post_accumulate_grad_hook(forget)
 
 
-def activations(model: CoresForReasoningSegmentation, size: Size, sam_cache: bool) -> dict[str, int]:
-    """Part -> most bytes alive at once while it works, with what earlier parts keep. ``model``: on the meta device."""
+def activations(
+    model: CoresForReasoningSegmentation, size: Size, sam_cache: bool
+) -> dict[str, int]:
+    """Part -> most bytes alive at once while it works, with what earlier parts keep. ``model``: on
+    the meta device."""
     dtype = model.text_projection[0].weight.dtype
     batch = build_batch(size, "cpu", torch.float32)
-    plan = model.reasoning.sharing.plan(batch.input_ids, batch.attention_mask, batch.image_index, "sdpa")
+    plan = model.reasoning.sharing.plan(
+        batch.input_ids, batch.attention_mask, batch.image_index, "sdpa"
+    )
     wanted = torch.zeros_like(plan.source, dtype=torch.bool).flatten()
     wanted[plan.place[:, :-1][batch.labels[:, 1:] >= 0]] = True
     count, grid, width = len(batch.input_ids), size.sam.grid, size.sam.prompt_dim
@@ -133,7 +150,9 @@ def activations(model: CoresForReasoningSegmentation, size: Size, sam_cache: boo
 
     def language_model() -> Tensor:
         embeddings = zeros(*plan.source.shape, hidden_size)
-        return model.reasoning.hidden_states(embeddings, plan.mask().to("meta"), wanted=wanted.view_as(plan.source))
+        return model.reasoning.hidden_states(
+            embeddings, plan.mask().to("meta"), wanted=wanted.view_as(plan.source)
+        )
 
     def clip() -> Tensor:
         with torch.no_grad():
@@ -145,12 +164,16 @@ def activations(model: CoresForReasoningSegmentation, size: Size, sam_cache: boo
     def masks() -> Tensor:
         valid, index = zeros(size.images, grid, grid, grad=False), batch.image_index.to("meta")
         tokens = model.text_projection(zeros(count, len(LEVEL_IDS), hidden_size))
-        low_res = model.segmenting(tokens, zeros(size.images, width, grid, grid, grad=False), index, valid)[0][:, -1]
+        low_res = model.segmenting(
+            tokens, zeros(size.images, width, grid, grid, grad=False), index, valid
+        )[0][:, -1]
         truth = torch.zeros(count, *size.original, dtype=torch.bool, device="meta")
         parts = []
         for image, own in zip(low_res.chunk(size.images), truth.chunk(size.images), strict=True):
             pieces = _pieces(len(own), size.original)
-            parts += [model._frame_losses(image[p], own[p], None, batch.resized_sizes[0]) for p in pieces]
+            parts += [
+                model._frame_losses(image[p], own[p], None, batch.resized_sizes[0]) for p in pieces
+            ]
         return torch.stack([part for pair in parts for part in pair])
 
     def vocabulary() -> Tensor:
@@ -176,9 +199,12 @@ def build(size: Size, setup: Setup) -> CoresForReasoningSegmentation:
 
 
 def memory(size: Size, setup: Setup) -> dict[str, float]:
-    """Part -> bytes on each GPU; "host" is the memory that offloading takes there, for each rank."""
+    """Part -> bytes on each GPU; "host" is the memory that offloading takes there, for each
+    rank."""
     model, size = build(size, setup), replace(size, images=setup.batch)
-    plain, small = PRECISIONS["4-bit" if setup.bits == 4 else "8-bit" if setup.bits else setup.precision]
+    plain, small = PRECISIONS[
+        "4-bit" if setup.bits == 4 else "8-bit" if setup.bits else setup.precision
+    ]
     layers = model.reasoning.llava.model.language_model.layers.named_modules()
     linear = [m.weight for name, m in layers if isinstance(m, nn.Linear) and "lora_" not in name]
     weights = plain * sum(t.numel() for t in (*model.parameters(), *model.buffers()))
@@ -190,7 +216,9 @@ def memory(size: Size, setup: Setup) -> dict[str, float]:
     bucket = min(BUCKET, n) * plain * 2 if setup.stage else 0
     return {
         "weights": weights * share[3],
-        "gradients": plain * n * share[2] + (4 * n * share[1] if half and not setup.offload else 0) + bucket,
+        "gradients": (
+            plain * n * share[2] + (4 * n * share[1] if half and not setup.offload else 0) + bucket
+        ),
         "optimizer": 0.0 if setup.offload else state,
         "activations": max(activations(model, size, setup.sam_cache).values()),
         "host": state + 4 * n * share[1] if setup.offload else 0.0,
@@ -205,18 +233,36 @@ def row(name: str, gigabytes: int, size: Size, setup: Setup) -> str:
     how += ", cache" * setup.sam_cache + ", offload" * setup.offload
     cells = [f"{v / GIB:.1f}" for v in found.values()]
     left = gigabytes * 1e9 / GIB - gpu / GIB
-    return f"| {name} | {how} | " + " | ".join(cells[:4]) + f" | **{gpu / GIB:.1f}** | {left:.1f} | {cells[4]} |"
+    return (
+        f"| {name} | {how} | "
+        + " | ".join(cells[:4])
+        + f" | **{gpu / GIB:.1f}** | {left:.1f} | {cells[4]} |"
+    )
 
 
 def format_table(rows: list[str]) -> str:
     """Markdown, in GiB."""
-    heads = ["GiB on each GPU", "how", "weights", "gradients", "optimizer", "activations", "**sum**", "left", "host"]
+    heads = [
+        "GiB on each GPU",
+        "how",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "**sum**",
+        "left",
+        "host",
+    ]
     return "\n".join(["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * 7, *rows])
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=list(MODELS), help="one row for this model instead of the recipes")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--model", choices=list(MODELS), help="one row for this model instead of the recipes"
+    )
     p.add_argument("--gpu_gb", type=int, default=24, help="memory of a GPU in 10^9 bytes")
     p.add_argument("--world", type=int, default=1)
     p.add_argument("--zero_stage", type=int, choices=[0, 1, 2, 3], default=2)
@@ -232,10 +278,29 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--world and --batch_size must be at least 1")
     if args.model:
         offload, keep = args.offload == "optimizer", not args.gradient_checkpointing
-        setup = Setup(args.world, args.zero_stage, args.batch_size, args.precision, args.bits, not keep, offload, args.sam_cache)
-        rows = [row(f"{args.world}×{args.gpu_gb} GB, {args.model}", args.gpu_gb, MODELS[args.model], setup)]
+        setup = Setup(
+            args.world,
+            args.zero_stage,
+            args.batch_size,
+            args.precision,
+            args.bits,
+            not keep,
+            offload,
+            args.sam_cache,
+        )
+        rows = [
+            row(
+                f"{args.world}×{args.gpu_gb} GB, {args.model}",
+                args.gpu_gb,
+                MODELS[args.model],
+                setup,
+            )
+        ]
     else:
-        rows = [row(name, gigabytes, MODELS[model], setup) for name, (gigabytes, model, setup) in RECIPES.items()]
+        rows = [
+            row(name, gigabytes, MODELS[model], setup)
+            for name, (gigabytes, model, setup) in RECIPES.items()
+        ]
     table = format_table(rows)
     show(table, args.write, "benchmarks.memory", p)
     return 0

@@ -1,8 +1,9 @@
 """The schedule of the published code, on our model: what it computes again, and what nobody reads.
 
-Every conversation brings its own copy of the image through CLIP and the language model; logits and projected tokens are
-made at every position; SAM is segment-anything's own code, one image at a time; all masks of the original frame are
-kept for the backward pass. Losses and gradients are ours, so the two can be compared step by step.
+Every conversation brings its own copy of the image through CLIP and the language model; logits and
+projected tokens are made at every position; SAM is segment-anything's own code, one image at a
+time; all masks of the original frame are kept for the backward pass. Losses and gradients are ours,
+so the two can be compared step by step.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ from model.segmenting.sam import position_encoding
 
 @contextmanager
 def stock_parts(model: CoresForReasoningSegmentation) -> Iterator[None]:
-    """SAM's image encoder as segment-anything wrote it; checkpointing, if it is on, for the last layer, too."""
-    encoder, layers = set_fast(model.segmenting.sam.image_encoder, False), model.reasoning.llava.model.language_model.layers
+    """SAM's image encoder as segment-anything wrote it; checkpointing, if it is on, for the last
+    layer, too."""
+    encoder, layers = (
+        set_fast(model.segmenting.sam.image_encoder, False),
+        model.reasoning.llava.model.language_model.layers,
+    )
     last = layers[-1].gradient_checkpointing
     layers[-1].gradient_checkpointing = layers[0].gradient_checkpointing
     try:
@@ -45,7 +50,9 @@ def _forward(model: CoresForReasoningSegmentation, batch: Batch) -> dict[str, Te
     reasoning, rows = model.reasoning, len(batch.input_ids)
     with torch.no_grad():
         features = reasoning.image_features(batch.clip_pixels[batch.image_index])
-    embeddings = reasoning.embed(batch.input_ids, features, torch.arange(rows, device=batch.input_ids.device))
+    embeddings = reasoning.embed(
+        batch.input_ids, features, torch.arange(rows, device=batch.input_ids.device)
+    )
     hidden = reasoning.hidden_states(embeddings, batch.attention_mask)
     projected = model.text_projection(hidden)
     logits = reasoning.llava.lm_head(hidden).float()
@@ -56,7 +63,9 @@ def _forward(model: CoresForReasoningSegmentation, batch: Batch) -> dict[str, Te
     return {"loss": model.total(parts)} | parts
 
 
-def _mask_losses(model: CoresForReasoningSegmentation, batch: Batch, tokens: Tensor, counts: list[int]) -> dict[str, Tensor]:
+def _mask_losses(
+    model: CoresForReasoningSegmentation, batch: Batch, tokens: Tensor, counts: list[int]
+) -> dict[str, Tensor]:
     c, bce, dice = model.config, [], []
     image_of = batch.image_index.repeat_interleave(torch.tensor(counts, device=tokens.device))
     for image, size in enumerate(batch.original_sizes):
@@ -64,7 +73,8 @@ def _mask_losses(model: CoresForReasoningSegmentation, batch: Batch, tokens: Ten
         if not len(chosen):
             continue
         with torch.no_grad():
-            embedding = model.segmenting.sam.image_encoder.forward(batch.sam_pixels[image][None])  # not a compiled one
+            # not a compiled one
+            embedding = model.segmenting.sam.image_encoder.forward(batch.sam_pixels[image][None])
         resized = batch.resized_sizes[image]
         valid = valid_cells(resized, c.sam["image_size"], c.sam_dims.grid, tokens.device)
         low_res = _chain(model, embedding, tokens[chosen], valid)[:, -1]
@@ -76,17 +86,27 @@ def _mask_losses(model: CoresForReasoningSegmentation, batch: Batch, tokens: Ten
     return {"bce": torch.cat(bce).mean(), "dice": torch.cat(dice).mean()}
 
 
-def _chain(model: CoresForReasoningSegmentation, embedding: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-    """embedding (1, C, G, G), tokens (K, T, C), valid (G, G) -> low-res logits (K, T, 4G, 4G) by segment-anything's code."""
+def _chain(
+    model: CoresForReasoningSegmentation, embedding: Tensor, tokens: Tensor, valid: Tensor
+) -> Tensor:
+    """embedding (1, C, G, G), tokens (K, T, C), valid (G, G) -> low-res logits (K, T, 4G, 4G) by
+    segment-anything's code."""
     sam, refiner, masks = model.segmenting.sam, model.segmenting.refiner, []
     position = position_encoding(sam).to(embedding.dtype)
     for level in range(tokens.shape[1]):
         token = tokens[:, level]
         if level and refiner is not None:
-            images, cells = embedding.expand(len(token), -1, -1, -1), valid.expand(len(token), -1, -1)
+            images, cells = (
+                embedding.expand(len(token), -1, -1, -1),
+                valid.expand(len(token), -1, -1),
+            )
             token = refiner(token, images, masks[-1], cells)
-        _, dense = sam.prompt_encoder(points=None, boxes=None, masks=masks[-1][:, None] if level else None)
+        _, dense = sam.prompt_encoder(
+            points=None, boxes=None, masks=masks[-1][:, None] if level else None
+        )
         dense = dense.to(embedding.dtype).expand(len(token), -1, -1, -1)
-        low_res, _ = sam.mask_decoder(embedding, position, token[:, None], dense, multimask_output=False)
+        low_res, _ = sam.mask_decoder(
+            embedding, position, token[:, None], dense, multimask_output=False
+        )
         masks.append(low_res[:, 0])
     return torch.stack(masks, dim=1)

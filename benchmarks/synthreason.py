@@ -1,14 +1,16 @@
-"""CoReS against LISA, and LLM-Seg, on SynthReason: same pre-trained parts, data, order, steps and learning rate; several seeds.
+"""CoReS against LISA, and LLM-Seg, on SynthReason: same pre-trained parts, data, order, steps and
+learning rate; several seeds.
 
     python -m benchmarks.synthreason                       # 5 seeds × 2 methods, half an hour on 2 free cores
     python -m benchmarks.synthreason --methods llm_seg     # adds its rows (or those of cores+select); fill the store first,
                                                            # see docs/llm_seg.md
     python -m benchmarks.synthreason --table               # only print what benchmarks/results/synthreason.json holds
 
-Each run is ``train_ds.py --config configs/tiny.yaml --method M --seed S``, the command of ``make demo``; LLM-Seg has its own
-config. A finished run is kept in ``--runs`` and not repeated, so an interrupted comparison goes on where it stopped, and rows
-of other methods and seeds stay in the results file. Two runs share the machine by default, one thread each: that is faster than
-one after the other with two threads.
+Each run is ``train_ds.py --config configs/tiny.yaml --method M --seed S``, the command of ``make
+demo``; LLM-Seg has its own config. A finished run is kept in ``--runs`` and not repeated, so an
+interrupted comparison goes on where it stopped, and rows of other methods and seeds stay in the
+results file. Two runs share the machine by default, one thread each: that is faster than one after
+the other with two threads.
 """
 
 from __future__ import annotations
@@ -33,13 +35,27 @@ CONFIGS = {  # of methods that --config does not fit
 
 def command(method: str, seed: int, args: argparse.Namespace) -> list[str]:
     return [
-        sys.executable, "train_ds.py", "--config", CONFIGS.get(method, args.config), "--method", method, "--seed", str(seed),
-        "--dataset_dir", args.dataset_dir, "--log_base_dir", str(args.runs), "--exp_name", f"{method}-{seed}", *args.extra,
-    ]  # fmt: skip
+        sys.executable,
+        "train_ds.py",
+        "--config",
+        CONFIGS.get(method, args.config),
+        "--method",
+        method,
+        "--seed",
+        str(seed),
+        "--dataset_dir",
+        args.dataset_dir,
+        "--log_base_dir",
+        str(args.runs),
+        "--exp_name",
+        f"{method}-{seed}",
+        *args.extra,
+    ]
 
 
 def run(method: str, seed: int, args: argparse.Namespace) -> dict:
-    """Trains and evaluates once; returns the row of the results file. Raises RuntimeError with the log's end if the run fails."""
+    """Trains and evaluates once; returns the row of the results file. Raises RuntimeError with the
+    log's end if the run fails."""
     folder = Path(args.runs) / f"{method}-{seed}"
     metrics = folder / "metrics.json"
     if not metrics.exists():
@@ -47,15 +63,23 @@ def run(method: str, seed: int, args: argparse.Namespace) -> dict:
         log = folder.with_suffix(".log")
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
         with log.open("w") as stream:
-            code = subprocess.run(command(method, seed, args), cwd=ROOT, env=env, stdout=stream, stderr=stream).returncode
+            code = subprocess.run(
+                command(method, seed, args), cwd=ROOT, env=env, stdout=stream, stderr=stream
+            ).returncode
         if code:
-            raise RuntimeError(f"{method}, seed {seed}: exit code {code}; the end of {log}:\n" + log.read_text()[-2000:])
+            raise RuntimeError(
+                f"{method}, seed {seed}: exit code {code}; the end of {log}:\n"
+                + log.read_text()[-2000:]
+            )
     return {"method": method, "seed": seed, **json.loads(metrics.read_text())}
 
 
 def table(runs: list[dict]) -> str:
     """Means over seeds with their spread (sample standard deviation), in percent."""
-    lines = [f"{'':12} {'free gIoU':>14} {'free cIoU':>14} {'forced gIoU':>14} {'emission':>9} {'seconds':>8}  seeds"]
+    lines = [
+        f"{'':12} {'free gIoU':>14} {'free cIoU':>14} {'forced gIoU':>14} {'emission':>9}"
+        f" {'seconds':>8}  seeds"
+    ]
     for method in dict.fromkeys(row["method"] for row in runs):
         rows = [row for row in runs if row["method"] == method]
 
@@ -65,8 +89,10 @@ def table(runs: list[dict]) -> str:
             return f"{np.mean(values):6.1f}{spread}"
 
         lines.append(
-            f"{method:12} {cell('free', 'giou'):>14} {cell('free', 'ciou'):>14} {cell('teacher_forced', 'giou'):>14} "
-            f"{100 * np.mean([row['emission_rate'] for row in rows]):8.1f}% {np.mean([row['seconds'] for row in rows]):8.0f}  "
+            f"{method:12} {cell('free', 'giou'):>14} {cell('free', 'ciou'):>14}"
+            f" {cell('teacher_forced', 'giou'):>14}"
+            f" {100 * np.mean([row['emission_rate'] for row in rows]):8.1f}%"
+            f" {np.mean([row['seconds'] for row in rows]):8.0f}  "
             + ", ".join(f"{row['seed']}: {100 * row['free']['giou']:.1f}" for row in rows)
         )
     return "\n".join(lines)
@@ -79,7 +105,9 @@ def _get(row: dict, *keys: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/tiny.yaml")
     parser.add_argument("--dataset_dir", default="data/synthreason")
     parser.add_argument("--methods", nargs="+", default=["cores", "lisa"])
@@ -95,12 +123,18 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [(method, seed) for seed in args.seeds for method in args.methods]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(pool.map(lambda job: run(*job, args), jobs))
-    earlier = json.loads(args.json.read_text()) if args.json.exists() else {"command": "", "runs": []}
+    earlier = (
+        json.loads(args.json.read_text()) if args.json.exists() else {"command": "", "runs": []}
+    )
     runs = [row for row in earlier["runs"] if (row["method"], row["seed"]) not in jobs] + runs
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    shown = " ".join(["python -m benchmarks.synthreason", *(sys.argv[1:] if argv is None else argv)])
+    shown = " ".join(
+        ["python -m benchmarks.synthreason", *(sys.argv[1:] if argv is None else argv)]
+    )
     shown = "; ".join(filter(None, dict.fromkeys([*earlier["command"].split("; "), shown])))
-    args.json.write_text(json.dumps({"command": shown, "unit": "fraction", "runs": runs}, indent=1) + "\n")
+    args.json.write_text(
+        json.dumps({"command": shown, "unit": "fraction", "runs": runs}, indent=1) + "\n"
+    )
     print(table(runs))
 
 

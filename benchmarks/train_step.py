@@ -1,14 +1,17 @@
-"""One training step: the published schedule against ours. Same weights, same batch, same losses (checked).
+"""One training step: the published schedule against ours. Same weights, same batch, same losses
+(checked).
 
     python -m benchmarks.train_step --size small --json FILE      # time, peak memory and FLOPs, about five minutes on a CPU
     python -m benchmarks.train_step --size 7b-v1.5 --only flops   # a table for 7B and ViT-H, on no device at all
 
-A step is forward, backward and AdamW. The schedules alternate in one process; times are medians. Memory is measured in a
-process per schedule: on a CPU the highest resident set above that of the process before it built anything, on a GPU the
-allocator's peak. FLOPs are counted operation by operation (multiply and add are two) and attributed to the part that
-called; what has no matrix in it (norms, resizing, softmax) counts nothing: of the losses, the logits of the vocabulary do.
-Tokens/s counts those of the batch, however often a schedule reads them; model FLOP utilisation is the schedule's own FLOPs
-(recomputation included) over what the device could have done in that time, for which --peak_tflops speaks.
+A step is forward, backward and AdamW. The schedules alternate in one process; times are medians.
+Memory is measured in a process per schedule: on a CPU the highest resident set above that of the
+process before it built anything, on a GPU the allocator's peak. FLOPs are counted operation by
+operation (multiply and add are two) and attributed to the part that called; what has no matrix in
+it (norms, resizing, softmax) counts nothing: of the losses, the logits of the vocabulary do.
+Tokens/s counts those of the batch, however often a schedule reads them; model FLOP utilisation is
+the schedule's own FLOPs (recomputation included) over what the device could have done in that time,
+for which --peak_tflops speaks.
 
     python -m benchmarks.train_step --size 7b-v1.5 --precision bf16 --gradient_checkpointing --peak_tflops 989 --json FILE   # a GPU
 """
@@ -69,7 +72,12 @@ class Size:
 
 
 def _llama(width: int, inner: int, depth: int, heads: int) -> dict:
-    return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": depth, "num_attention_heads": heads}
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+    }
 
 
 def _clip(width: int, depth: int, heads: int, patch: int, image: int) -> dict:
@@ -77,10 +85,19 @@ def _clip(width: int, depth: int, heads: int, patch: int, image: int) -> dict:
 
 
 TOY_SAM = SamDims(128, 16, 32, 2, 2, (1,), 3, 32, 4, 32, 16, 16)
-SMALL_SAM = SamDims(embed_dim=192, depth=6, num_heads=3, global_attn_indexes=(2, 5))  # ViT-B's proportions: heads of 64
+# ViT-B's proportions: heads of 64
+SMALL_SAM = SamDims(embed_dim=192, depth=6, num_heads=3, global_attn_indexes=(2, 5))
 LLAMA_7B = _llama(4096, 11008, 32, 32)
 SIZES = {
-    "toy": Size(_llama(32, 64, 2, 2), _clip(32, 2, 2, 16, 64), TOY_SAM, prefix=10, suffix=12, answer=6, original=(48, 64)),
+    "toy": Size(
+        _llama(32, 64, 2, 2),
+        _clip(32, 2, 2, 16, 64),
+        TOY_SAM,
+        prefix=10,
+        suffix=12,
+        answer=6,
+        original=(48, 64),
+    ),
     "small": Size(_llama(512, 1376, 8, 8), _clip(256, 6, 4, 14, 224), SMALL_SAM),
     "7b-v1": Size(LLAMA_7B, _clip(1024, 24, 16, 14, 224), PRESETS["vit_h"], images=1),
     "7b-v1.5": Size(LLAMA_7B, _clip(1024, 24, 16, 14, 336), PRESETS["vit_h"], images=1),
@@ -88,11 +105,14 @@ SIZES = {
 
 
 def build_model(size: Size, checkpointing: bool) -> CoresForReasoningSegmentation:
-    """A model with random weights, ready to train as the paper does, but without dropout: the losses are compared."""
+    """A model with random weights, ready to train as the paper does, but without dropout: the
+    losses are compared."""
     config = CoresConfig(
         llava=LlavaConfig(
             vision_config=CLIPVisionConfig(**size.clip),
-            text_config=LlamaConfig(**size.llama, vocab_size=VOCABULARY, max_position_embeddings=4096),
+            text_config=LlamaConfig(
+                **size.llama, vocab_size=VOCABULARY, max_position_embeddings=4096
+            ),
             image_token_index=IMAGE_ID,
         ),
         sam=asdict(size.sam),
@@ -107,16 +127,21 @@ def build_model(size: Size, checkpointing: bool) -> CoresForReasoningSegmentatio
 
 
 def build_batch(size: Size, device: torch.device | str, dtype: torch.dtype) -> Batch:
-    """Random pictures, tokens and targets; every conversation ends with an answer that has one token per level."""
+    """Random pictures, tokens and targets; every conversation ends with an answer that has one
+    token per level."""
     generator = torch.Generator().manual_seed(0)
     rows, labels = [], []
     for _ in range(size.images):
-        prefix = torch.cat([_words(size.prefix, generator), torch.full((size.image_tokens,), IMAGE_ID)])
+        prefix = torch.cat(
+            [_words(size.prefix, generator), torch.full((size.image_tokens,), IMAGE_ID)]
+        )
         for _ in range(size.conversations):
             suffix = _words(size.suffix, generator)
             suffix[-4], suffix[-2] = LEVEL_IDS[0], LEVEL_IDS[1]
             rows.append(torch.cat([prefix, suffix]))
-            labels.append(rows[-1].clone().index_fill_(0, torch.arange(len(rows[-1]) - size.answer), -100))
+            labels.append(
+                rows[-1].clone().index_fill_(0, torch.arange(len(rows[-1]) - size.answer), -100)
+            )
     count = len(rows)
     names = [{"dataset": "random", "id": str(i), "image_path": "none"} for i in range(count)]
     side, original = size.sam.image_size, size.original
@@ -125,7 +150,9 @@ def build_batch(size: Size, device: torch.device | str, dtype: torch.dtype) -> B
         attention_mask=torch.ones(count, len(rows[0]), dtype=torch.int64),
         labels=torch.stack(labels),
         image_index=torch.arange(size.images).repeat_interleave(size.conversations),
-        clip_pixels=torch.randn(size.images, 3, size.clip["image_size"], size.clip["image_size"], generator=generator),
+        clip_pixels=torch.randn(
+            size.images, 3, size.clip["image_size"], size.clip["image_size"], generator=generator
+        ),
         sam_pixels=torch.randn(size.images, 3, side, side, generator=generator),
         original_sizes=[original] * size.images,
         resized_sizes=[resized_size(*original, side)] * size.images,
@@ -151,11 +178,12 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-# ------------------------------------------------------------------------------------------------------------------ steps
+# -------------------------------------------------------------------------------------------- steps
 
 
 class Bench:
-    """The model, its batch, an optimizer that moves nothing (lr 0: every step sees the same weights) and a cache."""
+    """The model, its batch, an optimizer that moves nothing (lr 0: every step sees the same
+    weights) and a cache."""
 
     def __init__(self, size: Size, args: argparse.Namespace, cache_folder: str):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -178,7 +206,8 @@ class Bench:
             self.cache.keep(f"{i:02d}", self.model.segmenting.embed(pixels[None])[0])
 
     def cached_batch(self) -> Batch:
-        """The batch as a data loader brings it when the cache has every image; reading the files is part of the step."""
+        """The batch as a data loader brings it when the cache has every image; reading the files is
+        part of the step."""
         found = [self.cache.load(f"{i:02d}") for i in range(len(self.batch.original_sizes))]
         fields = vars(self.batch) | {
             "sam_embeddings": found,
@@ -206,7 +235,11 @@ class Bench:
         self.optimizer.step()
         marks.append(self._now())
         seconds = dict(
-            zip(("forward", "backward", "optimizer"), (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True)
+            zip(
+                ("forward", "backward", "optimizer"),
+                (b - a for a, b in zip(marks, marks[1:], strict=False)),
+                strict=True,
+            )
         )
         return {
             "total": marks[-1] - marks[0],
@@ -218,7 +251,9 @@ class Bench:
     def gradients(self, schedule: str) -> list[Tensor]:
         self.optimizer.zero_grad()
         self.losses(schedule)["loss"].backward()
-        return [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in self.trainable]
+        return [
+            p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in self.trainable
+        ]
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -245,22 +280,26 @@ def measure_time(bench: Bench, args: argparse.Namespace) -> dict:
             rounds[name].append(bench.step(name))
     keys = ("total", "cpu", "forward", "backward", "optimizer")
     return {
-        name: {"losses": expected[name], "rounds": [{k: r[k] for k in keys} for r in rows]}
-        | {k: statistics.median(r[k] for r in rows) for k in keys}
+        name: (
+            {"losses": expected[name], "rounds": [{k: r[k] for k in keys} for r in rows]}
+            | {k: statistics.median(r[k] for r in rows) for k in keys}
+        )
         for name, rows in rounds.items()
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def measure_memory(schedule: str, args: argparse.Namespace) -> dict:
-    """Call in a fresh process: bytes of weights, and the peak of two steps above what the process began with."""
+    """Call in a fresh process: bytes of weights, and the peak of two steps above what the process
+    began with."""
     begin = _resident()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(SIZES[args.size], args, folder)
         if schedule == "cached":
-            for i in range(SIZES[args.size].images):  # of zeros: their encoder must not be part of the peak
+            # of zeros: their encoder must not be part of the peak
+            for i in range(SIZES[args.size].images):
                 dims = SIZES[args.size].sam
                 bench.cache.keep(f"{i:02d}", torch.zeros(dims.prompt_dim, dims.grid, dims.grid))
         for _ in range(2):
@@ -275,23 +314,43 @@ def measure_memory(schedule: str, args: argparse.Namespace) -> dict:
 
 def _resident() -> int:
     if not Path("/proc/self/statm").exists():
-        raise OSError("memory is read from /proc/self/statm, which only Linux has; leave it out with --only time flops")
+        raise OSError(
+            "memory is read from /proc/self/statm, which only Linux has; leave it out with --only"
+            " time flops"
+        )
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def memory_in_a_process(schedule: str, args: argparse.Namespace) -> dict:
-    command = [sys.executable, "-m", "benchmarks.train_step", "--size", args.size, "--memory_of", schedule]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train_step",
+        "--size",
+        args.size,
+        "--memory_of",
+        schedule,
+    ]
     command += ["--attn_implementation", args.attn_implementation]
-    command += ["--precision", args.precision, "--threads", str(args.threads), "--sam_cache_dtype", args.sam_cache_dtype]
+    command += [
+        "--precision",
+        args.precision,
+        "--threads",
+        str(args.threads),
+        "--sam_cache_dtype",
+        args.sam_cache_dtype,
+    ]
     command += ["--compile"] * args.compile
     command += ["--gradient_checkpointing"] * args.gradient_checkpointing
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1]
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ------------------------------------------------------------------------------------------------------------------ FLOPs
+# -------------------------------------------------------------------------------------------- FLOPs
 
 
 def _attention(query, key, value, *_, **__) -> int:
@@ -327,13 +386,19 @@ def _count(compute: Callable[[], Tensor]) -> int:
 
 
 def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
-    """FLOPs of a step by schedule and part, forward and backward. Computed on no device: nothing is allocated."""
+    """FLOPs of a step by schedule and part, forward and backward. Computed on no device: nothing is
+    allocated."""
     with torch.device("meta"):
         model = build_model(size, checkpointing)
         grid, width = size.sam.grid, size.sam.prompt_dim
-        embeddings, valid = torch.zeros(size.images, width, grid, grid), torch.ones(size.images, grid, grid)
+        embeddings, valid = (
+            torch.zeros(size.images, width, grid, grid),
+            torch.ones(size.images, grid, grid),
+        )
     batch = build_batch(size, "cpu", torch.float32)
-    plan = model.reasoning.sharing.plan(batch.input_ids, batch.attention_mask, batch.image_index, "sdpa")
+    plan = model.reasoning.sharing.plan(
+        batch.input_ids, batch.attention_mask, batch.image_index, "sdpa"
+    )
     wanted = torch.zeros_like(plan.source, dtype=torch.bool).flatten()
     wanted[plan.place[:, :-1][batch.labels[:, 1:] >= 0]] = True
     wanted = wanted.view_as(plan.source)
@@ -346,7 +411,9 @@ def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
 
     def clip(images: int) -> Tensor:
         with torch.no_grad():
-            return model.reasoning.image_features(batch.clip_pixels[:1].to("meta").expand(images, -1, -1, -1))
+            return model.reasoning.image_features(
+                batch.clip_pixels[:1].to("meta").expand(images, -1, -1, -1)
+            )
 
     def llm(mask: Tensor, wanted: Tensor | None) -> Tensor:
         hidden = zeros(mask.shape[0], mask.shape[2], size.llama["hidden_size"])
@@ -358,7 +425,10 @@ def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
 
     def chains() -> Tensor:
         tokens = zeros(size.conversations, levels, width)
-        masks = [published_schedule._chain(model, e[None], tokens, v) for e, v in zip(embeddings, valid, strict=True)]
+        masks = [
+            published_schedule._chain(model, e[None], tokens, v)
+            for e, v in zip(embeddings, valid, strict=True)
+        ]
         return torch.cat(masks)[:, -1]
 
     heads = model.reasoning.llava.lm_head, model.text_projection
@@ -366,7 +436,9 @@ def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
     with published_schedule.stock_parts(model):
         published = {
             "CLIP": _count(lambda: clip(count)),
-            "LLM": _count(lambda: llm(torch.ones(count, 1, length, length, dtype=torch.bool).tril(), None)),
+            "LLM": _count(
+                lambda: llm(torch.ones(count, 1, length, length, dtype=torch.bool).tril(), None)
+            ),
             "loss": _count(lambda: heads[0](zeros(count * length, d))),
             "text projection": _count(lambda: heads[1](zeros(count * length, d))),
             "SAM encoder": _count(stock),
@@ -378,12 +450,16 @@ def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
         "loss": _count(lambda: heads[0](zeros(supervised, d))),
         "text projection": _count(lambda: heads[1](zeros(count * levels, d))),
         "SAM encoder": _count(lambda: model.segmenting.embed(sam_pixels)),
-        "mask decoder": _count(lambda: model.segmenting(zeros(count, levels, width), embeddings, image_index, valid)[0][:, -1]),
+        "mask decoder": _count(
+            lambda: model.segmenting(zeros(count, levels, width), embeddings, image_index, valid)[
+                0
+            ][:, -1]
+        ),
     }
     return {"published": published, "ours": ours, "cached": ours | {"SAM encoder": 0}}
 
 
-# ------------------------------------------------------------------------------------------------------------------ report
+# ------------------------------------------------------------------------------------------- report
 
 
 def ratios(result: dict) -> dict[str, float]:
@@ -396,15 +472,22 @@ def ratios(result: dict) -> dict[str, float]:
             out[f"{kind}_cached"] = own["cached"][read] / own["published"][read]
     if "memory" in result:
         peaks = {name: memory["peak_bytes"] for name, memory in result["memory"].items()}
-        out |= {"peak_memory": peaks["ours"] / peaks["published"], "peak_memory_cached": peaks["cached"] / peaks["published"]}
+        out |= {
+            "peak_memory": peaks["ours"] / peaks["published"],
+            "peak_memory_cached": peaks["cached"] / peaks["published"],
+        }
     if "flops" in result:
         totals = {name: sum(parts.values()) for name, parts in result["flops"].items()}
-        out |= {"flops": totals["ours"] / totals["published"], "flops_cached": totals["cached"] / totals["published"]}
+        out |= {
+            "flops": totals["ours"] / totals["published"],
+            "flops_cached": totals["cached"] / totals["published"],
+        }
     return out
 
 
 def rates(result: dict, size: Size, peak_tflops: float | None) -> dict[str, dict[str, float]]:
-    """Tokens/s by schedule and, where FLOPs and the device's peak are known, the share of it that is used."""
+    """Tokens/s by schedule and, where FLOPs and the device's peak are known, the share of it that
+    is used."""
     if "seconds" not in result:
         return {}
     seconds = {name: result["seconds"][name]["total"] for name in SCHEDULES}
@@ -412,7 +495,9 @@ def rates(result: dict, size: Size, peak_tflops: float | None) -> dict[str, dict
     found = {"tokens_per_second": {name: tokens / seconds[name] for name in SCHEDULES}}
     if peak_tflops and "flops" in result:
         done = {name: sum(result["flops"][name].values()) for name in SCHEDULES}
-        found["utilisation"] = {name: done[name] / seconds[name] / (1e12 * peak_tflops) for name in SCHEDULES}
+        found["utilisation"] = {
+            name: done[name] / seconds[name] / (1e12 * peak_tflops) for name in SCHEDULES
+        }
     return found
 
 
@@ -439,19 +524,39 @@ def table(result: dict) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--size", choices=list(SIZES), default="small")
     p.add_argument("--json", type=Path, help="file for all numbers")
-    p.add_argument("--only", nargs="+", choices=["time", "memory", "flops"], default=["time", "memory", "flops"])
+    p.add_argument(
+        "--only",
+        nargs="+",
+        choices=["time", "memory", "flops"],
+        default=["time", "memory", "flops"],
+    )
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     p.add_argument(
-        "--gradient_checkpointing", action="store_true", help="recompute the language model's activations, in all schedules"
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute the language model's activations, in all schedules",
     )
-    p.add_argument("--attn_implementation", choices=["sdpa", "flex_attention"], default="sdpa", help="of our language model")
-    p.add_argument("--compile", action="store_true", help="torch.compile SAM's image encoder in our schedule")
-    p.add_argument("--peak_tflops", type=float, help="what the device can do in --precision, dense (H100, H200 in bf16: 989)")
+    p.add_argument(
+        "--attn_implementation",
+        choices=["sdpa", "flex_attention"],
+        default="sdpa",
+        help="of our language model",
+    )
+    p.add_argument(
+        "--compile", action="store_true", help="torch.compile SAM's image encoder in our schedule"
+    )
+    p.add_argument(
+        "--peak_tflops",
+        type=float,
+        help="what the device can do in --precision, dense (H100, H200 in bf16: 989)",
+    )
     p.add_argument("--sam_cache_dtype", choices=["fp16", "int8"], default="fp16")
     p.add_argument("--memory_of", choices=SCHEDULES, help=argparse.SUPPRESS)
     return p
@@ -466,7 +571,10 @@ def main(argv: list[str] | None = None) -> dict:
         return found
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     settings = {k: v for k, v in vars(args).items() if k not in ("memory_of", "json")}
-    result: dict = {"settings": settings | {"device": device, "torch": torch.__version__}, "size": asdict(SIZES[args.size])}
+    result: dict = {
+        "settings": settings | {"device": device, "torch": torch.__version__},
+        "size": asdict(SIZES[args.size]),
+    }
     if "flops" in args.only:
         result["flops"] = count_flops(SIZES[args.size], args.gradient_checkpointing)
     if "memory" in args.only:

@@ -1,10 +1,12 @@
-"""Looks at the data before a training does: what is there, what is missing and where it belongs, what is broken.
+"""Looks at the data before a training does: what is there, what is missing and where it belongs,
+what is broken.
 
     python -m dataset.check --dataset_dir ./dataset_dir                       # opens eight images of every data set
     python -m dataset.check --dataset_dir ./dataset_dir --all --out check --fix-list bad.jsonl
 
-``--out`` gets a contact sheet for every data set: images with their targets and queries. ``--fix-list`` gets one line for every bad
-item; ``train_ds.py --skip_list bad.jsonl`` leaves exactly these out. Exit code: 0; 1 if something is bad; 2 for a wrong flag.
+``--out`` gets a contact sheet for every data set: images with their targets and queries.
+``--fix-list`` gets one line for every bad item; ``train_ds.py --skip_list bad.jsonl`` leaves
+exactly these out. Exit code: 0; 1 if something is bad; 2 for a wrong flag.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Finding:
     missing: list[str] = field(default_factory=list)
     """Official names of files that are not there."""
     absent: str = ""
-    """What its files lack: a split that a file of several splits does not hold, all of its images."""
+    """What its files lack: a split that a file of several splits does not hold, all of its
+    images."""
     error: str = ""
     """Why it cannot be opened at all."""
     images: int = 0
@@ -65,14 +68,18 @@ class Finding:
         if self.error:
             return f"cannot be opened: {self.error}"
         counts = self.counts
-        parts = [f"{self.images} images", f"{self.opened} opened: {counts['queries']} queries, {counts['targets']} targets"]
+        parts = [
+            f"{self.images} images",
+            f"{self.opened} opened: {counts['queries']} queries, {counts['targets']} targets",
+        ]
         parts[1] += f" ({counts['empty']} empty)" if counts["empty"] else ""
         parts += [f"{len(self.bad)} bad"] if self.bad else []
         return ", ".join(parts)
 
 
 def inspect(entry: Entry, split: str, root: Path, samples: int | None) -> Finding:
-    """Opens ``samples`` images of a split, spread evenly, or all of them for None, after the checks that its loader makes."""
+    """Opens ``samples`` images of a split, spread evenly, or all of them for None, after the checks
+    that its loader makes."""
     finding = Finding(f"{entry.name}|{split}", missing=entry.missing(root, split))
     if finding.missing:
         return finding
@@ -109,16 +116,24 @@ def _count(sample: Sample, finding: Finding, cells: int) -> None:
     for number, conversation in enumerate(sample.conversations):
         finding.counts["queries"] += len(conversation.turns)
         finding.counts["targets"] += len(conversation.masks)
-        finding.counts["empty"] += int((~conversation.masks.any(axis=(1, 2))).sum()) if len(conversation.masks) else 0
+        finding.counts["empty"] += (
+            int((~conversation.masks.any(axis=(1, 2))).sum()) if len(conversation.masks) else 0
+        )
         if number < cells and len(finding.cells) < SHEET_CELLS:
             question, reply = conversation.turns[0]
             note = "" if len(conversation.masks) else answer_text(reply)
-            query = question.removesuffix(SENTENCE_QUESTIONS[0].removeprefix("{text}"))  # every question ends with it
-            finding.cells.append(Cell(sample.image, conversation.masks, conversation.ignore, query, note, sample.id))
+            # every question ends with it
+            query = question.removesuffix(SENTENCE_QUESTIONS[0].removeprefix("{text}"))
+            finding.cells.append(
+                Cell(sample.image, conversation.masks, conversation.ignore, query, note, sample.id)
+            )
 
 
-def inspect_all(root: Path, samples: int | None, only: list[str] | None = None) -> tuple[list[Finding], list[Entry]]:
-    """(findings of all splits of which something is there, sets of which nothing is). Raises ValueError for an unknown name."""
+def inspect_all(
+    root: Path, samples: int | None, only: list[str] | None = None
+) -> tuple[list[Finding], list[Entry]]:
+    """(findings of all splits of which something is there, sets of which nothing is). Raises
+    ValueError for an unknown name."""
     known = entries(root)
     if only and (unknown := set(only) - {entry.name for entry in known}):
         names = ", ".join(dict.fromkeys(entry.name for entry in known))
@@ -136,18 +151,26 @@ def inspect_all(root: Path, samples: int | None, only: list[str] | None = None) 
 
 def report(findings: list[Finding], absent: list[Entry]) -> str:
     """What was found, as text."""
-    width = max([len(finding.name) for finding in findings] + [len(entry.name) for entry in absent] + [0])
+    width = max(
+        [len(finding.name) for finding in findings] + [len(entry.name) for entry in absent] + [0]
+    )
     lines = []
     for finding in findings:
         lines.append(f"{finding.name.ljust(width)}  {finding.line()}")
-        lines += [f"{' ' * width}    {' '.join(bad.item.split())}: {bad.reason}" for bad in finding.bad]
+        lines += [
+            f"{' ' * width}    {' '.join(bad.item.split())}: {bad.reason}" for bad in finding.bad
+        ]
     if absent:
         lines += ["", "Not there, and where it is expected:"]
     for entry in absent:
         splits = _braces(list(dict.fromkeys(entry.splits.values())))
         expected = ", ".join((*entry.files, *entry.shared)).replace("{split}", splits)
-        lines.append(f"{entry.name.ljust(width)}  {expected}" + (f"  ({entry.source})" if entry.source else ""))
-    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # half characters cannot be printed
+        lines.append(
+            f"{entry.name.ljust(width)}  {expected}"
+            + (f"  ({entry.source})" if entry.source else "")
+        )
+    # half characters cannot be printed
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
 def _braces(splits: list[str]) -> str:
@@ -159,20 +182,34 @@ def write_sheets(findings: list[Finding], folder: Path) -> list[Path]:
     written = []
     for finding in findings:
         if finding.cells:
-            path = folder / f"{finding.name.replace('|', '-').replace(':', '-').replace('/', '-')}.png"
+            path = (
+                folder / f"{finding.name.replace('|', '-').replace(':', '-').replace('/', '-')}.png"
+            )
             card_sheet(finding.cells, path, f"{finding.name}: {finding.line()}")
             written.append(path)
     return written
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dataset.check", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset_dir", required=True, type=Path, help="root of all data sets, as for train_ds.py")
+    parser = argparse.ArgumentParser(
+        prog="python -m dataset.check", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--dataset_dir", required=True, type=Path, help="root of all data sets, as for train_ds.py"
+    )
     parser.add_argument("--out", type=Path, help="folder for one contact sheet per data set")
-    parser.add_argument("--samples", type=int, default=8, help="images of each split to open (default: 8)")
+    parser.add_argument(
+        "--samples", type=int, default=8, help="images of each split to open (default: 8)"
+    )
     parser.add_argument("--all", action="store_true", help="open every image")
-    parser.add_argument("--only", help='names of data sets, joined by "||" (default: whatever is there)')
-    parser.add_argument("--fix-list", type=Path, help="file for the bad items, to be given to train_ds.py --skip_list")
+    parser.add_argument(
+        "--only", help='names of data sets, joined by "||" (default: whatever is there)'
+    )
+    parser.add_argument(
+        "--fix-list",
+        type=Path,
+        help="file for the bad items, to be given to train_ds.py --skip_list",
+    )
     return parser
 
 
@@ -195,7 +232,10 @@ def main(argv: list[str] | None = None) -> int:
     print(report(findings, absent))
     bad = [item for finding in findings for item in finding.bad]
     broken = [finding for finding in findings if finding.error]
-    print(f"\n{len(findings)} splits, {len(bad)} bad items, {len(broken)} splits that cannot be opened")
+    print(
+        f"\n{len(findings)} splits, {len(bad)} bad items, {len(broken)} splits that cannot be"
+        " opened"
+    )
     if args.out is not None:
         print(*(f"sheet: {path}" for path in write_sheets(findings, args.out)), sep="\n")
     if args.fix_list is not None:

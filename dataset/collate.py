@@ -1,4 +1,5 @@
-"""From samples to a batch: token ids, pixels and masks of several samples side by side, padded and counted.
+"""From samples to a batch: token ids, pixels and masks of several samples side by side, padded and
+counted.
 
 B images · N conversations · L tokens · K targets of one conversation."""
 
@@ -24,12 +25,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Batch:
-    """What the model takes. Built by ``collate`` (right padded) or ``collate_prompts`` (left padded, no labels)."""
+    """What the model takes. Built by ``collate`` (right padded) or ``collate_prompts`` (left
+    padded, no labels)."""
 
     input_ids: torch.Tensor
     """int64 (N, L)."""
     attention_mask: torch.Tensor
-    """int64 (N, L): 1 for tokens, 0 for padding; made from lengths, as padding may share an id with real tokens."""
+    """int64 (N, L): 1 for tokens, 0 for padding; made from lengths, as padding may share an id with
+    real tokens."""
     labels: torch.Tensor
     """int64 (N, L): -100 where unsupervised."""
     image_index: torch.Tensor
@@ -37,8 +40,8 @@ class Batch:
     clip_pixels: torch.Tensor
     """float (B, 3, h, w): CLIP's normalised input."""
     sam_pixels: torch.Tensor
-    """float (B', 3, S, S): SAM's normalised and padded input of the images without a cached embedding, without a cache
-    of all: B' = B."""
+    """float (B', 3, S, S): SAM's normalised and padded input of the images without a cached
+    embedding, without a cache of all: B' = B."""
     original_sizes: list[tuple[int, int]]
     """(H, W) of each of the B images."""
     resized_sizes: list[tuple[int, int]]
@@ -50,21 +53,26 @@ class Batch:
     host_masks: list[torch.Tensor | None]
     """N × bool (K, H, W)."""
     info: list[dict]
-    """N × {dataset, id, image_path, kind, query, is_sentence, conversation (its index in the sample)}."""
+    """N × {dataset, id, image_path, kind, query, is_sentence, conversation (its index in the
+    sample)}."""
     sam_embeddings: list[torch.Tensor | None] | None = None
     """With a cache: B × float (C, G, G), None where it has none."""
     sam_keys: list[str] | None = None
     """With a cache: B names under which it keeps embeddings."""
     proposals: list[Proposals] | None = None
-    """B × the masks a selecting model chooses from; None where the processor has no source of proposals."""
+    """B × the masks a selecting model chooses from; None where the processor has no source of
+    proposals."""
 
     @property
     def cached(self) -> tuple[list[torch.Tensor | None], list[str]] | None:
         """``sam_embeddings`` and ``sam_keys``; None without a cache."""
         return None if self.sam_embeddings is None else (self.sam_embeddings, self.sam_keys)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
-        """A batch with its tensors on ``device`` and its float tensors as ``dtype``; None leaves either as it is."""
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Batch:
+        """A batch with its tensors on ``device`` and its float tensors as ``dtype``; None leaves
+        either as it is."""
 
         def move(value):
             if isinstance(value, torch.Tensor):
@@ -77,15 +85,21 @@ class Batch:
 
 
 def check_sample(sample: Sample, levels: Sequence[str]) -> None:
-    """Raises DataError naming the sample unless masks fit the image and are as many as the answers' targets."""
+    """Raises DataError naming the sample unless masks fit the image and are as many as the answers'
+    targets."""
     size = sample.image.shape[:2]
     for index, conversation in enumerate(sample.conversations):
         where = f"{sample.name}, conversation {index}"
         groups, masks = count_groups(conversation.turns, levels, where), len(conversation.masks)
         if groups != masks:
             tokens = " ".join(f"[{level}]" for level in levels)
-            raise DataError(f"{where}: {groups} groups of answer tokens ({tokens}) but {masks} target masks")
-        frames = {"masks": (conversation.masks, (masks, *size)), "ignore": (conversation.ignore, size)}
+            raise DataError(
+                f"{where}: {groups} groups of answer tokens ({tokens}) but {masks} target masks"
+            )
+        frames = {
+            "masks": (conversation.masks, (masks, *size)),
+            "ignore": (conversation.ignore, size),
+        }
         frames["host_masks"] = (conversation.host_masks, (masks, *size))
         for name, (mask, expected) in frames.items():
             if mask is not None and mask.shape != expected:
@@ -94,26 +108,46 @@ def check_sample(sample: Sample, levels: Sequence[str]) -> None:
 
 def _encode_all(sample: Sample, conversation: Conversation, processor, levels, template) -> Encoded:
     count = processor.image_token_count
-    return encode(conversation, sample.exemplars, processor.tokenizer, template, processor.image_token, count, levels)
+    return encode(
+        conversation,
+        sample.exemplars,
+        processor.tokenizer,
+        template,
+        processor.image_token,
+        count,
+        levels,
+    )
 
 
 def _drop_turns(conversation: Conversation) -> Conversation | None:
-    """The text-only conversation without its last turn; None where that is not possible without losing a target."""
+    """The text-only conversation without its last turn; None where that is not possible without
+    losing a target."""
     if len(conversation.turns) < 2 or len(conversation.masks):
         return None
     return dataclasses.replace(conversation, turns=conversation.turns[:-1])
 
 
-def _fit(sample: Sample, index: int, encode_one: Callable[[Conversation], Encoded], limit: int, on_too_long: str):
-    """(conversation, Encoded) within ``limit`` tokens, or None if it is to be left out. Tokens are never cut."""
+def _fit(
+    sample: Sample,
+    index: int,
+    encode_one: Callable[[Conversation], Encoded],
+    limit: int,
+    on_too_long: str,
+):
+    """(conversation, Encoded) within ``limit`` tokens, or None if it is to be left out. Tokens are
+    never cut."""
     conversation = sample.conversations[index]
     encoded = encode_one(conversation)
     length = len(encoded.input_ids)
     if length <= limit:
         return conversation, encoded
-    message = f"{sample.name}, conversation {index}: {length} tokens, but model_max_length is {limit}"
+    message = (
+        f"{sample.name}, conversation {index}: {length} tokens, but model_max_length is {limit}"
+    )
     if on_too_long == "raise":
-        raise DataError(f"{message}; raise --model_max_length, use fewer exemplars or shorten the text")
+        raise DataError(
+            f"{message}; raise --model_max_length, use fewer exemplars or shorten the text"
+        )
     while (conversation := _drop_turns(conversation)) is not None:
         encoded = encode_one(conversation)
         if len(encoded.input_ids) <= limit:
@@ -136,18 +170,25 @@ def _tensor(mask: np.ndarray | None) -> torch.Tensor | None:
     return None if mask is None else torch.from_numpy(np.ascontiguousarray(mask, dtype=bool))
 
 
-def _assemble(samples: Sequence[Sample], processor, encode_one: Callable, on_too_long: str, left: bool) -> Batch:
+def _assemble(
+    samples: Sequence[Sample], processor, encode_one: Callable, on_too_long: str, left: bool
+) -> Batch:
     tokenizer = processor.tokenizer
     limit = tokenizer.model_max_length
     kept = []  # (image index, conversation index, conversation, encoded)
     for number, sample in enumerate(samples):
         for index in range(len(sample.conversations)):
-            fitted = _fit(sample, index, lambda c, sample=sample: encode_one(sample, c), limit, on_too_long)
+            fitted = _fit(
+                sample, index, lambda c, sample=sample: encode_one(sample, c), limit, on_too_long
+            )
             if fitted is not None:
                 kept.append((number, index, *fitted))
     if not kept:
         names = "; ".join(sample.name for sample in samples)
-        raise DataError(f"no conversation is left in a batch of {names or 'no samples'}; raise --model_max_length")
+        raise DataError(
+            f"no conversation is left in a batch of {names or 'no samples'}; raise"
+            " --model_max_length"
+        )
 
     encodings = [encoded for *_, encoded in kept]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -165,33 +206,52 @@ def _assemble(samples: Sequence[Sample], processor, encode_one: Callable, on_too
         target_masks=[_tensor(c.masks) for c in conversations],
         ignore_masks=[_tensor(c.ignore) for c in conversations],
         host_masks=[_tensor(c.host_masks) for c in conversations],
-        info=[_info(samples[number], index, conversation) for number, index, conversation, _ in kept],
+        info=[
+            _info(samples[number], index, conversation) for number, index, conversation, _ in kept
+        ],
         proposals=_proposals(samples, processor, free=left),
         **cached,
     )
 
 
-def _sam_inputs(images: Sequence[np.ndarray], processor) -> tuple[torch.Tensor, list[tuple[int, int]], dict]:
-    """Pixels (B', 3, S, S) and resized sizes (B) for SAM, and the fields of a Batch that its cache fills, if there is one."""
+def _sam_inputs(
+    images: Sequence[np.ndarray], processor
+) -> tuple[torch.Tensor, list[tuple[int, int]], dict]:
+    """Pixels (B', 3, S, S) and resized sizes (B) for SAM, and the fields of a Batch that its cache
+    fills, if there is one."""
     cache = getattr(processor, "sam_cache", None)
     if cache is None:
         inputs = [processor.sam(image) for image in images]
-        return torch.stack([pixels for pixels, _ in inputs]), [tuple(size) for _, size in inputs], {}
+        return (
+            torch.stack([pixels for pixels, _ in inputs]),
+            [tuple(size) for _, size in inputs],
+            {},
+        )
     keys = [cache.key(image) for image in images]
     found = [cache.load(key) for key in keys]
-    missing = [processor.sam(image)[0] for image, known in zip(images, found, strict=True) if known is None]
-    pixels = torch.stack(missing) if missing else torch.zeros(0, 3, processor.image_size, processor.image_size)
+    missing = [
+        processor.sam(image)[0] for image, known in zip(images, found, strict=True) if known is None
+    ]
+    pixels = (
+        torch.stack(missing)
+        if missing
+        else torch.zeros(0, 3, processor.image_size, processor.image_size)
+    )
     sizes = [processor.sam_size(image) for image in images]
     return pixels, sizes, {"sam_embeddings": found, "sam_keys": keys}
 
 
 def _proposals(samples: Sequence[Sample], processor, free: bool) -> list[Proposals] | None:
-    """One per image; an image that is only talked about needs none, unless the answers are still to come (``free``)."""
+    """One per image; an image that is only talked about needs none, unless the answers are still to
+    come (``free``)."""
     source = getattr(processor, "proposals", None)
     if source is None:
         return None
     wanted = [free or any(len(c.masks) for c in sample.conversations) for sample in samples]
-    return [source(s.image, s.name) if want else source.none(s.image) for s, want in zip(samples, wanted, strict=True)]
+    return [
+        source(s.image, s.name) if want else source.none(s.image)
+        for s, want in zip(samples, wanted, strict=True)
+    ]
 
 
 def _info(sample: Sample, index: int, conversation: Conversation) -> dict:
@@ -213,13 +273,15 @@ def collate(
     template: str | ConversationTemplate,
     on_too_long: str = "raise",
 ) -> Batch:
-    """The batch for training and teacher-forced evaluation, right padded. Each image is processed once.
+    """The batch for training and teacher-forced evaluation, right padded. Each image is processed
+    once.
 
-    ``processor`` has ``tokenizer``, ``image_token``, ``image_token_count``, ``clip(image) -> (3, h, w)`` and
-    ``sam(image) -> ((3, S, S), resized size)``; SAM's pixels are not made where its ``sam_cache``, if it has one, holds
-    the embedding. A conversation longer than ``tokenizer.model_max_length`` raises
-    DataError, or with ``on_too_long="skip"`` loses its last text-only turns or is left out with a warning; answer
-    tokens are never cut. Raises DataError for a sample whose masks do not match its answer tokens or its image.
+    ``processor`` has ``tokenizer``, ``image_token``, ``image_token_count``, ``clip(image) -> (3, h,
+    w)`` and ``sam(image) -> ((3, S, S), resized size)``; SAM's pixels are not made where its
+    ``sam_cache``, if it has one, holds the embedding. A conversation longer than
+    ``tokenizer.model_max_length`` raises DataError, or with ``on_too_long="skip"`` loses its last
+    text-only turns or is left out with a warning; answer tokens are never cut. Raises DataError for
+    a sample whose masks do not match its answer tokens or its image.
     """
     _check_policy(on_too_long)
     for sample in samples:
@@ -231,15 +293,25 @@ def collate(
     return _assemble(samples, processor, encode_one, on_too_long, left=False)
 
 
-def collate_prompts(samples: Sequence[Sample], processor, levels: Sequence[str], template: str | ConversationTemplate) -> Batch:
-    """The batch for free generation: left-padded prompts that end where the assistant starts to speak, labels -100.
+def collate_prompts(
+    samples: Sequence[Sample],
+    processor,
+    levels: Sequence[str],
+    template: str | ConversationTemplate,
+) -> Batch:
+    """The batch for free generation: left-padded prompts that end where the assistant starts to
+    speak, labels -100.
 
-    The last question of each conversation is asked, its earlier turns are the history, and the masks are those of the
-    last answer. Raises DataError for a prompt longer than ``tokenizer.model_max_length``.
+    The last question of each conversation is asked, its earlier turns are the history, and the
+    masks are those of the last answer. Raises DataError for a prompt longer than
+    ``tokenizer.model_max_length``.
     """
     for sample in samples:
         check_sample(sample, levels)
-    samples = [dataclasses.replace(s, conversations=[_last_only(c, levels) for c in s.conversations]) for s in samples]
+    samples = [
+        dataclasses.replace(s, conversations=[_last_only(c, levels) for c in s.conversations])
+        for s in samples
+    ]
 
     def encode_one(sample: Sample, conversation: Conversation) -> Encoded:
         *history, (question, _) = conversation.turns
@@ -261,7 +333,11 @@ def collate_prompts(samples: Sequence[Sample], processor, levels: Sequence[str],
 def _last_only(conversation: Conversation, levels: Sequence[str]) -> Conversation:
     start = len(conversation.masks) - count_groups(conversation.turns[-1:], levels)
     hosts = conversation.host_masks
-    return dataclasses.replace(conversation, masks=conversation.masks[start:], host_masks=None if hosts is None else hosts[start:])
+    return dataclasses.replace(
+        conversation,
+        masks=conversation.masks[start:],
+        host_masks=None if hosts is None else hosts[start:],
+    )
 
 
 def _check_policy(on_too_long: str) -> None:

@@ -1,6 +1,8 @@
-"""Pictures for people: masks laid over an image, texts that fit; shared by the check of data sets and the sheets of an evaluation.
+"""Pictures for people: masks laid over an image, texts that fit; shared by the check of data sets
+and the sheets of an evaluation.
 
-Images are uint8 (H, W, 3) RGB, masks bool (H, W) in the same frame, colours (red, green, blue) in 0-255.
+Images are uint8 (H, W, 3) RGB, masks bool (H, W) in the same frame, colours (red, green, blue) in
+0-255.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Told apart by people with any kind of colour vision; coarse to fine, the last one for the answer itself.
+# Told apart by people with any kind of colour vision; coarse to fine, the last one for the answer
+# itself.
 COARSE_COLOURS = ((60, 170, 240), (240, 200, 40), (170, 110, 230))
 FINAL_COLOUR = (240, 50, 110)
 TRUTH_COLOUR = (20, 190, 100)
@@ -31,11 +34,19 @@ def level_colour(level: int, levels: int) -> tuple[int, int, int]:
     return FINAL_COLOUR if level == levels - 1 else COARSE_COLOURS[level % len(COARSE_COLOURS)]
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], alpha: float = 0.45, contour: int = 2) -> np.ndarray:
-    """A copy of ``image`` with ``mask`` tinted, and outlined from outside so that the tint shows its exact pixels.
+def overlay(
+    image: np.ndarray,
+    mask: np.ndarray,
+    colour: tuple[int, int, int],
+    alpha: float = 0.45,
+    contour: int = 2,
+) -> np.ndarray:
+    """A copy of ``image`` with ``mask`` tinted, and outlined from outside so that the tint shows
+    its exact pixels.
 
-    ``alpha``: share of the colour in [0, 1]; ``contour``: pixels of the outline, 0 for none. A thin white line around
-    it keeps the outline visible on a ground of its own colour. Raises ValueError if image and mask differ in size.
+    ``alpha``: share of the colour in [0, 1]; ``contour``: pixels of the outline, 0 for none. A thin
+    white line around it keeps the outline visible on a ground of its own colour. Raises ValueError
+    if image and mask differ in size.
     """
     if image.shape[:2] != mask.shape:
         raise ValueError(f"overlay: image {image.shape[:2]} and mask {mask.shape} differ in size")
@@ -50,19 +61,25 @@ def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], a
 
 
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic and more, the same on every machine."""
+    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic and more, the same on every
+    machine."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 def printable(text: str) -> str:
     """``text`` in one line without control characters."""
-    kept = (" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    kept = (
+        " " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C"
+    )
     return " ".join("".join(kept).split())
 
 
-def wrap(text: str, face: ImageFont.FreeTypeFont, width: int, max_lines: int = MAX_LINES) -> list[str]:
-    """Lines of at most ``width`` pixels; a longer word is broken, a text of more lines ends with "…"."""
+def wrap(
+    text: str, face: ImageFont.FreeTypeFont, width: int, max_lines: int = MAX_LINES
+) -> list[str]:
+    """Lines of at most ``width`` pixels; a longer word is broken, a text of more lines ends with
+    "…"."""
     lines = [""]
     for word in printable(text).split():
         joined = f"{lines[-1]} {word}".strip()
@@ -89,12 +106,18 @@ def fit(array: np.ndarray, side: int) -> np.ndarray:
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     if array.dtype == bool:
-        return cv2.resize(array.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(bool)
+        return cv2.resize(array.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(
+            bool
+        )
     return cv2.resize(array, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
 def draw_lines(
-    draw: ImageDraw.ImageDraw, xy: tuple[int, int], lines: Sequence[str], face: ImageFont.FreeTypeFont, colour: tuple
+    draw: ImageDraw.ImageDraw,
+    xy: tuple[int, int],
+    lines: Sequence[str],
+    face: ImageFont.FreeTypeFont,
+    colour: tuple,
 ) -> int:
     """Draws text lines from the top left corner ``xy`` (x, y); returns the y below the last one."""
     x, y = xy
@@ -115,7 +138,7 @@ def save_png(picture: Image.Image, path: Path) -> None:
     partial.replace(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------- cards
+# -------------------------------------------------------------------------------------------- cards
 
 TARGET_COLOURS = ((240, 50, 110), (60, 140, 240), (240, 170, 30), (20, 190, 100), (150, 90, 220))
 
@@ -137,17 +160,25 @@ class Cell:
 
 
 def draw_card(cell: Cell, side: int) -> Image.Image:
-    """The image with its targets, each in a colour of its own, and the query underneath; ``side``: width in pixels."""
+    """The image with its targets, each in a colour of its own, and the query underneath; ``side``:
+    width in pixels."""
     picture = fit(cell.image, side)
     if cell.ignore is not None:
         picture = overlay(picture, fit(cell.ignore, side), IGNORE_COLOUR, alpha=0.7, contour=0)
     for number, mask in enumerate(cell.masks):
-        picture = overlay(picture, _never_empty(mask, fit(mask, side)), TARGET_COLOURS[number % len(TARGET_COLOURS)])
+        picture = overlay(
+            picture,
+            _never_empty(mask, fit(mask, side)),
+            TARGET_COLOURS[number % len(TARGET_COLOURS)],
+        )
     small, text = font(11), font(13)
     what = f"{len(cell.masks)} targets" if len(cell.masks) > 1 else ""
     what += " empty target" if len(cell.masks) and not cell.masks.any() else ""
     caption = "  ".join(part for part in (cell.name, what.strip()) if part)
-    query, note = wrap(cell.query, text, side, max_lines=5), wrap(cell.note, text, side, max_lines=2) if cell.note else []
+    query, note = (
+        wrap(cell.query, text, side, max_lines=5),
+        wrap(cell.note, text, side, max_lines=2) if cell.note else [],
+    )
     height = picture.shape[0] + GAP + round(13 * 1.35) * (len(query) + len(note)) + round(11 * 1.35)
     card = Image.new("RGB", (side, height), PAPER)
     card.paste(Image.fromarray(picture), ((side - picture.shape[1]) // 2, 0))
@@ -159,7 +190,8 @@ def draw_card(cell: Cell, side: int) -> Image.Image:
 
 
 def _never_empty(mask: np.ndarray, scaled: np.ndarray) -> np.ndarray:
-    """A target that is too small for the scaled picture is shown as one pixel, and outlined with it."""
+    """A target that is too small for the scaled picture is shown as one pixel, and outlined with
+    it."""
     if mask.any() and not scaled.any():
         y, x = np.argwhere(mask)[0]
         scaled = scaled.copy()
@@ -167,8 +199,11 @@ def _never_empty(mask: np.ndarray, scaled: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def card_sheet(cells: Sequence[Cell], path: str | Path, title: str, columns: int = 4, side: int = 256) -> Path:
-    """Writes a PNG with a title and the cells in rows of ``columns``. Returns the path. Raises ValueError without cells."""
+def card_sheet(
+    cells: Sequence[Cell], path: str | Path, title: str, columns: int = 4, side: int = 256
+) -> Path:
+    """Writes a PNG with a title and the cells in rows of ``columns``. Returns the path. Raises
+    ValueError without cells."""
     if not cells:
         raise ValueError(f"{path}: there is nothing to draw")
     path = Path(path)

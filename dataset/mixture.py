@@ -1,6 +1,7 @@
 """What the command line calls data sets: the training mixture and the evaluation sets.
 
-A training sample is a pure function of (seed, epoch, index); workers, ranks and restarts change nothing.
+A training sample is a pure function of (seed, epoch, index); workers, ranks and restarts change
+nothing.
 """
 
 from __future__ import annotations
@@ -34,19 +35,28 @@ def _names(text: str, flag: str) -> list[str]:
     return names
 
 
-def build_family(name: str, dataset_dir: str | Path, data: dict[str, str], options: LoaderOptions) -> list[Loader]:
-    """The loaders of one name of --dataset. ``data``: family -> the names inside it, joined by "||".
+def build_family(
+    name: str, dataset_dir: str | Path, data: dict[str, str], options: LoaderOptions
+) -> list[Loader]:
+    """The loaders of one name of --dataset. ``data``: family -> the names inside it, joined by
+    "||".
 
     Raises ValueError that lists the known names, DataError for missing or broken files.
     """
     if name not in KNOWN:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(KNOWN)}")
-    return [open_training(name, dataset_dir, part, options) for part in _names(data[name], f"--{name}_data")]
+    return [
+        open_training(name, dataset_dir, part, options)
+        for part in _names(data[name], f"--{name}_data")
+    ]
 
 
 def with_exemplars(sample: Sample, rng: np.random.Generator, count: int) -> Sample:
-    """The sample with ``count`` exemplars drawn by ``rng``; none repeats one of its own questions."""
-    queries = [question for conversation in sample.conversations for question, _ in conversation.turns]
+    """The sample with ``count`` exemplars drawn by ``rng``; none repeats one of its own
+    questions."""
+    queries = [
+        question for conversation in sample.conversations for question, _ in conversation.turns
+    ]
     sample.exemplars = exemplars.draw(rng, count, queries)
     return sample
 
@@ -79,17 +89,25 @@ class TrainMixture(Dataset):
         skip_list: str | Path = "",
         report: str | Path | None = None,
     ):
-        """``dataset``: names of KNOWN joined by "||", with one rate each in ``sample_rates``. ``explanatory``:
-        probability that a query with a known explanation asks for it. ``on_bad_sample``: "raise" stops at a file that
-        cannot be used, "skip" logs it and takes another one, the same in every run. ``exclude_val``: no source shows a
-        photo of COCO that the val and test splits of refCOCO, refCOCO+ and refCOCOg hold. ``skip_list``: file of items
-        that are left out (dataset/files/faults.py). ``report``: file to which skipped items are added. Raises ValueError or
-        DataError for whatever can be known now."""
+        """``dataset``: names of KNOWN joined by "||", with one rate each in ``sample_rates``.
+        ``explanatory``: probability that a query with a known explanation asks for it.
+        ``on_bad_sample``: "raise" stops at a file that cannot be used, "skip" logs it and takes
+        another one, the same in every run. ``exclude_val``: no source shows a photo of COCO that
+        the val and test splits of refCOCO, refCOCO+ and refCOCOg hold. ``skip_list``: file of items
+        that are left out (dataset/files/faults.py). ``report``: file to which skipped items are
+        added. Raises ValueError or DataError for whatever can be known now."""
         names = _names(dataset, "--dataset")
         rates = np.array(sample_rates, dtype=float)
-        if rates.shape != (len(names),) or not np.all(rates >= 0) or not 0 < sum(rates.tolist()) < float("inf"):
+        if (
+            rates.shape != (len(names),)
+            or not np.all(rates >= 0)
+            or not 0 < sum(rates.tolist()) < float("inf")
+        ):
             found = list(sample_rates)
-            raise ValueError(f"--sample_rates {found}: give {len(names)} numbers for {names}, finite, none negative, not all 0")
+            raise ValueError(
+                f"--sample_rates {found}: give {len(names)} numbers for {names}, finite, none"
+                " negative, not all 0"
+            )
         if samples_per_epoch < 1:
             raise ValueError(f"samples_per_epoch must be at least 1, got {samples_per_epoch}")
         if on_bad_sample not in ("raise", "skip"):
@@ -148,7 +166,10 @@ class TrainMixture(Dataset):
                     raise
                 self.bad_samples += 1
                 logger.warning("bad sample replaced: %s", error)
-        raise DataError(f"{MAX_REPLACEMENTS} draws in a row met unusable images (see any warnings above); repair the data set")
+        raise DataError(
+            f"{MAX_REPLACEMENTS} draws in a row met unusable images (see any warnings above);"
+            " repair the data set"
+        )
 
     def _draw(self, rng: np.random.Generator) -> Sample:
         family = self.families[int(rng.choice(len(self.families), p=self.rates))]
@@ -184,10 +205,11 @@ class EvalDataset(Dataset):
         seed: int = 0,
         texts: str = "first",
     ):
-        """``name``: "ReasonSeg|val", "ReasonSeg|testshort", "SynthReason|val" (a folder under reason_seg and its
-        split), "LLM-Seg40K|val", "refcoco|unc|testA", "coco|val2017", "own:parts|val", or a semantic set such as
-        "ade20k|validation". ``texts``: "first" scores the first wording of a query as published, "all" every one; the
-        referring sets score every sentence. Exemplars depend on (seed, index) only. Raises ValueError or DataError."""
+        """``name``: "ReasonSeg|val", "ReasonSeg|testshort", "SynthReason|val" (a folder under
+        reason_seg and its split), "LLM-Seg40K|val", "refcoco|unc|testA", "coco|val2017",
+        "own:parts|val", or a semantic set such as "ade20k|validation". ``texts``: "first" scores
+        the first wording of a query as published, "all" every one; the referring sets score every
+        sentence. Exemplars depend on (seed, index) only. Raises ValueError or DataError."""
         require_folder(dataset_dir, "the data")
         options = LoaderOptions(tuple(levels), training=False, texts=texts)
         self.loader: Loader = open_evaluation(dataset_dir, name, options)

@@ -1,9 +1,11 @@
-"""The proposals of an image: run-length encoded masks, a store on disk, and what a model gets of them.
+"""The proposals of an image: run-length encoded masks, a store on disk, and what a model gets of
+them.
 
     <store>/<settings and SAM>/<2 digits>/<hash of the pixels>.json      one small file per image, written in one step
 
-K proposals of one image · (h, w) the frame of the proposals: the original one, or smaller where the longer side was over the
-generator's limit · P side of the pooling weights, which lie over the padded square frame.
+K proposals of one image · (h, w) the frame of the proposals: the original one, or smaller where the
+longer side was over the generator's limit · P side of the pooling weights, which lie over the
+padded square frame.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from pycocotools import mask as rle
 from dataset.files.errors import DataError
 
 RANKINGS = ("area", "quality", "mixed")  # which proposals are kept
-RULES = ("iop", "similarity", "similarity+iop", "top5+iop", "verified")  # which of them are united into the answer
+# which of them are united into the answer
+RULES = ("iop", "similarity", "similarity+iop", "top5+iop", "verified")
 
 
 @dataclass
@@ -41,11 +44,14 @@ class Found:
     """Predicted IoU × stability, each 0…1."""
 
     def ranked(self, ranking: str, count: int) -> list[int]:
-        """Indices of the best ``count`` masks: "area" the largest (published), "quality" the surest, "mixed" both in turns."""
+        """Indices of the best ``count`` masks: "area" the largest (published), "quality" the
+        surest, "mixed" both in turns."""
         by_area = sorted(range(len(self.masks)), key=lambda i: (-self.areas[i], i))
         by_quality = sorted(range(len(self.masks)), key=lambda i: (-self.quality[i], i))
         if ranking == "mixed":
-            order = list(dict.fromkeys(i for pair in zip(by_area, by_quality, strict=True) for i in pair))
+            order = list(
+                dict.fromkeys(i for pair in zip(by_area, by_quality, strict=True) for i in pair)
+            )
         else:
             order = by_area if ranking == "area" else by_quality
         return order[:count]
@@ -60,7 +66,8 @@ class Proposals:
     masks: list[dict]
     """K × COCO run lengths, {"size", "counts"}."""
     weights: torch.Tensor
-    """float32 (K, P, P): the share of each cell of the padded square frame that a proposal covers (anti-aliased)."""
+    """float32 (K, P, P): the share of each cell of the padded square frame that a proposal covers
+    (anti-aliased)."""
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -84,11 +91,14 @@ def union(masks: list[dict], size: tuple[int, int]) -> np.ndarray:
     return rle.decode(rle.merge(masks)).astype(bool) if masks else np.zeros(size, dtype=bool)
 
 
-def overlaps(proposals: list[dict], targets: np.ndarray, ignore: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def overlaps(
+    proposals: list[dict], targets: np.ndarray, ignore: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """IoU and IoP (share of the proposal inside the target), float32 (T, K) each.
 
-    ``proposals``: K run lengths of the frame of ``targets`` bool (T, h, w); ``ignore`` bool (h, w): pixels that count nowhere.
-    Of two empty masks the IoU is 0, as nothing would be gained by choosing one.
+    ``proposals``: K run lengths of the frame of ``targets`` bool (T, h, w); ``ignore`` bool (h, w):
+    pixels that count nowhere. Of two empty masks the IoU is 0, as nothing would be gained by
+    choosing one.
     """
     if not proposals or not len(targets):
         return (np.zeros((len(targets), len(proposals)), dtype=np.float32),) * 2
@@ -98,7 +108,8 @@ def overlaps(proposals: list[dict], targets: np.ndarray, ignore: np.ndarray | No
         targets = targets & ~ignore
     truth = runs(targets)
     iou = rle.iou(proposals, truth, [0] * len(truth))
-    iop = rle.iou(proposals, truth, [1] * len(truth))  # "crowd": the intersection over the first argument's area
+    # "crowd": the intersection over the first argument's area
+    iop = rle.iou(proposals, truth, [1] * len(truth))
     return np.nan_to_num(iou.T).astype(np.float32), np.nan_to_num(iop.T).astype(np.float32)
 
 
@@ -118,7 +129,8 @@ class ProposalStore:
     """Reads and writes one file per image; keeps nothing in memory."""
 
     def __init__(self, folder: str | Path, settings: str):
-        """``settings``: the name of generator settings and weights (model/selecting/proposals.py, ``fingerprint``)."""
+        """``settings``: the name of generator settings and weights (model/selecting/proposals.py,
+        ``fingerprint``)."""
         self.folder = Path(folder) / settings
 
     def path(self, image: np.ndarray) -> Path:
@@ -140,10 +152,13 @@ class ProposalStore:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}: not a file of proposals ({error}); delete it and compute it again") from error
+            raise DataError(
+                f"{path}: not a file of proposals ({error}); delete it and compute it again"
+            ) from error
 
     def write(self, image: np.ndarray, found: Found) -> None:
-        """All or nothing: a killed process leaves no half file, and two that write the same image do not meet."""
+        """All or nothing: a killed process leaves no half file, and two that write the same image
+        do not meet."""
         path = self.path(image)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -162,23 +177,33 @@ class ProposalSource:
     """P."""
     store: ProposalStore | None = None
     generate: Callable[[np.ndarray], Found] | None = None
-    """Makes what the store lacks, and keeps it there. None in data loading processes, which have no network."""
+    """Makes what the store lacks, and keeps it there. None in data loading processes, which have no
+    network."""
 
     def none(self, image: np.ndarray) -> Proposals:
         """No proposals, for an image without targets."""
         return Proposals(image.shape[:2], [], torch.zeros((0, self.side, self.side)))
 
     def __call__(self, image: np.ndarray, name: str) -> Proposals:
-        """Proposals of uint8 (H, W, 3). ``name`` says in a DataError which image has none stored."""
+        """Proposals of uint8 (H, W, 3). ``name`` says in a DataError which image has none
+        stored."""
         found = self.store.read(image) if self.store is not None else None
         if found is None:
             if self.generate is None:
-                where = "no store is given (--proposals)" if self.store is None else f"{self.store.folder} has none"
+                where = (
+                    "no store is given (--proposals)"
+                    if self.store is None
+                    else f"{self.store.folder} has none"
+                )
                 raise DataError(
-                    f"{name}: no proposals, {where}; run python -m utils.precompute_proposals with the flags of this run first"
+                    f"{name}: no proposals, {where}; run python -m utils.precompute_proposals with"
+                    " the flags of this run first"
                 )
             found = self.generate(image)
             if self.store is not None:
                 self.store.write(image, found)
-        masks = [{"size": list(found.size), "counts": found.masks[i]} for i in found.ranked(self.ranking, self.count)]
+        masks = [
+            {"size": list(found.size), "counts": found.masks[i]}
+            for i in found.ranked(self.ranking, self.count)
+        ]
         return Proposals(found.size, masks, pooling_weights(masks, found.size, self.side))

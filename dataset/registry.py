@@ -1,7 +1,8 @@
-"""The one list of data sets: what each is called, which files it has, how it is opened. The command line and the check read it.
+"""The one list of data sets: what each is called, which files it has, how it is opened. The command
+line and the check read it.
 
-A new data set is one ``Entry``. Sets that a user names (folders under reason_seg and own, splits of COCO, files of LLaVA) are
-found on the disk by ``entries``.
+A new data set is one ``Entry``. Sets that a user names (folders under reason_seg and own, splits of
+COCO, files of LLaVA) are found on the disk by ``entries``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Entry:
     splits: Mapping[str, str]
     """What stands behind the "|" -> what {split} stands for in the file names."""
     files: tuple[str, ...]
-    """What belongs to it alone, below the data folder, with the official names; a folder ends with "/"."""
+    """What belongs to it alone, below the data folder, with the official names; a folder ends with
+    "/"."""
     open: Opener
     shared: tuple[str, ...] = ()
     """Files and folders that other data sets have, too: COCO's photos."""
@@ -66,7 +68,10 @@ class Entry:
 
     def expected(self, split: str, shared: bool = True) -> list[str]:
         """The files of a split, below the data folder."""
-        return [name.format(split=self.splits[split]) for name in (*self.files, *(self.shared if shared else ()))]
+        return [
+            name.format(split=self.splits[split])
+            for name in (*self.files, *(self.shared if shared else ()))
+        ]
 
     def missing(self, root: Path, split: str) -> list[str]:
         """Those that are not there; a folder must hold something."""
@@ -75,10 +80,15 @@ class Entry:
     def is_there(self, root: Path, split: str) -> bool:
         """Whether any file that belongs to this split, and to no other data set, is there."""
         names = [name for name in self.files if "{split}" in name] or self.files
-        return any(self._is_there(root, name.format(split=self.splits[split]), split) for name in names)
+        return any(
+            self._is_there(root, name.format(split=self.splits[split]), split) for name in names
+        )
 
     def _is_there(self, root: Path, name: str, split: str) -> bool:
-        other = {k.format(split=self.splits[split]): v.format(split=self.splits[split]) for k, v in self.alternatives.items()}
+        other = {
+            k.format(split=self.splits[split]): v.format(split=self.splits[split])
+            for k, v in self.alternatives.items()
+        }
         return _exists(root, name) or (name in other and _exists(root, other[name]))
 
 
@@ -91,8 +101,11 @@ def _same(*splits: str) -> dict[str, str]:
     return {split: split for split in splits}
 
 
-def semantic_loader(root: Path, name: str, options: LoaderOptions, split: str | None = None) -> Loader:
-    """The loader of a semantic set, from label maps or from parts; ``split`` defaults to its training split."""
+def semantic_loader(
+    root: Path, name: str, options: LoaderOptions, split: str | None = None
+) -> Loader:
+    """The loader of a semantic set, from label maps or from parts; ``split`` defaults to its
+    training split."""
     known = dict.fromkeys(FAMILIES, SemanticSegmentation) | dict.fromkeys(SOURCES, PartSegmentation)
     if name not in known:
         raise ValueError(f"unknown semantic data set {name!r}; known: {', '.join(known)}")
@@ -101,7 +114,9 @@ def semantic_loader(root: Path, name: str, options: LoaderOptions, split: str | 
 
 def reasoning_loader(root: Path, spec: str, options: LoaderOptions) -> Loader:
     """The loader of "name|split" for a folder under reason_seg."""
-    return (LlmSeg40K if spec.split("|")[0] == LLM_SEG40K else ReasoningSegmentation)(root, spec, options)
+    return (LlmSeg40K if spec.split("|")[0] == LLM_SEG40K else ReasoningSegmentation)(
+        root, spec, options
+    )
 
 
 def _semantic(name: str) -> Opener:
@@ -126,8 +141,19 @@ def _refer(name: str, **splits: tuple[str, ...]) -> Entry:
     references = "grefs({split}).json" if name == "grefcoco" else "refs({split}).p"
     files = (f"refer_seg/{name}/{references}", f"refer_seg/{name}/instances.json")
     shared = (f"refer_seg/{SETS[name].images}/",)
-    source = {"grefcoco": "gRefCOCO (GRES); COCO 2014", "refclef": "REFER (Licheng Yu); SAIAPR TC-12"}
-    return Entry(name, "refer_seg", divided, files, _referring(name), shared, source.get(name, "REFER (Licheng Yu); COCO 2014"))
+    source = {
+        "grefcoco": "gRefCOCO (GRES); COCO 2014",
+        "refclef": "REFER (Licheng Yu); SAIAPR TC-12",
+    }
+    return Entry(
+        name,
+        "refer_seg",
+        divided,
+        files,
+        _referring(name),
+        shared,
+        source.get(name, "REFER (Licheng Yu); COCO 2014"),
+    )
 
 
 OFFICIAL: tuple[Entry, ...] = (
@@ -152,7 +178,11 @@ OFFICIAL: tuple[Entry, ...] = (
         "mapillary",
         "sem_seg",
         _same("training", "validation"),
-        ("mapillary/{split}/images/", "mapillary/{split}/v2.0/labels/", "mapillary/config_v2.0.json"),
+        (
+            "mapillary/{split}/images/",
+            "mapillary/{split}/v2.0/labels/",
+            "mapillary/config_v2.0.json",
+        ),
         _semantic("mapillary"),
         source="Mapillary Vistas 2.0",
     ),
@@ -199,7 +229,11 @@ OFFICIAL: tuple[Entry, ...] = (
         shared=("coco/{split}/",),
         source="COCO 2017",
     ),
-    _refer("refclef", unc=("train", "val", "testA", "testB", "testC"), berkeley=("train", "val", "test")),
+    _refer(
+        "refclef",
+        unc=("train", "val", "testA", "testB", "testC"),
+        berkeley=("train", "val", "test"),
+    ),
     _refer("refcoco", unc=("train", "val", "testA", "testB"), google=("train", "val", "test")),
     _refer("refcoco+", unc=("train", "val", "testA", "testB")),
     _refer("refcocog", umd=("train", "val", "test"), google=("train", "val")),
@@ -249,7 +283,11 @@ def entries(root: str | Path) -> list[Entry]:
 
 
 def _folders(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")) if path.is_dir() else []
+    return (
+        sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if path.is_dir()
+        else []
+    )
 
 
 def _reasoning_sets(root: Path) -> list[Entry]:
@@ -257,7 +295,15 @@ def _reasoning_sets(root: Path) -> list[Entry]:
     found = []
     for name in sorted(set(_folders(base)) - {entry.name for entry in OFFICIAL}):
         splits = [split for split in _folders(base / name) if split != "explanatory"]
-        found.append(Entry(name, "reason_seg", _same(*splits), (f"reason_seg/{name}/{{split}}/",), _reasoning(name)))
+        found.append(
+            Entry(
+                name,
+                "reason_seg",
+                _same(*splits),
+                (f"reason_seg/{name}/{{split}}/",),
+                _reasoning(name),
+            )
+        )
     return found
 
 
@@ -265,15 +311,22 @@ def _coco_files(root: Path) -> list[Entry]:
     """Splits that the user has put under COCO's and LLaVA's folders."""
     known = {split for entry in OFFICIAL if entry.name in ("coco", "vqa") for split in entry.splits}
     found = []
-    for kind, pattern in (("coco", "coco/annotations/instances_{split}.json"), ("vqa", "llava_dataset/{split}.json")):
+    for kind, pattern in (
+        ("coco", "coco/annotations/instances_{split}.json"),
+        ("vqa", "llava_dataset/{split}.json"),
+    ):
         official = next(entry for entry in OFFICIAL if entry.name == kind)
         place = Path(pattern)
         prefix = place.name.split("{")[0]
-        files = list_files(root / place.parent, (".json",)) if (root / place.parent).is_dir() else []
+        files = (
+            list_files(root / place.parent, (".json",)) if (root / place.parent).is_dir() else []
+        )
         splits = [path.stem[len(prefix) :] for path in files if path.name.startswith(prefix)]
         splits = [split for split in splits if split not in known]
         if splits:
-            found.append(Entry(kind, kind, _same(*splits), (pattern,), official.open, official.shared))
+            found.append(
+                Entry(kind, kind, _same(*splits), (pattern,), official.open, official.shared)
+            )
     return found
 
 
@@ -283,28 +336,41 @@ def _own_sets(root: Path) -> list[Entry]:
         try:
             sources = find_sources(root / OWN, name)
         except DataError:  # opening it says the same again, where one set does not hide the others
-            found.append(Entry(f"{OWN}:{name}", OWN, _same(EVERYTHING), (f"{OWN}/{name}/",), _own(name)))
+            found.append(
+                Entry(f"{OWN}:{name}", OWN, _same(EVERYTHING), (f"{OWN}/{name}/",), _own(name))
+            )
             continue
         splits = [EVERYTHING] if "" in sources else list(sources)
-        place = next(iter(sources.values())).relative_to(root).as_posix() if "" in sources else f"{OWN}/{name}/"
+        place = (
+            next(iter(sources.values())).relative_to(root).as_posix()
+            if "" in sources
+            else f"{OWN}/{name}/"
+        )
         files = (place + "/" if (root / place).is_dir() and not place.endswith("/") else place,)
         found.append(Entry(f"{OWN}:{name}", OWN, _same(*splits), files, _own(name)))
     return found
 
 
-def open_training(family: str, dataset_dir: str | Path, name: str, options: LoaderOptions) -> Loader:
-    """The loader of one name of --<family>_data. Raises ValueError that lists the known families, DataError for its files."""
+def open_training(
+    family: str, dataset_dir: str | Path, name: str, options: LoaderOptions
+) -> Loader:
+    """The loader of one name of --<family>_data. Raises ValueError that lists the known families,
+    DataError for its files."""
     if family not in TRAINING:
         raise ValueError(f"unknown data set {family!r}; known: {', '.join(TRAINING)}")
     return TRAINING[family](Path(dataset_dir), name, options)
 
 
 def open_evaluation(dataset_dir: str | Path, name: str, options: LoaderOptions) -> Loader:
-    """The loader of --val_dataset. Raises ValueError for a name without split, DataError for its files."""
+    """The loader of --val_dataset. Raises ValueError for a name without split, DataError for its
+    files."""
     root = Path(dataset_dir)
     dataset, _, split = name.partition("|")
     if not split:
-        raise ValueError(f'--val_dataset {name!r} names no split; write it as "ReasonSeg|val", "coco|val2017" or "own:parts|val"')
+        raise ValueError(
+            f'--val_dataset {name!r} names no split; write it as "ReasonSeg|val", "coco|val2017" or'
+            ' "own:parts|val"'
+        )
     if dataset.startswith(f"{OWN}:"):
         return OwnData(root, name.removeprefix(f"{OWN}:"), options)
     known = {entry.name: entry for entry in OFFICIAL}

@@ -1,7 +1,7 @@
 """Samples, batches and the step between them.
 
-B images in a batch · N conversations · L tokens · K targets of one conversation · H, W the image in the original
-frame · S the side of SAM's padded input.
+B images in a batch · N conversations · L tokens · K targets of one conversation · H, W the image in
+the original frame · S the side of SAM's padded input.
 """
 
 from __future__ import annotations
@@ -43,15 +43,18 @@ class LoaderOptions:
     levels: tuple[str, ...]
     """Names of the answer tokens, coarse to fine."""
     training: bool = True
-    """True: wordings and conversations are drawn; False: canonical wordings, every conversation of an image."""
+    """True: wordings and conversations are drawn; False: canonical wordings, every conversation of
+    an image."""
     num_classes_per_sample: int = 3
     """Most conversations drawn per image in training."""
     explanatory: float = 0.0
     """Probability that a training query with an explanation asks for it; 0 or less never does."""
     texts: str = "first"
-    """Outside training, "first" asks the first wording of a query (the published protocol), "all" asks every one."""
+    """Outside training, "first" asks the first wording of a query (the published protocol), "all"
+    asks every one."""
     skip_missing: bool = False
-    """True: entries whose image file is missing are left out with a warning; False: they are an error."""
+    """True: entries whose image file is missing are left out with a warning; False: they are an
+    error."""
     faults: Faults = field(default_factory=Faults)
     """What to do about bad items, and which ones to leave out unseen."""
     excluded_coco: frozenset[int] = frozenset()
@@ -59,9 +62,13 @@ class LoaderOptions:
 
     def __post_init__(self):
         if not self.levels or len(set(self.levels)) != len(self.levels):
-            raise ValueError(f'levels must be different names such as ["LOC", "SEG"], got {list(self.levels)}')
+            raise ValueError(
+                f'levels must be different names such as ["LOC", "SEG"], got {list(self.levels)}'
+            )
         if self.num_classes_per_sample < 1:
-            raise ValueError(f"num_classes_per_sample must be at least 1, got {self.num_classes_per_sample}")
+            raise ValueError(
+                f"num_classes_per_sample must be at least 1, got {self.num_classes_per_sample}"
+            )
         if self.texts not in ("first", "all"):
             raise ValueError(f'texts must be "first" or "all", got {self.texts!r}')
 
@@ -70,9 +77,20 @@ class LoaderOptions:
         return rng if self.training else None
 
 
-def draw_queries(wordings: Sequence[Sequence[str]], count: int, rng: np.random.Generator) -> list[tuple[int, str]]:
-    """Up to ``count`` pairs (index of a query, one of its wordings): every query once before any is asked again in other words."""
-    shuffled = [(int(number), rng.permutation(wordings[number])) for number in rng.permutation(len(wordings))]
+def draw_queries(
+    wordings: Sequence[Sequence[str]], count: int, rng: np.random.Generator
+) -> list[tuple[int, str]]:
+    """Up to ``count`` pairs (index of a query, one of its wordings): every query once before any is
+    asked again in other words."""
+    shuffled = [
+        (int(number), rng.permutation(wordings[number]))
+        for number in rng.permutation(len(wordings))
+    ]
     rounds = range(max(len(texts) for _, texts in shuffled))
-    pairs = [(number, str(texts[turn])) for turn in rounds for number, texts in shuffled if turn < len(texts)]
+    pairs = [
+        (number, str(texts[turn]))
+        for turn in rounds
+        for number, texts in shuffled
+        if turn < len(texts)
+    ]
     return pairs[:count]

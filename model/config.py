@@ -1,4 +1,5 @@
-"""The configuration of a reasoning segmentation model. A method or an ablation is a value here, never another file."""
+"""The configuration of a reasoning segmentation model. A method or an ablation is a value here,
+never another file."""
 
 from __future__ import annotations
 
@@ -15,16 +16,18 @@ class RefinerConfig:
     """The token refiner: ĥᵗ = h + CA(h, prototypes of the previous mask)."""
 
     kind: str = "attention"
-    """"attention"; "attention+norm": h + LayerNorm(h + CA), the released code; "none" to prompt with h itself."""
+    """"attention"; "attention+norm": h + LayerNorm(h + CA), the released code; "none" to prompt
+    with h itself."""
     prototypes: str = "foreground"
-    """"foreground": one masked average, the paper's (attention over one key cannot depend on the query: it adds a
-    linear map of the prototype); "foreground+background": a second average over the rest; "regions": foreground
-    averages over a coarse grid."""
+    """"foreground": one masked average, the paper's (attention over one key cannot depend on the
+    query: it adds a linear map of the prototype); "foreground+background": a second average over
+    the rest; "regions": foreground averages over a coarse grid."""
     region_grid: int = 4
     """Regions per side, for "regions"."""
     pooling: str = "soft"
-    """"soft": sigmoid weights, which let the gradient through to the earlier level; "hard": logits > 0; "released": hard,
-    over the padding too and with the mask's area rounded to bfloat16, as the released code does."""
+    """"soft": sigmoid weights, which let the gradient through to the earlier level; "hard": logits
+    > 0; "released": hard, over the padding too and with the mask's area rounded to bfloat16, as the
+    released code does."""
     heads: int = 8
     """Attention heads; must divide SAM's prompt width."""
 
@@ -36,29 +39,35 @@ class RefinerConfig:
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"refiner.{name} is {getattr(self, name)!r}; choose one of {', '.join(values)}")
+                raise ValueError(
+                    f"refiner.{name} is {getattr(self, name)!r}; choose one of {', '.join(values)}"
+                )
         for name in ("region_grid", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"refiner.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 class CoresConfig(PretrainedConfig):
-    """Everything that ``from_pretrained`` needs to rebuild a model. Raises ValueError for contradictions.
+    """Everything that ``from_pretrained`` needs to rebuild a model. Raises ValueError for
+    contradictions.
 
-    llava: the backbone's LlavaConfig. sam: fields of SamDims. levels: the chain of segmenting, ``["SEG"]`` is LISA,
-    ``["LOC", "SEG"]`` CoReS. level_token_ids: vocabulary id of each level's token. refiner: fields of RefinerConfig;
-    None: the paper's, or none where there is one level, whose mask has no predecessor. text_projection_norm: None is
-    LISA's plain projection; a number adds a LayerNorm whose output has about that norm, so that a small SAM hears the
-    token (its own prompt embeddings have such norms, a fresh projection has about 1).
+    llava: the backbone's LlavaConfig. sam: fields of SamDims. levels: the chain of segmenting,
+    ``["SEG"]`` is LISA, ``["LOC", "SEG"]`` CoReS. level_token_ids: vocabulary id of each level's
+    token. refiner: fields of RefinerConfig; None: the paper's, or none where there is one level,
+    whose mask has no predecessor. text_projection_norm: None is LISA's plain projection; a number
+    adds a LayerNorm whose output has about that norm, so that a small SAM hears the token (its own
+    prompt embeddings have such norms, a fresh projection has about 1).
 
-    Loss = text_weight · CE + mask_weight · (bce_weight · BCE + dice_weight · DICE) + pointing_weight · pointing, where
-    the mask terms are summed over levels with level_loss_weights (None: only the last level, 1). Earlier levels are
-    supervised with host masks, where the data have them. bce_balance, pointing_weight: see model/losses.py; off in the
-    paper. pointing_host also points the earlier tokens at the host. ignore_in_loss: leave ignored pixels out of the
-    loss (the published code trains them as background). decode_chunk: most targets in one decoder call, None for no
-    limit. selector: None: SAM's decoder makes the masks; fields of SelectorConfig: LLM-Seg, which selects among SAM's proposals,
-    has one level and uses none of the other mask losses (model/selecting/selector.py). With ``chain`` in it, both: the chain's last mask is
-    one of the proposals, and the loss is that of both.
+    Loss = text_weight · CE + mask_weight · (bce_weight · BCE + dice_weight · DICE) +
+    pointing_weight · pointing, where the mask terms are summed over levels with level_loss_weights
+    (None: only the last level, 1). Earlier levels are supervised with host masks, where the data
+    have them. bce_balance, pointing_weight: see model/losses.py; off in the paper. pointing_host
+    also points the earlier tokens at the host. ignore_in_loss: leave ignored pixels out of the loss
+    (the published code trains them as background). decode_chunk: most targets in one decoder call,
+    None for no limit. selector: None: SAM's decoder makes the masks; fields of SelectorConfig:
+    LLM-Seg, which selects among SAM's proposals, has one level and uses none of the other mask
+    losses (model/selecting/selector.py). With ``chain`` in it, both: the chain's last mask is one
+    of the proposals, and the loss is that of both.
     """
 
     model_type = "cores"
@@ -96,7 +105,9 @@ class CoresConfig(PretrainedConfig):
         self.text_weight, self.mask_weight = text_weight, mask_weight
         self.bce_weight, self.dice_weight = bce_weight, dice_weight
         only_last = [0.0] * (len(self.levels) - 1) + [1.0]
-        self.level_loss_weights = list(level_loss_weights) if level_loss_weights is not None else only_last
+        self.level_loss_weights = (
+            list(level_loss_weights) if level_loss_weights is not None else only_last
+        )
         self.bce_balance = bce_balance
         self.pointing_weight, self.pointing_host = pointing_weight, pointing_host
         self.ignore_in_loss = ignore_in_loss
@@ -107,7 +118,9 @@ class CoresConfig(PretrainedConfig):
         if decode_chunk is not None and decode_chunk < 1:
             raise ValueError(f"decode_chunk is {decode_chunk}; give a positive number or none")
         if text_projection_norm is not None and text_projection_norm <= 0:
-            raise ValueError(f"text_projection_norm is {text_projection_norm}; give a positive number or none")
+            raise ValueError(
+                f"text_projection_norm is {text_projection_norm}; give a positive number or none"
+            )
         super().__init__(**kwargs)
         self.tie_word_embeddings = bool(getattr(self.llava, "tie_word_embeddings", False))
 
@@ -121,23 +134,28 @@ class CoresConfig(PretrainedConfig):
     def _check_levels(self) -> None:
         count = len(self.levels)
         if not self.levels or len(set(self.levels)) != count:
-            raise ValueError(f"levels is {self.levels}; give one or more different names, such as LOC,SEG")
+            raise ValueError(
+                f"levels is {self.levels}; give one or more different names, such as LOC,SEG"
+            )
         for name in ("level_token_ids", "level_loss_weights"):
             values = getattr(self, name)
             if values is not None and len(values) != count:
-                raise ValueError(f"{name} has {len(values)} values for {count} levels, {','.join(self.levels)}")
+                raise ValueError(
+                    f"{name} has {len(values)} values for {count} levels, {','.join(self.levels)}"
+                )
         if self.refiner["kind"] != "none":
             if count == 1:
                 raise ValueError(
-                    f"refiner attends to the mask of the level before, but {self.levels[0]} is the only level; "
-                    'set its kind to "none"'
+                    f"refiner attends to the mask of the level before, but {self.levels[0]} is the"
+                    ' only level; set its kind to "none"'
                 )
             heads, width = self.refiner["heads"], self.sam["prompt_dim"]
             if width % heads:
                 raise ValueError(f"refiner.heads {heads} does not divide SAM's prompt_dim {width}")
         if not self.decodes and count != 1:
             raise ValueError(
-                f"a selector without a chain takes one token, but levels is {','.join(self.levels)}; use SEG alone or set its chain"
+                "a selector without a chain takes one token, but levels is"
+                f" {','.join(self.levels)}; use SEG alone or set its chain"
             )
 
     def _check_losses(self) -> None:
@@ -145,9 +163,14 @@ class CoresConfig(PretrainedConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if min(self.level_loss_weights) < 0 or self.level_loss_weights[-1] == 0:
-            raise ValueError(f"level_loss_weights is {self.level_loss_weights}; none may be negative, the last must be above 0")
+            raise ValueError(
+                f"level_loss_weights is {self.level_loss_weights}; none may be negative, the last"
+                " must be above 0"
+            )
         if self.pointing_host and (not self.pointing_weight or len(self.levels) == 1):
-            raise ValueError("pointing_host needs a pointing_weight above 0 and a level before the last")
+            raise ValueError(
+                "pointing_host needs a pointing_weight above 0 and a level before the last"
+            )
 
     @property
     def sam_dims(self) -> SamDims:
@@ -159,7 +182,8 @@ class CoresConfig(PretrainedConfig):
 
     @property
     def decodes(self) -> bool:
-        """Whether SAM's decoder makes masks, and so is trained: always, but for a selector that has nothing else."""
+        """Whether SAM's decoder makes masks, and so is trained: always, but for a selector that has
+        nothing else."""
         return self.selector is None or self.selector["chain"]
 
     @property
@@ -172,7 +196,8 @@ AutoConfig.register("cores", CoresConfig)
 
 @dataclass(frozen=True)
 class SamDims:
-    """Sizes of a SAM; the defaults are ViT-B's. Grid and low-res sides follow from image and patch size."""
+    """Sizes of a SAM; the defaults are ViT-B's. Grid and low-res sides follow from image and patch
+    size."""
 
     image_size: int = 1024
     patch_size: int = 16
@@ -189,13 +214,22 @@ class SamDims:
     iou_head_hidden_dim: int = 256
 
     def __post_init__(self):
-        object.__setattr__(self, "global_attn_indexes", tuple(self.global_attn_indexes))  # JSON gives lists
+        # JSON gives lists
+        object.__setattr__(self, "global_attn_indexes", tuple(self.global_attn_indexes))
         if self.image_size % self.patch_size:
-            raise ValueError(f"sam: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"sam: image_size {self.image_size} is not a multiple of patch_size"
+                f" {self.patch_size}"
+            )
         if self.embed_dim % self.num_heads or self.prompt_dim % self.decoder_heads:
-            raise ValueError("sam: embed_dim must be divisible by num_heads, and prompt_dim by decoder_heads")
-        if self.mask_in_chans % 4 or self.mask_in_chans < 8:  # a norm over a quarter of them: one channel would be 0
-            raise ValueError(f"sam: mask_in_chans {self.mask_in_chans} must be a multiple of 4 and at least 8")
+            raise ValueError(
+                "sam: embed_dim must be divisible by num_heads, and prompt_dim by decoder_heads"
+            )
+        # a norm over a quarter of them: one channel would be 0
+        if self.mask_in_chans % 4 or self.mask_in_chans < 8:
+            raise ValueError(
+                f"sam: mask_in_chans {self.mask_in_chans} must be a multiple of 4 and at least 8"
+            )
 
     @property
     def grid(self) -> int:
@@ -209,10 +243,12 @@ class SamDims:
 
 @dataclass(frozen=True)
 class SelectorConfig:
-    """Everything of the selecting branch that is not in the weights; defaults are the published ones."""
+    """Everything of the selecting branch that is not in the weights; defaults are the published
+    ones."""
 
     features: str = "dinov2"
-    """"dinov2": a frozen DINOv2 of its own; "sam": the embedding of the SAM that proposed, for nothing extra."""
+    """"dinov2": a frozen DINOv2 of its own; "sam": the embedding of the SAM that proposed, for
+    nothing extra."""
     dinov2: dict | None = None
     """Fields of Dinov2Config; ``from_backbones`` reads them off the backbone."""
     feature_size: int = 896
@@ -233,29 +269,50 @@ class SelectorConfig:
     similarity_weight: float = 1.0
     iop_weight: float = 1.0
     rule: str = "iop"
-    """What is united: "iop": IoP above the threshold; "similarity": the most similar alone; "similarity+iop": both of these;
-    "top5+iop": those of the five most similar whose IoP is above the threshold; "verified", with a chain only: its mask, unless
-    the IoP of some proposal is higher, then "iop" without it."""
+    """What is united: "iop": IoP above the threshold; "similarity": the most similar alone;
+    "similarity+iop": both of these; "top5+iop": those of the five most similar whose IoP is above
+    the threshold; "verified", with a chain only: its mask, unless the IoP of some proposal is
+    higher, then "iop" without it."""
     threshold: float = 0.5
     ranking: str = "area"
     """Which proposals are kept: see ``dataset.proposals.Found.ranked``."""
     count: int = 50
     """How many."""
     chain: bool = False
-    """CoReS's chain proposes, too: SAM's decoder is trained as it is there, and the last mask of a target becomes one more of its
-    proposals. False (published): the decoder makes no masks, and there is one token."""
+    """CoReS's chain proposes, too: SAM's decoder is trained as it is there, and the last mask of a
+    target becomes one more of its proposals. False (published): the decoder makes no masks, and
+    there is one token."""
     proposals: dict = field(default_factory=dict)
     """Fields of ProposalConfig."""
 
     def __post_init__(self):
-        for name, allowed in (("features", ("dinov2", "sam")), ("rule", RULES), ("ranking", RANKINGS)):
+        for name, allowed in (
+            ("features", ("dinov2", "sam")),
+            ("rule", RULES),
+            ("ranking", RANKINGS),
+        ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"selector.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        for name in ("feature_size", "pool_size", "blocks", "heads", "mlp_dim", "iou_hidden", "iop_hidden", "count"):
+                raise ValueError(
+                    f"selector.{name} is {getattr(self, name)!r}; choose one of"
+                    f" {', '.join(allowed)}"
+                )
+        for name in (
+            "feature_size",
+            "pool_size",
+            "blocks",
+            "heads",
+            "mlp_dim",
+            "iou_hidden",
+            "iop_hidden",
+            "count",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"selector.{name} is {getattr(self, name)}; it must be at least 1")
         if self.rule == "verified" and not self.chain:
-            raise ValueError("selector.rule is 'verified', but there is no chain whose mask it verifies; choose another rule")
+            raise ValueError(
+                "selector.rule is 'verified', but there is no chain whose mask it verifies; choose"
+                " another rule"
+            )
         if self.temperature <= 0:
             raise ValueError(f"selector.temperature is {self.temperature}; it must be above 0")
         ProposalConfig(**self.proposals)
@@ -276,12 +333,17 @@ class ProposalConfig:
     long_side: int = 1024
     """Larger images are made smaller first: the longer side in pixels."""
     multimask: bool = True
-    """Three masks per point (SAM's ambiguity tokens); False: the single-mask token, for a SAM that was trained with it only."""
+    """Three masks per point (SAM's ambiguity tokens); False: the single-mask token, for a SAM that
+    was trained with it only."""
 
     def __post_init__(self):
         for name in ("points_per_side", "long_side"):
             if getattr(self, name) < 1:
-                raise ValueError(f"proposals.{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(
+                    f"proposals.{name} is {getattr(self, name)}; it must be at least 1"
+                )
         for name in ("predicted_iou", "stability", "nms"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"proposals.{name} is {getattr(self, name)}; it must be between 0 and 1")
+                raise ValueError(
+                    f"proposals.{name} is {getattr(self, name)}; it must be between 0 and 1"
+                )

@@ -1,4 +1,5 @@
-"""Writing a model in LISA's own layout (model/checkpoints/published.py), so that the tools made for LISA read it."""
+"""Writing a model in LISA's own layout (model/checkpoints/published.py), so that the tools made for
+LISA read it."""
 
 from __future__ import annotations
 
@@ -18,26 +19,40 @@ from model.reasoning.lora import has_lora
 CLIP_FOLDER = "clip"
 
 
-def save_published(model: CoresForReasoningSegmentation, processor: CoresProcessor, folder: str | Path) -> None:
-    """Writes config.json, safetensors in shards, the tokenizer, and CLIP with its image transform beside them.
+def save_published(
+    model: CoresForReasoningSegmentation, processor: CoresProcessor, folder: str | Path
+) -> None:
+    """Writes config.json, safetensors in shards, the tokenizer, and CLIP with its image transform
+    beside them.
 
-    The weights keep their bits; ``from_pretrained`` of this program reads the folder, too. Raises ValueError for a model
-    that the layout has no place for: adapters apart, quantised weights, a selector, a refiner or a projection that LISA lacks.
+    The weights keep their bits; ``from_pretrained`` of this program reads the folder, too. Raises
+    ValueError for a model that the layout has no place for: adapters apart, quantised weights, a
+    selector, a refiner or a projection that LISA lacks.
     """
     refuse_unpublishable(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     linear = published.is_linear_config(model.config.llava)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(published.TOWER)}
-    named: dict[str, Tensor] = {published.their_name(name, linear): tensor.contiguous() for name, tensor in weights.items()}
+    weights = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(published.TOWER)
+    }
+    named: dict[str, Tensor] = {
+        published.their_name(name, linear): tensor.contiguous() for name, tensor in weights.items()
+    }
     save_torch_state_dict(named, folder, metadata={"format": "pt"})
     tower: CLIPVisionModel = model.reasoning.llava.model.vision_tower
     tower.save_pretrained(folder / CLIP_FOLDER)
     processor.image_processor.save_pretrained(folder / CLIP_FOLDER)
     architecture = "LISAForCausalLM" if len(model.config.levels) == 1 else "CORESForCausalLM"
-    config = published.their_config(model.config, architecture, CLIP_FOLDER, processor.image_marks is not None)
+    config = published.their_config(
+        model.config, architecture, CLIP_FOLDER, processor.image_marks is not None
+    )
     dtype = str(model.dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=1) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(config | {"torch_dtype": dtype}, indent=1) + "\n"
+    )
     processor.save_pretrained(folder)
     added = {token: index for token, index in processor.tokenizer.get_added_vocab().items()}
     (folder / "added_tokens.json").write_text(json.dumps(added, indent=1) + "\n")
@@ -52,8 +67,17 @@ def refuse_unpublishable(model: CoresForReasoningSegmentation) -> None:
     if bits := quantized_bits(model):
         raise ValueError(f"the model is held in {bits} bits; load it in full precision to save it")
     if config.selector is not None:
-        raise ValueError("LISA's layout has no place for a selector, which this model has; keep it in its own layout (cores)")
+        raise ValueError(
+            "LISA's layout has no place for a selector, which this model has; keep it in its own"
+            " layout (cores)"
+        )
     if config.text_projection_norm is not None:
-        raise ValueError("LISA's layout has no norm behind the text projection (text_projection_norm); this model has one")
+        raise ValueError(
+            "LISA's layout has no norm behind the text projection (text_projection_norm); this"
+            " model has one"
+        )
     if config.refiner["kind"] == "attention":
-        raise ValueError('LISA\'s layout has a refiner of the kind "attention+norm" only; this model has "attention"')
+        raise ValueError(
+            'LISA\'s layout has a refiner of the kind "attention+norm" only; this model has'
+            ' "attention"'
+        )

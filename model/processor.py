@@ -1,4 +1,5 @@
-"""What belongs to a model between files and tensors: tokenizer, CLIP's and SAM's image transforms, prompt format."""
+"""What belongs to a model between files and tensors: tokenizer, CLIP's and SAM's image transforms,
+prompt format."""
 
 from __future__ import annotations
 
@@ -23,9 +24,16 @@ from model.segmenting.frames import preprocess, resized_size
 
 FILE = "cores_processor.json"
 FIELDS = (
-    "image_size", "image_token_count", "levels", "template", "exemplar_count", "image_token", "system", "image_marks",
+    "image_size",
+    "image_token_count",
+    "levels",
+    "template",
+    "exemplar_count",
+    "image_token",
+    "system",
+    "image_marks",
     "strip_at_tokens",
-)  # fmt: skip
+)
 
 
 class CoresProcessor(PushToHubMixin):
@@ -60,16 +68,24 @@ class CoresProcessor(PushToHubMixin):
         self.image_marks = tuple(image_marks) if image_marks else None
         self.strip_at_tokens = strip_at_tokens
         self.sam_cache = None
-        """Where embeddings of SAM are looked up: ``key(image) -> str`` and ``load(key) -> (C, G, G) or None``."""
+        """Where embeddings of SAM are looked up: ``key(image) -> str`` and ``load(key) -> (C, G, G)
+        or None``."""
         self.proposals = None
-        """A dataset.proposals.ProposalSource for a model that selects (``model.proposal_source``); not saved."""
+        """A dataset.proposals.ProposalSource for a model that selects (``model.proposal_source``);
+        not saved."""
 
     @property
     def conversation(self) -> ConversationTemplate:
-        """The template with what belongs to this checkpoint: system text, marks around the image, white space."""
+        """The template with what belongs to this checkpoint: system text, marks around the image,
+        white space."""
         template = get_template(self.template)
         system = template.system if self.system is None else self.system
-        return replace(template, system=system, image_marks=self.image_marks, strip_at_tokens=self.strip_at_tokens)
+        return replace(
+            template,
+            system=system,
+            image_marks=self.image_marks,
+            strip_at_tokens=self.strip_at_tokens,
+        )
 
     @property
     def image_token_id(self) -> int:
@@ -77,11 +93,14 @@ class CoresProcessor(PushToHubMixin):
 
     def clip(self, image: np.ndarray) -> Tensor:
         """uint8 (H, W, 3) RGB -> float (3, h, w), CLIP's input."""
-        out = self.image_processor(images=image, return_tensors="pt", input_data_format="channels_last")
+        out = self.image_processor(
+            images=image, return_tensors="pt", input_data_format="channels_last"
+        )
         return out["pixel_values"][0]
 
     def sam(self, image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
-        """uint8 (H, W, 3) RGB -> float (3, S, S) padded, and the (height, width) of the image inside."""
+        """uint8 (H, W, 3) RGB -> float (3, S, S) padded, and the (height, width) of the image
+        inside."""
         return preprocess(image, self.image_size)
 
     def sam_size(self, image: np.ndarray) -> tuple[int, int]:
@@ -89,7 +108,8 @@ class CoresProcessor(PushToHubMixin):
         return resized_size(*image.shape[:2], self.image_size)
 
     def save_pretrained(self, folder: str | Path, **unused: Any) -> None:
-        """Writes cores_processor.json, the tokenizer with its chat template, and preprocessor_config.json.
+        """Writes cores_processor.json, the tokenizer with its chat template, and
+        preprocessor_config.json.
 
         ``unused``: what transformers' ``push_to_hub`` says about shards.
         """
@@ -106,35 +126,51 @@ class CoresProcessor(PushToHubMixin):
         if self.strip_at_tokens:
             tokens += [self.image_token, *(self.image_marks or ())]
         space_first = set_spaces(self.tokenizer, self.strip_at_tokens, tokens)
-        self.tokenizer.chat_template = self.conversation.chat_template(self.image_token, space_first)
+        self.tokenizer.chat_template = self.conversation.chat_template(
+            self.image_token, space_first
+        )
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, template: str = "llava_v1", vision_tower: str | None = None, **unused: Any
+        cls,
+        source: str | Path,
+        template: str = "llava_v1",
+        vision_tower: str | None = None,
+        **unused: Any,
     ) -> CoresProcessor:
         """Of a folder or hub name with one of our models, or with a published LISA or CoReS.
 
-        ``template``, ``vision_tower``: for a published one, whose files do not say. Raises FileNotFoundError where
-        there is no processor, ValueError naming a field that does not fit.
+        ``template``, ``vision_tower``: for a published one, whose files do not say. Raises
+        FileNotFoundError where there is no processor, ValueError naming a field that does not fit.
         """
         file = find_file(source, FILE)
         if file is None:
             return cls._from_published(str(source), template, vision_tower)
         fields = read_json_file(source, FILE)
         try:
-            return cls(load_tokenizer(str(source)), CLIPImageProcessor.from_pretrained(source), **fields)
+            return cls(
+                load_tokenizer(str(source)), CLIPImageProcessor.from_pretrained(source), **fields
+            )
         except TypeError as error:
             raise ValueError(f"{file}: {error}; save the processor again") from error
 
     @classmethod
-    def _from_published(cls, source: str, template: str, vision_tower: str | None) -> CoresProcessor:
+    def _from_published(
+        cls, source: str, template: str, vision_tower: str | None
+    ) -> CoresProcessor:
         config = read_json_file(source, "config.json") if find_file(source, "config.json") else {}
         if not published.is_published(config):
-            raise FileNotFoundError(f"{source}/{FILE}: not found; --version needs the folder of a merged model")
+            raise FileNotFoundError(
+                f"{source}/{FILE}: not found; --version needs the folder of a merged model"
+            )
         tokenizer = load_tokenizer(source)
         tower = published.tower_of(config, source, vision_tower)
         vision = published.tower_config(tower)
-        marks = published.IMAGE_MARKS if published.uses_image_marks(config, tokenizer.get_vocab()) else None
+        marks = (
+            published.IMAGE_MARKS
+            if published.uses_image_marks(config, tokenizer.get_vocab())
+            else None
+        )
         levels = config.get("levels") or published.levels_of(tokenizer.get_vocab(), source)
         llava = published.llava_config(config, vision, len(tokenizer), len(tokenizer))
         add_image_token(llava, tokenizer)

@@ -1,4 +1,5 @@
-"""Backbones small enough for a test, written to disk in the layouts that --version and --vision_pretrained read."""
+"""Backbones small enough for a test, written to disk in the layouts that --version and
+--vision_pretrained read."""
 
 import tempfile
 from functools import cache
@@ -7,7 +8,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from model.checkpoints.sam import save_sam
 from model.config import SamDims
@@ -78,7 +85,8 @@ def write_sam(folder: Path) -> Path:
 
 
 def write_data(root: Path, train: int = 4, val: int = 3) -> Path:
-    """ReasonSeg-layout splits "Toy|train" and "Toy|val" of noisy 24×32 pictures with one bright square each."""
+    """ReasonSeg-layout splits "Toy|train" and "Toy|val" of noisy 24×32 pictures with one bright
+    square each."""
     for split, count in (("train", train), ("val", val)):
         folder = root / "reason_seg" / "Toy" / split
         folder.mkdir(parents=True)
@@ -88,13 +96,18 @@ def write_data(root: Path, train: int = 4, val: int = 3) -> Path:
             x, y = (int(v) for v in rng.integers(2, 12, 2))
             picture[y : y + 9, x : x + 9] = 230
             assert cv2.imwrite(str(folder / f"{i:03d}.jpg"), picture)
-            record = {"text": ["the bright thing"], "is_sentence": False, "shapes": [square(x, y, x + 8, y + 8)]}
+            record = {
+                "text": ["the bright thing"],
+                "is_sentence": False,
+                "shapes": [square(x, y, x + 8, y + 8)],
+            }
             write_json(folder / f"{i:03d}.json", record)
     return root
 
 
 def flags(root: Path, **changes: object) -> list[str]:
-    """A command line of train_ds.py for what ``write_all`` wrote; ``changes`` replace or add flags."""
+    """A command line of train_ds.py for what ``write_all`` wrote; ``changes`` replace or add
+    flags."""
     values: dict[str, object] = {
         "version": root / "llava",
         "vision_pretrained": root / "sam",
@@ -139,7 +152,8 @@ def toys() -> Path:
 
 @cache
 def trained_run() -> Path:
-    """A finished run of the six steps that ``flags`` describes, with dropout and an evaluation after each epoch."""
+    """A finished run of the six steps that ``flags`` describes, with dropout and an evaluation
+    after each epoch."""
     import train_ds
 
     assert train_ds.main(flags(toys(), exp_name="trained")) == 0

@@ -1,4 +1,5 @@
-"""Runs to be killed or stopped, and what must be true of them afterwards: see tests/fork_server.py."""
+"""Runs to be killed or stopped, and what must be true of them afterwards: see
+tests/fork_server.py."""
 
 import json
 import time
@@ -16,8 +17,15 @@ from tests.fork_server import Trial, server
 from utils.training import checkpoint
 from utils.training.log import read_log
 
-CHANGES = {"save_every": 1, "eval_mode": "teacher_forced", "dataset": "coco||reason_seg", "sample_rates": "1,1", "coco_data": "toy",
-           "examples": 0, "gallery": 0}  # fmt: skip
+CHANGES = {
+    "save_every": 1,
+    "eval_mode": "teacher_forced",
+    "dataset": "coco||reason_seg",
+    "sample_rates": "1,1",
+    "coco_data": "toy",
+    "examples": 0,
+    "gallery": 0,
+}
 
 
 @cache
@@ -32,8 +40,14 @@ def data() -> Path:
         assert cv2.imwrite(str(root / "toy" / f"{i}.jpg"), picture)
         images.append({"id": i, "file_name": f"{i}.jpg", "height": 24, "width": 32})
         corners = [6, 4, 15, 4, 15, 11 + i, 6, 11 + i]
-        annotations.append({"id": i, "image_id": i, "category_id": 1, "segmentation": [corners], "iscrowd": 0})
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "dog"}]}
+        annotations.append(
+            {"id": i, "image_id": i, "category_id": 1, "segmentation": [corners], "iscrowd": 0}
+        )
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "dog"}],
+    }
     CocoIndex.open(write_json(root / "annotations" / "instances_toy.json", content))
     return root
 
@@ -64,12 +78,17 @@ def _whole(ranks: int, changes: tuple) -> tuple[Path, Trial, float]:
 
 def rows(run: Path) -> list[dict]:
     """The log without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in read_log(run / "log.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k != "samples_per_second"}
+        for row in read_log(run / "log.jsonl")
+    ]
 
 
 def assert_same(run: Path, reference: Path) -> None:
     assert rows(run) == rows(reference)
-    assert (run / "log.jsonl").read_text().count("\n") == len(rows(run)), "no damaged line in the log"
+    assert (run / "log.jsonl").read_text().count("\n") == len(rows(run)), (
+        "no damaged line in the log"
+    )
     for which in ("last", "best"):
         ours, theirs = run / "ckpt" / which, reference / "ckpt" / which
         assert checkpoint.faults(ours) == []
@@ -77,5 +96,8 @@ def assert_same(run: Path, reference: Path) -> None:
         weights, expected = checkpoint.read_weights(ours), checkpoint.read_weights(theirs)
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], expected[name]) for name in weights)
-    scores = [json.loads((r / "metrics.json").read_text())["teacher_forced"]["giou"] for r in (run, reference)]
+    scores = [
+        json.loads((r / "metrics.json").read_text())["teacher_forced"]["giou"]
+        for r in (run, reference)
+    ]
     assert scores[0] == scores[1]

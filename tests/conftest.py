@@ -1,4 +1,5 @@
-"""What all tests share: GPU tests skip themselves where there is no GPU; indexes of data files go to a folder of this run."""
+"""What all tests share: GPU tests skip themselves where there is no GPU; indexes of data files go
+to a folder of this run."""
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def same_arithmetic():
-    """What the last digits depend on: benchmarks set the number of threads, DeepSpeed's ZeRO-3 replaces the linear function."""
+    """What the last digits depend on: benchmarks set the number of threads, DeepSpeed's ZeRO-3
+    replaces the linear function."""
     count, linear = torch.get_num_threads(), torch.nn.functional.linear
     yield
     torch.set_num_threads(count)

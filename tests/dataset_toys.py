@@ -54,7 +54,8 @@ def word_tokenizer(model_max_length: int = 512) -> PreTrainedTokenizerFast:
 
 
 def metaspace_tokenizer(model_max_length: int = 512) -> PreTrainedTokenizerFast:
-    """BPE that, like LLaMA's sentence-piece model, puts a space before every text and falls back to bytes."""
+    """BPE that, like LLaMA's sentence-piece model, puts a space before every text and falls back to
+    bytes."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
@@ -67,10 +68,17 @@ def metaspace_tokenizer(model_max_length: int = 512) -> PreTrainedTokenizerFast:
     backend.train_from_iterator(TEXT.splitlines(), trainer)
     # the trainer marks the bytes as special; as plain vocabulary they serve the fall-back
     state = json.loads(backend.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
+    state["added_tokens"] = [
+        token for token in state["added_tokens"] if not token["content"].startswith("<0x")
+    ]
     backend = Tokenizer.from_str(json.dumps(state))
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return _wrap(backend, model_max_length)
 
@@ -93,7 +101,10 @@ class ToyProcessor:
     def sam(self, image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
         self.sam_calls += 1
         height, width = image.shape[:2]
-        return torch.zeros(3, 8, 8), (8 * height // max(height, width), 8 * width // max(height, width))
+        return torch.zeros(3, 8, 8), (
+            8 * height // max(height, width),
+            8 * width // max(height, width),
+        )
 
 
 def write_image(path: Path, size: tuple[int, int] = (10, 12), value: int = 90) -> Path:
@@ -114,8 +125,11 @@ def write_json(path: Path, content: object) -> Path:
     return path
 
 
-def write_reason_seg(root: Path, name: str = "ReasonSeg", split: str = "train", count: int = 3) -> Path:
-    """``count`` pairs; the texts of image i are "query i.0?" and "query i.1?", its target has 4 × (i + 1) pixels."""
+def write_reason_seg(
+    root: Path, name: str = "ReasonSeg", split: str = "train", count: int = 3
+) -> Path:
+    """``count`` pairs; the texts of image i are "query i.0?" and "query i.1?", its target has 4 ×
+    (i + 1) pixels."""
     folder = root / "reason_seg" / name / split
     for i in range(count):
         write_image(folder / f"{i:03d}.jpg", value=40 + i)

@@ -1,9 +1,11 @@
-"""A chat endpoint for tests and for the example of docs/generate.md: real HTTP, real faults, a "model" that is a few rules.
+"""A chat endpoint for tests and for the example of docs/generate.md: real HTTP, real faults, a
+"model" that is a few rules.
 
     python -m tests.fake_chat_server --port 8123 --faults 429,500,cut,garbage,slow,truncated,schema
 
-Every content of a request that was not seen before gets the next of the faults at its first attempt and an answer at its
-second. The "model" sees what stands between the tags of a prompt; the same prompt always gets the same answer.
+Every content of a request that was not seen before gets the next of the faults at its first attempt
+and an answer at its second. The "model" sees what stands between the tags of a prompt; the same
+prompt always gets the same answer.
 """
 
 import argparse
@@ -20,11 +22,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULTS = ("429", "500", "cut", "garbage", "slow", "truncated", "schema")
 WORDS = {
-    "verb": "borrow carry clean fetch fill fix hide hold lift move open pack push reach repair share store turn use wash",
-    "noun": "anchor basket bench bottle candle cradle drawer engine fence garden harness helmet kettle lantern mirror organ "
-    "paddle pillow pocket pulley rudder saddle shutter spindle stove trolley turbine wagon whistle zipper",
-    "look": "bent broad curved flat hollow heavy narrow padded pointed ribbed rough round short slender smooth thick",
-    "material": "brass bone cloth clay copper cork felt glass horn iron leather paper plastic rubber steel wood",
+    "verb": (
+        "borrow carry clean fetch fill fix hide hold lift move open pack push reach repair share"
+        " store turn use wash"
+    ),
+    "noun": (
+        "anchor basket bench bottle candle cradle drawer engine fence garden harness helmet kettle"
+        " lantern mirror organ paddle pillow pocket pulley rudder saddle shutter spindle stove"
+        " trolley turbine wagon whistle zipper"
+    ),
+    "look": (
+        "bent broad curved flat hollow heavy narrow padded pointed ribbed rough round short slender"
+        " smooth thick"
+    ),
+    "material": (
+        "brass bone cloth clay copper cork felt glass horn iron leather paper plastic rubber steel"
+        " wood"
+    ),
 }
 VERBS, NOUNS, LOOKS, MATERIALS = (text.split() for text in WORDS.values())
 
@@ -40,12 +54,20 @@ def dice(*parts: object) -> random.Random:
 
 def plain(message: dict) -> str:
     content = message["content"]
-    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
+    return (
+        content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
+    )
 
 
 def reply_to(messages: list[dict], flawed: bool) -> str:
-    """What the "model" says. ``flawed``: some entries of its first reply break a rule, those after a complaint do not."""
-    pictures = [part["image_url"]["url"] for m in messages if isinstance(m["content"], list) for part in m["content"][1:]]
+    """What the "model" says. ``flawed``: some entries of its first reply break a rule, those after
+    a complaint do not."""
+    pictures = [
+        part["image_url"]["url"]
+        for m in messages
+        if isinstance(m["content"], list)
+        for part in m["content"][1:]
+    ]
     if pictures:
         return describe(pictures[0])
     prompt = next(plain(message) for message in messages if message["role"] == "user")
@@ -60,25 +82,51 @@ def reply_to(messages: list[dict], flawed: bool) -> str:
     if (domain := tagged(prompt, "domain")) is not None:
         count = int(re.search(r"(\d+) in number", complaint)[1]) if complaint else many
         return json.dumps({"pairs": part_pairs(domain, count, len(messages), flawed)})
-    return "Of course!\n```json\n" + json.dumps({"wordings": wordings(tagged(prompt, "request"), many, flawed)}) + "\n```"
+    return (
+        "Of course!\n```json\n"
+        + json.dumps({"wordings": wordings(tagged(prompt, "request"), many, flawed)})
+        + "\n```"
+    )
 
 
 def describe(url: str) -> str:
     assert url.startswith("data:image/jpeg;base64,"), url[:60]
     draw = dice(url)
-    things = ", ".join(f"a {look} {noun}" for look, noun in zip(draw.sample(LOOKS, 5), draw.sample(NOUNS, 5), strict=True))
-    return f"A quiet place by day with several things in it: {things}. Somebody has left in a hurry, and nothing was put away."
+    things = ", ".join(
+        f"a {look} {noun}"
+        for look, noun in zip(draw.sample(LOOKS, 5), draw.sample(NOUNS, 5), strict=True)
+    )
+    return (
+        f"A quiet place by day with several things in it: {things}. Somebody has left in a hurry,"
+        " and nothing was put away."
+    )
 
 
 def question_pairs(names: list[str], summary: str | None, flawed: bool) -> list[dict]:
     pairs = []
     for name in names:
         draw = dice(name, summary)
-        question = f"What would a visitor {draw.choice(VERBS)} before the {draw.choice(NOUNS)} could {draw.choice(VERBS)} again?"
-        pairs.append({"object": name, "question": question, "answer": f"The {name}, because nothing else here would do it."})
+        question = (
+            f"What would a visitor {draw.choice(VERBS)} before the {draw.choice(NOUNS)} could"
+            f" {draw.choice(VERBS)} again?"
+        )
+        pairs.append(
+            {
+                "object": name,
+                "question": question,
+                "answer": f"The {name}, because nothing else here would do it.",
+            }
+        )
     if flawed:
         pairs[0] |= {"question": f"Where would a visitor find the {names[0]} that is needed here?"}
-        pairs.insert(1, {"object": "unicorn", "question": "What could carry a rider to the moon?", "answer": "It is the unicorn."})
+        pairs.insert(
+            1,
+            {
+                "object": "unicorn",
+                "question": "What could carry a rider to the moon?",
+                "answer": "It is the unicorn.",
+            },
+        )
     return pairs
 
 
@@ -87,8 +135,13 @@ def part_pairs(domain: str, count: int, turn: int, flawed: bool) -> list[dict]:
     pairs = []
     for whole, other in zip(draw.sample(NOUNS, count), draw.sample(NOUNS, count), strict=True):
         look, material = draw.choice(LOOKS), draw.choice(MATERIALS)
-        question = f"Which part of the {domain} {whole} lets people {draw.choice(VERBS)} its {other}?"
-        answer = f"It typically appears on one side of the {domain} {whole}. It is usually a {look} {other} piece of {material}."
+        question = (
+            f"Which part of the {domain} {whole} lets people {draw.choice(VERBS)} its {other}?"
+        )
+        answer = (
+            f"It typically appears on one side of the {domain} {whole}. It is usually a {look}"
+            f" {other} piece of {material}."
+        )
         pairs.append({"q": question, "a": answer})
     if flawed:
         pairs[0] = pairs[0] | {"a": "[SEG] is where it appears, and nothing else is known of it."}
@@ -97,9 +150,20 @@ def part_pairs(domain: str, count: int, turn: int, flawed: bool) -> list[dict]:
 
 def wordings(request: str, count: int, flawed: bool) -> list[str]:
     text, sentence = request[0].lower() + request[1:], request[-1] in ".?!"
-    openings = ["Looking closely at whatever is visible here, ", "After a careful and patient search of everything, "]
-    openings += ["For somebody who has never been around, ", "Taking all of this together as it appears, "]
-    phrases = ["exactly that which people call ", "the visible thing known as ", "whatever may count as ", "precisely and solely "]
+    openings = [
+        "Looking closely at whatever is visible here, ",
+        "After a careful and patient search of everything, ",
+    ]
+    openings += [
+        "For somebody who has never been around, ",
+        "Taking all of this together as it appears, ",
+    ]
+    phrases = [
+        "exactly that which people call ",
+        "the visible thing known as ",
+        "whatever may count as ",
+        "precisely and solely ",
+    ]
     made = [opening + text for opening in (openings if sentence else phrases)][:count]
     return [f"{text} (its mask is at [12, 40])", *made[1:]] if flawed else made
 
@@ -123,14 +187,23 @@ class FakeChatServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int = 0, faults: tuple[str, ...] = (), flawed: bool = False, slow: float = 1.0, always: bool = False):
-        """``slow``: seconds of the fault "slow". ``always``: every attempt gets the first fault. ``flawed``: see reply_to."""
+    def __init__(
+        self,
+        port: int = 0,
+        faults: tuple[str, ...] = (),
+        flawed: bool = False,
+        slow: float = 1.0,
+        always: bool = False,
+    ):
+        """``slow``: seconds of the fault "slow". ``always``: every attempt gets the first fault.
+        ``flawed``: see reply_to."""
         super().__init__(("127.0.0.1", port), Handler)
         self.faults, self.flawed, self.slow, self.always = faults, flawed, slow, always
         self.served: list[Served] = []
         self.under_way = self.most_under_way = 0
         self.delay = 0.0
-        self.hold_from: int | None = None  # requests from this number on get no answer; the test kills who asked
+        # requests from this number on get no answer; the test kills who asked
+        self.hold_from: int | None = None
         self.go = threading.Event()
         self.lock = threading.Lock()
 
@@ -143,7 +216,9 @@ class FakeChatServer(ThreadingHTTPServer):
         return [served.content for served in self.served if served.outcome == "answer"]
 
     def __enter__(self) -> "FakeChatServer":
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -160,7 +235,11 @@ class FakeChatServer(ThreadingHTTPServer):
         with self.lock:
             first = all(served.content != content for served in self.served)
             known = len({served.content for served in self.served})
-            fault = self.faults[known % len(self.faults)] if self.faults and (first or self.always) else "answer"
+            fault = (
+                self.faults[known % len(self.faults)]
+                if self.faults and (first or self.always)
+                else "answer"
+            )
             self.served.append(Served(content, fault, time.monotonic(), headers, json.loads(raw)))
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
@@ -210,9 +289,15 @@ class Handler(BaseHTTPRequestHandler):
         messages = served.body["messages"]
         text = reply_to(messages, self.server.flawed)
         asked = sum(len(plain(message)) for message in messages)
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": "stop",
+        }
         usage = {"prompt_tokens": asked // 4, "completion_tokens": len(text) // 4}
-        return json.dumps({"id": "fake", "object": "chat.completion", "choices": [choice], "usage": usage})
+        return json.dumps(
+            {"id": "fake", "object": "chat.completion", "choices": [choice], "usage": usage}
+        )
 
     def answer(self, served: Served) -> None:
         self.send(200, self.completion(served))
@@ -280,7 +365,9 @@ def main() -> None:
     parser.add_argument("--faults", default="", help=f"joined by commas, of {', '.join(FAULTS)}")
     parser.add_argument("--flawed", action="store_true", help="the first replies break rules")
     args = parser.parse_args()
-    server = FakeChatServer(args.port, tuple(name for name in args.faults.split(",") if name), args.flawed)
+    server = FakeChatServer(
+        args.port, tuple(name for name in args.faults.split(",") if name), args.flawed
+    )
     print(f"serving at {server.url}", flush=True)
     server.serve_forever()
 

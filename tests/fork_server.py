@@ -1,10 +1,12 @@
-"""Starts the programs again and again without importing them again, and kills them at chosen points.
+"""Starts the programs again and again without importing them again, and kills them at chosen
+points.
 
     trial = server().start("train_ds", argv, die_at=17)
     trial.wait()                                            # -9
 
-The server is a process of its own with one thread: it imports the programs, then forks for every trial. A trial counts its
-*events*, the places where a kill could leave something half done: steps, rows of the log, files written, synced, renamed, removed.
+The server is a process of its own with one thread: it imports the programs, then forks for every
+trial. A trial counts its *events*, the places where a kill could leave something half done: steps,
+rows of the log, files written, synced, renamed, removed.
 """
 
 from __future__ import annotations
@@ -31,10 +33,17 @@ class ForkServer:
     def __init__(self, folder: Path):
         """``folder``: for the output of trials."""
         env = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
-        env |= {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        env |= {
+            name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        }
         self.folder = folder
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fork_server"], cwd=ROOT, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "tests.fork_server"],
+            cwd=ROOT,
+            env=env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         assert self.read() == "ready"
         self._trials = 0
@@ -45,8 +54,9 @@ class ForkServer:
         return json.loads(line)
 
     def start(self, program: str, argv: list[str], **job: Any) -> Trial:
-        """Runs ``program``.main(argv). ``die_at``: the event at which it is killed, counted from 0; ``fault``: a name of FAULTS;
-        ``env``: variables; ``ranks``: how many processes. One trial at a time."""
+        """Runs ``program``.main(argv). ``die_at``: the event at which it is killed, counted from 0;
+        ``fault``: a name of FAULTS; ``env``: variables; ``ranks``: how many processes. One trial at
+        a time."""
         self._trials += 1
         output = self.folder / f"trial-{self._trials}.txt"
         job |= {"program": program, "argv": [str(part) for part in argv], "output": str(output)}
@@ -70,13 +80,15 @@ _KEPT = tempfile.TemporaryDirectory(prefix="cores-trials-")
 
 
 class Trial:
-    """One start of a program: ``pids``, and after ``wait`` the exit ``codes``, negative after a signal."""
+    """One start of a program: ``pids``, and after ``wait`` the exit ``codes``, negative after a
+    signal."""
 
     def __init__(self, server: ForkServer, pids: list[int], output: Path):
         self.pids, self.codes, self._server, self._output = pids, [], server, output
 
     def kill(self, number: int = signal.SIGKILL, rank: int = 0) -> None:
-        """Must come before ``wait``: until then the server leaves the process a zombie, and its pid is no other's."""
+        """Must come before ``wait``: until then the server leaves the process a zombie, and its pid
+        is no other's."""
         os.kill(self.pids[rank], number)
 
     def wait(self) -> int:
@@ -91,14 +103,17 @@ class Trial:
 
     @property
     def output(self) -> str:
-        return "".join(p.read_text(errors="replace") for p in sorted(self._output.parent.glob(f"{self._output.name}*")))
+        return "".join(
+            p.read_text(errors="replace")
+            for p in sorted(self._output.parent.glob(f"{self._output.name}*"))
+        )
 
     @property
     def events(self) -> list[str]:
         return json.loads(self._output.with_suffix(".events").read_text())
 
 
-# --------------------------------------------------------------------------------------------------------------- events
+# ------------------------------------------------------------------------------------------- events
 
 
 class Events:
@@ -143,7 +158,14 @@ def watch(events: Events) -> None:
     from utils.training.log import RunLog
     from utils.training.trainer import Trainer
 
-    for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")):
+    for owner, name in (
+        (os, "fsync"),
+        (os, "rename"),
+        (os, "replace"),
+        (os, "unlink"),
+        (os, "rmdir"),
+        (os, "mkdir"),
+    ):
         events.before(owner, name)
     save, copyfile, step, write = torch.save, shutil.copyfile, Trainer._step, RunLog.write
 
@@ -172,14 +194,15 @@ def watch(events: Events) -> None:
     torch.save, shutil.copyfile, Trainer._step, RunLog.write = torch_save, copy, one_step, row
 
 
-# --------------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 def full_disk(after: int) -> None:
     """Every file of this process ends at ``after`` bytes."""
     import resource
 
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the write fails as on a full disk, with EFBIG
+    # then the write fails as on a full disk, with EFBIG
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (after, after))
 
 
@@ -285,7 +308,7 @@ FAULTS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------------- the server
+# --------------------------------------------------------------------------------------- the server
 
 
 def serve() -> None:
@@ -296,8 +319,12 @@ def serve() -> None:
 
     import deepspeed  # noqa: F401
 
-    programs = {name: importlib.import_module(name) for name in ("train_ds", "utils.precompute.sam_cache")}
-    assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads"
+    programs = {
+        name: importlib.import_module(name) for name in ("train_ds", "utils.precompute.sam_cache")
+    }
+    assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1, (
+        "a fork would lose threads"
+    )
     print(json.dumps("ready"), file=answers)
     while line := sys.stdin.readline():
         job = json.loads(line)
@@ -306,7 +333,10 @@ def serve() -> None:
         pids = [fork(programs, job, rank, ranks, port) for rank in range(ranks)]
         print(json.dumps(pids), file=answers)
         sys.stdin.readline()  # until then a pid stays that of the trial
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), file=answers)
+        print(
+            json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]),
+            file=answers,
+        )
 
 
 def fork(programs: dict[str, Any], job: dict[str, Any], rank: int, ranks: int, port: int) -> int:
@@ -318,8 +348,16 @@ def fork(programs: dict[str, Any], job: dict[str, Any], rank: int, ranks: int, p
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in (world | job.get("env", {})).items()})
+        world = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        os.environ.update(
+            {name: str(value) for name, value in (world | job.get("env", {})).items()}
+        )
         for name, arguments in job.get("faults", {}).items():
             FAULTS[name](*arguments)
         events = Events(job.get("die_at"), Path(job["output"]).with_suffix(".events"))

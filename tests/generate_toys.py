@@ -1,4 +1,5 @@
-"""Photographs with marked objects for the tests of dataset.generate and for the example of its document.
+"""Photographs with marked objects for the tests of dataset.generate and for the example of its
+document.
 
 python -m tests.generate_toys data/toy_photos
 """
@@ -15,16 +16,25 @@ NAMES = ["chair", "wineglass", "lamb_(animal)", "dining_table", "kite", "teapot"
 SIZE = (48, 64)  # H, W
 
 
-def rectangle(number: int, image: int, category: int, box: tuple[int, int, int, int], **facts) -> dict:
+def rectangle(
+    number: int, image: int, category: int, box: tuple[int, int, int, int], **facts
+) -> dict:
     """An annotation whose mask is ``box`` (x, y, width, height)."""
     x, y, w, h = box
     polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
-    entry = {"id": number, "image_id": image, "category_id": category, "segmentation": [polygon], "bbox": list(box)}
+    entry = {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "segmentation": [polygon],
+        "bbox": list(box),
+    }
     return entry | {"area": w * h, "iscrowd": 0} | facts
 
 
 def write_photos(root: Path, count: int = 6, folder: str = "coco/train2017") -> tuple[Path, Path]:
-    """(annotation file, image folder); image i has 2 + i % 4 categories, the first of them with two instances."""
+    """(annotation file, image folder); image i has 2 + i % 4 categories, the first of them with two
+    instances."""
     images, annotations = [], []
     for i in range(count):
         name = f"{i:012d}.jpg"
@@ -39,7 +49,9 @@ def write_photos(root: Path, count: int = 6, folder: str = "coco/train2017") -> 
         path = root / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         assert cv2.imwrite(str(path), picture)
-    categories = [{"id": i, "name": name, "synonyms": [name]} for i, name in enumerate(NAMES, start=1)]
+    categories = [
+        {"id": i, "name": name, "synonyms": [name]} for i, name in enumerate(NAMES, start=1)
+    ]
     content = {"images": images, "annotations": annotations, "categories": categories}
     return write_json(root / "instances.json", content), root / folder
 

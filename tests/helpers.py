@@ -1,6 +1,8 @@
-"""A whole model in miniature, made from nothing: LLaVA and SAM folders, samples, weights that hide nothing.
+"""A whole model in miniature, made from nothing: LLaVA and SAM folders, samples, weights that hide
+nothing.
 
-Two layers of width 32, 2×2 CLIP patches, SAM on a 4×4 grid. Nothing is downloaded and nothing outlives the tests.
+Two layers of width 32, 2×2 CLIP patches, SAM on a 4×4 grid. Nothing is downloaded and nothing
+outlives the tests.
 """
 
 from __future__ import annotations
@@ -49,13 +51,38 @@ SAM_DIMS = SamDims(
     iou_head_hidden_dim=16,
 )
 WORDS = (
-    "USER", ":", "ASSISTANT", "It", "appears", "on", "is", "Another", "at", "Sure", ",", ".", "?", "the", "what",
-    "where", "dog", "wheel", "red", "hello", "there", "a", "b", "c", "Please", "segment",
-)  # fmt: skip
+    "USER",
+    ":",
+    "ASSISTANT",
+    "It",
+    "appears",
+    "on",
+    "is",
+    "Another",
+    "at",
+    "Sure",
+    ",",
+    ".",
+    "?",
+    "the",
+    "what",
+    "where",
+    "dog",
+    "wheel",
+    "red",
+    "hello",
+    "there",
+    "a",
+    "b",
+    "c",
+    "Please",
+    "segment",
+)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, without answer tokens; padding shares its id with the unknown word, as in LLaMA."""
+    """One token per word, without answer tokens; padding shares its id with the unknown word, as in
+    LLaMA."""
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<image>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -79,7 +106,9 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 0.05) -> None:
             parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
-def write_llava(folder: Path, patches: int = 2, select: str = "default", tied: bool = False, spare_rows: int = 0) -> Path:
+def write_llava(
+    folder: Path, patches: int = 2, select: str = "default", tied: bool = False, spare_rows: int = 0
+) -> Path:
     """A LLaVA in transformers format: ``patches``² image tokens, one more for ``select="full"``."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
@@ -131,20 +160,32 @@ _folders: list[tempfile.TemporaryDirectory] = []  # removed at exit
 
 
 @cache
-def backbones(patches: int = 2, select: str = "default", tied: bool = False, spare_rows: int = 0) -> tuple[str, str]:
+def backbones(
+    patches: int = 2, select: str = "default", tied: bool = False, spare_rows: int = 0
+) -> tuple[str, str]:
     """(LLaVA folder, SAM folder), written once per session; do not change them."""
     _folders.append(tempfile.TemporaryDirectory(prefix="cores-tests-"))
     root = Path(_folders[-1].name)
-    return str(write_llava(root / "llava", patches, select, tied, spare_rows)), str(write_sam(root / "sam"))
+    return str(write_llava(root / "llava", patches, select, tied, spare_rows)), str(
+        write_sam(root / "sam")
+    )
 
 
 def tiny_model(
-    levels: Sequence[str] = LEVELS, *, patches: int = 2, select: str = "default", tied: bool = False, **config
+    levels: Sequence[str] = LEVELS,
+    *,
+    patches: int = 2,
+    select: str = "default",
+    tied: bool = False,
+    **config,
 ) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
-    """A fresh model in evaluation mode with its processor; ``config``: further fields of CoresConfig."""
+    """A fresh model in evaluation mode with its processor; ``config``: further fields of
+    CoresConfig."""
     torch.manual_seed(2)
     llava, sam = backbones(patches, select, tied)
-    return CoresForReasoningSegmentation.from_backbones(llava, sam, levels, template=TEMPLATE, exemplar_count=0, **config)
+    return CoresForReasoningSegmentation.from_backbones(
+        llava, sam, levels, template=TEMPLATE, exemplar_count=0, **config
+    )
 
 
 def rectangle(size: tuple[int, int], top: int, left: int, bottom: int, right: int) -> np.ndarray:
@@ -162,7 +203,8 @@ def conversation(
     hosts: bool = False,
     ignore: bool = False,
 ) -> Conversation:
-    """One turn with ``targets`` targets (0: a text-only answer); target k is a rectangle that moves with k."""
+    """One turn with ``targets`` targets (0: a text-only answer); target k is a rectangle that moves
+    with k."""
     height, width = size
     masks = [rectangle(size, 4 + 6 * k, 5, height // 2 + 6 * k, width - 6) for k in range(targets)]
     stack = np.stack(masks) if masks else np.zeros((0, *size), dtype=bool)
@@ -174,14 +216,17 @@ def conversation(
     )
 
 
-def sample(*conversations: Conversation, name: str = "0", size: tuple[int, int] = (50, 40), seed: int = 0) -> Sample:
+def sample(
+    *conversations: Conversation, name: str = "0", size: tuple[int, int] = (50, 40), seed: int = 0
+) -> Sample:
     """A random picture with these conversations."""
     image = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     return Sample(image, f"{name}.jpg", list(conversations), "reasoning", "toy", name)
 
 
 def gradient_orders(model, batches):
-    """Trains on one batch after the other; yields each output and the names of the weights in the order their gradients came.
+    """Trains on one batch after the other; yields each output and the names of the weights in the
+    order their gradients came.
 
     ZeRO-2 sums gradients as they come, so the order may not depend on what a rank's batch holds.
     """

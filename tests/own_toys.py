@@ -1,4 +1,5 @@
-"""A user's data in each of the three forms, small enough for a test: images of 10×12 pixels with masks known to the pixel."""
+"""A user's data in each of the three forms, small enough for a test: images of 10×12 pixels with
+masks known to the pixel."""
 
 import json
 from pathlib import Path
@@ -40,12 +41,15 @@ def write_lines(path: Path, rows: list) -> Path:
 
 
 def write_table(root: Path, rows: list | None = None, name: str = "table", images: int = 2) -> Path:
-    """own/<name>/train.jsonl with images 0.jpg, 1.jpg, … in images/ and masks/m.png; the default has a row for each image."""
+    """own/<name>/train.jsonl with images 0.jpg, 1.jpg, … in images/ and masks/m.png; the default
+    has a row for each image."""
     folder = root / "own" / name
     for i in range(images):
         write_image(folder / "images" / f"{i}.jpg", SIZE, 60 + i)
     write_mask(folder / "masks" / "m.png", box(1, 1, 4, 4))
-    default = [{"image": f"{i}.jpg", "query": f"thing {i}", "polygons": [RECTANGLE]} for i in range(images)]
+    default = [
+        {"image": f"{i}.jpg", "query": f"thing {i}", "polygons": [RECTANGLE]} for i in range(images)
+    ]
     return write_lines(folder / "train.jsonl", default if rows is None else rows)
 
 
@@ -61,7 +65,9 @@ def write_coco(root: Path, name: str = "coco", **changes: object) -> Path:
     return write_json(root / "own" / name / "train.json", content | changes)
 
 
-def write_labelme(root: Path, name: str = "labelme", split: str = "train", **changes: object) -> Path:
+def write_labelme(
+    root: Path, name: str = "labelme", split: str = "train", **changes: object
+) -> Path:
     """own/<name>/<split>/a.json with one polygon "dog"; ``changes`` replace its fields."""
     folder = root / "own" / name / split
     write_image(folder / "a.jpg", SIZE)

@@ -1,22 +1,35 @@
-"""Names and shapes of published checkpoints, written down as facts: what the index files of each family list."""
+"""Names and shapes of published checkpoints, written down as facts: what the index files of each
+family list."""
 
 LLAMA = {
     "7b": {"hidden": 4096, "intermediate": 11008, "layers": 32, "heads": 32},
     "13b": {"hidden": 5120, "intermediate": 13824, "layers": 40, "heads": 40},
 }
-SAM_SIZES = {"vit_b": (768, 12, (2, 5, 8, 11)), "vit_l": (1024, 24, (5, 11, 17, 23)), "vit_h": (1280, 32, (7, 15, 23, 31))}
+SAM_SIZES = {
+    "vit_b": (768, 12, (2, 5, 8, 11)),
+    "vit_l": (1024, 24, (5, 11, 17, 23)),
+    "vit_h": (1280, 32, (7, 15, 23, 31)),
+}
 
 
 def llama(size: str, rows: int) -> dict[str, tuple]:
-    """A LLaMA's weights under the names of its authors' port to transformers; ``rows`` of the token table."""
+    """A LLaMA's weights under the names of its authors' port to transformers; ``rows`` of the token
+    table."""
     d, m, layers = (LLAMA[size][key] for key in ("hidden", "intermediate", "layers"))
-    names = {"model.embed_tokens.weight": (rows, d), "model.norm.weight": (d,), "lm_head.weight": (rows, d)}
+    names = {
+        "model.embed_tokens.weight": (rows, d),
+        "model.norm.weight": (d,),
+        "lm_head.weight": (rows, d),
+    }
     for i in range(layers):
         block = f"model.layers.{i}"
         names |= {f"{block}.self_attn.{p}_proj.weight": (d, d) for p in "qkvo"}
         names |= {f"{block}.mlp.gate_proj.weight": (m, d), f"{block}.mlp.up_proj.weight": (m, d)}
         names |= {f"{block}.mlp.down_proj.weight": (d, m)}
-        names |= {f"{block}.input_layernorm.weight": (d,), f"{block}.post_attention_layernorm.weight": (d,)}
+        names |= {
+            f"{block}.input_layernorm.weight": (d,),
+            f"{block}.post_attention_layernorm.weight": (d,),
+        }
     return names
 
 
@@ -46,7 +59,10 @@ def clip_large(pixels: int) -> dict[str, tuple]:
     for i in range(24):
         block = f"{root}.encoder.layers.{i}"
         for p in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            names |= {f"{block}.self_attn.{p}.weight": (1024, 1024), f"{block}.self_attn.{p}.bias": (1024,)}
+            names |= {
+                f"{block}.self_attn.{p}.weight": (1024, 1024),
+                f"{block}.self_attn.{p}.bias": (1024,),
+            }
         names |= {f"{block}.mlp.fc1.weight": (4096, 1024), f"{block}.mlp.fc1.bias": (4096,)}
         names |= {f"{block}.mlp.fc2.weight": (1024, 4096), f"{block}.mlp.fc2.bias": (1024,)}
         for norm in ("layer_norm1", "layer_norm2"):
@@ -82,8 +98,12 @@ def sam_encoder(kind: str) -> dict[str, tuple]:
         block, side = f"image_encoder.blocks.{i}", 64 if i in everywhere else 14
         names |= _norm(f"{block}.norm1", width) | _norm(f"{block}.norm2", width)
         names |= {f"{block}.attn.rel_pos_{axis}": (2 * side - 1, width // heads) for axis in "hw"}
-        names |= _linear(f"{block}.attn.qkv", 3 * width, width) | _linear(f"{block}.attn.proj", width, width)
-        names |= _linear(f"{block}.mlp.lin1", 4 * width, width) | _linear(f"{block}.mlp.lin2", width, 4 * width)
+        names |= _linear(f"{block}.attn.qkv", 3 * width, width) | _linear(
+            f"{block}.attn.proj", width, width
+        )
+        names |= _linear(f"{block}.mlp.lin1", 4 * width, width) | _linear(
+            f"{block}.mlp.lin2", width, 4 * width
+        )
     return names
 
 
@@ -93,7 +113,10 @@ def sam_prompts() -> dict[str, tuple]:
     names |= {f"{root}.{name}.weight": (1, 256) for name in ("not_a_point_embed", "no_mask_embed")}
     names |= {f"{root}.pe_layer.positional_encoding_gaussian_matrix": (2, 128)}
     for layer, shape in ((0, (4, 1, 2, 2)), (3, (16, 4, 2, 2)), (6, (256, 16, 1, 1))):
-        names |= {f"{root}.mask_downscaling.{layer}.weight": shape, f"{root}.mask_downscaling.{layer}.bias": shape[:1]}
+        names |= {
+            f"{root}.mask_downscaling.{layer}.weight": shape,
+            f"{root}.mask_downscaling.{layer}.bias": shape[:1],
+        }
     return names | _norm(f"{root}.mask_downscaling.1", 4) | _norm(f"{root}.mask_downscaling.4", 16)
 
 
@@ -101,7 +124,9 @@ def sam_decoder() -> dict[str, tuple]:
     root = "mask_decoder"
     names = {f"{root}.iou_token.weight": (1, 256), f"{root}.mask_tokens.weight": (4, 256)}
     attentions = [
-        f"layers.{i}.{kind}" for i in range(2) for kind in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
+        f"layers.{i}.{kind}"
+        for i in range(2)
+        for kind in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
     ]
     for name in (*attentions, "final_attn_token_to_image"):
         inner = 256 if name.endswith("self_attn") else 128
@@ -114,14 +139,29 @@ def sam_decoder() -> dict[str, tuple]:
         for k in range(1, 5):
             names |= _norm(f"{layer}.norm{k}", 256)
     names |= _norm(f"{root}.transformer.norm_final_attn", 256)
-    names |= {f"{root}.output_upscaling.0.weight": (256, 64, 2, 2), f"{root}.output_upscaling.0.bias": (64,)}
-    names |= {f"{root}.output_upscaling.3.weight": (64, 32, 2, 2), f"{root}.output_upscaling.3.bias": (32,)}
+    names |= {
+        f"{root}.output_upscaling.0.weight": (256, 64, 2, 2),
+        f"{root}.output_upscaling.0.bias": (64,),
+    }
+    names |= {
+        f"{root}.output_upscaling.3.weight": (64, 32, 2, 2),
+        f"{root}.output_upscaling.3.bias": (32,),
+    }
     names |= _norm(f"{root}.output_upscaling.1", 64)
     for i in range(4):
         mlp = f"{root}.output_hypernetworks_mlps.{i}.layers"
-        names |= _linear(f"{mlp}.0", 256, 256) | _linear(f"{mlp}.1", 256, 256) | _linear(f"{mlp}.2", 32, 256)
+        names |= (
+            _linear(f"{mlp}.0", 256, 256)
+            | _linear(f"{mlp}.1", 256, 256)
+            | _linear(f"{mlp}.2", 32, 256)
+        )
     head = f"{root}.iou_prediction_head.layers"
-    return names | _linear(f"{head}.0", 256, 256) | _linear(f"{head}.1", 256, 256) | _linear(f"{head}.2", 4, 256)
+    return (
+        names
+        | _linear(f"{head}.0", 256, 256)
+        | _linear(f"{head}.1", 256, 256)
+        | _linear(f"{head}.2", 4, 256)
+    )
 
 
 def lisa(size: str, rows: int, pixels: int, mlp: bool, kind: str = "vit_h") -> dict[str, tuple]:
@@ -129,4 +169,8 @@ def lisa(size: str, rows: int, pixels: int, mlp: bool, kind: str = "vit_h") -> d
     d = LLAMA[size]["hidden"]
     names = llama(size, rows) | projector(size, mlp) | clip_large(pixels)
     names |= {f"model.visual_model.{name}": shape for name, shape in sam(kind).items()}
-    return names | _linear("model.text_hidden_fcs.0.0", d, d) | _linear("model.text_hidden_fcs.0.2", 256, d)
+    return (
+        names
+        | _linear("model.text_hidden_fcs.0.0", d, d)
+        | _linear("model.text_hidden_fcs.0.2", 256, d)
+    )

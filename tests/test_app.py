@@ -1,4 +1,5 @@
-"""The page: what it draws, what it refuses, and the whole of it in a real browser (skipped without gradio or Chromium)."""
+"""The page: what it draws, what it refuses, and the whole of it in a real browser (skipped without
+gradio or Chromium)."""
 
 import io
 import json
@@ -34,16 +35,28 @@ def rectangle(top: int, left: int, bottom: int, right: int) -> np.ndarray:
 
 
 def result(masks: int = 1, question: str = "where?") -> Result:
-    found = AnswerMask({"LOC": rectangle(2, 2, 18, 28), "SEG": rectangle(5, 5, 10, 10)}, {"LOC": 0.5, "SEG": 0.25})
-    return Result(np.full((20, 30, 3), 100, np.uint8), "a.png", question, "It is [LOC] [SEG]", [found] * masks, [], True)
+    found = AnswerMask(
+        {"LOC": rectangle(2, 2, 18, 28), "SEG": rectangle(5, 5, 10, 10)}, {"LOC": 0.5, "SEG": 0.25}
+    )
+    return Result(
+        np.full((20, 30, 3), 100, np.uint8),
+        "a.png",
+        question,
+        "It is [LOC] [SEG]",
+        [found] * masks,
+        [],
+        True,
+    )
 
 
 def photo(path: Path) -> Path:
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(
+        path
+    )
     return path
 
 
-# --------------------------------------------------------------------------------------------------- without a server
+# --------------------------------------------------------------------------------- without a server
 
 
 def test_every_view_tints_its_own_pixels():
@@ -58,9 +71,13 @@ def test_every_view_tints_its_own_pixels():
         (app.CHAIN, True, True),
     ):
         painted = app.paint(result(), view, 0.5, side)
-        assert ((painted[target] != 100).any(), (painted[around] != 100).any()) == (on_target, on_place), view
+        assert ((painted[target] != 100).any(), (painted[around] != 100).any()) == (
+            on_target,
+            on_place,
+        ), view
     assert not np.array_equal(
-        app.paint(result(), app.ANSWER, 0.2, side)[target], app.paint(result(), app.ANSWER, 0.8, side)[target]
+        app.paint(result(), app.ANSWER, 0.2, side)[target],
+        app.paint(result(), app.ANSWER, 0.8, side)[target],
     )
     assert app.paint(result(), app.ANSWER, 0.5, 60).shape == (40, 60, 3)
     assert (app.paint(result(masks=0), app.CHAIN, 0.5, side) == 100).all()
@@ -88,7 +105,9 @@ def test_the_legend_names_colours_and_escapes():
 def test_masks_to_take_home(tmp_path):
     archive, coco = app.save(result(masks=2), tmp_path)
     with zipfile.ZipFile(archive) as opened:
-        pictures = {name: np.array(Image.open(io.BytesIO(opened.read(name)))) for name in opened.namelist()}
+        pictures = {
+            name: np.array(Image.open(io.BytesIO(opened.read(name)))) for name in opened.namelist()
+        }
     assert len(pictures) == 5
     assert np.array_equal(pictures["a_000_1_SEG.png"], 255 * rectangle(5, 5, 10, 10))
     content = json.loads(Path(coco).read_text())
@@ -140,7 +159,9 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
 
 
 def test_its_flags_are_all_that_loading_a_model_needs():
-    segmenter = app.load(app.read_arguments(["--version", str(scripted_model()), "--max_new_tokens", "12"]))
+    segmenter = app.load(
+        app.read_arguments(["--version", str(scripted_model()), "--max_new_tokens", "12"])
+    )
     assert segmenter.decoding.max_new_tokens == 12
 
 
@@ -149,19 +170,28 @@ def test_it_listens_to_this_machine_alone_by_default():
 
 
 def test_its_flags_load_a_model_as_those_of_chat_do():
-    segmenter = load(app.read_arguments(["--version", str(scripted_model()), "--max_new_tokens", "7", "--conv_type", "tiny"]))
+    segmenter = load(
+        app.read_arguments(
+            ["--version", str(scripted_model()), "--max_new_tokens", "7", "--conv_type", "tiny"]
+        )
+    )
     assert segmenter.decoding.max_new_tokens == 7 and segmenter.processor.template == "tiny"
 
 
 def test_errors_do_not_tell_where_files_lie():
-    assert app._public(ValueError("/secret/place/a.jpg: broken\nimage"), "/secret/place/a.jpg") == "a.jpg: broken image"
+    assert (
+        app._public(ValueError("/secret/place/a.jpg: broken\nimage"), "/secret/place/a.jpg")
+        == "a.jpg: broken image"
+    )
 
 
 class Widgets:
     """What the handlers of the page take of gradio."""
 
     skip = staticmethod(lambda: None)
-    Error = type("Error", (Exception,), {"__init__": lambda self, text, **_: Exception.__init__(self, text)})
+    Error = type(
+        "Error", (Exception,), {"__init__": lambda self, text, **_: Exception.__init__(self, text)}
+    )
     Dropdown = DownloadButton = staticmethod(dict)
 
 
@@ -172,8 +202,16 @@ def test_a_long_question_is_refused_by_the_server_too():
 
 
 def test_the_conversation_says_what_was_cut_and_what_was_forgotten(tmp_path):
-    """In the words of chat.py, below the answer that it is about, and for as long as this answer is shown."""
-    flags = ["--version", str(scripted_model()), "--max_new_tokens", "12", "--model_max_length", "64"]
+    """In the words of chat.py, below the answer that it is about, and for as long as this answer is
+    shown."""
+    flags = [
+        "--version",
+        str(scripted_model()),
+        "--max_new_tokens",
+        "12",
+        "--model_max_length",
+        "64",
+    ]
     page = app.Page(Widgets, load(app.read_arguments(flags)), tmp_path)
     talk, *_ = page.open(str(photo(tmp_path / "p.png")))
 
@@ -189,10 +227,12 @@ def test_the_conversation_says_what_was_cut_and_what_was_forgotten(tmp_path):
     assert answers[:2] == [cut, "there"]
     assert "there\n(the oldest question was forgotten to make room)" in answers[2:]
     talk.results = [replace(talk.results[-1], forgotten_turns=2)]
-    assert talk.messages[1]["content"] == "there\n(the oldest 2 questions were forgotten to make room)"
+    assert (
+        talk.messages[1]["content"] == "there\n(the oldest 2 questions were forgotten to make room)"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- with a server
+# ------------------------------------------------------------------------------------ with a server
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +243,16 @@ def served(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("app")
-    flags = ["--version", str(scripted_model()), "--port", str(port), "--max_upload_mb", "1", "--max_new_tokens", "12"]
+    flags = [
+        "--version",
+        str(scripted_model()),
+        "--port",
+        str(port),
+        "--max_upload_mb",
+        "1",
+        "--max_new_tokens",
+        "12",
+    ]
     page = app.serve(app.read_arguments(flags), folder, block=False)
     yield page.local_url.rstrip("/"), page, folder
     page.close()
@@ -220,28 +269,42 @@ def get(address: str) -> int:
 def upload(address: str, name: str, content: bytes) -> str:
     """The path that the server gives a file."""
     edge = uuid.uuid4().hex
-    head = f'--{edge}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\nContent-Type: image/png\r\n\r\n'
+    head = (
+        f'--{edge}\r\nContent-Disposition: form-data; name="files";'
+        f' filename="{name}"\r\nContent-Type: image/png\r\n\r\n'
+    )
     body = head.encode() + content + f"\r\n--{edge}--\r\n".encode()
     kind = {"Content-Type": f"multipart/form-data; boundary={edge}"}
-    with urllib.request.urlopen(urllib.request.Request(f"{address}/gradio_api/upload", body, kind), timeout=10) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{address}/gradio_api/upload", body, kind), timeout=10
+    ) as answer:
         return json.load(answer)[0]
 
 
 def open_picture(served, path: str) -> tuple[bool, str]:
-    """(success, everything that was said) of opening a picture that a visitor claims to have sent."""
+    """(success, everything that was said) of opening a picture that a visitor claims to have
+    sent."""
     address, page, _ = served
     number = next(i for i, fn in page.fns.items() if fn.name == "open")
     session, picture = uuid.uuid4().hex, {"path": path, "meta": {"_type": "gradio.FileData"}}
     body = json.dumps({"data": [picture], "fn_index": number, "session_hash": session}).encode()
-    request = urllib.request.Request(f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"}
+    )
     urllib.request.urlopen(request, timeout=10).close()
     said = ""
-    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=30) as stream:
+    with urllib.request.urlopen(
+        f"{address}/gradio_api/queue/data?session_hash={session}", timeout=30
+    ) as stream:
         for line in stream:
             said += line.decode()
             if "process_completed" in said and line.strip() == b"":
                 break
-    last = next(json.loads(row[6:]) for row in said.splitlines() if row.startswith("data:") and "process_completed" in row)
+    last = next(
+        json.loads(row[6:])
+        for row in said.splitlines()
+        if row.startswith("data:") and "process_completed" in row
+    )
     return last["success"], said
 
 
@@ -278,9 +341,15 @@ def test_a_visitor_cannot_name_a_file_of_this_machine(served, tmp_path):
 def test_every_file_of_a_visitor_will_be_deleted(served, tmp_path):
     """gradio's ``delete_cache`` knows the files in these sets only."""
     address, page, folder = served
-    assert open_picture(served, upload(address, "mine.png", photo(tmp_path / "mine.png").read_bytes()))[0]
+    assert open_picture(
+        served, upload(address, "mine.png", photo(tmp_path / "mine.png").read_bytes())
+    )[0]
     known = set().union(*page.temp_file_sets)
-    files = [str(path) for path in folder.rglob("*") if path.is_file() and not path.name.startswith("example-")]
+    files = [
+        str(path)
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith("example-")
+    ]
     assert any(name.endswith(".webp") for name in files)
     assert [name for name in files if name not in known] == []
 
@@ -307,13 +376,15 @@ def test_a_port_in_use_is_one_line(served, tmp_path, monkeypatch, capsys):
     assert message.startswith("error: ") and "choose another port" in message
 
 
-# ------------------------------------------------------------------------------------------------------------- browser
+# ------------------------------------------------------------------------------------------ browser
 
 
 @pytest.fixture
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if chromium is None:
         pytest.skip("browser tests need Chromium")
     with api.sync_playwright() as driver:
@@ -328,9 +399,18 @@ def test_a_conversation_in_a_browser(served, browser, tmp_path):
 
     outside = []
     tab = browser.new_page(viewport={"width": 1360, "height": 1200})
-    tab.on("request", lambda r: outside.append(r.url) if not r.url.startswith((served[0], "data:", "blob:")) else None)
+    tab.on(
+        "request",
+        lambda r: (
+            outside.append(r.url) if not r.url.startswith((served[0], "data:", "blob:")) else None
+        ),
+    )
     tab.goto(served[0])
-    question, messages, legend = tab.locator("#question textarea"), tab.locator("#conversation"), tab.locator("#legend")
+    question, messages, legend = (
+        tab.locator("#question textarea"),
+        tab.locator("#conversation"),
+        tab.locator("#legend"),
+    )
     question.fill("where is the dog?")
     tab.click("#ask")
     expect(tab.get_by_text("First drop a picture")).to_be_visible(timeout=10_000)
@@ -352,12 +432,17 @@ def test_a_conversation_in_a_browser(served, browser, tmp_path):
         tab.click("#masks")
     with zipfile.ZipFile(download.value.path()) as opened:
         names = opened.namelist()
-        final = np.array(Image.open(io.BytesIO(opened.read(next(n for n in names if n.endswith("SEG.png"))))))
+        final = np.array(
+            Image.open(io.BytesIO(opened.read(next(n for n in names if n.endswith("SEG.png")))))
+        )
     with tab.expect_download() as download:
         tab.click("#coco")
     content = json.loads(Path(download.value.path()).read_text())
     assert len(names) == 3
-    assert np.array_equal(decode_rle(content["annotations"][0]["segmentation"], (48, 64), "coco.json", "rle"), final > 0)
+    assert np.array_equal(
+        decode_rle(content["annotations"][0]["segmentation"], (48, 64), "coco.json", "rle"),
+        final > 0,
+    )
 
     question.fill("<b>hello</b>")  # the scripted model then answers without a mask
     question.press("Enter")

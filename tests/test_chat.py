@@ -38,22 +38,36 @@ def photo(tmp_path) -> str:
 
 
 def flags(folder: Path, *more: str) -> list[str]:
-    return ["--version", str(scripted_model()), "--vis_save_path", str(folder), "--max_new_tokens", "12", *more]
+    return [
+        "--version",
+        str(scripted_model()),
+        "--vis_save_path",
+        str(folder),
+        "--max_new_tokens",
+        "12",
+        *more,
+    ]
 
 
 def type_in(monkeypatch, *lines: str) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
 
 
-# --------------------------------------------------------------------------------------------------------- one question
+# ------------------------------------------------------------------------------------- one question
 
 
 def test_one_question_as_json(photo, tmp_path, capsys):
     out = tmp_path / "out"
     for _ in range(2):
-        assert chat.main(flags(out, "--image", photo, "--prompt", "where is the dog?", "--json")) == 0
+        assert (
+            chat.main(flags(out, "--image", photo, "--prompt", "where is the dog?", "--json")) == 0
+        )
         report = json.loads(capsys.readouterr().out)
-        assert (report["image"], report["question"], report["text"]) == (photo, "where is the dog?", ANSWER)
+        assert (report["image"], report["question"], report["text"]) == (
+            photo,
+            "where is the dog?",
+            ANSWER,
+        )
         (found,) = report["masks"]
         assert list(found["files"]) == ["LOC", "SEG"]
         saved = np.array(Image.open(found["files"]["SEG"]))
@@ -104,15 +118,31 @@ def test_chat_refuses_in_one_line(argv, words, capsys):
     assert message.count("\n") == 1
 
 
-# -------------------------------------------------------------------------------------------------------- conversations
+# ------------------------------------------------------------------------------------ conversations
 
 
 def test_a_conversation_survives_every_mistake(photo, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.jpg").write_text("no picture")
     type_in(
-        monkeypatch, "absent.jpg", "", str(tmp_path / "text.jpg"), "/undo", "/save", f"'{photo}'", "", "/nonsense",
-        "where is it?", f"/image {tmp_path}", "a " * 400, "/image", "/help", "\x00\x1b", "and again?", "/quit", "never read",
-    )  # fmt: skip
+        monkeypatch,
+        "absent.jpg",
+        "",
+        str(tmp_path / "text.jpg"),
+        "/undo",
+        "/save",
+        f"'{photo}'",
+        "",
+        "/nonsense",
+        "where is it?",
+        f"/image {tmp_path}",
+        "a " * 400,
+        "/image",
+        "/help",
+        "\x00\x1b",
+        "and again?",
+        "/quit",
+        "never read",
+    )
     assert chat.main(flags(tmp_path / "out")) == 0
     said = capsys.readouterr().out
     assert said.count("error: ") == 8
@@ -127,9 +157,23 @@ def test_history_undo_reset_and_save(photo, tmp_path, monkeypatch, capsys):
     """The scripted model says "there" as long as "hello" stands anywhere in what it reads."""
     saved = tmp_path / "talk.json"
     type_in(
-        monkeypatch, photo, "where?", "hello", "where?", f"/save {saved}", "/undo", "/undo", "where?", "hello", "/reset",
-        "where?", "/save", photo, "/save", "/quit",
-    )  # fmt: skip
+        monkeypatch,
+        photo,
+        "where?",
+        "hello",
+        "where?",
+        f"/save {saved}",
+        "/undo",
+        "/undo",
+        "where?",
+        "hello",
+        "/reset",
+        "where?",
+        "/save",
+        photo,
+        "/save",
+        "/quit",
+    )
     assert chat.main(flags(tmp_path / "out")) == 0
     said = capsys.readouterr().out
     answers = [line for line in said.splitlines() if line.endswith(("there", ANSWER))]
@@ -138,8 +182,12 @@ def test_history_undo_reset_and_save(photo, tmp_path, monkeypatch, capsys):
     talk = json.loads(saved.read_text())
     assert [row["question"] for row in talk] == ["where?", "hello", "where?"]
     assert Path(talk[0]["masks"][0]["files"]["SEG"]).is_file()
-    assert len(json.loads((tmp_path / "out" / "conversation.json").read_text())) == 1, "since the reset"
-    assert said.count("error: there is no answer to save yet") == 1, "a new picture is a new conversation"
+    assert len(json.loads((tmp_path / "out" / "conversation.json").read_text())) == 1, (
+        "since the reset"
+    )
+    assert said.count("error: there is no answer to save yet") == 1, (
+        "a new picture is a new conversation"
+    )
 
 
 def test_an_answer_is_kept_when_its_files_cannot_be_written(photo, tmp_path, monkeypatch, capsys):
@@ -174,15 +222,31 @@ def test_too_little_memory_is_one_line(photo, tmp_path, monkeypatch, capsys):
     [
         (
             {"--vis_save_path": "/dev/null"},
-            "--vis_save_path /dev/null: masks cannot be saved there (File exists); give another folder",
+            (
+                "--vis_save_path /dev/null: masks cannot be saved there (File exists); give another"
+                " folder"
+            ),
         ),
-        ({"--vis_save_path": "/proc/a/b"}, "--vis_save_path /proc/a/b: masks cannot be saved there (No such file or directory)"),
-        ({"--image": "/nowhere.jpg"}, "/nowhere.jpg: there is no such picture; give the path of one"),
+        (
+            {"--vis_save_path": "/proc/a/b"},
+            "--vis_save_path /proc/a/b: masks cannot be saved there (No such file or directory)",
+        ),
+        (
+            {"--image": "/nowhere.jpg"},
+            "/nowhere.jpg: there is no such picture; give the path of one",
+        ),
         ({"--image": "/"}, "/: is a folder; give the path of a picture"),
     ],
 )
-def test_what_cannot_end_well_is_said_before_the_model_is_loaded(photo, tmp_path, capsys, changes, words):
-    given = {"--version": "/no/model", "--image": photo, "--prompt": "where?", "--vis_save_path": tmp_path / "out"} | changes
+def test_what_cannot_end_well_is_said_before_the_model_is_loaded(
+    photo, tmp_path, capsys, changes, words
+):
+    given = {
+        "--version": "/no/model",
+        "--image": photo,
+        "--prompt": "where?",
+        "--vis_save_path": tmp_path / "out",
+    } | changes
     assert chat.main([str(part) for pair in given.items() for part in pair]) == 2
     said = capsys.readouterr()
     assert said.err.startswith(f"error: {words}") and said.err.count("\n") == 1 and said.out == ""
@@ -208,7 +272,7 @@ def test_nothing_that_is_typed_steers_the_terminal(photo, tmp_path, monkeypatch,
     assert "\x1b" not in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------------- terminal
+# ----------------------------------------------------------------------------------------- terminal
 
 
 class Terminal:
@@ -218,9 +282,15 @@ class Terminal:
         self.master, slave = pty.openpty()
         env = os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            [sys.executable, *argv], cwd=ROOT, env=env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            [sys.executable, *argv],
+            cwd=ROOT,
+            env=env,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
             preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-        )  # fmt: skip
+        )
         os.close(slave)
 
     def until(self, words: str, seconds: float = 240) -> str:
@@ -228,7 +298,9 @@ class Terminal:
         seen, end = "", time.monotonic() + seconds
         while words not in seen:
             left = end - time.monotonic()
-            assert left > 0 and select.select([self.master], [], [], left)[0], f"waited for {words!r}, saw {seen!r}"
+            assert left > 0 and select.select([self.master], [], [], left)[0], (
+                f"waited for {words!r}, saw {seen!r}"
+            )
             try:
                 seen += os.read(self.master, 1).decode(errors="replace")
             except OSError:  # the program has ended
@@ -239,7 +311,8 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def interrupt(self) -> None:
-        """Ctrl-C until it is answered: a signal just before the wait for a key is noticed with the next key only."""
+        """Ctrl-C until it is answered: a signal just before the wait for a key is noticed with the
+        next key only."""
         seen, end = "", time.monotonic() + 240
         while "stopped" not in seen:
             assert time.monotonic() < end, f"Ctrl-C without effect, saw {seen!r}"
@@ -270,7 +343,8 @@ sys.exit(chat.main())
 
 
 def test_a_conversation_on_a_terminal(photo, tmp_path):
-    """Streaming, Ctrl-C in an answer and at the prompt, the arrow key for the last line, Ctrl-D at the end."""
+    """Streaming, Ctrl-C in an answer and at the prompt, the arrow key for the last line, Ctrl-D at
+    the end."""
     terminal = Terminal("-c", SLOW, *flags(tmp_path / "out"))
     terminal.until("image> ")
     terminal.interrupt()
@@ -306,17 +380,47 @@ def test_ctrl_c_ends_a_single_question_quietly(photo, tmp_path, monkeypatch, cap
     assert capsys.readouterr().err == ""
 
 
-# ------------------------------------------------------------------------------------------------------------ endurance
+# ---------------------------------------------------------------------------------------- endurance
 
 
 def lines_of(rng: np.random.Generator, folder: Path, photo: str, turns: int):
     """Random things that people and programs type, about half of them questions."""
     (folder / "broken.png").write_bytes(Path(photo).read_bytes()[:60])
-    words = ["where", "the", "dog", "wheel", "[SEG]", "<image>", "</s>", "é", "犬", "\x07", "\ud800", "a" * 50, "?"]
+    words = [
+        "where",
+        "the",
+        "dog",
+        "wheel",
+        "[SEG]",
+        "<image>",
+        "</s>",
+        "é",
+        "犬",
+        "\x07",
+        "\ud800",
+        "a" * 50,
+        "?",
+    ]
     mistakes = [
-        "", "   ", "hello", "x" * 20_000, "/" * 5000, "~nobody/x", f'"{photo}"', str(folder / "broken.png"), "/image", "/help",
-        f"/image {folder}", "/image \x00", "/undo", "/reset", "/reset", "/save", "/save /dev/null/x", "/nonsense",
-    ]  # fmt: skip
+        "",
+        "   ",
+        "hello",
+        "x" * 20_000,
+        "/" * 5000,
+        "~nobody/x",
+        f'"{photo}"',
+        str(folder / "broken.png"),
+        "/image",
+        "/help",
+        f"/image {folder}",
+        "/image \x00",
+        "/undo",
+        "/reset",
+        "/reset",
+        "/save",
+        "/save /dev/null/x",
+        "/nonsense",
+    ]
     yield photo
     for _ in range(turns):
         if rng.random() < 0.5:
@@ -363,4 +467,6 @@ def test_a_thousand_random_lines_in_flat_memory(photo, tmp_path, monkeypatch, ca
     """Measured: see docs/chat.md."""
     before, after = endure(photo, tmp_path, monkeypatch, 1000, 200)
     capsys.readouterr()
-    assert after < 1.05 * before, f"{before / 1e6:.0f} MB after 200 lines, {after / 1e6:.0f} MB after 1000"
+    assert after < 1.05 * before, (
+        f"{before / 1e6:.0f} MB after 200 lines, {after / 1e6:.0f} MB after 1000"
+    )

@@ -33,14 +33,26 @@ def test_a_run_leaves_settings_numbers_pictures_and_curves():
     assert metrics["seconds"] > 0
     assert metrics["free"]["n"] == 3
     assert {"emission_rate", "baselines"} <= metrics.keys()
-    for name in ("config.json", "examples.png", "log.jsonl", "ckpt/best/progress.json", "ckpt/last/progress.json"):
+    for name in (
+        "config.json",
+        "examples.png",
+        "log.jsonl",
+        "ckpt/best/progress.json",
+        "ckpt/last/progress.json",
+    ):
         assert (run / name).is_file(), name
     assert list((run / "tensorboard").glob("events*"))
 
 
 def test_evaluation_of_a_run_and_of_its_merged_model_agree(merged):
-    assert train_ds.main(["--eval_only", "--resume", str(trained_run()), "--exp_name", "evaluated"]) == 0
-    assert train_ds.main([*flags(toys(), version=merged, exp_name="evaluated-merged"), "--eval_only"]) == 0
+    assert (
+        train_ds.main(["--eval_only", "--resume", str(trained_run()), "--exp_name", "evaluated"])
+        == 0
+    )
+    assert (
+        train_ds.main([*flags(toys(), version=merged, exp_name="evaluated-merged"), "--eval_only"])
+        == 0
+    )
     assert scores(toys() / "runs" / "evaluated") == scores(trained_run())
     assert scores(toys() / "runs" / "evaluated-merged") == scores(trained_run())
 
@@ -72,9 +84,22 @@ def test_merging_a_file_with_the_flags_of_lisa(merged, tmp_path):
         "--precision",
         "fp32",
     ]
-    toy = ["--version", str(toys() / "llava"), "--vision_pretrained", str(toys() / "sam"), "--conv_type", "tiny"]
-    assert merge.main([*argv, *toy, "--exemplar_count", "0", "--refiner", "foreground+background"]) == 0
-    ours, theirs = (CoresForReasoningSegmentation.from_pretrained(f).state_dict() for f in (tmp_path / "out", merged))
+    toy = [
+        "--version",
+        str(toys() / "llava"),
+        "--vision_pretrained",
+        str(toys() / "sam"),
+        "--conv_type",
+        "tiny",
+    ]
+    assert (
+        merge.main([*argv, *toy, "--exemplar_count", "0", "--refiner", "foreground+background"])
+        == 0
+    )
+    ours, theirs = (
+        CoresForReasoningSegmentation.from_pretrained(f).state_dict()
+        for f in (tmp_path / "out", merged)
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

@@ -11,11 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("benchmarks", "dataset", "model", "scripts", "tests", "utils")
-SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
+SOURCES = sorted(
+    [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+)
 
 
 def ruff(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "ruff", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "ruff", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -39,17 +43,28 @@ PICKLE_FILES = Path("tests/official_layouts.py")  # writes what the restricted u
 
 
 def pickle_risks(tree: ast.AST, path: Path) -> set[str]:
-    """What in a source could read a pickle. ``path``: relative to the repository, as two files may do a little more than others."""
+    """What in a source could read a pickle. ``path``: relative to the repository, as two files may
+    do a little more than others."""
     found = {
-        name for name in imports(tree) if name.split(".")[0] in ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib")
+        name
+        for name in imports(tree)
+        if name.split(".")[0] in ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib")
     }
     allowed = {RESTRICTED_UNPICKLER: {"UnpicklingError"}, PICKLE_FILES: {"dumps"}}.get(path)
     if allowed is not None and "import pickle as" not in ast.unparse(tree):
-        bases = [base for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for base in n.bases]  # a class that restricts it
-        used = [n for n in ast.walk(tree) if getattr(getattr(n, "value", None), "id", None) == "pickle"]
-        uses = {n.attr for n in used if n not in bases or n.attr != "Unpickler" or path != RESTRICTED_UNPICKLER}
+        # a class that restricts it
+        bases = [base for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for base in n.bases]
+        used = [
+            n for n in ast.walk(tree) if getattr(getattr(n, "value", None), "id", None) == "pickle"
+        ]
+        uses = {
+            n.attr
+            for n in used
+            if n not in bases or n.attr != "Unpickler" or path != RESTRICTED_UNPICKLER
+        }
         return (found - {"pickle"}) | (uses - allowed)
-    return set() if found == {"pickle", "pickle.UnpicklingError"} else found  # the exception alone is harmless
+    # the exception alone is harmless
+    return set() if found == {"pickle", "pickle.UnpicklingError"} else found
 
 
 def test_ruff_finds_nothing():
@@ -63,10 +78,21 @@ def test_ruff_would_format_nothing():
 
 
 def test_ruff_is_really_at_work():
-    """The rules we rely on are switched on: docstrings of modules, order and use of imports, length of lines."""
+    """The rules we rely on are switched on: docstrings of modules, order and use of imports, length
+    of lines."""
     source = "import sys\nimport os\nx = '" + "long " * 30 + "'\n"
     found = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--output-format", "concise", "--stdin-filename", "utils/bad.py", "-"],
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "check",
+            "--output-format",
+            "concise",
+            "--stdin-filename",
+            "utils/bad.py",
+            "-",
+        ],
         cwd=ROOT,
         input=source,
         capture_output=True,
@@ -84,18 +110,31 @@ def test_the_sources_are_seen():
 def test_source_keeps_the_rules(path):
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     assert ast.get_docstring(tree), "every module says what it is for"
-    assert "cuda" not in methods_called(tree), "the device follows the tensors: use .to(device), never .cuda()"
-    assert not pickle_risks(tree, path.relative_to(ROOT)), "pickles run code when they are read: use safetensors or JSON"
+    assert "cuda" not in methods_called(tree), (
+        "the device follows the tensors: use .to(device), never .cuda()"
+    )
+    assert not pickle_risks(tree, path.relative_to(ROOT)), (
+        "pickles run code when they are read: use safetensors or JSON"
+    )
     if path.relative_to(ROOT).parts[0] == "dataset":
-        modules = {name for name in imports(tree) if name.startswith("torch.nn") or name.split(".")[0] == "model"}
+        modules = {
+            name
+            for name in imports(tree)
+            if name.startswith("torch.nn") or name.split(".")[0] == "model"
+        }
         assert not modules, "dataset knows nothing of networks"
     if path.relative_to(ROOT).parts[0] == "model":
-        assert not {name for name in imports(tree) if name.split(".")[0] == "utils"}, "model knows nothing of scripts"
+        assert not {name for name in imports(tree) if name.split(".")[0] == "utils"}, (
+            "model knows nothing of scripts"
+        )
 
 
 def circles(sources: dict[str, str]) -> set[str]:
-    """Modules that import themselves by way of others. ``sources``: name of a module -> its text."""
-    direct = {name: imports(ast.parse(text)) & sources.keys() - {name} for name, text in sources.items()}
+    """Modules that import themselves by way of others. ``sources``: name of a module -> its
+    text."""
+    direct = {
+        name: imports(ast.parse(text)) & sources.keys() - {name} for name, text in sources.items()
+    }
     found = set()
     for name in sources:
         seen, todo = set(), [name]
@@ -112,10 +151,14 @@ def test_no_file_of_data_and_tools_imports_itself_by_way_of_others():
     sources = {}
     for path in SOURCES:
         parts = path.relative_to(ROOT).with_suffix("").parts
-        sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
+        sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(
+            encoding="utf-8"
+        )
     assert {"utils.evaluation", "utils.evaluation.__main__"} <= sources.keys()
     assert {name for name in circles(sources) if name.split(".")[0] != "model"} == set()
-    assert circles({"a": "from b import x", "b": "def f():\n    import c", "c": "import a", "d": "import a"}) == {"a", "b", "c"}
+    assert circles(
+        {"a": "from b import x", "b": "def f():\n    import c", "c": "import a", "d": "import a"}
+    ) == {"a", "b", "c"}
 
 
 def test_the_rules_can_be_broken():
@@ -126,10 +169,18 @@ def test_the_rules_can_be_broken():
         ("import pickle", "utils/a.py", {"pickle"}),
         ("import joblib.numpy_pickle", "utils/a.py", {"joblib.numpy_pickle"}),
         ("from pickle import UnpicklingError", "utils/a.py", set()),
-        ("from pickle import UnpicklingError, load", "utils/a.py", {"pickle", "pickle.UnpicklingError", "pickle.load"}),
+        (
+            "from pickle import UnpicklingError, load",
+            "utils/a.py",
+            {"pickle", "pickle.UnpicklingError", "pickle.load"},
+        ),
         ("import pickle\nclass U(pickle.Unpickler): pass", "dataset/files/refs_pickle.py", set()),
         ("import pickle\npickle.load(f)", "dataset/files/refs_pickle.py", {"load"}),
-        ("import pickle\npickle.Unpickler(f).load()", "dataset/files/refs_pickle.py", {"Unpickler"}),
+        (
+            "import pickle\npickle.Unpickler(f).load()",
+            "dataset/files/refs_pickle.py",
+            {"Unpickler"},
+        ),
         ("import pickle as p\np.load(f)", "dataset/files/refs_pickle.py", {"pickle"}),
         ("from pickle import load", "dataset/files/refs_pickle.py", {"pickle.load"}),
         ("import pickle\npickle.dump(f)", "dataset/files/refs_pickle.py", {"dump"}),
@@ -143,7 +194,11 @@ def test_the_rules_can_be_broken():
 def test_every_default_test_file_is_collected():
     """pytest takes test_*.py only: a file with tests under another name would never run."""
     for path in (ROOT / "tests").rglob("*.py"):
-        functions = [n.name for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
+        functions = [
+            n.name
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(n, ast.FunctionDef)
+        ]
         if any(name.startswith("test_") for name in functions):
             assert path.name.startswith("test_"), f"{path.name} holds tests but is not collected"
 
@@ -167,7 +222,9 @@ def setup(clone: Path, **environment: str) -> subprocess.CompletedProcess:
     for name in ("scripts/setup.sh", "requirements.txt"):
         (clone / name).write_bytes((ROOT / name).read_bytes())
     environment = {k: v for k, v in os.environ.items() if k != "PYTHON"} | environment
-    return subprocess.run(["bash", "scripts/setup.sh"], cwd=clone, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", "scripts/setup.sh"], cwd=clone, env=environment, capture_output=True, text=True
+    )
 
 
 def fake_python(folder: Path, body: str) -> str:
@@ -189,17 +246,22 @@ def test_setup_refuses_an_old_python(tmp_path):
 
 def test_setup_refuses_a_full_disk(tmp_path):
     fake_python(tmp_path / "bin", "exit 1")
-    (tmp_path / "bin" / "df").write_text("#!/bin/sh\necho head\necho disk 10000000 5000000 2097152 71% /\n")
+    (tmp_path / "bin" / "df").write_text(
+        "#!/bin/sh\necho head\necho disk 10000000 5000000 2097152 71% /\n"
+    )
     (tmp_path / "bin" / "df").chmod(0o755)
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    found = setup(tmp_path / "clone", PATH=path, PYTHON=sys.executable, CORES_CACHE=str(tmp_path / "cache"))
+    found = setup(
+        tmp_path / "clone", PATH=path, PYTHON=sys.executable, CORES_CACHE=str(tmp_path / "cache")
+    )
     assert found.returncode == 1
     assert "2 GB free, but the environment needs 9 GB" in found.stderr
     assert not (tmp_path / "clone" / ".venv").exists()
 
 
 def test_setup_builds_once_and_repairs_an_interrupted_build(tmp_path):
-    """A stand-in for python makes "environments" whose pip does nothing, so that only the script itself is tested."""
+    """A stand-in for python makes "environments" whose pip does nothing, so that only the script
+    itself is tested."""
     pip = "#!/bin/sh\\nexit ${PIP_EXIT:-0}\\n"
     python = fake_python(
         tmp_path / "bin",

@@ -1,1 +1,2 @@
-"""Around data and model: arguments, the training engine, checkpoints, metrics, evaluation, pictures."""
+"""Around data and model: arguments, the training engine, checkpoints, metrics, evaluation,
+pictures."""

@@ -1,4 +1,5 @@
-"""The command ``python -m utils.boxes_to_masks``; its code is utils/precompute/boxes_to_masks.py."""
+"""The command ``python -m utils.boxes_to_masks``; its code is
+utils/precompute/boxes_to_masks.py."""
 
 import sys
 

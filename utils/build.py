@@ -25,7 +25,14 @@ from model.reasoning.lora import add_lora, load_adapter, set_trainable
 from model.reasoning.prefix_sharing import PrefixSharing
 from model.segmenting.embedding_cache import SamCache, fingerprint
 from utils import distributed
-from utils.settings.arguments import FREE_ON_RESUME, Settings, numbers, parse_over, read_resumed, settings_of
+from utils.settings.arguments import (
+    FREE_ON_RESUME,
+    Settings,
+    numbers,
+    parse_over,
+    read_resumed,
+    settings_of,
+)
 from utils.settings.flags import SELECTING, UsageError
 from utils.training import checkpoint
 from utils.training.deepspeed import DTYPES
@@ -33,8 +40,14 @@ from utils.training.loader import samples_per_epoch
 
 # What merging may find elsewhere than training did, or does not depend on.
 FREE_IN_MERGE = FREE_ON_RESUME | {
-    "version", "vision_pretrained", "vision_tower", "features_pretrained", "precision", "log_base_dir", "exp_name",
-}  # fmt: skip
+    "version",
+    "vision_pretrained",
+    "vision_tower",
+    "features_pretrained",
+    "precision",
+    "log_base_dir",
+    "exp_name",
+}
 # name: hidden size, patch size, image size
 VISION_TOWERS = {
     "openai/clip-vit-large-patch14": (1024, 14, 224),
@@ -43,10 +56,13 @@ VISION_TOWERS = {
 
 
 def is_merged(version: str) -> bool:
-    """Whether ``version`` is a finished model, ours or a published LISA or CoReS, rather than a backbone."""
+    """Whether ``version`` is a finished model, ours or a published LISA or CoReS, rather than a
+    backbone."""
     if (Path(version) / PROCESSOR_FILE).is_file():
         return True
-    return published.is_whole(version) or (not looks_like_path(version) and find_file(version, PROCESSOR_FILE) is not None)
+    return published.is_whole(version) or (
+        not looks_like_path(version) and find_file(version, PROCESSOR_FILE) is not None
+    )
 
 
 class PromptFormat(NamedTuple):
@@ -62,22 +78,30 @@ def prompt_format(s: Settings) -> PromptFormat:
         processor = finished_processor(s)
         return PromptFormat(processor.levels, processor.exemplar_count)
     if not s.vision_pretrained:
-        raise UsageError(f"{s.version}: is no merged model, so --vision_pretrained must name a SAM checkpoint")
+        raise UsageError(
+            f"{s.version}: is no merged model, so --vision_pretrained must name a SAM checkpoint"
+        )
     if not Path(s.vision_pretrained).exists():
         raise UsageError(f"{s.vision_pretrained}: no such SAM checkpoint (--vision_pretrained)")
     return PromptFormat(s.level_list, s.exemplar_count)
 
 
 def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
-    """A new model from backbones, or a merged one to go on from; weights in --precision, nothing trainable yet."""
+    """A new model from backbones, or a merged one to go on from; weights in --precision, nothing
+    trainable yet."""
     loading: dict[str, Any] = {"vision_tower": s.vision_tower or None}
     if s.bits:
         loading["quantization_config"] = quantization(s.bits, DTYPES[s.precision])
     if is_merged(s.version):
         processor = finished_processor(s)
         if processor.levels != s.level_list:
-            raise UsageError(f"{s.version}: was trained with the levels {','.join(processor.levels)}, --levels says {s.levels}")
-        model = CoresForReasoningSegmentation.from_pretrained(s.version, dtype=DTYPES[s.precision], **loading)
+            raise UsageError(
+                f"{s.version}: was trained with the levels {','.join(processor.levels)}, --levels"
+                f" says {s.levels}"
+            )
+        model = CoresForReasoningSegmentation.from_pretrained(
+            s.version, dtype=DTYPES[s.precision], **loading
+        )
         processor.tokenizer.model_max_length = s.model_max_length
         model.config.set_losses(**loss_config(s))
         refuse_other_method(s, model)
@@ -91,7 +115,11 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
             exemplar_count=s.exemplar_count,
             dtype=DTYPES[s.precision],
             model_max_length=s.model_max_length,
-            refiner={"kind": "none"} if s.refiner == "none" else {"prototypes": s.refiner, "pooling": s.pooling},
+            refiner=(
+                {"kind": "none"}
+                if s.refiner == "none"
+                else {"prototypes": s.refiner, "pooling": s.pooling}
+            ),
             text_projection_norm=s.text_projection_norm,
             system=s.system_prompt or None,
             features_pretrained=s.features_pretrained or None,
@@ -107,16 +135,28 @@ def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProces
 
 
 def refuse_other_method(s: Settings, model: CoresForReasoningSegmentation) -> None:
-    """Raises UsageError if training would go on from a model of a method that another mask branch belongs to."""
+    """Raises UsageError if training would go on from a model of a method that another mask branch
+    belongs to."""
     chain = model.selecting is not None and model.config.decodes
-    found = "a CoReS or LISA" if model.selecting is None else "a CoReS with a selector" if chain else "an LLM-Seg"
-    if (model.selecting is not None, chain) != (s.method in SELECTING, s.method == "cores+select") and not s.eval_only:
+    found = (
+        "a CoReS or LISA"
+        if model.selecting is None
+        else "a CoReS with a selector"
+        if chain
+        else "an LLM-Seg"
+    )
+    if (model.selecting is not None, chain) != (
+        s.method in SELECTING,
+        s.method == "cores+select",
+    ) and not s.eval_only:
         raise UsageError(f"{s.version}: is {found}, --method says {s.method}")
 
 
 def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s: Settings) -> None:
     """Applies SpeedArguments."""
-    attention, reason = choose_attention(s.attn_implementation, DTYPES[s.precision], distributed.device())
+    attention, reason = choose_attention(
+        s.attn_implementation, DTYPES[s.precision], distributed.device()
+    )
     if s.attn_implementation == "auto" and distributed.is_main():
         print(f"attention: {attention} ({reason})")
     model.reasoning.llava.set_attn_implementation({"": "sdpa", "text_config": attention})
@@ -126,7 +166,10 @@ def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s
         model.segmenting.sam.image_encoder.compile()
     if s.sam_cache:
         if model.selecting is not None and model.selecting.encoder is not None:
-            raise UsageError("--sam_cache: this selector looks at DINOv2's features, which it does not keep; leave the flag out")
+            raise UsageError(
+                "--sam_cache: this selector looks at DINOv2's features, which it does not keep;"
+                " leave the flag out"
+            )
         name = fingerprint(model.segmenting.sam.image_encoder, processor.image_size)
         processor.sam_cache = SamCache(s.sam_cache, name, s.sam_cache_dtype, s.sam_cache_gb)
         model.segmenting.keep = processor.sam_cache.keep
@@ -135,10 +178,18 @@ def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s
 def refuse_no_compiler(s: Settings) -> None:
     """Raises UsageError where --compile could not work."""
     if s.zero_stage == 3 and not s.eval_only:
-        raise UsageError("--compile: ZeRO stage 3 takes the weights apart, which torch.compile cannot follow; use --zero_stage 2")
+        raise UsageError(
+            "--compile: ZeRO stage 3 takes the weights apart, which torch.compile cannot follow;"
+            " use --zero_stage 2"
+        )
     compilers = (os.environ.get("CXX"), "g++", "clang++")
-    if distributed.device().type == "cpu" and not any(name and shutil.which(name) for name in compilers):
-        raise UsageError("--compile: no C++ compiler found ($CXX, g++, clang++), which torch.compile needs on a CPU")
+    if distributed.device().type == "cpu" and not any(
+        name and shutil.which(name) for name in compilers
+    ):
+        raise UsageError(
+            "--compile: no C++ compiler found ($CXX, g++, clang++), which torch.compile needs on"
+            " a CPU"
+        )
 
 
 def build_sam_only(s: Settings) -> tuple[Sam, int]:
@@ -152,8 +203,11 @@ def build_sam_only(s: Settings) -> tuple[Sam, int]:
 
 
 def finished_processor(s: Settings) -> CoresProcessor:
-    """Of a finished model; --conv_type and --system_prompt speak for a published one, whose files say neither."""
-    processor = CoresProcessor.from_pretrained(s.version, template=s.conv_type, vision_tower=s.vision_tower or None)
+    """Of a finished model; --conv_type and --system_prompt speak for a published one, whose files
+    say neither."""
+    processor = CoresProcessor.from_pretrained(
+        s.version, template=s.conv_type, vision_tower=s.vision_tower or None
+    )
     processor.system = s.system_prompt or processor.system
     return processor
 
@@ -181,7 +235,8 @@ def selector_config(s: Settings) -> dict | None:
 
 
 def select_as(model: CoresForReasoningSegmentation, s: Settings) -> ProposalSource | None:
-    """For evaluation: the rule of --select, if it is set; proposals from --proposals, and what is missing there is computed."""
+    """For evaluation: the rule of --select, if it is set; proposals from --proposals, and what is
+    missing there is computed."""
     if model.selecting is not None and s.select:
         model.selecting.config = dataclasses.replace(model.selecting.config, rule=s.select)
     return model.proposal_source(s.proposals or None)
@@ -201,23 +256,44 @@ def loss_config(s: Settings) -> dict:
     }
 
 
-def check_facts(s: Settings, model: CoresForReasoningSegmentation, processor: CoresProcessor) -> None:
-    """Flags of the published scripts that state what the weights decide. Raises UsageError if they contradict."""
-    truth = {"image_size": model.config.sam["image_size"], "out_dim": model.config.sam["prompt_dim"]}
+def check_facts(
+    s: Settings, model: CoresForReasoningSegmentation, processor: CoresProcessor
+) -> None:
+    """Flags of the published scripts that state what the weights decide. Raises UsageError if they
+    contradict."""
+    truth = {
+        "image_size": model.config.sam["image_size"],
+        "out_dim": model.config.sam["prompt_dim"],
+    }
     for name, value in s.facts.items():
         if name in truth and value != truth[name]:
             raise UsageError(
-                f"--{name} {value}: the SAM of {s.vision_pretrained or s.version} has {truth[name]}; leave the flag out"
+                f"--{name} {value}: the SAM of {s.vision_pretrained or s.version} has"
+                f" {truth[name]}; leave the flag out"
             )
-    marked = str(s.facts.get("use_mm_start_end", processor.image_marks is not None)).lower() == "true"
+    marked = (
+        str(s.facts.get("use_mm_start_end", processor.image_marks is not None)).lower() == "true"
+    )
     if marked != (processor.image_marks is not None):
-        found = "has <im_start> and <im_end>" if processor.image_marks else "has no <im_start> and <im_end>"
-        raise UsageError(f"--use_mm_start_end {str(marked).lower()}: the tokenizer of {s.version} {found}; leave the flag out")
-    found = model.config.llava.vision_config
-    if s.vision_tower and _tower_sizes(s.vision_tower) != (found.hidden_size, found.patch_size, found.image_size):
+        found = (
+            "has <im_start> and <im_end>"
+            if processor.image_marks
+            else "has no <im_start> and <im_end>"
+        )
         raise UsageError(
-            f"--vision-tower {s.vision_tower}: the tower is part of {s.version}, which has width {found.hidden_size}, patches "
-            f"of {found.patch_size} and images of {found.image_size} pixels; leave the flag out"
+            f"--use_mm_start_end {str(marked).lower()}: the tokenizer of {s.version} {found}; leave"
+            " the flag out"
+        )
+    found = model.config.llava.vision_config
+    if s.vision_tower and _tower_sizes(s.vision_tower) != (
+        found.hidden_size,
+        found.patch_size,
+        found.image_size,
+    ):
+        raise UsageError(
+            f"--vision-tower {s.vision_tower}: the tower is part of {s.version}, which has width"
+            f" {found.hidden_size}, patches of {found.patch_size} and images of {found.image_size}"
+            " pixels; leave the flag out"
         )
 
 
@@ -227,7 +303,8 @@ def refuse_half_on_cpu(s: Settings) -> None:
 
 
 def _tower_sizes(tower: str) -> tuple[int, int, int]:
-    """Hidden size, patch size and image size. Raises UsageError for a tower that cannot be found."""
+    """Hidden size, patch size and image size. Raises UsageError for a tower that cannot be
+    found."""
     if tower in VISION_TOWERS:
         return VISION_TOWERS[tower]
     try:
@@ -240,12 +317,17 @@ def _tower_sizes(tower: str) -> tuple[int, int, int]:
 def load_for_evaluation(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
     """The model of the run --resume, or the merged --version. Raises UsageError for a backbone."""
     if s.resume:
-        model, processor, _ = build_trained(s.run_dir if s.resume == "auto" else s.resume, precision=s.precision)
+        model, processor, _ = build_trained(
+            s.run_dir if s.resume == "auto" else s.resume, precision=s.precision
+        )
     elif is_merged(s.version):
         s.levels = ",".join(finished_processor(s).levels)
         model, processor = build_model(s)
     else:
-        raise UsageError(f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version or --resume RUN")
+        raise UsageError(
+            f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version"
+            " or --resume RUN"
+        )
     processor.proposals = select_as(model, s)
     return model, processor
 
@@ -253,7 +335,9 @@ def load_for_evaluation(s: Settings) -> tuple[CoresForReasoningSegmentation, Cor
 def make_trainable(model: CoresForReasoningSegmentation, s: Settings) -> dict[str, int]:
     """Adds LoRA and freezes the rest; returns the sizes of the trainable groups."""
     if s.lora_r:
-        add_lora(model, s.lora_r, s.lora_alpha, s.lora_dropout, tuple(s.lora_target_modules.split(",")))
+        add_lora(
+            model, s.lora_r, s.lora_alpha, s.lora_dropout, tuple(s.lora_target_modules.split(","))
+        )
     if s.gradient_checkpointing:
         enable_checkpointing(model.reasoning.llava)
     return set_trainable(model, lora=bool(s.lora_r), train_mask_decoder=s.train_mask_decoder)
@@ -262,9 +346,11 @@ def make_trainable(model: CoresForReasoningSegmentation, s: Settings) -> dict[st
 def build_trained(
     run: str | Path, which: str = "best", precision: str | None = None
 ) -> tuple[CoresForReasoningSegmentation, CoresProcessor, Settings]:
-    """The model of a run folder, or of one of its checkpoints, with its trained weights and adapters still apart.
+    """The model of a run folder, or of one of its checkpoints, with its trained weights and
+    adapters still apart.
 
-    ``precision``: of the weights, instead of the run's. Raises UsageError if there is no such checkpoint.
+    ``precision``: of the weights, instead of the run's. Raises UsageError if there is no such
+    checkpoint.
     """
     settings = settings_of(read_resumed(run))
     folder = checkpoint.find_checkpoint(run, which)
@@ -280,15 +366,17 @@ def build_merging(
 ) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
     """The model of a run folder in the precision to store, its adapters apart in float32.
 
-    ``rest``: flags of train_ds.py on top of the run's settings. They may say where things are now; a UsageError refuses
-    those that would make other weights of them.
+    ``rest``: flags of train_ds.py on top of the run's settings. They may say where things are now;
+    a UsageError refuses those that would make other weights of them.
     """
     saved = read_resumed(run)
     settings = parse_over(saved, rest)
     for name in sorted(saved.keys() - FREE_IN_MERGE):
         if getattr(settings, name, saved[name]) != saved[name]:
             now = getattr(settings, name)
-            raise UsageError(f"--{name} {now}: the run {run} was trained with {saved[name]}; leave the flag out")
+            raise UsageError(
+                f"--{name} {now}: the run {run} was trained with {saved[name]}; leave the flag out"
+            )
     _refuse_other_kind(saved, settings, run)
     settings.precision = precision or settings.precision
     model, processor = _unmerged(settings)
@@ -297,35 +385,54 @@ def build_merging(
 
 
 def _refuse_other_kind(saved: dict[str, Any], settings: Settings, run: str | Path) -> None:
-    """Raises UsageError where --version is a merged model and the run was trained on a backbone, or the other way round."""
+    """Raises UsageError where --version is a merged model and the run was trained on a backbone, or
+    the other way round."""
     moved = settings.version != saved["version"]
-    on_backbone = saved["vision_pretrained"] and not (Path(saved["version"]).exists() and is_merged(saved["version"]))
+    on_backbone = saved["vision_pretrained"] and not (
+        Path(saved["version"]).exists() and is_merged(saved["version"])
+    )
     if moved and not saved["vision_pretrained"] and not is_merged(settings.version):
-        raise UsageError(f"--version {settings.version}: is a backbone; the run {run} went on from the model {saved['version']}")
+        raise UsageError(
+            f"--version {settings.version}: is a backbone; the run {run} went on from the model"
+            f" {saved['version']}"
+        )
     if moved and on_backbone and is_merged(settings.version):
         raise UsageError(
-            f"--version {settings.version}: is merged already; the run {run} was trained on the backbone {saved['version']}"
+            f"--version {settings.version}: is merged already; the run {run} was trained on the"
+            f" backbone {saved['version']}"
         )
 
 
-def build_from_source(source: Path, precision: str, rest: list[str]) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
-    """As ``build_merging``, for trained weights without a run folder: ``rest`` must describe the model they belong to."""
+def build_from_source(
+    source: Path, precision: str, rest: list[str]
+) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+    """As ``build_merging``, for trained weights without a run folder: ``rest`` must describe the
+    model they belong to."""
     weights = checkpoint.read_weights(source)
     settings = parse_over({}, rest)
     settings.precision = precision
     if not checkpoint.is_adapter(source):
         if settings.lora_r and not _given("lora_alpha", rest):
-            print(f"{source}: does not say with which α it was trained; --lora_alpha {settings.lora_alpha} is taken")
+            print(
+                f"{source}: does not say with which α it was trained; --lora_alpha"
+                f" {settings.lora_alpha} is taken"
+            )
         model, processor = _unmerged(settings)
         checkpoint.put_weights(model, weights, source)
         return model.eval(), processor
     if not is_merged(settings.version):
-        raise UsageError(f"{source}: an adapter holds no mask branch, so --version must be a finished model, not a backbone")
+        raise UsageError(
+            f"{source}: an adapter holds no mask branch, so --version must be a finished model, not"
+            " a backbone"
+        )
     adapter = read_json_file(source, checkpoint.ADAPTER_CONFIG)
     checkpoint.refuse_other_adapters(adapter, source)
     for name, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
         if _given(name, rest) and getattr(settings, name) != adapter.get(key):
-            raise UsageError(f"--{name} {getattr(settings, name)}: {source} says {adapter.get(key)}; leave the flag out")
+            raise UsageError(
+                f"--{name} {getattr(settings, name)}: {source} says {adapter.get(key)}; leave the"
+                " flag out"
+            )
         setattr(settings, name, adapter.get(key))
     settings.lora_target_modules = ",".join(adapter["target_modules"])
     settings.levels = ",".join(finished_processor(settings).levels)
@@ -339,7 +446,8 @@ def _given(name: str, flags: list[str]) -> bool:
 
 
 def _unmerged(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
-    """Weights in full precision of ``s.precision``, never in 4 or 8 bits, adapters in float32: nothing is rounded twice."""
+    """Weights in full precision of ``s.precision``, never in 4 or 8 bits, adapters in float32:
+    nothing is rounded twice."""
     s.load_in_4bit = s.load_in_8bit = False
     s.attn_implementation = "eager"  # nothing is computed
     model, processor = build_model(s)
@@ -375,4 +483,11 @@ def build_mixture(s: Settings, prompt: PromptFormat | CoresProcessor) -> TrainMi
 
 
 def build_eval(s: Settings, prompt: PromptFormat | CoresProcessor) -> EvalDataset:
-    return EvalDataset(s.dataset_dir, s.val_dataset, prompt.levels, prompt.exemplar_count, seed=s.seed, texts=s.eval_texts)
+    return EvalDataset(
+        s.dataset_dir,
+        s.val_dataset,
+        prompt.levels,
+        prompt.exemplar_count,
+        seed=s.seed,
+        texts=s.eval_texts,
+    )

@@ -18,7 +18,8 @@ def device() -> torch.device:
 
 
 def prepare_environment() -> None:
-    """Makes plain ``python`` a world of one, tells DeepSpeed if there is no GPU; call before importing deepspeed."""
+    """Makes plain ``python`` a world of one, tells DeepSpeed if there is no GPU; call before
+    importing deepspeed."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,16 +27,23 @@ def prepare_environment() -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if "RANK" not in os.environ:
         # DeepSpeed looks whether an address is there; nobody listens on it, see start
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"
+        )
 
 
 def start() -> None:
-    """Joins the process group once. A world of one meets nobody, and so needs no port, which another program might have taken."""
+    """Joins the process group once. A world of one meets nobody, and so needs no port, which
+    another program might have taken."""
     prepare_environment()
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
-        meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if os.environ["WORLD_SIZE"] == "1" else {}
+        meeting = (
+            {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            if os.environ["WORLD_SIZE"] == "1"
+            else {}
+        )
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **meeting)
 
 

@@ -1,6 +1,7 @@
 """Scores of predicted masks: gIoU, cIoU, their intervals, emission, and where the chain went wrong.
 
-H, W an image in the original frame · n scored targets. All scores are fractions in [0, 1]; only tables print percent.
+H, W an image in the original frame · n scored targets. All scores are fractions in [0, 1]; only
+tables print percent.
 
 gIoU  mean over targets of intersection / union, where "nothing predicted, nothing there" is 1 (LISA, section 4.1)
 cIoU  sum of all intersections / sum of all unions: large targets weigh more
@@ -20,7 +21,8 @@ Mask = TypeVar("Mask", np.ndarray, torch.Tensor)
 
 @dataclass(frozen=True)
 class TargetScore:
-    """One target of one conversation. Areas are pixels of the original frame that are not ignored."""
+    """One target of one conversation. Areas are pixels of the original frame that are not
+    ignored."""
 
     dataset: str
     id: str
@@ -38,7 +40,8 @@ class TargetScore:
     emitted: bool
     """Whether the answer held a mask for this target; always True in teacher-forced evaluation."""
     surplus: int
-    """Masks of the answer beyond the targets of the conversation; counted with its first target only."""
+    """Masks of the answer beyond the targets of the conversation; counted with its first target
+    only."""
     target_area: int
     image_area: int | None = None
     """Pixels of the image, ignored ones included."""
@@ -47,19 +50,28 @@ class TargetScore:
     first_iou: float | None = None
     """IoU of the first level's mask with the target; None without a mask or with one level only."""
     first_host_iou: float | None = None
-    """IoU of the first level's mask with the object that holds the target; None without a mask or a host."""
+    """IoU of the first level's mask with the object that holds the target; None without a mask or a
+    host."""
     inside_host: float | None = None
     """Share of the final mask that lies on the host; None without a host or with an empty mask."""
 
     @property
     def place(self) -> str:
-        """The sample, with what tells its targets apart where there are several: "000", "000, conversation 1"."""
-        extra = [f"{word} {value}" for word, value in (("conversation", self.conversation), ("target", self.target)) if value]
+        """The sample, with what tells its targets apart where there are several: "000", "000,
+        conversation 1"."""
+        extra = [
+            f"{word} {value}"
+            for word, value in (("conversation", self.conversation), ("target", self.target))
+            if value
+        ]
         return ", ".join([self.id, *extra])
 
 
-def intersection_and_union(prediction: Mask, target: Mask, ignore: Mask | None = None) -> tuple[Mask, Mask]:
-    """Pixel counts int64 (...) of masks bool (..., H, W); ``ignore``, bool (H, W), takes pixels out of both."""
+def intersection_and_union(
+    prediction: Mask, target: Mask, ignore: Mask | None = None
+) -> tuple[Mask, Mask]:
+    """Pixel counts int64 (...) of masks bool (..., H, W); ``ignore``, bool (H, W), takes pixels out
+    of both."""
     both, either = prediction & target, prediction | target
     if ignore is not None:
         both, either = both & ~ignore, either & ~ignore
@@ -97,19 +109,27 @@ def bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Percentile intervals {"giou": [low, high], "ciou": [low, high]} of n targets, the same for the same seed.
+    """Percentile intervals {"giou": [low, high], "ciou": [low, high]} of n targets, the same for
+    the same seed.
 
-    ``groups``: n keys; targets of one key (an image) are drawn together, as they rise and fall together. None draws
-    every target by itself. Raises ValueError without targets.
+    ``groups``: n keys; targets of one key (an image) are drawn together, as they rise and fall
+    together. None draws every target by itself. Raises ValueError without targets.
     """
     if len(scores) == 0:
         raise ValueError("no target was scored, so there is no interval; check the evaluation set")
-    columns = np.stack([np.asarray(c, dtype=float) for c in (scores, np.ones(len(scores)), inter, union)], axis=1)
+    columns = np.stack(
+        [np.asarray(c, dtype=float) for c in (scores, np.ones(len(scores)), inter, union)], axis=1
+    )
     score, count, inters, unions = _resample(columns, groups, draws, seed).T
-    return {"giou": _tails(score / count, confidence), "ciou": _tails(iou(inters, unions), confidence)}
+    return {
+        "giou": _tails(score / count, confidence),
+        "ciou": _tails(iou(inters, unions), confidence),
+    }
 
 
-def _resample(columns: np.ndarray, groups: Sequence[Hashable] | None, draws: int, seed: int) -> np.ndarray:
+def _resample(
+    columns: np.ndarray, groups: Sequence[Hashable] | None, draws: int, seed: int
+) -> np.ndarray:
     """Sums of the columns (n, c) over ``draws`` bootstrap samples of the groups: (draws, c)."""
     if groups is not None:
         index = {key: i for i, key in enumerate(dict.fromkeys(groups))}
@@ -117,7 +137,9 @@ def _resample(columns: np.ndarray, groups: Sequence[Hashable] | None, draws: int
         np.add.at(sums, [index[key] for key in groups], columns)
         columns = sums
     # how often each group is drawn: a matrix product then does all draws at once
-    times = np.random.default_rng(seed).multinomial(len(columns), np.full(len(columns), 1 / len(columns)), size=draws)
+    times = np.random.default_rng(seed).multinomial(
+        len(columns), np.full(len(columns), 1 / len(columns)), size=draws
+    )
     return times @ columns
 
 
@@ -126,16 +148,23 @@ def _tails(values: np.ndarray, confidence: float) -> list[float]:
 
 
 def paired_bootstrap(
-    a: Sequence[TargetScore], b: Sequence[TargetScore], draws: int = 10_000, confidence: float = 0.95, seed: int = 0
+    a: Sequence[TargetScore],
+    b: Sequence[TargetScore],
+    draws: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """{"giou": …, "ciou": …} of b minus a, where a[i] and b[i] are answers to the same target.
 
-    Each entry holds ``difference``, its percentile interval ``ci95`` over images, drawn together for both sides, and
-    ``share_above_zero`` of the draws. Raises ValueError for no or unequal numbers of targets.
+    Each entry holds ``difference``, its percentile interval ``ci95`` over images, drawn together
+    for both sides, and ``share_above_zero`` of the draws. Raises ValueError for no or unequal
+    numbers of targets.
     """
     if len(a) != len(b) or not a:
         raise ValueError(f"paired bootstrap: {len(a)} and {len(b)} targets cannot be paired")
-    columns = np.array([[1.0, x.iou, x.inter, x.union, y.iou, y.inter, y.union] for x, y in zip(a, b, strict=True)])
+    columns = np.array(
+        [[1.0, x.iou, x.inter, x.union, y.iou, y.inter, y.union] for x, y in zip(a, b, strict=True)]
+    )
     sums = _resample(columns, [(x.dataset, x.id) for x in a], draws, seed)
 
     def differences(table: np.ndarray) -> dict[str, np.ndarray]:
@@ -159,7 +188,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def summarise(scores: Sequence[TargetScore], seed: int = 0, draws: int = 1000) -> dict:
-    """The numbers of a report. None stands for what the data do not tell. Raises ValueError without targets.
+    """The numbers of a report. None stands for what the data do not tell. Raises ValueError without
+    targets.
 
     ==================  ===========================================================================================
     unit                "fraction"
@@ -175,7 +205,9 @@ def summarise(scores: Sequence[TargetScore], seed: int = 0, draws: int = 1000) -
     ==================  ===========================================================================================
     """
     if not scores:
-        raise ValueError("no target was scored; check the evaluation set: it holds no query with a mask")
+        raise ValueError(
+            "no target was scored; check the evaluation set: it holds no query with a mask"
+        )
     return {
         "unit": "fraction",
         **_core_summary(scores, seed, draws),
@@ -185,7 +217,9 @@ def summarise(scores: Sequence[TargetScore], seed: int = 0, draws: int = 1000) -
         "surplus_rate": _mean([s.surplus for s in scores]),
         "first_iou": _mean([s.first_iou for s in scores]),
         "first_host_iou": _mean([s.first_host_iou for s in scores]),
-        "wrong_host_rate": _mean([None if s.inside_host is None else float(s.inside_host < 0.5) for s in scores]),
+        "wrong_host_rate": _mean(
+            [None if s.inside_host is None else float(s.inside_host < 0.5) for s in scores]
+        ),
     }
 
 
@@ -208,20 +242,32 @@ TARGET_SIZES = {
 
 
 def breakdown(scores: Sequence[TargetScore], seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
-    """{"query_length", "query_kind", "target_size"} -> class -> {n, giou, giou_ci95, ciou, ciou_ci95}; empty classes are left out.
+    """{"query_length", "query_kind", "target_size"} -> class -> {n, giou, giou_ci95, ciou,
+    ciou_ci95}; empty classes are left out.
 
-    The length of a query counts the words of the question as it was asked, the request for a mask included.
+    The length of a query counts the words of the question as it was asked, the request for a mask
+    included.
     """
     words = [len(score.query.split()) for score in scores]
-    shares = [np.nan if score.image_area is None else score.target_area / score.image_area for score in scores]
+    shares = [
+        np.nan if score.image_area is None else score.target_area / score.image_area
+        for score in scores
+    ]
     return {
         "query_length": _by_class(scores, words, QUERY_LENGTHS, seed),
-        "query_kind": _by_class(scores, [np.nan if s.is_sentence is None else s.is_sentence for s in scores], QUERY_KINDS, seed),
+        "query_kind": _by_class(
+            scores,
+            [np.nan if s.is_sentence is None else s.is_sentence for s in scores],
+            QUERY_KINDS,
+            seed,
+        ),
         "target_size": _by_class(scores, shares, TARGET_SIZES, seed),
     }
 
 
-def _by_class(scores: Sequence[TargetScore], values: Sequence[float], classes: dict[str, tuple], seed: int) -> dict[str, dict]:
+def _by_class(
+    scores: Sequence[TargetScore], values: Sequence[float], classes: dict[str, tuple], seed: int
+) -> dict[str, dict]:
     members = {
         name: [score for score, value in zip(scores, values, strict=True) if low <= value < high]
         for name, (low, high) in classes.items()
@@ -232,7 +278,9 @@ def _by_class(scores: Sequence[TargetScore], values: Sequence[float], classes: d
 def _core_summary(scores: Sequence[TargetScore], seed: int, draws: int = 1000) -> dict[str, Any]:
     inter, union = np.array([s.inter for s in scores]), np.array([s.union for s in scores])
     ious = np.array([s.iou for s in scores])
-    intervals = bootstrap(inter, union, ious, [(s.dataset, s.id) for s in scores], draws=draws, seed=seed)
+    intervals = bootstrap(
+        inter, union, ious, [(s.dataset, s.id) for s in scores], draws=draws, seed=seed
+    )
     return {
         "n": len(scores),
         "giou": giou(ious),
@@ -242,18 +290,36 @@ def _core_summary(scores: Sequence[TargetScore], seed: int, draws: int = 1000) -
     }
 
 
-def score_target(masks: torch.Tensor | None, target: torch.Tensor, ignore: torch.Tensor | None, host: torch.Tensor | None) -> dict:
+def score_target(
+    masks: torch.Tensor | None,
+    target: torch.Tensor,
+    ignore: torch.Tensor | None,
+    host: torch.Tensor | None,
+) -> dict:
     """The measured fields of a TargetScore.
 
-    ``masks``: bool (T, H, W), coarse to fine, or None if the answer holds none for this target, which is as good as an empty mask:
-    wrong, unless nothing was meant (gRefCOCO); ``target``, ``ignore`` and ``host``: bool (H, W) on the same device.
+    ``masks``: bool (T, H, W), coarse to fine, or None if the answer holds none for this target,
+    which is as good as an empty mask: wrong, unless nothing was meant (gRefCOCO); ``target``,
+    ``ignore`` and ``host``: bool (H, W) on the same device.
     """
     kept = target if ignore is None else target & ~ignore
     areas = {"target_area": int(kept.sum()), "image_area": target.shape[-2] * target.shape[-1]}
     if masks is None:
-        return {"inter": 0, "union": areas["target_area"], "iou": float(not target.any()), "emitted": False, **areas}
+        return {
+            "inter": 0,
+            "union": areas["target_area"],
+            "iou": float(not target.any()),
+            "emitted": False,
+            **areas,
+        }
     inter, union = (int(count) for count in intersection_and_union(masks[-1], target, ignore))
-    found = {"inter": inter, "union": union, "iou": float(iou(inter, union)), "emitted": True, **areas}
+    found = {
+        "inter": inter,
+        "union": union,
+        "iou": float(iou(inter, union)),
+        "emitted": True,
+        **areas,
+    }
     if len(masks) > 1:
         found["first_iou"] = mask_iou(masks[0], target, ignore)
     if host is not None:

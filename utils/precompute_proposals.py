@@ -1,4 +1,5 @@
-"""The command ``python -m utils.precompute_proposals``; its code is utils/precompute/proposals.py."""
+"""The command ``python -m utils.precompute_proposals``; its code is
+utils/precompute/proposals.py."""
 
 import sys
 

@@ -1,1 +1,2 @@
-"""Conversations: turns, templates, wordings, in-context exemplars, and their token ids with exact labels."""
+"""Conversations: turns, templates, wordings, in-context exemplars, and their token ids with exact
+labels."""

@@ -1,8 +1,9 @@
-"""In-context guidance: plain question-answer turns about where things are, drawn anew for every sample.
+"""In-context guidance: plain question-answer turns about where things are, drawn anew for every
+sample.
 
-An exemplar shows the model the way to reason ("it typically appears on the side of the kettle"), never a mask: it holds
-no special token, belongs to no image and is not supervised. The released CoReS uses one fixed exemplar; the paper draws
-from a library.
+An exemplar shows the model the way to reason ("it typically appears on the side of the kettle"),
+never a mask: it holds no special token, belongs to no image and is not supervised. The released
+CoReS uses one fixed exemplar; the paper draws from a library.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ LOOKS_SPECIAL = re.compile(r"\[[A-Z_]+\]|<[^<>]*>|\{|\}")
 
 
 def normalise(text: str) -> str:
-    """The words of ``text`` in lower case, single spaces between them; texts that differ in signs only become equal."""
+    """The words of ``text`` in lower case, single spaces between them; texts that differ in signs
+    only become equal."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
@@ -40,7 +42,10 @@ class ExemplarLibrary:
         first: dict[str, int] = {}
         for index, question in enumerate(self._questions):
             if first.setdefault(question, index) != index:
-                raise DataError(f"{path}: entry {index} asks the same question as entry {first[question]}; remove one")
+                raise DataError(
+                    f"{path}: entry {index} asks the same question as entry {first[question]};"
+                    " remove one"
+                )
 
     def _check(self, entry: object, index: int) -> tuple[str, str]:
         texts = (entry.get("q"), entry.get("a")) if isinstance(entry, dict) else (None, None)
@@ -48,14 +53,19 @@ class ExemplarLibrary:
             if not isinstance(text, str) or not text.strip():
                 raise DataError(f'{self.path}: entry {index} needs non-empty texts "q" and "a"')
             if found := LOOKS_SPECIAL.search(text):
-                raise DataError(f"{self.path}: entry {index} contains {found[0]!r}; exemplars are plain text")
+                raise DataError(
+                    f"{self.path}: entry {index} contains {found[0]!r}; exemplars are plain text"
+                )
         return texts[0].strip(), texts[1].strip()
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def draw(self, rng: np.random.Generator, count: int, exclude_query: str | Sequence[str] | None = None) -> list[tuple[str, str]]:
-        """``count`` different (question, answer) pairs; none asks what a query in ``exclude_query`` asks.
+    def draw(
+        self, rng: np.random.Generator, count: int, exclude_query: str | Sequence[str] | None = None
+    ) -> list[tuple[str, str]]:
+        """``count`` different (question, answer) pairs; none asks what a query in ``exclude_query``
+        asks.
 
         Raises ValueError if the library is too small.
         """
@@ -63,10 +73,18 @@ class ExemplarLibrary:
             return []
         queries = [exclude_query] if isinstance(exclude_query, str) else exclude_query or ()
         queries = [f" {normalise(query)} " for query in queries]
-        # the query carries a wording around it ("... Please output segmentation mask."), hence containment
-        allowed = [i for i, question in enumerate(self._questions) if not any(f" {question} " in q for q in queries)]
+        # the query carries a wording around it ("... Please output segmentation mask."), hence
+        # containment
+        allowed = [
+            i
+            for i, question in enumerate(self._questions)
+            if not any(f" {question} " in q for q in queries)
+        ]
         if count > len(allowed):
-            raise ValueError(f"{self.path}: {count} exemplars wanted, only {len(allowed)} to draw from; lower --exemplar_count")
+            raise ValueError(
+                f"{self.path}: {count} exemplars wanted, only {len(allowed)} to draw from; lower"
+                " --exemplar_count"
+            )
         return [self.pairs[i] for i in rng.choice(allowed, size=count, replace=False)]
 
 
@@ -76,6 +94,8 @@ def default_library() -> ExemplarLibrary:
     return ExemplarLibrary()
 
 
-def draw(rng: np.random.Generator, count: int, exclude_query: str | Sequence[str] | None = None) -> list[tuple[str, str]]:
+def draw(
+    rng: np.random.Generator, count: int, exclude_query: str | Sequence[str] | None = None
+) -> list[tuple[str, str]]:
     """Draws from the default library, see ExemplarLibrary.draw."""
     return default_library().draw(rng, count, exclude_query) if count > 0 else []

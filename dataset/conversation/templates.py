@@ -6,14 +6,16 @@ import json
 import re
 from dataclasses import dataclass
 
-# ------------------------------------------------------------------------------------------------------------ templates
+# ---------------------------------------------------------------------------------------- templates
 
 
 @dataclass(frozen=True)
 class ConversationTemplate:
-    """How turns are written. Every answer ends with the end-of-sequence token, so generation always stops by id.
+    """How turns are written. Every answer ends with the end-of-sequence token, so generation always
+    stops by id.
 
-    What belongs to a checkpoint rather than to a style comes last; ``CoresProcessor.conversation`` sets it.
+    What belongs to a checkpoint rather than to a style comes last; ``CoresProcessor.conversation``
+    sets it.
     """
 
     name: str
@@ -24,21 +26,26 @@ class ConversationTemplate:
     image_gap: str  # between the image and the question
     answer_end: str = ""  # after an answer, before the end-of-sequence token
     bos_every_turn: bool = False
-    image_marks: tuple[str, str] | None = None  # tokens around the image, such as ("<im_start>", "<im_end>")
+    # tokens around the image, such as ("<im_start>", "<im_end>")
+    image_marks: tuple[str, str] | None = None
     strip_at_tokens: bool = False
-    """No white space next to a token, and text after one starts like the first text of a sequence: what transformers'
-    slow LLaMA tokenizer made of every sequence that the checkpoints of LLaVA v1, LISA and CoReS were trained on."""
+    """No white space next to a token, and text after one starts like the first text of a sequence:
+    what transformers' slow LLaMA tokenizer made of every sequence that the checkpoints of LLaVA v1,
+    LISA and CoReS were trained on."""
 
     def before(self, index: int) -> str:
         """What stands before question ``index`` of a sequence, counted from 0."""
         return self.user if index else self.opening.replace("{system}", self.system)
 
     def chat_template(self, image_token: str, space_first: bool = True) -> str:
-        """The same format as a Jinja template of transformers' ``apply_chat_template``, one ``image_token`` per image.
+        """The same format as a Jinja template of transformers' ``apply_chat_template``, one
+        ``image_token`` per image.
 
-        Answers and their end are inside ``{% generation %}``, so that ``return_assistant_tokens_mask`` gives the labels.
-        A first message of the role "system" replaces the system text. ``space_first``: whether the tokenizer puts a space
-        before a text, as LLaMA's does. White space next to a token is the tokenizer's part (``model.checkpoints.llava.set_spaces``).
+        Answers and their end are inside ``{% generation %}``, so that
+        ``return_assistant_tokens_mask`` gives the labels. A first message of the role "system"
+        replaces the system text. ``space_first``: whether the tokenizer puts a space before a text,
+        as LLaMA's does. White space next to a token is the tokenizer's part
+        (``model.checkpoints.llava.set_spaces``).
         """
         start, end = self.image_marks or ("", "")
         words = {
@@ -96,17 +103,29 @@ _HUMAN_SYSTEM = _USER_SYSTEM.replace("curious user", "curious human").replace("u
 
 
 _LLAMA_2_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
+    "You are a helpful language and vision assistant. You are able to understand the visual content"
+    " that the user provides, and assist the user with a variety of tasks using natural language."
 )
 
 
 TEMPLATES: dict[str, ConversationTemplate] = {
     template.name: template
     for template in (
-        ConversationTemplate("llava_v1", _HUMAN_SYSTEM, "{system} USER: ", "USER: ", " ASSISTANT:", "\n"),
-        ConversationTemplate("vicuna_v1", _USER_SYSTEM, "{system} USER: ", "USER: ", " ASSISTANT:", "\n"),
-        ConversationTemplate("llava_v0", _HUMAN_SYSTEM, "{system}###Human: ", "Human: ", "###Assistant:", "\n", answer_end="###"),
+        ConversationTemplate(
+            "llava_v1", _HUMAN_SYSTEM, "{system} USER: ", "USER: ", " ASSISTANT:", "\n"
+        ),
+        ConversationTemplate(
+            "vicuna_v1", _USER_SYSTEM, "{system} USER: ", "USER: ", " ASSISTANT:", "\n"
+        ),
+        ConversationTemplate(
+            "llava_v0",
+            _HUMAN_SYSTEM,
+            "{system}###Human: ",
+            "Human: ",
+            "###Assistant:",
+            "\n",
+            answer_end="###",
+        ),
         ConversationTemplate(
             "llava_llama_2",
             _LLAMA_2_SYSTEM,
@@ -123,7 +142,8 @@ TEMPLATES: dict[str, ConversationTemplate] = {
 
 
 def get_template(name: str | ConversationTemplate) -> ConversationTemplate:
-    """The template of that name; a template is returned as it is. Raises ValueError that lists the known names."""
+    """The template of that name; a template is returned as it is. Raises ValueError that lists the
+    known names."""
     if isinstance(name, ConversationTemplate):
         return name
     if name not in TEMPLATES:

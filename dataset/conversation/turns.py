@@ -1,4 +1,5 @@
-"""Questions and answers as data: what is said, which tokens stand in an answer, and the masks that belong to them."""
+"""Questions and answers as data: what is said, which tokens stand in an answer, and the masks that
+belong to them."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def answer_text(answer: Answer) -> str:
 
 
 def answer_from_ids(ids: Sequence[int], tokenizer, levels: Sequence[str]) -> Answer:
-    """What the model said, token ids (L,), as an answer that can stand in the history of the next question."""
+    """What the model said, token ids (L,), as an answer that can stand in the history of the next
+    question."""
     by_id = {token_id(tokenizer, f"[{level}]"): AnswerToken(level) for level in levels}
     answer: Answer = []
     pending: list[int] = []
@@ -62,7 +64,8 @@ class Conversation:
     turns: list[Turn]
     """(question, answer) pairs in order; an answer is a list of texts and AnswerTokens."""
     masks: np.ndarray
-    """bool (K, H, W), original frame: one per group of answer tokens, in their order; (0, H, W) for text only."""
+    """bool (K, H, W), original frame: one per group of answer tokens, in their order; (0, H, W) for
+    text only."""
     ignore: np.ndarray | None = None
     """bool (H, W): pixels that count neither in the loss nor in the metric."""
     host_masks: np.ndarray | None = None
@@ -74,15 +77,17 @@ class Conversation:
 def count_groups(turns: Sequence[Turn], levels: Sequence[str], where: str = "conversation") -> int:
     """The number of targets that the answers of ``turns`` name, one group of level tokens each.
 
-    Raises ValueError if the tokens of an answer are not whole groups in the order of ``levels``. ``where`` names the
-    sample.
+    Raises ValueError if the tokens of an answer are not whole groups in the order of ``levels``.
+    ``where`` names the sample.
     """
     groups = 0
     for _, reply in turns:
         found = [part.level for part in reply if isinstance(part, AnswerToken)]
         count = len(found) // len(levels)
         if found != list(levels) * count:
-            raise ValueError(f"{where}: answer tokens {found} are not whole groups of the levels {list(levels)}")
+            raise ValueError(
+                f"{where}: answer tokens {found} are not whole groups of the levels {list(levels)}"
+            )
         groups += count
     return groups
 
@@ -90,5 +95,7 @@ def count_groups(turns: Sequence[Turn], levels: Sequence[str], where: str = "con
 def token_id(tokenizer, token: str) -> int:
     index = tokenizer.convert_tokens_to_ids(token)
     if index is None or index == tokenizer.unk_token_id:
-        raise ValueError(f"the tokenizer has no token {token}; add it before encoding (tokenizer.add_tokens)")
+        raise ValueError(
+            f"the tokenizer has no token {token}; add it before encoding (tokenizer.add_tokens)"
+        )
     return index

@@ -1,4 +1,5 @@
-"""How questions and answers are worded: the sentences around a name, and those around [LOC] and [SEG]."""
+"""How questions and answers are worded: the sentences around a name, and those around [LOC] and
+[SEG]."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ import numpy as np
 
 from dataset.conversation.turns import Answer, AnswerToken
 
-# ------------------------------------------------------------------------------------------------------------- wordings
+# ----------------------------------------------------------------------------------------- wordings
 
-# {where} stands for the tokens before the last one, {last} for the last one. The first wording of each list is the
-# canonical one of teacher-forced evaluation.
+# {where} stands for the tokens before the last one, {last} for the last one. The first wording of
+# each list is the canonical one of teacher-forced evaluation.
 ONE_LEVEL_WORDINGS = (
     "It is {last}.",
     "Sure, {last}.",
@@ -36,7 +37,9 @@ _APPEARS = (
 
 
 MULTI_LEVEL_WORDINGS = tuple(
-    f"{first} {last}" for last in ("It is {last}.", "The segmentation result is {last}.") for first in _APPEARS
+    f"{first} {last}"
+    for last in ("It is {last}.", "The segmentation result is {last}.")
+    for first in _APPEARS
 )
 
 
@@ -46,7 +49,10 @@ _ONE_LEVEL_NEXT = " Another is {last}."
 _MULTI_LEVEL_NEXT = " Another appears on {where}. It is {last}."
 
 
-SENTENCE_QUESTIONS = ("{text} Please output segmentation mask.", "{text} Please respond with segmentation mask.")
+SENTENCE_QUESTIONS = (
+    "{text} Please output segmentation mask.",
+    "{text} Please respond with segmentation mask.",
+)
 
 
 PHRASE_QUESTIONS = (
@@ -71,7 +77,8 @@ def _pick(wordings: Sequence[str], rng: np.random.Generator | None) -> str:
 
 
 def sentence_question(text: str, rng: np.random.Generator | None = None) -> str:
-    """The question for a query that is a whole sentence. ``rng`` None gives the canonical wording."""
+    """The question for a query that is a whole sentence. ``rng`` None gives the canonical
+    wording."""
     return _pick(SENTENCE_QUESTIONS, rng).format(text=text)
 
 
@@ -86,26 +93,43 @@ def explain_question(text: str, rng: np.random.Generator | None = None) -> str:
 
 
 def _fill(wording: str, levels: Sequence[str]) -> Answer:
-    """One wording with the tokens of one target in it; levels between the first and the last read "at [PART]"."""
+    """One wording with the tokens of one target in it; levels between the first and the last read
+    "at [PART]"."""
     where: Answer = []
     for level in levels[:-1]:
         where += [", at ", AnswerToken(level)] if where else [AnswerToken(level)]
     pieces = {"{where}": where, "{last}": [AnswerToken(levels[-1])]}
-    return [piece for text in re.split(r"(\{where\}|\{last\})", wording) if text for piece in pieces.get(text, [text])]
+    return [
+        piece
+        for text in re.split(r"(\{where\}|\{last\})", wording)
+        if text
+        for piece in pieces.get(text, [text])
+    ]
 
 
 def answer(
-    levels: Sequence[str], rng: np.random.Generator | None = None, explanation: str | None = None, targets: int = 1
+    levels: Sequence[str],
+    rng: np.random.Generator | None = None,
+    explanation: str | None = None,
+    targets: int = 1,
 ) -> Answer:
     """An answer with one group of ``levels`` tokens per target.
 
-    ``rng`` draws the wording (None: the canonical one); ``explanation`` is appended after the tokens.
+    ``rng`` draws the wording (None: the canonical one); ``explanation`` is appended after the
+    tokens.
     """
     if not levels:
         raise ValueError('levels is empty; give at least one answer token, for example ["SEG"]')
     if targets < 1:
-        raise ValueError(f"an answer with tokens needs at least one target, got {targets}; text-only answers are plain text")
-    wordings, following = (MULTI_LEVEL_WORDINGS, _MULTI_LEVEL_NEXT) if len(levels) > 1 else (ONE_LEVEL_WORDINGS, _ONE_LEVEL_NEXT)
+        raise ValueError(
+            f"an answer with tokens needs at least one target, got {targets}; text-only answers are"
+            " plain text"
+        )
+    wordings, following = (
+        (MULTI_LEVEL_WORDINGS, _MULTI_LEVEL_NEXT)
+        if len(levels) > 1
+        else (ONE_LEVEL_WORDINGS, _ONE_LEVEL_NEXT)
+    )
     parts = _fill(_pick(wordings, rng), levels)
     for _ in range(targets - 1):
         parts += _fill(following, levels)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 
 class DataError(ValueError):
-    """A file of a data set is missing, broken or contradicts another one. The message names the file and what to do.
+    """A file of a data set is missing, broken or contradicts another one. The message names the
+    file and what to do.
 
-    ``item``: the file, or the place in one, that is to blame, where it is not the whole sample (see dataset/files/faults.py).
+    ``item``: the file, or the place in one, that is to blame, where it is not the whole sample (see
+    dataset/files/faults.py).
     """
 
     item: str | None = None
@@ -17,7 +19,8 @@ class MissingDataError(DataError, FileNotFoundError):
 
 
 class NothingToAsk(DataError):
-    """A sound image in which nothing may be asked for, such as one of void classes only. Training takes another one."""
+    """A sound image in which nothing may be asked for, such as one of void classes only. Training
+    takes another one."""
 
 
 class DamagedRecords(Exception):

@@ -1,11 +1,14 @@
-"""Items that cannot be used: which are left out on purpose, what happens at a new one, and where it is written down.
+"""Items that cannot be used: which are left out on purpose, what happens at a new one, and where it
+is written down.
 
-An *item* is what can be left out by itself: an image (all that is asked about it goes with it), the JSON of one query, one line of
-a table. It is named by its path below the data folder, "reason_seg/ReasonSeg/train/000.json", with the place in the file where
-several items share one: "own/parts.jsonl:12", "llava_dataset/llava_instruct_150k.json:record 12".
+An *item* is what can be left out by itself: an image (all that is asked about it goes with it), the
+JSON of one query, one line of a table. It is named by its path below the data folder,
+"reason_seg/ReasonSeg/train/000.json", with the place in the file where several items share one:
+"own/parts.jsonl:12", "llava_dataset/llava_instruct_150k.json:record 12".
 
-A skip list has one JSON object per line: ``dataset`` ("ReasonSeg|train"), ``item`` and ``reason``. ``python -m dataset.check``
-writes it, training reads it (``--skip_list``) and writes what it met into ``skipped.jsonl``, in the same format.
+A skip list has one JSON object per line: ``dataset`` ("ReasonSeg|train"), ``item`` and ``reason``.
+``python -m dataset.check`` writes it, training reads it (``--skip_list``) and writes what it met
+into ``skipped.jsonl``, in the same format.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ class BadItem:
 
 
 def read_skip_list(path: str | Path) -> list[BadItem]:
-    """The items of a skip list; clean data have an empty one. Raises DataError naming file, line and field."""
+    """The items of a skip list; clean data have an empty one. Raises DataError naming file, line
+    and field."""
     found = []
     if Path(path).is_file() and not Path(path).stat().st_size:
         return found
@@ -51,8 +55,13 @@ def read_skip_list(path: str | Path) -> list[BadItem]:
             entry = json.loads(line)
         except ValueError:
             entry = None
-        if not isinstance(entry, dict) or any(not isinstance(entry.get(k), str) or not entry[k] for k in ("dataset", "item")):
-            raise DataError(f'{path}:{number}: a skip list has one {{"dataset": text, "item": text, "reason": text}} per line')
+        if not isinstance(entry, dict) or any(
+            not isinstance(entry.get(k), str) or not entry[k] for k in ("dataset", "item")
+        ):
+            raise DataError(
+                f'{path}:{number}: a skip list has one {{"dataset": text, "item": text, "reason":'
+                " text} per line"
+            )
         found.append(BadItem(entry["dataset"], entry["item"], str(entry.get("reason", ""))))
     return found
 
@@ -74,14 +83,19 @@ def blame(item: str | Path) -> Iterator[None]:
 
 
 class Faults:
-    """What a loader does about bad items. The default raises the first one, and leaves nothing out."""
+    """What a loader does about bad items. The default raises the first one, and leaves nothing
+    out."""
 
     def __init__(
-        self, root: str | Path = ".", tolerant: bool = False, skip: list[BadItem] | None = None, report: str | Path | None = None
+        self,
+        root: str | Path = ".",
+        tolerant: bool = False,
+        skip: list[BadItem] | None = None,
+        report: str | Path | None = None,
     ):
-        """``root``: the data folder, below which items are named. ``tolerant``: bad items are left out and noted.
-        ``skip``: items to leave out unseen. ``report``: file to which every new bad item is added once, whichever process
-        meets it."""
+        """``root``: the data folder, below which items are named. ``tolerant``: bad items are left
+        out and noted. ``skip``: items to leave out unseen. ``report``: file to which every new bad
+        item is added once, whichever process meets it."""
         self.root = Path(root)
         self.tolerant = tolerant
         self.found: dict[tuple[str, str], BadItem] = {}
@@ -93,7 +107,8 @@ class Faults:
 
     @property
     def leaves_out(self) -> bool:
-        """Whether anything may be left out. If not, the first bad item is an error, and no others need be looked for."""
+        """Whether anything may be left out. If not, the first bad item is an error, and no others
+        need be looked for."""
         return self.tolerant or self.has_skip_list
 
     @property
@@ -113,7 +128,8 @@ class Faults:
 
     @contextmanager
     def guard(self, dataset: str, item: str | Path) -> Iterator[None]:
-        """A DataError from the block ends it, and is noted if bad items are tolerated and raised otherwise."""
+        """A DataError from the block ends it, and is noted if bad items are tolerated and raised
+        otherwise."""
         try:
             yield
         except DataError as error:
@@ -127,8 +143,8 @@ class Faults:
             logger.warning("%s: %s is left out: %s", dataset, self.name(item), reason)
 
     def leave_out(self, dataset: str, items: list[tuple[str | Path, str]]) -> None:
-        """Bad entries of a file, all found at once, as (item, reason) pairs: those that are not on the skip list are noted, with
-        one line in the log, or the first is raised."""
+        """Bad entries of a file, all found at once, as (item, reason) pairs: those that are not on
+        the skip list are noted, with one line in the log, or the first is raised."""
         first: dict[str | Path, str] = {}
         for item, reason in items:
             first.setdefault(item, reason)  # an image may have several bad annotations
@@ -136,11 +152,17 @@ class Faults:
         if bad and not self.tolerant:
             raise DataError(bad[0][1])
         if self.note_all(dataset, bad):
-            logger.warning("%s: %d bad entries are left out, for example: %s", dataset, len(bad), bad[0][1])
+            logger.warning(
+                "%s: %d bad entries are left out, for example: %s", dataset, len(bad), bad[0][1]
+            )
 
     def note_all(self, dataset: str, items: list[tuple[str | Path, object]]) -> int:
-        """Writes down (item, reason) pairs, and leaves the log to the caller; returns how many were new to this process."""
-        new = [BadItem(dataset, self.name(item), " ".join(str(reason).split())) for item, reason in items]
+        """Writes down (item, reason) pairs, and leaves the log to the caller; returns how many were
+        new to this process."""
+        new = [
+            BadItem(dataset, self.name(item), " ".join(str(reason).split()))
+            for item, reason in items
+        ]
         new = [bad for bad in new if bad.key not in self.found]
         self.found |= {bad.key: bad for bad in new}
         if new and self._report is not None:
@@ -148,7 +170,8 @@ class Faults:
         return len(new)
 
     def _add_to_report(self, items: list[BadItem]) -> None:
-        """Ranks and workers share the file; whoever holds the lock reads what the others added before it writes."""
+        """Ranks and workers share the file; whoever holds the lock reads what the others added
+        before it writes."""
         self._report.parent.mkdir(parents=True, exist_ok=True)
         with self._report.open("a+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)

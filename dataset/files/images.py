@@ -1,7 +1,7 @@
 """Pictures and label maps. Every error is one line naming the file.
 
-H and W are the height and width of a picture in the *original* frame, which is the picture as a viewer shows it: the
-orientation stored in EXIF is already applied."""
+H and W are the height and width of a picture in the *original* frame, which is the picture as a
+viewer shows it: the orientation stored in EXIF is already applied."""
 
 from __future__ import annotations
 
@@ -31,28 +31,42 @@ def _as_file(path: str | Path | Embedded) -> Path | Embedded:
 
 
 def _open(path: Path | Embedded) -> Image.Image:
-    """The file, not yet decoded. One that claims more pixels than Pillow's limit (89 million) is refused with that limit."""
+    """The file, not yet decoded. One that claims more pixels than Pillow's limit (89 million) is
+    refused with that limit."""
     file = path if isinstance(path, Path) else path.open("rb")
     try:
         with warnings.catch_warnings():  # Pillow only warns below twice its limit
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(file)
     except FileNotFoundError:
-        raise MissingDataError(f"{path}: image does not exist; restore it or remove its entry from the data set") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise MissingDataError(
+            f"{path}: image does not exist; restore it or remove its entry from the data set"
+        ) from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombWarning,
+        Image.DecompressionBombError,
+    ) as error:
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else reason_of(error)
-        raise DataError(f"{path}: not a readable image ({reason}); replace or remove the file") from None
+        raise DataError(
+            f"{path}: not a readable image ({reason}); replace or remove the file"
+        ) from None
 
 
 def _load(picture: Image.Image, path: Path | Embedded) -> None:
     try:
         picture.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: broken image ({reason_of(error)}); replace or remove the file") from None
+        raise DataError(
+            f"{path}: broken image ({reason_of(error)}); replace or remove the file"
+        ) from None
 
 
 def rgb_array(picture: Image.Image) -> np.ndarray:
-    """A decoded picture as uint8 (H, W, 3) RGB, turned as its EXIF orientation says, transparent parts on white.
+    """A decoded picture as uint8 (H, W, 3) RGB, turned as its EXIF orientation says, transparent
+    parts on white.
 
     Raises ValueError for a mode without an RGB equivalent.
     """
@@ -69,22 +83,29 @@ def _turned(picture: Image.Image) -> Image.Image:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit grey: Pillow's own conversion would clip at 255
-        return Image.fromarray((np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    # 16-bit grey: Pillow's own conversion would clip at 255
+    if picture.mode in ("I", "I;16", "I;16B", "I;16L"):
+        return Image.fromarray(
+            (np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8)
+        ).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         # what lies under transparent pixels is arbitrary, and a viewer shows paper there
         picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
+            "RGB"
+        )
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def read_image(path: str | Path | Embedded, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The picture as uint8 (H, W, 3) RGB. Grey, palette, CMYK, 16-bit and transparent files are converted.
+    """The picture as uint8 (H, W, 3) RGB. Grey, palette, CMYK, 16-bit and transparent files are
+    converted.
 
-    ``size``: the (H, W) of its annotations. A picture that has this size only without its EXIF orientation is not turned:
-    whoever annotated it saw it lying.
+    ``size``: the (H, W) of its annotations. A picture that has this size only without its EXIF
+    orientation is not turned: whoever annotated it saw it lying.
 
-    Raises MissingDataError if the file is not there and DataError if it cannot be decoded completely.
+    Raises MissingDataError if the file is not there and DataError if it cannot be decoded
+    completely.
     """
     path = _as_file(path)
     with _open(path) as picture:
@@ -99,21 +120,26 @@ def read_image(path: str | Path | Embedded, size: tuple[int, int] | None = None)
 
 
 def read_label(path: str | Path | Embedded) -> np.ndarray:
-    """A label map (grey or palette PNG, 8 or 16 bit) as int32 (H, W). Raises DataError for colour images."""
+    """A label map (grey or palette PNG, 8 or 16 bit) as int32 (H, W). Raises DataError for colour
+    images."""
     path = _as_file(path)
     with _open(path) as picture:
         _load(picture, path)
         if picture.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
-            raise DataError(f"{path}: a label map must have one channel, this image has mode {picture.mode}")
+            raise DataError(
+                f"{path}: a label map must have one channel, this image has mode {picture.mode}"
+            )
         return np.array(picture).astype(np.int32)
 
 
 def probe_images(paths: Iterable[Path | Embedded]) -> None:
-    """Finds missing, foreign and cut-off files before any long work, reading only the two ends of each healthy file."""
+    """Finds missing, foreign and cut-off files before any long work, reading only the two ends of
+    each healthy file."""
     for path in paths:
         with _open(path) as picture:
             if picture.format == "JPEG" and not _ends_like_jpeg(path):
-                _load(picture, path)  # a cut-off file fails here; one that only carries an unusual tail passes
+                # a cut-off file fails here; one that only carries an unusual tail passes
+                _load(picture, path)
 
 
 def _ends_like_jpeg(path: Path | Embedded) -> bool:
@@ -127,11 +153,14 @@ def check_size(found: tuple[int, ...], image: tuple[int, ...], path: str | Path,
     """Refuses a mask, label map or entry whose (H, W) differs from its image's."""
     if tuple(found[:2]) != tuple(image[:2]):
         found_size, image_size = (f"{size[0]}×{size[1]}" for size in (found, image))
-        raise DataError(f"{path}: {what} is {found_size} (height × width) but its image is {image_size}")
+        raise DataError(
+            f"{path}: {what} is {found_size} (height × width) but its image is {image_size}"
+        )
 
 
 def read_claimed(path: str | Path, entry: dict, source: object) -> np.ndarray:
-    """``read_image`` for an entry of ``source``. Raises DataError unless the picture has the entry's height and width."""
+    """``read_image`` for an entry of ``source``. Raises DataError unless the picture has the
+    entry's height and width."""
     size = entry["height"], entry["width"]
     image = read_image(path, size)
     check_size(size, image.shape, path, f"the size in {source}")

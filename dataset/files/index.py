@@ -1,7 +1,8 @@
-"""Indexes of large annotation files: built once, mapped into memory, shared by all workers and ranks (dataset/files/store.py).
+"""Indexes of large annotation files: built once, mapped into memory, shared by all workers and
+ranks (dataset/files/store.py).
 
-``CocoIndex`` for COCO's format, ``RecordIndex`` for a JSON that is one long list. Both can be given to DataLoader workers however
-these are started: what is pickled is the name of the file.
+``CocoIndex`` for COCO's format, ``RecordIndex`` for a JSON that is one long list. Both can be given
+to DataLoader workers however these are started: what is pickled is the name of the file.
 
 I is the number of images, A the number of annotations of a file.
 """
@@ -32,20 +33,30 @@ class BadEntry(NamedTuple):
     reason: str
     """In full, but for the name of the file."""
     image: str | None = None
-    """The image that goes with it, where it is known: what is asked about this one would not be true without the entry."""
+    """The image that goes with it, where it is known: what is asked about this one would not be
+    true without the entry."""
 
 
 class _Index:
-    """What both have in common: opening, repair and pickling. Subclasses say in ``_load`` what they take from the store."""
+    """What both have in common: opening, repair and pickling. Subclasses say in ``_load`` what they
+    take from the store."""
 
     bad: list[BadEntry]
     """Entries that cannot be used, in the order of the file. Only a tolerant index has some."""
 
-    def __init__(self, source: str | Path, cache_dir: str | Path | None, kind: str, build: Build, tolerant: bool):
+    def __init__(
+        self,
+        source: str | Path,
+        cache_dir: str | Path | None,
+        kind: str,
+        build: Build,
+        tolerant: bool,
+    ):
         self.source, self.cache_dir = Path(source), None if cache_dir is None else Path(cache_dir)
         self._kind, self._build = kind, build
         self._open(None)
-        if self.bad and not tolerant:  # another process has built it for a loader that leaves them out
+        # another process has built it for a loader that leaves them out
+        if self.bad and not tolerant:
             raise DataError(f"{self.source}: {self.bad[0].reason}")
 
     def _open(self, damaged: Store | None) -> None:
@@ -72,43 +83,64 @@ class _Index:
         self.__dict__.update(state)
         self._open(None)
         if self._store.digest != digest:
-            raise DataError(f"{self.source}: is not the file it was when this process was started; start again")
+            raise DataError(
+                f"{self.source}: is not the file it was when this process was started; start again"
+            )
 
 
-# ------------------------------------------------------------------------------------------------------- COCO's format
+# ------------------------------------------------------------------------------------ COCO's format
 
 
 class CocoIndex(_Index):
-    """Images, sorted by file name, with their annotations in the order of the file; entries keep all their fields.
+    """Images, sorted by file name, with their annotations in the order of the file; entries keep
+    all their fields.
 
-    ``categories``: category id -> entry. ``file_names``: of each image, as a read-only sequence. By row, where the annotations
-    of an image are consecutive rows (``rows``): ``annotation_ids`` int64 (A,), ``category_ids`` int64 (A,), ``is_crowd`` bool (A,).
+    ``categories``: category id -> entry. ``file_names``: of each image, as a read-only sequence. By
+    row, where the annotations of an image are consecutive rows (``rows``): ``annotation_ids`` int64
+    (A,), ``category_ids`` int64 (A,), ``is_crowd`` bool (A,).
     """
 
     @classmethod
-    def open(cls, annotation_file: str | Path, cache_dir: str | Path | None = None, tolerant: bool = False) -> CocoIndex:
+    def open(
+        cls,
+        annotation_file: str | Path,
+        cache_dir: str | Path | None = None,
+        tolerant: bool = False,
+    ) -> CocoIndex:
         """Builds the index if it is not yet in ``cache_dir`` (default: see dataset/files/store.py).
 
-        ``tolerant``: images and annotations that cannot be used are left out and in ``bad``. Raises MissingDataError, or DataError
-        naming the file and the entry: ids that occur twice, broken JSON, and, unless ``tolerant``, an annotation of an unknown
-        image or category and a missing or wrong field.
+        ``tolerant``: images and annotations that cannot be used are left out and in ``bad``. Raises
+        MissingDataError, or DataError naming the file and the entry: ids that occur twice, broken
+        JSON, and, unless ``tolerant``, an annotation of an unknown image or category and a missing
+        or wrong field.
         """
-        return cls(annotation_file, cache_dir, "coco-2", partial(build_coco, tolerant=tolerant), tolerant)
+        return cls(
+            annotation_file, cache_dir, "coco-2", partial(build_coco, tolerant=tolerant), tolerant
+        )
 
     def _load(self, store: Store) -> None:
-        self.categories: dict[int, dict] = {entry["id"]: entry for entry in store.json("categories")}
+        self.categories: dict[int, dict] = {
+            entry["id"]: entry for entry in store.json("categories")
+        }
         self.file_names = store.records("file_names")
         self._images, self._annotations = store.records("images"), store.records("annotations")
         self._first = store.array("first")
-        self.annotation_ids, self.category_ids = store.array("annotation_ids"), store.array("category_ids")
+        self.annotation_ids, self.category_ids = (
+            store.array("annotation_ids"),
+            store.array("category_ids"),
+        )
         self.is_crowd = store.array("is_crowd")
-        self._image_lookup, self._annotation_lookup = store.array("image_lookup"), store.array("annotation_lookup")
+        self._image_lookup, self._annotation_lookup = (
+            store.array("image_lookup"),
+            store.array("annotation_lookup"),
+        )
 
     def __len__(self) -> int:
         return len(self._images)
 
     def image(self, position: int) -> dict:
-        """The entry of an image: id, file_name, height, width and whatever else the file says. Raises IndexError."""
+        """The entry of an image: id, file_name, height, width and whatever else the file says.
+        Raises IndexError."""
         return self._record("_images", position)
 
     def rows(self, position: int) -> slice:
@@ -118,7 +150,8 @@ class CocoIndex(_Index):
         return slice(int(self._first[position]), int(self._first[position + 1]))
 
     def annotations(self, position: int) -> list[dict]:
-        """The entries of an image's annotations: id, image_id, category_id, segmentation, … Raises IndexError."""
+        """The entries of an image's annotations: id, image_id, category_id, segmentation, … Raises
+        IndexError."""
         rows = self.rows(position)
         return [self._record("_annotations", row) for row in range(rows.start, rows.stop)]
 
@@ -131,7 +164,8 @@ class CocoIndex(_Index):
         return self._record("_annotations", _look_up(self._annotation_lookup, annotation_id))
 
     def with_instances(self) -> np.ndarray:
-        """Positions of the images with at least one annotation that is not a crowd region, int64, ascending."""
+        """Positions of the images with at least one annotation that is not a crowd region, int64,
+        ascending."""
         counts = np.concatenate([[0], np.cumsum(~self.is_crowd)])[self._first]
         return np.flatnonzero(np.diff(counts))
 
@@ -167,7 +201,8 @@ class _Spool:
 
 
 class _CocoParser:
-    """Takes a COCO file apart: entries go to spools, what they are sorted and looked up by to columns."""
+    """Takes a COCO file apart: entries go to spools, what they are sorted and looked up by to
+    columns."""
 
     def __init__(self, source: Path, folder: Path, tolerant: bool):
         self.source, self.tolerant = source, tolerant
@@ -181,7 +216,11 @@ class _CocoParser:
         self.categories: list[dict] = []
 
     def parse(self, reader: JsonReader) -> None:
-        take = {"images": self._image, "annotations": self._annotation, "categories": self._category}
+        take = {
+            "images": self._image,
+            "annotations": self._annotation,
+            "categories": self._category,
+        }
         missing = set(take)
         for key in reader.members() if reader.peek() == "{" else _other(reader):
             if key in missing and reader.peek() == "[":
@@ -197,11 +236,14 @@ class _CocoParser:
                 reader.value()
         if missing:
             first = next(key for key in take if key in missing)
-            raise DataError(f'{self.source}: has no list "{first}"; a COCO instances file is expected')
+            raise DataError(
+                f'{self.source}: has no list "{first}"; a COCO instances file is expected'
+            )
         reader.end()
 
     def _refuse(self, key: str, number: int, entry: Any, reason: str) -> None:
-        """Writes a bad entry down. Raises DataError where this is not wanted, and for a category, without which many are bad."""
+        """Writes a bad entry down. Raises DataError where this is not wanted, and for a category,
+        without which many are bad."""
         if not self.tolerant or key == "categories":
             raise DataError(f"{self.source}: {reason}")
         entry = entry if isinstance(entry, dict) else {}
@@ -228,7 +270,9 @@ class _CocoParser:
         self.images.add(entry, text)
 
     def _annotation(self, entry: dict, text: str, where: str) -> None:
-        number, image, category = (_whole(entry, name, where) for name in ("id", "image_id", "category_id"))
+        number, image, category = (
+            _whole(entry, name, where) for name in ("id", "image_id", "category_id")
+        )
         _field(entry, "segmentation", where)
         crowd = entry.get("iscrowd", 0)
         if crowd not in (0, 1):
@@ -240,7 +284,8 @@ class _CocoParser:
         self.annotations.add(entry, text)
 
     def refuse_unknown(self, row: int) -> None:
-        """The annotation of a row whose image or category is not there; of an image that is bad itself, nothing need be said."""
+        """The annotation of a row whose image or category is not there; of an image that is bad
+        itself, nothing need be said."""
         number, image = self.annotation_ids[row], self.image_of[row]
         reason = f"annotation {number} names an unknown image or category"
         if not self.tolerant:
@@ -251,7 +296,10 @@ class _CocoParser:
     def named_bad(self) -> list[BadEntry]:
         """The bad entries with the names of the images that go with them."""
         names = dict(zip(self.image_ids, self.file_names, strict=True)) if self.bad else {}
-        return [bad._replace(image=names[i]) if type(i) is int and i in names else bad for bad, i in self.bad]
+        return [
+            bad._replace(image=names[i]) if type(i) is int and i in names else bad
+            for bad, i in self.bad
+        ]
 
     def _category(self, entry: dict, _: str, where: str) -> None:
         _whole(entry, "id", where)
@@ -261,7 +309,8 @@ class _CocoParser:
 
 
 def _other(reader: JsonReader) -> tuple:
-    """Steps over a value of another kind than expected, as nothing. Raises ValueError if it is no JSON either."""
+    """Steps over a value of another kind than expected, as nothing. Raises ValueError if it is no
+    JSON either."""
     reader.value()
     return ()
 
@@ -284,12 +333,16 @@ def build_coco(source: Path, store: StoreWriter, tolerant: bool) -> None:
     parsers = []
 
     def parse(reader: JsonReader) -> None:
-        parsers[:] = [_CocoParser(source, store.folder, tolerant)]  # anew for every guess of the encoding
+        # anew for every guess of the encoding
+        parsers[:] = [_CocoParser(source, store.folder, tolerant)]
         parsers[0].parse(reader)
 
     parse_stream(source, parse)
     (parser,) = parsers
-    category_ids, image_ids = _unique([c["id"] for c in parser.categories], source, "categories"), np.array(parser.image_ids)
+    category_ids, image_ids = (
+        _unique([c["id"] for c in parser.categories], source, "categories"),
+        np.array(parser.image_ids),
+    )
     _unique(image_ids, source, "images")
     _unique(parser.annotation_ids, source, "annotations")
     image_of, category_of = np.array(parser.image_of), np.array(parser.category_of)
@@ -297,7 +350,9 @@ def build_coco(source: Path, store: StoreWriter, tolerant: bool) -> None:
     for row in np.flatnonzero(~known):
         parser.refuse_unknown(int(row))
 
-    image_order = np.array(sorted(range(len(image_ids)), key=parser.file_names.__getitem__), dtype=np.int64)
+    image_order = np.array(
+        sorted(range(len(image_ids)), key=parser.file_names.__getitem__), dtype=np.int64
+    )
     image_lookup = _lookup(image_ids[image_order])
     rows = np.flatnonzero(known)
     position_of = image_lookup[1][np.searchsorted(image_lookup[0], image_of[rows])]
@@ -333,22 +388,29 @@ def _lookup(ids: np.ndarray) -> np.ndarray:
     return np.stack([ids[order], order])
 
 
-# ------------------------------------------------------------------------------------------------------- lists of records
+# --------------------------------------------------------------------------------- lists of records
 
 Prepare = Callable[[Path, Any, int], tuple[str, Any]]
 
 
 class RecordIndex(_Index):
-    """The entries of a JSON list after they were checked and reduced to what is needed; ``names`` has one text of each."""
+    """The entries of a JSON list after they were checked and reduced to what is needed; ``names``
+    has one text of each."""
 
     @classmethod
     def open(
-        cls, source: str | Path, kind: str, prepare: Prepare, cache_dir: str | Path | None = None, tolerant: bool = False
+        cls,
+        source: str | Path,
+        kind: str,
+        prepare: Prepare,
+        cache_dir: str | Path | None = None,
+        tolerant: bool = False,
     ) -> RecordIndex:
-        """``prepare(source, entry, number) -> (name, record)``: a function of a module, as workers get it by name; it raises
-        DataError, which begins with ``source``, for an entry that cannot be used. ``kind`` is its name and version, such as
-        "vqa-2": a new version is a new index. ``tolerant``: these entries are left out and in ``bad``. Raises DataError, also for
-        a list that is empty or none.
+        """``prepare(source, entry, number) -> (name, record)``: a function of a module, as workers
+        get it by name; it raises DataError, which begins with ``source``, for an entry that cannot
+        be used. ``kind`` is its name and version, such as "vqa-2": a new version is a new index.
+        ``tolerant``: these entries are left out and in ``bad``. Raises DataError, also for a list
+        that is empty or none.
         """
         return cls(source, cache_dir, kind, _RecordBuilder(prepare, tolerant), tolerant)
 
@@ -376,13 +438,17 @@ class _RecordBuilder:
             count = 0
             bad.clear()  # of another guess of the encoding
             with store.records("names", small=True) as names, store.records("records") as records:
-                for count, (entry, _) in enumerate(reader.items() if reader.peek() == "[" else _other(reader), start=1):
+                for count, (entry, _) in enumerate(
+                    reader.items() if reader.peek() == "[" else _other(reader), start=1
+                ):
                     try:
                         name, record = self.prepare(source, entry, count - 1)
                     except DataError as error:
                         if not self.tolerant:
                             raise
-                        bad.append(BadEntry(f"record {count - 1}", str(error).removeprefix(f"{source}: ")))
+                        bad.append(
+                            BadEntry(f"record {count - 1}", str(error).removeprefix(f"{source}: "))
+                        )
                         continue
                     names.add(json.dumps(name).encode())
                     records.add(json.dumps(record, separators=(",", ":")).encode())

@@ -1,7 +1,8 @@
-"""Large JSON files, one entry at a time: the parser is Python's own (in C), only its window on the text is ours.
+"""Large JSON files, one entry at a time: the parser is Python's own (in C), only its window on the
+text is ours.
 
-``json.load`` of a 1 GB annotation file takes several GB of memory; this reader takes a window of a few MB, or of the largest
-single entry.
+``json.load`` of a 1 GB annotation file takes several GB of memory; this reader takes a window of a
+few MB, or of the largest single entry.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Result = TypeVar("Result")
 
 
 class JsonReader:
-    """A position in a JSON text. Its iterators share it, so take the value of a member or item before asking for the next."""
+    """A position in a JSON text. Its iterators share it, so take the value of a member or item
+    before asking for the next."""
 
     def __init__(self, stream: TextIO, window: int = WINDOW):
         self._stream, self._window = stream, window
@@ -28,7 +30,8 @@ class JsonReader:
         self._ended = False
 
     def members(self) -> Iterator[str]:
-        """The keys of the object that starts here; the caller takes each ``value()`` or ``items()``. Raises ValueError."""
+        """The keys of the object that starts here; the caller takes each ``value()`` or
+        ``items()``. Raises ValueError."""
         self._take("{")
         if self.peek() == "}":
             self._take("}")
@@ -63,7 +66,8 @@ class JsonReader:
                 if self._ended:
                     self._fail(error.msg.removesuffix(" starting at"), error.pos)
             else:
-                # a number at the window's end may go on behind it, and the parser takes "1." or "1e+" for a 1
+                # a number at the window's end may go on behind it, and the parser takes "1." or
+                # "1e+" for a 1
                 if self._ended or (end < len(self._text) and self._text[end] not in ".eE+-"):
                     text, self._at = self._text[self._at : end], end
                     return value, text
@@ -91,7 +95,8 @@ class JsonReader:
         return found
 
     def _fill(self) -> None:
-        """Drops what was read and doubles what is left, so that a long entry is parsed a few times only."""
+        """Drops what was read and doubles what is left, so that a long entry is parsed a few times
+        only."""
         rest = self._text[self._at :]
         more = self._stream.read(max(self._window, len(rest)))
         self._dropped += self._at
@@ -104,7 +109,8 @@ class JsonReader:
 
 
 def parse_stream(path: str | Path, parse: Callable[[JsonReader], Result]) -> Result:
-    """``parse`` of a JSON file in UTF-8 or Windows-1252; it runs twice where the first guess was wrong.
+    """``parse`` of a JSON file in UTF-8 or Windows-1252; it runs twice where the first guess was
+    wrong.
 
     Raises MissingDataError or DataError naming the file.
     """
@@ -118,7 +124,9 @@ def parse_stream(path: str | Path, parse: Callable[[JsonReader], Result]) -> Res
                 if encoding == "cp1252":
                     raise
     except FileNotFoundError:
-        raise MissingDataError(f"{path}: does not exist; check --dataset_dir and the names of the data sets") from None
+        raise MissingDataError(
+            f"{path}: does not exist; check --dataset_dir and the names of the data sets"
+        ) from None
     except DataError:
         raise
     except (ValueError, RecursionError) as error:

@@ -15,8 +15,9 @@ from dataset.files.errors import DamagedRecords
 class PackedRecords:
     """A read-only list of JSON-like records in one flat buffer.
 
-    A million small Python objects are copied into every worker process as soon as their reference counts change; one
-    buffer is shared between them for good, and between all processes where it is a mapped file (dataset/files/store.py).
+    A million small Python objects are copied into every worker process as soon as their reference
+    counts change; one buffer is shared between them for good, and between all processes where it is
+    a mapped file (dataset/files/store.py).
     """
 
     def __init__(self, records: Iterable[Any]):
@@ -27,7 +28,8 @@ class PackedRecords:
 
     @classmethod
     def over(cls, buffer: np.ndarray, ends: np.ndarray, sums: np.ndarray) -> PackedRecords:
-        """Records written before. ``buffer``: uint8, record i is [ends[i], ends[i + 1]); ``sums``: CRC-32 of each, uint32."""
+        """Records written before. ``buffer``: uint8, record i is [ends[i], ends[i + 1]); ``sums``:
+        CRC-32 of each, uint32."""
         packed = cls.__new__(cls)
         packed._buffer, packed._ends, packed._sums = buffer, ends, sums
         return packed

@@ -1,8 +1,9 @@
 """The pickles of the referring data sets, read without running anything that stands in them.
 
-A pickle is a program: it may name any function of any module and call it. The files of refCOCO and its kin, written by Python 2
-at protocol 0 or 2, need lists, dicts, texts and numbers only, and these have instructions of their own. So nothing that is looked
-up by name is allowed, apart from a few builtin types that a re-saved file may name.
+A pickle is a program: it may name any function of any module and call it. The files of refCOCO and
+its kin, written by Python 2 at protocol 0 or 2, need lists, dicts, texts and numbers only, and
+these have instructions of their own. So nothing that is looked up by name is allowed, apart from a
+few builtin types that a re-saved file may name.
 """
 
 from __future__ import annotations
@@ -38,14 +39,33 @@ def read_pickle(path: str | Path) -> Any:
         with path.open("rb") as stream:
             return _RestrictedUnpickler(stream, encoding="utf-8", errors="replace").load()
     except FileNotFoundError:
-        raise MissingDataError(f"{path}: does not exist; check --dataset_dir and the names of the data sets") from None
+        raise MissingDataError(
+            f"{path}: does not exist; check --dataset_dir and the names of the data sets"
+        ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or _reason(error)}); a pickle file is expected") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or _reason(error)}); a pickle file is"
+            " expected"
+        ) from None
     except pickle.UnpicklingError as error:
-        raise DataError(f"{path}: refused, no plain list of references ({_reason(error)}); download the original file") from None
+        raise DataError(
+            f"{path}: refused, no plain list of references ({_reason(error)}); download the"
+            " original file"
+        ) from None
     # what a damaged file makes of the unpickler: wrong operands, missing arguments, absurd lengths
-    except (EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, MemoryError, OverflowError) as error:
-        raise DataError(f"{path}: damaged pickle ({_reason(error)}); download the original file") from None
+    except (
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        MemoryError,
+        OverflowError,
+    ) as error:
+        raise DataError(
+            f"{path}: damaged pickle ({_reason(error)}); download the original file"
+        ) from None
 
 
 def _reason(error: Exception) -> str:

@@ -16,10 +16,12 @@ from dataset.files.paths import reason_of
 
 
 def _run_total(text: str) -> int:
-    """The number of pixels that compressed run lengths cover. Raises ValueError for a text that is none.
+    """The number of pixels that compressed run lengths cover. Raises ValueError for a text that is
+    none.
 
-    A number is written in groups of five bits, lowest first, each as one character from "0" on with the sixth bit set if
-    another group follows; from the fourth number on it is the difference to the number two places before it.
+    A number is written in groups of five bits, lowest first, each as one character from "0" on with
+    the sixth bit set if another group follows; from the fourth number on it is the difference to
+    the number two places before it.
     """
     codes = np.frombuffer(text.encode("latin-1", "replace"), dtype=np.uint8).astype(np.int64) - 48
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
@@ -30,7 +32,8 @@ def _run_total(text: str) -> int:
         raise ValueError("a run is too long")
     shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, sizes))
     numbers = np.add.reduceat((codes & 31) << shifts, starts)
-    numbers -= np.where(codes[starts + sizes - 1] & 16, np.int64(1) << (5 * sizes), 0)  # two's complement
+    # two's complement
+    numbers -= np.where(codes[starts + sizes - 1] & 16, np.int64(1) << (5 * sizes), 0)
     for parity in (1, 2):
         numbers[parity::2] = np.cumsum(numbers[parity::2])
     if (numbers < 0).any():
@@ -41,27 +44,39 @@ def _run_total(text: str) -> int:
 def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) -> np.ndarray:
     """A COCO run-length mask ({"size": [H, W], "counts": text or list}) as bool (H, W).
 
-    ``size``: the (H, W) that the mask must have. Raises DataError naming ``path`` and ``field`` for anything malformed.
+    ``size``: the (H, W) that the mask must have. Raises DataError naming ``path`` and ``field`` for
+    anything malformed.
     """
     counts = rle.get("counts") if isinstance(rle, dict) else None
     claimed = rle.get("size") if isinstance(counts, (str, list)) else None
-    if not isinstance(claimed, list) or len(claimed) != 2 or not all(isinstance(side, (int, float)) for side in claimed):
+    if (
+        not isinstance(claimed, list)
+        or len(claimed) != 2
+        or not all(isinstance(side, (int, float)) for side in claimed)
+    ):
         raise DataError(f'{path}: "{field}" must be {{"size": [height, width], "counts": …}}')
     check_size(tuple(claimed), size, path, f'"{field}"')
     height, width = size
     try:
         if isinstance(counts, list):
-            if any(not isinstance(run, int) or run < 0 for run in counts) or sum(counts) != height * width:
+            if (
+                any(not isinstance(run, int) or run < 0 for run in counts)
+                or sum(counts) != height * width
+            ):
                 raise ValueError(f"the runs do not add up to {height * width} pixels")
             rle = rle_codec.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        elif (total := _run_total(counts)) != height * width:  # pycocotools would show memory where the runs are too few
+        # pycocotools would show memory where the runs are too few
+        elif (total := _run_total(counts)) != height * width:
             raise ValueError(f"the runs add up to {total} pixels, the image has {height * width}")
         return rle_codec.decode({"size": [height, width], "counts": rle["counts"]}).astype(bool)
     except (ValueError, TypeError) as error:
-        raise DataError(f'{path}: "{field}" is not a valid run-length mask ({reason_of(error)})') from None
+        raise DataError(
+            f'{path}: "{field}" is not a valid run-length mask ({reason_of(error)})'
+        ) from None
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
-    """A mask bool (H, W) as COCO's compressed run lengths, ready for JSON: {"size": [H, W], "counts": text}."""
+    """A mask bool (H, W) as COCO's compressed run lengths, ready for JSON: {"size": [H, W],
+    "counts": text}."""
     rle = rle_codec.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}

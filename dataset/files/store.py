@@ -1,12 +1,14 @@
-"""What is made once from a large annotation file and then mapped into memory by every process that needs it.
+"""What is made once from a large annotation file and then mapped into memory by every process that
+needs it.
 
 ::
 
     <cache>/stamps/<hash of path>.json     size, time, inode and content hash of an annotation file, as last seen
     <cache>/<kind>-<content hash>/         one store: header.json, *.npy (arrays), *.bin (records)
 
-The cache is ``$CORES_CACHE/index`` or ``~/.cache/cores/index``. A store is written in a ``.partial`` folder under a lock and
-renamed when it is complete, so whoever dies on the way leaves nothing that could be mistaken for one.
+The cache is ``$CORES_CACHE/index`` or ``~/.cache/cores/index``. A store is written in a
+``.partial`` folder under a lock and renamed when it is complete, so whoever dies on the way leaves
+nothing that could be mistaken for one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ FORMAT = 1
 HEADER = "header.json"
 CHUNK = 1 << 24
 LARGE = 1 << 27  # bytes that take several seconds
-# A file that changed less than this ago may change again within one tick of its file system's clock.
+# A file that changed less than this ago may change again within one tick of its file system's
+# clock.
 SETTLED_NS = 2_000_000_000
 
 
@@ -59,12 +62,13 @@ class StoreWriter:
         self.finish(f"{name}.json")
 
     def records(self, name: str, small: bool = False) -> RecordsWriter:
-        """A context manager whose ``add`` appends one record. ``small``: all of them are verified whenever the store is opened,
-        not each one when it is read."""
+        """A context manager whose ``add`` appends one record. ``small``: all of them are verified
+        whenever the store is opened, not each one when it is read."""
         return RecordsWriter(self, name, small)
 
     def finish(self, name: str, verify: bool = True) -> None:
-        """Closes the file ``name`` for good. ``verify``: its checksum is compared whenever the store is opened."""
+        """Closes the file ``name`` for good. ``verify``: its checksum is compared whenever the
+        store is opened."""
         sync(self.folder / name)
         self.sizes[name] = (self.folder / name).stat().st_size
         if verify:
@@ -72,14 +76,19 @@ class StoreWriter:
 
     def close(self, digest: str) -> None:
         """The header comes last: a folder without it is not a store."""
-        header = json.dumps({"format": FORMAT, "source": digest, "sizes": self.sizes, "checksums": self.checksums})
-        (self.folder / HEADER).write_text(f"{header}\n{zlib.crc32(header.encode())}\n", encoding="utf-8")
+        header = json.dumps(
+            {"format": FORMAT, "source": digest, "sizes": self.sizes, "checksums": self.checksums}
+        )
+        (self.folder / HEADER).write_text(
+            f"{header}\n{zlib.crc32(header.encode())}\n", encoding="utf-8"
+        )
         sync(self.folder / HEADER)
         sync(self.folder)
 
 
 class RecordsWriter:
-    """Records one after the other in one file; where each ends and its checksum in arrays beside it."""
+    """Records one after the other in one file; where each ends and its checksum in arrays beside
+    it."""
 
     def __init__(self, store: StoreWriter, name: str, small: bool):
         self._store, self._name, self._small = store, name, small
@@ -104,10 +113,12 @@ class RecordsWriter:
 
 
 class Store:
-    """A finished store. What it returns is mapped, read-only and shared with every other process."""
+    """A finished store. What it returns is mapped, read-only and shared with every other
+    process."""
 
     def __init__(self, folder: Path, digest: str):
-        """Raises ValueError if the folder is not a whole store of this format for the content ``digest``."""
+        """Raises ValueError if the folder is not a whole store of this format for the content
+        ``digest``."""
         try:
             text, checksum, rest = (folder / HEADER).read_text(encoding="utf-8").split("\n")
             if int(checksum) != zlib.crc32(text.encode()) or rest:
@@ -149,12 +160,19 @@ Build = Callable[[Path, StoreWriter], None]
 Signature = tuple[int, int, int]
 
 
-def open_store(source: str | Path, kind: str, build: Build, cache_dir: Path | None = None, damaged: Store | None = None) -> Store:
-    """The store of ``source``, made by ``build(source, writer)`` if there is none; of several processes one builds.
+def open_store(
+    source: str | Path,
+    kind: str,
+    build: Build,
+    cache_dir: Path | None = None,
+    damaged: Store | None = None,
+) -> Store:
+    """The store of ``source``, made by ``build(source, writer)`` if there is none; of several
+    processes one builds.
 
-    ``kind``: what the store holds and the version of ``build``, such as "coco-1". ``damaged``: a store with records that
-    cannot be read; it is replaced, unless another process has already done so.
-    Raises DataError where ``source`` cannot be used or the cache cannot be written.
+    ``kind``: what the store holds and the version of ``build``, such as "coco-1". ``damaged``: a
+    store with records that cannot be read; it is replaced, unless another process has already done
+    so. Raises DataError where ``source`` cannot be used or the cache cannot be written.
     """
     source, wanted = Path(source), cache_root(cache_dir)
     root = wanted if _writable(wanted) else _temporary_root()
@@ -162,11 +180,17 @@ def open_store(source: str | Path, kind: str, build: Build, cache_dir: Path | No
     digest = content_hash(source, root)
     name = f"{kind}-{digest[:32]}"
     if damaged is None:
-        for folder in dict.fromkeys((wanted / name, root / name)):  # a cache may be filled by its owner and read-only for others
+        # a cache may be filled by its owner and read-only for others
+        for folder in dict.fromkeys((wanted / name, root / name)):
             if (store := _try_open(folder, digest)) is not None:
                 return store
     if root != wanted:
-        logger.warning("%s cannot be written, so the index of %s is kept in %s; set CORES_CACHE to choose", wanted, source, root)
+        logger.warning(
+            "%s cannot be written, so the index of %s is kept in %s; set CORES_CACHE to choose",
+            wanted,
+            source,
+            root,
+        )
     folder = root / name
     with _locked(root / f"{name}.lock", source):
         store = _try_open(folder, digest)
@@ -199,7 +223,9 @@ def _build(source: Path, folder: Path, digest: str, build: Build, signature: Sig
         build(source, writer)
         writer.close(digest)
         if _signature(source) != signature:  # neither is the content hash that of what was read
-            raise DataError(f"{source}: changed while its index was built; start again when it is complete")
+            raise DataError(
+                f"{source}: changed while its index was built; start again when it is complete"
+            )
         shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would be in use
         partial.rename(folder)
         sync(folder.parent)
@@ -207,14 +233,18 @@ def _build(source: Path, folder: Path, digest: str, build: Build, signature: Sig
         if isinstance(error, DataError):
             raise
         reason = error.strerror or type(error).__name__
-        raise DataError(f"{folder}: the index of {source} cannot be written ({reason}); free space or set CORES_CACHE") from None
+        raise DataError(
+            f"{folder}: the index of {source} cannot be written ({reason}); free space or set"
+            " CORES_CACHE"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     logger.info("%s: index built in %.1f s", source, time.perf_counter() - started)
 
 
 def _locked(path: Path, source: Path) -> FileLock:
-    """The lock, acquired; as a context manager it is released at the end. The system releases it if the process dies."""
+    """The lock, acquired; as a context manager it is released at the end. The system releases it if
+    the process dies."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -224,7 +254,7 @@ def _locked(path: Path, source: Path) -> FileLock:
     return lock
 
 
-# ---------------------------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
@@ -256,15 +286,21 @@ def _temporary_root() -> Path:
     except OSError:
         ours = False
     if not ours:
-        raise DataError(f"{root}: cannot be used for the index of annotation files; set CORES_CACHE to a folder of your own")
+        raise DataError(
+            f"{root}: cannot be used for the index of annotation files; set CORES_CACHE to a folder"
+            " of your own"
+        )
     root.chmod(0o700)
     return root
 
 
 def content_hash(source: Path, root: Path) -> str:
-    """SHA-256 of the file's content, taken from its stamp while size, time and inode are those of the stamp."""
+    """SHA-256 of the file's content, taken from its stamp while size, time and inode are those of
+    the stamp."""
     signature = _signature(source)
-    stamp = root / "stamps" / f"{hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:32]}.json"
+    stamp = (
+        root / "stamps" / f"{hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:32]}.json"
+    )
     try:
         seen = json.loads(stamp.read_text(encoding="utf-8"))
         if tuple(seen["signature"]) == signature and len(seen["sha256"]) == 64:
@@ -278,7 +314,9 @@ def content_hash(source: Path, root: Path) -> str:
         raise DataError(f"{source}: cannot be read ({error.strerror})") from None
     if time.time_ns() - signature[1] > SETTLED_NS and _signature(source) == signature:
         with suppress(OSError):  # a full disk: it is only a shortcut
-            _replace(stamp, json.dumps({"file": str(source), "signature": signature, "sha256": digest}))
+            _replace(
+                stamp, json.dumps({"file": str(source), "signature": signature, "sha256": digest})
+            )
     return digest
 
 
@@ -286,7 +324,9 @@ def _signature(source: Path) -> Signature:
     try:
         status = source.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise MissingDataError(f"{source}: does not exist; check --dataset_dir and the names of the data sets") from None
+        raise MissingDataError(
+            f"{source}: does not exist; check --dataset_dir and the names of the data sets"
+        ) from None
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror})") from None
     return status.st_size, status.st_mtime_ns, status.st_ino

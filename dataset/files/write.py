@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomic and durable: the file holds either the old or the new text. Raises OSError naming it."""
+    """Atomic and durable: the file holds either the old or the new text. Raises OSError naming
+    it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:

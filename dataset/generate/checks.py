@@ -1,5 +1,5 @@
-"""What generated texts must keep to. Every check returns the reason of a refusal or None; a reason is one line that can be
-sent back to the model.
+"""What generated texts must keep to. Every check returns the reason of a refusal or None; a reason
+is one line that can be sent back to the model.
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ def words(text: str) -> list[str]:
 NEARLY_THE_SAME = 0.8
 """Two texts that share this part of their words say the same."""
 
-# What gives away that somebody drew the answer, or where. "box" and "mask" alone may be things in the picture, but a question
-# that needs a thought can do without them.
+# What gives away that somebody drew the answer, or where. "box" and "mask" alone may be things in
+# the picture, but a question that needs a thought can do without them.
 _LEAKS = [
     r"\b(masks?|masked|pixels?|bbox\w*|bounding|polygons?|coordinates?|segment\w*|annotat\w*|labell?ed|outlined|highlighted)\b",
-    r"\b(marked|listed|important) (objects?|items?)\b|\baccording to the (summary|description|caption|list)\b|\bthe summary\b",
+    (
+        r"\b(marked|listed|important) (objects?|items?)\b|\baccording to the"
+        r" (summary|description|caption|list)\b|\bthe summary\b"
+    ),
     r"[(\[{]\s*-?\d",
     r"\b\d+(\.\d+)?\s*(%|percent\b|px\b)",
     r"\b0?\.\d+",
     r"\b[xy]\d?\s*[=:]\s*-?\d",
     r"\b\d{2,4}\s*[,x×]\s*\d{2,4}\b",
     r"\b(top|upper|bottom|lower)[- ](left|right)\b",
-    r"\b(left|right|top|bottom|cent(er|re)|middle|side|half|corner|edge) of the (image|picture|photo\w*|frame|scene|view)\b",
+    (
+        r"\b(left|right|top|bottom|cent(er|re)|middle|side|half|corner|edge) of the"
+        r" (image|picture|photo\w*|frame|scene|view)\b"
+    ),
 ]
 _LEAK = re.compile("|".join(f"(?:{leak})" for leak in _LEAKS), re.IGNORECASE)
 _IRREGULAR = {
@@ -47,15 +53,16 @@ _IRREGULAR = {
 # Words that say which one is meant: another wording must keep them.
 _TELLING = set(
     words(
-        "red orange yellow green blue purple pink brown black white grey gray golden silver "
-        "left right top bottom upper lower front back middle first second third last largest smallest biggest tallest "
-        "no not never without except two three four five six both"
+        "red orange yellow green blue purple pink brown black white grey gray golden silver left"
+        " right top bottom upper lower front back middle first second third last largest smallest"
+        " biggest tallest no not never without except two three four five six both"
     )
 )
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """The JSON object in a reply, also where words or a code fence stand around it. Raises ValueError with the reason."""
+    """The JSON object in a reply, also where words or a code fence stand around it. Raises
+    ValueError with the reason."""
     for match in re.finditer(r"\{", text):
         try:
             found, _ = json.JSONDecoder().raw_decode(text, match.start())
@@ -67,8 +74,13 @@ def parse_object(text: str) -> dict[str, Any]:
 
 def parse_list(text: str, finish: str, name: str) -> list[Any]:
     """The list ``name`` of the JSON object in a reply. Raises ValueError with the reason."""
-    if finish in ("length", "content_filter", "refusal"):  # servers have several words for a normal end
-        raise ValueError("the reply was cut off; be brief" if finish == "length" else f"the reply ended with {finish}")
+    # servers have several words for a normal end
+    if finish in ("length", "content_filter", "refusal"):
+        raise ValueError(
+            "the reply was cut off; be brief"
+            if finish == "length"
+            else f"the reply ended with {finish}"
+        )
     found = parse_object(text).get(name)
     if not isinstance(found, list):
         raise ValueError(f'the reply has no list "{name}"')
@@ -83,7 +95,10 @@ def check_length(text: Any, least: int, most: int, what: str) -> str | None:
         return f"the {what} has several lines"
     count = len(text.split())
     if not least <= count <= most:
-        return f"the {what} has {'too few' if count < least else 'too many'} words ({least} to {most} are wanted)"
+        return (
+            f"the {what} has {'too few' if count < least else 'too many'} words ({least} to {most}"
+            " are wanted)"
+        )
     return None
 
 
@@ -97,7 +112,11 @@ def check_plain(text: str, what: str) -> str | None:
 def check_leak(question: str) -> str | None:
     """Nothing about masks, boxes, coordinates, annotations or the place in the frame."""
     found = _LEAK.search(question)
-    return f'the question gives away where the answer is or that it was marked ("{found[0]}")' if found else None
+    return (
+        f'the question gives away where the answer is or that it was marked ("{found[0]}")'
+        if found
+        else None
+    )
 
 
 def _forms(word: str) -> set[str]:
@@ -115,8 +134,8 @@ def _forms(word: str) -> set[str]:
 
 
 def names(text: str, name: str) -> bool:
-    """True if ``text`` calls the thing by ``name``, in singular or plural, in one word or two; of a name of several words the
-    last one is enough ("table" for "dining table")."""
+    """True if ``text`` calls the thing by ``name``, in singular or plural, in one word or two; of a
+    name of several words the last one is enough ("table" for "dining table")."""
     spoken = words(text)
     spoken += [a + b for a, b in pairwise(spoken)]  # "wine glass" for "wineglass"
     parts = words(name)
@@ -134,7 +153,11 @@ def check_unnamed(question: str, all_names: Iterable[str]) -> str | None:
 
 def check_answer_names(answer: str, all_names: Iterable[str]) -> str | None:
     """The answer does call it by name."""
-    return None if any(names(answer, name) for name in all_names) else "the answer does not name its object"
+    return (
+        None
+        if any(names(answer, name) for name in all_names)
+        else "the answer does not name its object"
+    )
 
 
 def similarity(a: str, b: str) -> float:
@@ -163,7 +186,8 @@ def check_telling_words(wording: str, original: str) -> str | None:
 
 
 def check_exemplar(question: Any, answer: Any, library: Sequence[str]) -> str | None:
-    """What the library of exemplars asks of an entry. ``library``: "question answer" of all others."""
+    """What the library of exemplars asks of an entry. ``library``: "question answer" of all
+    others."""
     reason = check_length(question, 4, 20, "question") or check_length(answer, 8, 40, "answer")
     if reason:
         return reason

@@ -1,8 +1,10 @@
-"""A client of OpenAI-compatible chat endpoints that sends each request once and keeps what came back.
+"""A client of OpenAI-compatible chat endpoints that sends each request once and keeps what came
+back.
 
-A request is known by the hash of its content. One whose answer is in the journal is never sent again; the others are paced,
-retried and written down, attempt by attempt. Pictures stand in requests as the hash of their file; the bytes are put in
-when the request leaves and are not written to the journal.
+A request is known by the hash of its content. One whose answer is in the journal is never sent
+again; the others are paced, retried and written down, attempt by attempt. Pictures stand in
+requests as the hash of their file; the bytes are put in when the request leaves and are not written
+to the journal.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 FATAL = {401, 402, 403, 404, 405}  # the same for every request
 LONGEST_BACKOFF = 60.0  # seconds
 LARGEST_REPLY = 1 << 23  # bytes
-SHORTEST_SECRET = 8  # "none" or "EMPTY", which local servers take for a key, are no secrets but ordinary words
+# "none" or "EMPTY", which local servers take for a key, are no secrets but ordinary words
+SHORTEST_SECRET = 8
 
 
 class ChatError(RuntimeError):
@@ -41,7 +44,8 @@ class ChatError(RuntimeError):
 
 
 class Abort(RuntimeError):
-    """No request will get an answer: a wrong key, address or model, no money left, a server that is down."""
+    """No request will get an answer: a wrong key, address or model, no money left, a server that is
+    down."""
 
 
 class Stopped(RuntimeError):
@@ -102,13 +106,20 @@ class Endpoint:
         """Raises ValueError."""
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"--base_url {self.base_url!r} is not an address such as http://localhost:8000/v1")
+            raise ValueError(
+                f"--base_url {self.base_url!r} is not an address such as http://localhost:8000/v1"
+            )
         if parts.username or parts.password or parts.query:
-            raise ValueError("--base_url holds a password or a query; the key belongs in the environment (--api_key_env)")
+            raise ValueError(
+                "--base_url holds a password or a query; the key belongs in the environment"
+                " (--api_key_env)"
+            )
         if not self.model:
             raise ValueError("--model is empty; name the model that the endpoint serves")
         if not self.api_key.isascii() or not self.api_key.isprintable():
-            raise ValueError("the key in the environment holds characters that no key has; copy it again")
+            raise ValueError(
+                "the key in the environment holds characters that no key has; copy it again"
+            )
 
     @property
     def url(self) -> str:
@@ -132,7 +143,8 @@ class Endpoint:
 
 
 def picture(path: Path, side: int) -> tuple[dict[str, Any], dict[str, Path]]:
-    """(message part, Request.images) of the picture in ``path``, to be sent with its longest side at most ``side`` pixels."""
+    """(message part, Request.images) of the picture in ``path``, to be sent with its longest side
+    at most ``side`` pixels."""
     name = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()};side={side}"
     return {"type": "image_url", "image_url": {"url": name}}, {name: path}
 
@@ -216,14 +228,26 @@ class ChatClient:
             started = time.monotonic()
             reply, outcome = self._attempt(content)
             answer = outcome if isinstance(outcome, Answer) else None
-            facts = {"stage": request.stage, "item": request.item, "attempt": attempt, "request": self.endpoint.body(request)}
-            failed = {"status": 200, "error": None} if answer else {"status": outcome.status, "error": outcome.reason}
+            facts = {
+                "stage": request.stage,
+                "item": request.item,
+                "attempt": attempt,
+                "request": self.endpoint.body(request),
+            }
+            failed = (
+                {"status": 200, "error": None}
+                if answer
+                else {"status": outcome.status, "error": outcome.reason}
+            )
             seconds = round(time.monotonic() - started, 3)
             self.journal.append(key, answer, **facts, **failed, seconds=seconds, reply=reply)
             if answer:
                 return answer
             self._after(outcome, key, attempt, request)
-        raise ChatError(f"{request.stage} {request.item}: no answer after {attempt + 1} attempts; the last: {outcome.reason}")
+        raise ChatError(
+            f"{request.stage} {request.item}: no answer after {attempt + 1} attempts; the last:"
+            f" {outcome.reason}"
+        )
 
     def _content(self, request: Request) -> bytes:
         text = json.dumps(self.endpoint.body(request))
@@ -238,7 +262,9 @@ class ChatClient:
             headers["Authorization"] = f"Bearer {self.endpoint.api_key}"
         deadline = time.monotonic() + self.endpoint.timeout
         try:
-            with self._http.stream("POST", self.endpoint.url, content=content, headers=headers) as response:
+            with self._http.stream(
+                "POST", self.endpoint.url, content=content, headers=headers
+            ) as response:
                 text = self._scrub(_read(response, deadline))
                 return text, _judge(response.status_code, response.headers, text)
         except httpx2.UnsupportedProtocol as error:
@@ -253,17 +279,22 @@ class ChatClient:
         return text.replace(key, "***") if len(key) >= SHORTEST_SECRET else text
 
     def _after(self, failure: _Failure, key: str, attempt: int, request: Request) -> None:
-        """Waits before the next attempt. Raises Abort or ChatError where there is none, Stopped where the run is over."""
+        """Waits before the next attempt. Raises Abort or ChatError where there is none, Stopped
+        where the run is over."""
         if failure.fatal:
             raise Abort(f"{self.endpoint.url}: {failure.reason}")
         if not failure.retried:
             raise ChatError(f"{request.stage} {request.item}: {failure.reason}")
         if failure.wait is not None:
             if failure.wait > self.endpoint.max_wait:
-                asked = f"the server asks to wait {failure.wait:.0f} s, longer than --max_wait {self.endpoint.max_wait:g}"
+                asked = (
+                    f"the server asks to wait {failure.wait:.0f} s, longer than --max_wait"
+                    f" {self.endpoint.max_wait:g}"
+                )
                 raise Abort(f"{self.endpoint.url}: {asked}; run the same command again later")
             self._pacer.pause(failure.wait)  # the limit is the account's, not this request's
-        # the same for every run of the same request, but different between requests: they must not all come back at once
+        # the same for every run of the same request, but different between requests: they must not
+        # all come back at once
         jitter = random.Random(f"{key}{attempt}").uniform(0.5, 1.0)
         if self._stop.wait(min(LONGEST_BACKOFF, self.endpoint.backoff * 2**attempt) * jitter):
             raise Stopped
@@ -299,7 +330,11 @@ def _judge(status: int, headers: httpx2.Headers, text: str) -> Answer | _Failure
     said = error.get("message") if isinstance(error, dict) else error
     reason = f"HTTP {status}: {_line(said if isinstance(said, str) else text) or 'no reason given'}"
     if status in FATAL or 300 <= status < 400 or code == "insufficient_quota":
-        return _Failure(f"{reason}; check --base_url, --model and the key in the environment", status, fatal=True)
+        return _Failure(
+            f"{reason}; check --base_url, --model and the key in the environment",
+            status,
+            fatal=True,
+        )
     return _Failure(reason, status, _retry_after(headers), retried=status in RETRIED)
 
 
@@ -315,7 +350,9 @@ def _read_answer(content: Any, text: str) -> Answer | _Failure:
         usage = content.get("usage") or {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         counts = [count if type(count) is int and count >= 0 else None for count in counts]
-        finish = "refusal" if not isinstance(words, str) else str(choice.get("finish_reason") or "stop")
+        finish = (
+            "refusal" if not isinstance(words, str) else str(choice.get("finish_reason") or "stop")
+        )
         return Answer(words or "", finish, *counts)
     except (TypeError, KeyError, IndexError, AttributeError):
         what = "not JSON" if content is None else "no chat completion"
@@ -345,7 +382,8 @@ class CallableChat:
     """A model in this process, such as a local LLaVA, behind the same journal."""
 
     def __init__(self, describe: Callable[[np.ndarray, str], str], name: str, journal: Journal):
-        """``describe(image, instruction)``: the words of the model about ``image``, uint8 (H, W, 3) RGB. ``name``: which model."""
+        """``describe(image, instruction)``: the words of the model about ``image``, uint8 (H, W, 3)
+        RGB. ``name``: which model."""
         self.describe, self.name, self.journal, self.used = describe, name, journal, {}
         self._lock = threading.Lock()
 
@@ -357,7 +395,12 @@ class CallableChat:
                 (path,) = request.images.values()
                 instruction = "\n".join(texts_of(request.messages))
                 answer = Answer(self.describe(read_image(path), instruction), "stop", 0, 0)
-                facts = {"stage": request.stage, "item": request.item, "attempt": 0, "request": {"model": self.name}}
+                facts = {
+                    "stage": request.stage,
+                    "item": request.item,
+                    "attempt": 0,
+                    "request": {"model": self.name},
+                }
                 self.journal.append(key, answer, **facts, status=None, error=None)
         self.used[request.stage, key] = answer
         return answer

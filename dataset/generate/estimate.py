@@ -1,6 +1,7 @@
 """What a run would cost, without asking anybody, and what it did cost.
 
-Tokens of text are estimated as a quarter of its characters, which is close for English; a picture costs what the flag says.
+Tokens of text are estimated as a quarter of its characters, which is close for English; a picture
+costs what the flag says.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class DryRun:
         self._seen: set[tuple[str, str]] = set()
 
     def ask(self, request: Request) -> Answer:
-        """The answer of the journal or the request's stand-in. Raises NotAsked where there is neither."""
+        """The answer of the journal or the request's stand-in. Raises NotAsked where there is
+        neither."""
         key = self._key(request)
         with self._lock:
             # by item, too: two photos differ in what their stand-ins do not show
@@ -87,7 +89,11 @@ class DryRun:
             count.answered += 1
             return
         texts = texts_of(request.messages)
-        asked = sum(map(tokens_of, texts)) + TOKENS_PER_MESSAGE * len(texts) + self._tokens_per_image * len(request.images)
+        asked = (
+            sum(map(tokens_of, texts))
+            + TOKENS_PER_MESSAGE * len(texts)
+            + self._tokens_per_image * len(request.images)
+        )
         rounds = range(1 + request.more)
         count.requests += 1
         count.most += len(rounds)
@@ -105,7 +111,9 @@ def new_counts() -> dict[str, Count]:
 
 def estimate_table(counts: dict[str, Count], prices: dict[str, Price]) -> str:
     """The lines that --dry_run prints."""
-    lines = [f"{'stage':<12}{'answered':>10}{'requests':>10}{'at most':>10}{'tokens in':>14}{'tokens out':>14}{'USD':>10}"]
+    lines = [
+        f"{'stage':<12}{'answered':>10}{'requests':>10}{'at most':>10}{'tokens in':>14}{'tokens out':>14}{'USD':>10}"
+    ]
     total = 0.0
     for stage, count in counts.items():
         cost = prices[stage].of(count.tokens_in, count.tokens_out)
@@ -117,10 +125,13 @@ def estimate_table(counts: dict[str, Count], prices: dict[str, Price]) -> str:
 
 
 def spent(used: Iterable[tuple[str, Answer]], prices: dict[str, Price]) -> dict[str, Any]:
-    """Requests, tokens and dollars by stage of the (stage, answer) pairs that made the result; failed attempts are not in it."""
+    """Requests, tokens and dollars by stage of the (stage, answer) pairs that made the result;
+    failed attempts are not in it."""
     table: dict[str, Any] = {}
     for stage, answer in used:
-        row = table.setdefault(stage, {"requests": 0, "tokens_in": 0, "tokens_out": 0, "usd": 0.0, "uncounted": 0})
+        row = table.setdefault(
+            stage, {"requests": 0, "tokens_in": 0, "tokens_out": 0, "usd": 0.0, "uncounted": 0}
+        )
         row["requests"] += 1
         row["tokens_in"] += answer.tokens_in or 0
         row["tokens_out"] += answer.tokens_out or 0

@@ -1,4 +1,5 @@
-"""New pairs for the library of in-context exemplars (dataset/conversation/exemplars.json), domain by domain."""
+"""New pairs for the library of in-context exemplars (dataset/conversation/exemplars.json), domain
+by domain."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ def texts(entry: dict[str, str]) -> str:
     return f"{entry['q']} {entry['a']}"
 
 
-def grow(domain: str, library: Sequence[dict[str, str]], count: int, chat: Chat, rounds: int) -> Talk:
-    """``count`` pairs of ``domain`` that the ``library`` does not have, or as many as pass the checks in so many ``rounds``.
+def grow(
+    domain: str, library: Sequence[dict[str, str]], count: int, chat: Chat, rounds: int
+) -> Talk:
+    """``count`` pairs of ``domain`` that the ``library`` does not have, or as many as pass the
+    checks in so many ``rounds``.
 
     Raises ChatError, Abort.
     """
@@ -29,21 +33,30 @@ def grow(domain: str, library: Sequence[dict[str, str]], count: int, chat: Chat,
         left = count - len(accepted)
         return f"{left} in number, about other parts" if left > 0 else ""
 
-    messages = prompts.exemplar_messages(domain, count, [entry["q"] for entry in library if entry.get("domain") == domain])
+    messages = prompts.exemplar_messages(
+        domain, count, [entry["q"] for entry in library if entry.get("domain") == domain]
+    )
     result = talk(chat, "exemplars", domain, messages, "pairs", check, missing, rounds)
-    result.accepted = [{"domain": domain, "q": entry["q"], "a": entry["a"]} for entry in result.accepted]
+    result.accepted = [
+        {"domain": domain, "q": entry["q"], "a": entry["a"]} for entry in result.accepted
+    ]
     return result
 
 
-def merge(library: Sequence[dict[str, str]], grown: Sequence[Talk | None]) -> tuple[list[dict[str, str]], list[str]]:
-    """(library with what was grown, reasons of what was refused); domains do not know of each other until here."""
+def merge(
+    library: Sequence[dict[str, str]], grown: Sequence[Talk | None]
+) -> tuple[list[dict[str, str]], list[str]]:
+    """(library with what was grown, reasons of what was refused); domains do not know of each other
+    until here."""
     whole, refused = list(library), []
     for result in grown:
         if result is None:
             continue
         refused += result.refused
         for entry in result.accepted:
-            reason = checks.check_exemplar(entry["q"], entry["a"], [texts(other) for other in whole])
+            reason = checks.check_exemplar(
+                entry["q"], entry["a"], [texts(other) for other in whole]
+            )
             if reason is None:
                 whole.append(entry)
             else:

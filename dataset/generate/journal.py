@@ -1,4 +1,5 @@
-"""The journal: every request and every reply as one JSON per line, in the order of arrival, on disk before it is used."""
+"""The journal: every request and every reply as one JSON per line, in the order of arrival, on disk
+before it is used."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Answer:
 
 
 def read_answers(path: Path) -> tuple[dict[str, Answer], int]:
-    """(answers by key, length in bytes of the complete lines). A last line without its end was cut off by a kill.
+    """(answers by key, length in bytes of the complete lines). A last line without its end was cut
+    off by a kill.
 
     Raises DataError for any other damaged line.
     """
@@ -44,7 +46,9 @@ def read_answers(path: Path) -> tuple[dict[str, Answer], int]:
                 if record["answer"] is not None:
                     answers[record["key"]] = Answer(**record["answer"])
             except (ValueError, TypeError, KeyError):
-                raise DataError(f"{path}: line {number} is damaged; remove it, and its request is sent again") from None
+                raise DataError(
+                    f"{path}: line {number} is damaged; remove it, and its request is sent again"
+                ) from None
     return answers, length
 
 
@@ -60,20 +64,25 @@ class Journal:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._stream.close()
-            raise DataError(f"{self.path}: another run writes to this journal; wait for it or choose another --out") from None
+            raise DataError(
+                f"{self.path}: another run writes to this journal; wait for it or choose another"
+                " --out"
+            ) from None
         try:
             self._answers, length = read_answers(self.path)
         except DataError:
             self._stream.close()
             raise
-        self._stream.truncate(length)  # what a kill cut off is no record, and the next line must start on its own
+        # what a kill cut off is no record, and the next line must start on its own
+        self._stream.truncate(length)
         self._lock = threading.Lock()
 
     def answer(self, key: str) -> Answer | None:
         return self._answers.get(key)
 
     def append(self, key: str, answer: Answer | None, **facts: Any) -> None:
-        """Writes one attempt; when this returns, it is on the disk. ``answer``: None for an attempt that failed."""
+        """Writes one attempt; when this returns, it is on the disk. ``answer``: None for an attempt
+        that failed."""
         record = {"key": key, **facts, "answer": None if answer is None else asdict(answer)}
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         with self._lock:

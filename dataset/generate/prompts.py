@@ -1,4 +1,5 @@
-"""What the models are told. Written for this project; a change here changes the requests, so earlier answers do not count."""
+"""What the models are told. Written for this project; a change here changes the requests, so
+earlier answers do not count."""
 
 from __future__ import annotations
 
@@ -66,9 +67,13 @@ def caption_messages(part: dict[str, Any]) -> Messages:
     return [{"role": "user", "content": [{"type": "text", "text": CAPTION}, part]}]
 
 
-def question_messages(summary: str, objects: Sequence[SceneObject], others: Iterable[str]) -> Messages:
+def question_messages(
+    summary: str, objects: Sequence[SceneObject], others: Iterable[str]
+) -> Messages:
     """``objects``: those to ask about; ``others``: names of what else is there."""
-    lines = [f"- {o.name} | {o.count} in the picture | {o.where} | {_size(o.share)}" for o in objects]
+    lines = [
+        f"- {o.name} | {o.count} in the picture | {o.where} | {_size(o.share)}" for o in objects
+    ]
     parts = [f"<summary>\n{_untagged(summary)}\n</summary>"] if summary else []
     parts += ["<important_objects>", *lines, "</important_objects>"]
     parts.append(f"<also_there>{', '.join(others) or 'nothing else'}</also_there>")
@@ -95,4 +100,8 @@ def repair(messages: Messages, reply: str, complaints: Sequence[str], wanted: st
     """The talk so far with what was wrong and what is still ``wanted``."""
     found = "\n".join(f"- {_untagged(complaint)}" for complaint in complaints)
     content = f"<refused>\n{found}\n</refused>\nWrite new ones, in the same form, {wanted}."
-    return [*messages, {"role": "assistant", "content": reply or "(nothing)"}, {"role": "user", "content": content}]
+    return [
+        *messages,
+        {"role": "assistant", "content": reply or "(nothing)"},
+        {"role": "user", "content": content},
+    ]

@@ -1,4 +1,5 @@
-"""Questions about the marked objects of photographs: the data pipeline of LLM-Seg40K, which was published without it.
+"""Questions about the marked objects of photographs: the data pipeline of LLM-Seg40K, which was
+published without it.
 
 Result, in the layout of LLM-Seg40K (dataset/readers/llm_seg40k.py reads it)::
 
@@ -45,7 +46,10 @@ class QuestionOptions:
     def __post_init__(self):
         """Raises ValueError."""
         if not 0 <= self.least_share < self.most_share <= 1:
-            raise ValueError(f"--least_share {self.least_share} and --most_share {self.most_share} must be 0 <= least < most <= 1")
+            raise ValueError(
+                f"--least_share {self.least_share} and --most_share {self.most_share} must be 0 <="
+                " least < most <= 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,11 @@ class Asked:
     refused: list[str] = field(default_factory=list)
 
 
-def ask_about(scene: Scene, captioner: Chat | None, chat: Chat, side: int, options: QuestionOptions) -> Asked:
-    """Questions about ``scene``. ``captioner``: None to go without a summary. ``side``: see client.picture.
+def ask_about(
+    scene: Scene, captioner: Chat | None, chat: Chat, side: int, options: QuestionOptions
+) -> Asked:
+    """Questions about ``scene``. ``captioner``: None to go without a summary. ``side``: see
+    client.picture.
 
     Raises DataError, ChatError, Abort.
     """
@@ -84,7 +91,9 @@ def ask_about(scene: Scene, captioner: Chat | None, chat: Chat, side: int, optio
     messages = prompts.question_messages(summary, objects, others)
     result = talk(chat, "questions", scene.name, messages, "pairs", check, missing, options.rounds)
     accepted = sorted(result.accepted, key=lambda entry: objects.index(by_name[object_name(entry)]))
-    return Asked(scene, [_pair(entry, by_name[object_name(entry)]) for entry in accepted], result.refused)
+    return Asked(
+        scene, [_pair(entry, by_name[object_name(entry)]) for entry in accepted], result.refused
+    )
 
 
 def summarise(scene: Scene, captioner: Chat, side: int, rounds: int) -> str | None:
@@ -94,7 +103,9 @@ def summarise(scene: Scene, captioner: Chat, side: int, rounds: int) -> str | No
     for number in range(rounds):
         messages = prompts.caption_messages(part)
         stand_in = "word " * 120  # as long as it may be
-        request = Request("caption", scene.name, messages, images, number, rounds - 1 - number, stand_in)
+        request = Request(
+            "caption", scene.name, messages, images, number, rounds - 1 - number, stand_in
+        )
         answer = captioner.ask(request)
         text = " ".join(answer.text.split())
         # a summary that is cut off is still one, up to its last whole sentence
@@ -109,26 +120,40 @@ def object_name(entry: Any) -> str:
     return " ".join(name.lower().split()) if isinstance(name, str) else ""
 
 
-def check_pair(entry: Any, accepted: Sequence[Any], objects: dict[str, SceneObject], reasoning: bool = True) -> str | None:
+def check_pair(
+    entry: Any, accepted: Sequence[Any], objects: dict[str, SceneObject], reasoning: bool = True
+) -> str | None:
     """Why a pair is refused, or None. ``objects``: those asked about, by name in lower case."""
     target = objects.get(object_name(entry))
     if target is None:
         return f'a pair is about none of the things ("{object_name(entry)}")'
     question, answer = entry.get("question"), entry.get("answer")
-    reason = checks.check_length(question, 6, 35, "question") or checks.check_length(answer, 6, 40, "answer")
-    reason = reason or checks.check_plain(question, "question") or checks.check_plain(answer, "answer")
-    reason = reason or checks.check_leak(question) or checks.check_answer_names(answer, target.names)
+    reason = checks.check_length(question, 6, 35, "question") or checks.check_length(
+        answer, 6, 40, "answer"
+    )
+    reason = (
+        reason or checks.check_plain(question, "question") or checks.check_plain(answer, "answer")
+    )
+    reason = (
+        reason or checks.check_leak(question) or checks.check_answer_names(answer, target.names)
+    )
     if reasoning:
         reason = reason or checks.check_unnamed(question, target.names)
     if not reason and object_name(entry) in map(object_name, accepted):
         reason = "a second question about it"
-    reason = reason or checks.check_new(question, [other["question"] for other in accepted], "question")
+    reason = reason or checks.check_new(
+        question, [other["question"] for other in accepted], "question"
+    )
     return f"{target.name}: {reason}" if reason else None
 
 
 def _pair(entry: dict[str, Any], target: SceneObject) -> dict[str, Any]:
     texts = {key: " ".join(entry[key].split()) for key in ("question", "answer")}
-    return texts | {"rle_seg": target.rle, "object": target.name, "annotation_ids": list(target.annotation_ids)}
+    return texts | {
+        "rle_seg": target.rle,
+        "object": target.name,
+        "annotation_ids": list(target.annotation_ids),
+    }
 
 
 def without_repeats(asked: Iterable[Asked], most: int) -> list[Asked]:
@@ -149,12 +174,15 @@ def without_repeats(asked: Iterable[Asked], most: int) -> list[Asked]:
 
 
 def split_of(name: str, validation: float, test: float) -> str:
-    """The split of a photo: a function of its name alone, so that it stays where it is when the data grow."""
+    """The split of a photo: a function of its name alone, so that it stays where it is when the
+    data grow."""
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     return "test" if place < test else "validation" if place < test + validation else "train"
 
 
-def write_splits(asked: Iterable[Asked], out: Path, validation: float, test: float) -> dict[str, int]:
+def write_splits(
+    asked: Iterable[Asked], out: Path, validation: float, test: float
+) -> dict[str, int]:
     """Writes the splits that hold a question; returns the number of questions by split."""
     content: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
     for one in sorted(asked, key=lambda one: one.scene.name):
@@ -166,4 +194,7 @@ def write_splits(asked: Iterable[Asked], out: Path, validation: float, test: flo
             write_json(out / f"{split}.json", entries)
         else:
             (out / f"{split}.json").unlink(missing_ok=True)  # of an earlier run with other flags
-    return {split: sum(len(entry["qa_pairs"]) for entry in entries.values()) for split, entries in content.items()}
+    return {
+        split: sum(len(entry["qa_pairs"]) for entry in entries.values())
+        for split, entries in content.items()
+    }

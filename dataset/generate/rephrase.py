@@ -1,4 +1,5 @@
-"""Other wordings of the queries of a data set in ReasonSeg's layout, added to "text" behind the original ones."""
+"""Other wordings of the queries of a data set in ReasonSeg's layout, added to "text" behind the
+original ones."""
 
 from __future__ import annotations
 
@@ -23,12 +24,15 @@ def read_queries(folder: Path) -> list[tuple[Path, dict]]:
     require_folder(folder, "a split of a data set in ReasonSeg's layout")
     found = [(path, read_record(path)) for path in list_files(folder, (".json",))]
     if not found:
-        raise DataError(f"{folder}: holds no query; a split such as reason_seg/ReasonSeg/train is expected")
+        raise DataError(
+            f"{folder}: holds no query; a split such as reason_seg/ReasonSeg/train is expected"
+        )
     return found
 
 
 def reword(name: str, record: dict, count: int, chat: Chat, rounds: int) -> Talk:
-    """``count`` new wordings of the first text of ``record``, or as many as pass the checks. Raises ChatError, Abort."""
+    """``count`` new wordings of the first text of ``record``, or as many as pass the checks. Raises
+    ChatError, Abort."""
     texts = [" ".join(text.split()) for text in record["text"]]
     original = texts[0]
     length = len(original.split())
@@ -39,25 +43,46 @@ def reword(name: str, record: dict, count: int, chat: Chat, rounds: int) -> Talk
         if reason:
             return reason
         if (wording.strip()[-1] in ".?!") != is_sentence:
-            return f"the wording must {'be a whole sentence' if is_sentence else 'stay a phrase, without a final sign'}"
-        reason = checks.check_plain(wording, "wording") or checks.check_telling_words(wording, original)
+            return (
+                "the wording must"
+                f" {'be a whole sentence' if is_sentence else 'stay a phrase, without a final sign'}"
+            )
+        reason = checks.check_plain(wording, "wording") or checks.check_telling_words(
+            wording, original
+        )
         leak = None if checks.check_leak(original) else checks.check_leak(wording)
         # for phrases of few words a single other word is a lot
         others = [*texts, *accepted]
-        same = checks.check_new(wording, others, "wording") if length > 4 else checks.check_different(wording, others, "wording")
+        same = (
+            checks.check_new(wording, others, "wording")
+            if length > 4
+            else checks.check_different(wording, others, "wording")
+        )
         return reason or leak or same
 
     def missing(accepted: list[Any]) -> str:
         left = count - len(accepted)
         return f"{left} in number" if left > 0 else ""
 
-    result = talk(chat, "rephrase", name, prompts.rephrase_messages(original, count), "wordings", check, missing, rounds)
+    result = talk(
+        chat,
+        "rephrase",
+        name,
+        prompts.rephrase_messages(original, count),
+        "wordings",
+        check,
+        missing,
+        rounds,
+    )
     result.accepted = [" ".join(wording.split()) for wording in result.accepted]
     return result
 
 
-def write_split(source: Path, queries: list[tuple[Path, dict]], talks: list[Talk | None], out: Path) -> int:
-    """Writes the split with the new wordings to ``out`` and links its pictures there; returns how many wordings are new."""
+def write_split(
+    source: Path, queries: list[tuple[Path, dict]], talks: list[Talk | None], out: Path
+) -> int:
+    """Writes the split with the new wordings to ``out`` and links its pictures there; returns how
+    many wordings are new."""
     out.mkdir(parents=True, exist_ok=True)
     for picture in list_files(source, IMAGE_SUFFIXES):
         _link(picture, out / picture.name)

@@ -1,4 +1,5 @@
-"""Photographs with marked objects, from instance annotations in the format of COCO, LVIS or EgoObjects.
+"""Photographs with marked objects, from instance annotations in the format of COCO, LVIS or
+EgoObjects.
 
 A file is read twice, entry by entry: once to choose the images, once for the masks of the chosen ones (LVIS is 1 GB of JSON).
 What the formats differ in::
@@ -81,7 +82,12 @@ class Scene:
 
     def objects(self) -> list[SceneObject]:
         """The marked objects, largest first. Raises DataError."""
-        check_size(self.size, read_image(self.path).shape[:2], self.path, f"the size in {self.source.annotations.name}")
+        check_size(
+            self.size,
+            read_image(self.path).shape[:2],
+            self.path,
+            f"the size in {self.source.annotations.name}",
+        )
         found = [self._object(name, instances) for name, instances in self.annotations.items()]
         return sorted(found, key=lambda found: (-found.share, found.name))
 
@@ -89,11 +95,15 @@ class Scene:
         mask = np.zeros(self.size, dtype=bool)
         for number, segmentation in instances:
             where = f"annotation {number}"
-            mask |= annotation_mask(segmentation, self.size, self.source.annotations, where, thin=True)
+            mask |= annotation_mask(
+                segmentation, self.size, self.source.annotations, where, thin=True
+            )
         rle = rle_codec.encode(np.asfortranarray(mask, dtype=np.uint8))
         rle = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
         ids = tuple(number for number, _ in instances)
-        return SceneObject(name, self.categories[name], len(instances), float(mask.mean()), _where(mask), rle, ids)
+        return SceneObject(
+            name, self.categories[name], len(instances), float(mask.mean()), _where(mask), rle, ids
+        )
 
 
 def _where(mask: np.ndarray) -> str:
@@ -116,10 +126,16 @@ def parse_wanted(text: str) -> tuple[tuple[int, int, int | None], ...]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)-(\d*)(?::(\d+))?", part.strip())
         if not match:
-            raise ValueError(f"--source: {part!r} does not say which images; write 2-5:6000 for 6000 with 2 to 5 categories")
+            raise ValueError(
+                f"--source: {part!r} does not say which images; write 2-5:6000 for 6000 with 2 to 5"
+                " categories"
+            )
         least, most = int(match[1]), int(match[2] or 10**9)
         if not 1 <= least <= most:
-            raise ValueError(f"--source: {part!r} asks for {least} to {most} categories; the first number is at least 1")
+            raise ValueError(
+                f"--source: {part!r} asks for {least} to {most} categories; the first number is at"
+                " least 1"
+            )
         found.append((least, most, int(match[3]) if match[3] else None))
     for (_, most, _), (least, _, _) in zip(sorted(found), sorted(found)[1:], strict=False):
         if least <= most:
@@ -152,14 +168,21 @@ class _Survey:
 
     def take(self, key: str, entry: dict) -> None:
         if key == "images":
-            place = next((entry[field] for field in ("file_name", "coco_url", "url") if entry.get(field)), None)
+            place = next(
+                (entry[field] for field in ("file_name", "coco_url", "url") if entry.get(field)),
+                None,
+            )
             if not isinstance(place, str):
                 raise KeyError("file_name")
             partly = frozenset(entry.get("not_exhaustive_category_ids", ()))
-            self.images[entry["id"]] = _Image(place.rsplit("/", 1)[-1], (entry["height"], entry["width"]), partly)
+            self.images[entry["id"]] = _Image(
+                place.rsplit("/", 1)[-1], (entry["height"], entry["width"]), partly
+            )
         elif key == "categories":
             name = clean_name(entry["name"])
-            self.names[entry["id"]] = tuple(dict.fromkeys([name, *map(clean_name, entry.get("synonyms", ()))]))
+            self.names[entry["id"]] = tuple(
+                dict.fromkeys([name, *map(clean_name, entry.get("synonyms", ()))])
+            )
         elif key == "annotations":
             self.present[entry["image_id"]].add(entry["category_id"])
             if entry.get("iscrowd"):
@@ -169,15 +192,25 @@ class _Survey:
         """The categories whose every instance in the image is marked."""
         return self.present[image] - self.crowded[image] - self.images[image].partly
 
-    def choose(self, folder: Path, wanted: tuple[tuple[int, int, int | None], ...], seed: int) -> list[int]:
+    def choose(
+        self, folder: Path, wanted: tuple[tuple[int, int, int | None], ...], seed: int
+    ) -> list[int]:
         """Ids of the images that are in ``folder`` and asked for, sorted by name."""
         there = {path.name for path in folder.iterdir()}
-        images = sorted((image.name, number) for number, image in self.images.items() if image.name in there)
+        images = sorted(
+            (image.name, number) for number, image in self.images.items() if image.name in there
+        )
         chosen = []
         for least, most, count in wanted:
-            fitting = [(name, number) for name, number in images if least <= len(self.complete(number)) <= most]
+            fitting = [
+                (name, number)
+                for name, number in images
+                if least <= len(self.complete(number)) <= most
+            ]
             if count is not None and count < len(fitting):
-                picked = np.random.default_rng([seed, least]).choice(len(fitting), size=count, replace=False)
+                picked = np.random.default_rng([seed, least]).choice(
+                    len(fitting), size=count, replace=False
+                )
                 fitting = [fitting[index] for index in sorted(picked)]
             chosen += fitting
         return [number for _, number in sorted(chosen)]
@@ -197,12 +230,17 @@ def _each_entry(source: Path, keys: tuple[str, ...], take: Any) -> None:
                 try:
                     take(key, entry)
                 except (KeyError, TypeError, AttributeError) as error:
-                    raise DataError(f'{source}: "{key}" entry {number} lacks or misuses a field ({error})') from None
+                    raise DataError(
+                        f'{source}: "{key}" entry {number} lacks or misuses a field ({error})'
+                    ) from None
         return seen
 
     missing = [key for key in keys if key not in parse_stream(source, parse)]
     if missing:
-        raise DataError(f'{source}: has no list "{missing[0]}"; an instances file in the format of COCO is expected')
+        raise DataError(
+            f'{source}: has no list "{missing[0]}"; an instances file in the format of COCO is'
+            " expected"
+        )
 
 
 def read_scenes(source: Source, seed: int) -> list[Scene]:
@@ -211,9 +249,13 @@ def read_scenes(source: Source, seed: int) -> list[Scene]:
     survey = _Survey(source.annotations)
     _each_entry(source.annotations, ("images", "annotations", "categories"), survey.take)
     if unknown := set().union(*survey.present.values()) - survey.names.keys():
-        raise DataError(f"{source.annotations}: an annotation names the unknown category {min(unknown)}")
+        raise DataError(
+            f"{source.annotations}: an annotation names the unknown category {min(unknown)}"
+        )
     if unknown := survey.present.keys() - survey.images.keys():
-        raise DataError(f"{source.annotations}: an annotation names the unknown image {min(unknown)}")
+        raise DataError(
+            f"{source.annotations}: an annotation names the unknown image {min(unknown)}"
+        )
     chosen = survey.choose(source.images, source.wanted, seed)
     if not chosen:
         raise DataError(f"{source.annotations}: no image of the wanted kind is in {source.images}")
@@ -225,7 +267,9 @@ def read_scenes(source: Source, seed: int) -> list[Scene]:
         if category in complete.get(image, ()):
             if not entry.get("segmentation"):
                 hint = "make masks of boxes with `python -m utils.boxes_to_masks`"
-                raise DataError(f"{source.annotations}: annotation {entry['id']} has no mask; {hint}")
+                raise DataError(
+                    f"{source.annotations}: annotation {entry['id']} has no mask; {hint}"
+                )
             segmentations[image][category].append((entry["id"], entry["segmentation"]))
 
     _each_entry(source.annotations, ("annotations",), take)
@@ -236,7 +280,21 @@ def _scene(source: Source, survey: _Survey, number: int, segmentations: dict[int
     image = survey.images[number]
     present = [survey.names[category][0] for category in survey.present[number]]
     # "bat_(animal)" and "bat_(sports)" in one image: nobody could tell which is meant
-    asked = [category for category in sorted(segmentations) if present.count(survey.names[category][0]) == 1]
+    asked = [
+        category
+        for category in sorted(segmentations)
+        if present.count(survey.names[category][0]) == 1
+    ]
     categories = {survey.names[category][0]: survey.names[category] for category in asked}
-    annotations = {survey.names[category][0]: sorted(segmentations[category], key=lambda pair: pair[0]) for category in asked}
-    return Scene(source, image.name, image.size, categories, tuple(sorted(set(present) - categories.keys())), annotations)
+    annotations = {
+        survey.names[category][0]: sorted(segmentations[category], key=lambda pair: pair[0])
+        for category in asked
+    }
+    return Scene(
+        source,
+        image.name,
+        image.size,
+        categories,
+        tuple(sorted(set(present) - categories.keys())),
+        annotations,
+    )

@@ -1,4 +1,5 @@
-"""What the commands share: the models to ask, or their stand-ins in a dry run, what was asked, and the report."""
+"""What the commands share: the models to ask, or their stand-ins in a dry run, what was asked, and
+the report."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ class Session:
         )
         if a.dry_run:
             tokens_per_image = getattr(a, "tokens_per_image", 0)
-            return self._keep(DryRun(endpoint.key, self._answers, self.counts, a.max_tokens, tokens_per_image))
+            return self._keep(
+                DryRun(endpoint.key, self._answers, self.counts, a.max_tokens, tokens_per_image)
+            )
         return self._keep(ChatClient(endpoint, self._journal, self._pacer, self.stop))
 
     def captioner(self) -> Chat | None:
@@ -87,22 +90,36 @@ class Session:
         title = None if self.args.quiet or self.args.dry_run else self.args.command
         return run_all(items, do, self.args.concurrent, self.stop, self.args.give_up_after, title)
 
-    def finish(self, outcome: Outcome, refused: list[str], summary: str, facts: dict[str, Any]) -> int:
+    def finish(
+        self, outcome: Outcome, refused: list[str], summary: str, facts: dict[str, Any]
+    ) -> int:
         """Writes the report, prints the lines of the end and returns the exit code."""
         used = [(stage, answer) for chat in self._chats for (stage, _), answer in chat.used.items()]
         cost = spent(used, self.prices)
-        # what names the object or the word differs from case to case; the reason alone is what is counted
-        reasons = tally(re.sub(r' \("[^"]*"\)$', "", reason.rsplit(": ", 1)[-1]) for reason in refused)
+        # what names the object or the word differs from case to case; the reason alone is what is
+        # counted
+        reasons = tally(
+            re.sub(r' \("[^"]*"\)$', "", reason.rsplit(": ", 1)[-1]) for reason in refused
+        )
         report = facts | {"refused": reasons, "cost": cost, "errors": outcome.errors}
         write_json(self.work / "report.json", report)
         print(f"{self.args.out}: {summary}")
         for reason, count in list(reasons.items())[:5]:
             print(f"  refused {count} times: {reason}")
         asked = sum(row["requests"] for row in cost.values())
-        print(f"  {asked} answers, {sum(row['usd'] for row in cost.values()):.4f} USD; journal and report in {self.work}")
+        print(
+            f"  {asked} answers, {sum(row['usd'] for row in cost.values()):.4f} USD; journal and"
+            f" report in {self.work}"
+        )
         if outcome.errors:
-            print(f"error: {len(outcome.errors)} of {len(outcome.results)} items have no answer, for example:", file=sys.stderr)
-            print(f"error: {outcome.errors[0]}; the same command asks for them again", file=sys.stderr)
+            print(
+                f"error: {len(outcome.errors)} of {len(outcome.results)} items have no answer, for"
+                " example:",
+                file=sys.stderr,
+            )
+            print(
+                f"error: {outcome.errors[0]}; the same command asks for them again", file=sys.stderr
+            )
         return 1 if outcome.errors else 0
 
     def close(self) -> None:
@@ -114,9 +131,12 @@ class Session:
 
 
 def _local(spec: str) -> Callable[[str], Callable]:
-    """The function of "module:function"; it takes --captioner_model and returns describe(image, instruction)."""
+    """The function of "module:function"; it takes --captioner_model and returns describe(image,
+    instruction)."""
     module, _, name = spec.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--captioner {spec}: {error}; give chat, none or module:function") from None
+        raise ValueError(
+            f"--captioner {spec}: {error}; give chat, none or module:function"
+        ) from None

@@ -1,4 +1,5 @@
-"""Asking until the checks are content: a reply is taken apart, what is good is kept, the rest is asked for once more."""
+"""Asking until the checks are content: a reply is taken apart, what is good is kept, the rest is
+asked for once more."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ def talk(
 ) -> Talk:
     """Asks at most ``rounds`` times for the list ``name``.
 
-    ``check(entry, accepted)``: why an entry is refused, or None. ``missing(accepted)``: what is still wanted, in words for the
-    model; "" ends the talk. Raises what ``Chat.ask`` raises.
+    ``check(entry, accepted)``: why an entry is refused, or None. ``missing(accepted)``: what is
+    still wanted, in words for the model; "" ends the talk. Raises what ``Chat.ask`` raises.
     """
     result = Talk()
     for number in range(rounds):

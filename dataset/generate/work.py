@@ -1,4 +1,5 @@
-"""Doing many items at once, in an order that does not show in the result; and files that are whole or not there."""
+"""Doing many items at once, in an order that does not show in the result; and files that are whole
+or not there."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Result = TypeVar("Result")
 
 @dataclass
 class Outcome(Generic[Result]):
-    """``results`` in the order of the items, None where there is none; ``errors`` says why, except in a dry run."""
+    """``results`` in the order of the items, None where there is none; ``errors`` says why, except
+    in a dry run."""
 
     results: list[Result | None]
     errors: list[str]
@@ -35,15 +37,20 @@ def run_all(
     give_up_after: int,
     progress: str | None = None,
 ) -> Outcome[Result]:
-    """``do`` of every item in ``concurrent`` threads. ``progress``: title of the bar, None for none.
+    """``do`` of every item in ``concurrent`` threads. ``progress``: title of the bar, None for
+    none.
 
-    Raises Abort after ``give_up_after`` items in a row got no answer, and whatever else ``do`` raises; ``stop`` is set then, and
-    requests that are under way are waited for, so that their answers are not lost.
+    Raises Abort after ``give_up_after`` items in a row got no answer, and whatever else ``do``
+    raises; ``stop`` is set then, and requests that are under way are waited for, so that their
+    answers are not lost.
     """
     outcome: Outcome[Result] = Outcome([None] * len(items), [])
     errors: dict[int, str] = {}
     in_a_row = 0
-    with ThreadPoolExecutor(concurrent) as pool, tqdm(total=len(items), desc=progress, disable=progress is None) as bar:
+    with (
+        ThreadPoolExecutor(concurrent) as pool,
+        tqdm(total=len(items), desc=progress, disable=progress is None) as bar,
+    ):
         waiting = iter(enumerate(items))
         running: dict[Future, int] = {}
         try:
@@ -68,7 +75,9 @@ def run_all(
                         errors[index] = str(error)
                         in_a_row += 1
                     if in_a_row == give_up_after:
-                        raise Abort(f"{in_a_row} items in a row got no answer (the last: {errors[index]})")
+                        raise Abort(
+                            f"{in_a_row} items in a row got no answer (the last: {errors[index]})"
+                        )
         except BaseException:
             stop.set()
             for future in running:

@@ -6,10 +6,11 @@
     <dataset_dir>/coco/train2017/*.jpg          photos with "from_dataset": "coco"
     <dataset_dir>/ego_objects/images/*          photos with "from_dataset": "ego_objects"
 
-Facts, from the reader in the data set's own repository (wangjunchi/LLMSeg, utils/llm_seg_dataset.py; the files themselves were
-not at hand): a JSON maps an image's name to ``{"from_dataset": …, "qa_pairs": [{"question", "answer", "rle_seg"}, …]}``, where
-``rle_seg`` is COCO's compressed run lengths of the target. Every question is a sentence. The answer in words is used neither there
-nor here. A question may also be a list of wordings.
+Facts, from the reader in the data set's own repository (wangjunchi/LLMSeg,
+utils/llm_seg_dataset.py; the files themselves were not at hand): a JSON maps an image's name to
+``{"from_dataset": …, "qa_pairs": [{"question", "answer", "rle_seg"}, …]}``, where ``rle_seg`` is
+COCO's compressed run lengths of the target. Every question is a sentence. The answer in words is
+used neither there nor here. A question may also be a list of wordings.
 """
 
 from __future__ import annotations
@@ -48,10 +49,19 @@ def _check(path: Path, name: str, entry: Any) -> list:
     for number, pair in enumerate(pairs):
         texts = pair.get("question")
         texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not texts or any(not isinstance(t, str) or not t.strip() for t in texts):
-            raise DataError(f'{where}: question {number}: "question" must be a text, or several wordings of it')
+        if (
+            not isinstance(texts, list)
+            or not texts
+            or any(not isinstance(t, str) or not t.strip() for t in texts)
+        ):
+            raise DataError(
+                f'{where}: question {number}: "question" must be a text, or several wordings of it'
+            )
         if not isinstance(pair.get("rle_seg"), dict):
-            raise DataError(f'{where}: question {number}: "rle_seg" must be {{"size": [height, width], "counts": …}}')
+            raise DataError(
+                f'{where}: question {number}: "rle_seg" must be {{"size": [height, width],'
+                ' "counts": …}'
+            )
         queries.append([[text.strip() for text in texts], pair["rle_seg"]])
     return [name, entry["from_dataset"], queries]
 
@@ -103,7 +113,14 @@ class LlmSeg40K:
             mine = [record for record in records if record[1] == kind]
             if mine:
                 require_folder(folder, f"the photos of {self.dataset} from {kind}")
-                kept += without_missing(mine, [name for name, *_ in mine], folder, self.source, self.options, self.dataset)
+                kept += without_missing(
+                    mine,
+                    [name for name, *_ in mine],
+                    folder,
+                    self.source,
+                    self.options,
+                    self.dataset,
+                )
         return sorted(kept, key=lambda record: record[0])
 
     def __len__(self) -> int:
@@ -114,22 +131,29 @@ class LlmSeg40K:
         return self.folders[self.records[index][1]] / self.records[index][0]
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Image ``index`` with some of its questions in training, all of them otherwise; Sample.kind is "reasoning"."""
+        """Image ``index`` with some of its questions in training, all of them otherwise;
+        Sample.kind is "reasoning"."""
         name, kind, queries = self.records[index]
         path = resolve_inside(self.folders[kind], name)
         image = read_image(path)
         chosen = self._choose(queries, rng)
-        conversations = [self._conversation(name, text, rle, image.shape[:2], rng) for text, rle in chosen]
+        conversations = [
+            self._conversation(name, text, rle, image.shape[:2], rng) for text, rle in chosen
+        ]
         return Sample(image, str(path), conversations, "reasoning", self.dataset, Path(name).stem)
 
     def _choose(self, queries: list, rng: np.random.Generator) -> list[tuple[str, dict]]:
         if not self.options.training:
             count = 1 if self.options.texts == "first" else None
             return [(text, rle) for texts, rle in queries for text in texts[:count]]
-        drawn = draw_queries([texts for texts, _ in queries], self.options.num_classes_per_sample, rng)
+        drawn = draw_queries(
+            [texts for texts, _ in queries], self.options.num_classes_per_sample, rng
+        )
         return [(text, queries[number][1]) for number, text in drawn]
 
-    def _conversation(self, name: str, text: str, rle: dict, size: tuple[int, int], rng: np.random.Generator) -> Conversation:
+    def _conversation(
+        self, name: str, text: str, rle: dict, size: tuple[int, int], rng: np.random.Generator
+    ) -> Conversation:
         target = decode_rle(rle, size, self.source, f"{name} rle_seg")
         question = sentence_question(text, self.options.wording(rng))
         reply = answer(self.options.levels, self.options.wording(rng))

@@ -6,12 +6,14 @@
     pascal_part    <dataset_dir>/vlpart/pascal_part/<split>.json, images .../pascal_part/VOCdevkit/VOC2010/JPEGImages/
     partimagenet   <dataset_dir>/vlpart/partimagenet/<split>.json, images .../partimagenet/images/, images/<split>/ or <split>/
 
-Facts: PACO-LVIS has 75 objects ("car_(automobile)") and 456 parts ("car_(automobile):wheel"), its file names begin with COCO's
-folder; VLPart's JSON of PASCAL-Part has 93 parts ("bus:license plate") and run lengths; PartImageNet has 40 ("Quadruped Head"),
-ids from 0, some polygons of one or two points, and images in folders by synset, with or without that folder in the file name.
+Facts: PACO-LVIS has 75 objects ("car_(automobile)") and 456 parts ("car_(automobile):wheel"), its
+file names begin with COCO's folder; VLPart's JSON of PASCAL-Part has 93 parts ("bus:license plate")
+and run lengths; PartImageNet has 40 ("Quadruped Head"), ids from 0, some polygons of one or two
+points, and images in folders by synset, with or without that folder in the file name.
 
-LISA asks for one annotation by the name of its category, so that one question may have several answers. Here the target is the
-union of the category's annotations. Where the file holds the object, too (PACO), it is the target's host.
+LISA asks for one annotation by the name of its category, so that one question may have several
+answers. Here the target is the union of the category's annotations. Where the file holds the
+object, too (PACO), it is the target's host.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class Name(NamedTuple):
 
 @dataclass(frozen=True)
 class PartSource:
-    """Where the files of a data set lie, under the data folder, and how its categories are named. {split} stands for the split."""
+    """Where the files of a data set lie, under the data folder, and how its categories are named.
+    {split} stands for the split."""
 
     annotations: str
     images: tuple[str, ...]
@@ -66,11 +69,21 @@ class PartSource:
 
 
 SOURCES = {
-    "paco_lvis": PartSource("vlpart/paco/annotations/paco_lvis_v1_{split}.json", ("coco",), linked=("train2017", "val2017")),
-    "pascal_part": PartSource("vlpart/pascal_part/{split}.json", ("vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages",)),
+    "paco_lvis": PartSource(
+        "vlpart/paco/annotations/paco_lvis_v1_{split}.json",
+        ("coco",),
+        linked=("train2017", "val2017"),
+    ),
+    "pascal_part": PartSource(
+        "vlpart/pascal_part/{split}.json", ("vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages",)
+    ),
     "partimagenet": PartSource(
         "vlpart/partimagenet/{split}.json",
-        ("vlpart/partimagenet/images/{split}", "vlpart/partimagenet/images", "vlpart/partimagenet/{split}"),
+        (
+            "vlpart/partimagenet/images/{split}",
+            "vlpart/partimagenet/images",
+            "vlpart/partimagenet/{split}",
+        ),
         separator=" ",
         by_synset=True,
     ),
@@ -100,8 +113,11 @@ def category_name(text: str, separator: str) -> Name:
 class PartSegmentation:
     """A sample is an image with questions about some of its parts (PACO: and objects)."""
 
-    def __init__(self, dataset_dir: str | Path, name: str, options: LoaderOptions, split: str | None = None):
-        """``name``: a key of SOURCES; ``split`` defaults to its training split. Raises ValueError or DataError."""
+    def __init__(
+        self, dataset_dir: str | Path, name: str, options: LoaderOptions, split: str | None = None
+    ):
+        """``name``: a key of SOURCES; ``split`` defaults to its training split. Raises ValueError
+        or DataError."""
         if name not in SOURCES:
             raise ValueError(f"unknown data set of parts {name!r}; known: {', '.join(SOURCES)}")
         self.options = options
@@ -110,10 +126,17 @@ class PartSegmentation:
         self.dataset = f"{name}|{split}"
         root = Path(dataset_dir)
         source = root / self.kind.annotations
-        self.source = named_inside(require_folder(source.parent, f"the {name} data"), source.name.format(split=split))
+        self.source = named_inside(
+            require_folder(source.parent, f"the {name} data"), source.name.format(split=split)
+        )
         self.index = CocoIndex.open(self.source, tolerant=options.faults.leaves_out)
-        self.names = {i: category_name(c["name"], self.kind.separator) for i, c in self.index.categories.items()}
-        self.folder = self._folder([root / folder.format(split=split) for folder in self.kind.images], name)
+        self.names = {
+            i: category_name(c["name"], self.kind.separator)
+            for i, c in self.index.categories.items()
+        }
+        self.folder = self._folder(
+            [root / folder.format(split=split) for folder in self.kind.images], name
+        )
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(f"{self.source}: is empty; no image has an annotated part")
@@ -132,9 +155,14 @@ class PartSegmentation:
         return name
 
     def _inside(self, name: str) -> Path:
-        """Its path. COCO's folders of photos may be links; nothing else below the folder of images may lead out of it."""
+        """Its path. COCO's folders of photos may be links; nothing else below the folder of images
+        may lead out of it."""
         folder, _, rest = name.partition("/")
-        return resolve_inside(self.folder / folder, rest) if folder in self.kind.linked else resolve_inside(self.folder, name)
+        return (
+            resolve_inside(self.folder / folder, rest)
+            if folder in self.kind.linked
+            else resolve_inside(self.folder, name)
+        )
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -144,7 +172,8 @@ class PartSegmentation:
         return self.folder / self._file(self.index.file_names[int(self.positions[index])])
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Image ``index`` with some of its categories in training, all of them otherwise; those without a pixel are left out.
+        """Image ``index`` with some of its categories in training, all of them otherwise; those
+        without a pixel are left out.
 
         Raises DataError; in training NothingToAsk where no category has a pixel.
         """
@@ -169,7 +198,14 @@ class PartSegmentation:
                 conversations.append(self._conversation(category, target, crowd, host, rng))
         if self.options.training and not conversations:
             raise NothingToAsk(f"{path}: no annotation in {self.source} has a pixel")
-        return Sample(image, str(path), conversations, "semantic", self.dataset, Path(record["file_name"]).stem)
+        return Sample(
+            image,
+            str(path),
+            conversations,
+            "semantic",
+            self.dataset,
+            Path(record["file_name"]).stem,
+        )
 
     def _masks(self, entries: list[dict], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """(union of the instances, crowd regions beside it), each bool (H, W)."""
@@ -181,19 +217,34 @@ class PartSegmentation:
             union |= mask
         return target, crowd & ~target
 
-    def _host(self, category: int, by_category: dict[int, list[dict]], size: tuple[int, int]) -> np.ndarray | None:
-        """Every object of the kind that the part belongs to, bool (H, W), where the image's annotations hold it."""
+    def _host(
+        self, category: int, by_category: dict[int, list[dict]], size: tuple[int, int]
+    ) -> np.ndarray | None:
+        """Every object of the kind that the part belongs to, bool (H, W), where the image's
+        annotations hold it."""
         if self.names[category].part is None:
             return None
-        objects = [e for c, entries in by_category.items() if self.names[c] == Name(self.names[category].thing) for e in entries]
+        objects = [
+            e
+            for c, entries in by_category.items()
+            if self.names[c] == Name(self.names[category].thing)
+            for e in entries
+        ]
         host, _ = self._masks(objects, size)
         return host if host.any() else None
 
     def _conversation(
-        self, category: int, target: np.ndarray, crowd: np.ndarray, host: np.ndarray | None, rng: np.random.Generator
+        self,
+        category: int,
+        target: np.ndarray,
+        crowd: np.ndarray,
+        host: np.ndarray | None,
+        rng: np.random.Generator,
     ) -> Conversation:
         wording = self.options.wording(rng)
         question = phrase_question(self.names[category].phrase(wording), wording)
         reply = answer(self.options.levels, wording)
         hosts = None if host is None else host[None]
-        return Conversation([(question, reply)], target[None], crowd if crowd.any() else None, hosts)
+        return Conversation(
+            [(question, reply)], target[None], crowd if crowd.any() else None, hosts
+        )

@@ -32,7 +32,12 @@ import cv2
 import numpy as np
 
 from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer, explain_question, phrase_question, sentence_question
+from dataset.conversation.wordings import (
+    answer,
+    explain_question,
+    phrase_question,
+    sentence_question,
+)
 from dataset.files.errors import DataError, MissingDataError
 from dataset.files.faults import blame
 from dataset.files.images import IMAGE_SUFFIXES, probe_images, read_image
@@ -59,12 +64,17 @@ def _stencil(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def paint_shapes(shapes: list[dict], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(target, ignore), each bool (H, W), of labelme shapes: largest area first, so a small shape shows on a large one.
+    """(target, ignore), each bool (H, W), of labelme shapes: largest area first, so a small shape
+    shows on a large one.
 
-    Coordinates are cut to whole pixels. Of two equal areas the earlier one is painted last, as in the published reader.
+    Coordinates are cut to whole pixels. Of two equal areas the earlier one is painted last, as in
+    the published reader.
     """
     layers = [
-        (_stencil(np.array(shape["points"], dtype=float).astype(np.int32), size), _kind_of_label(shape["label"]))
+        (
+            _stencil(np.array(shape["points"], dtype=float).astype(np.int32), size),
+            _kind_of_label(shape["label"]),
+        )
         for shape in shapes
         if _kind_of_label(shape["label"]) != "flag"
     ]
@@ -90,11 +100,14 @@ def _check_shapes(record: dict, field: str, path: Path) -> None:
         except (TypeError, ValueError, OverflowError):
             points = np.empty(0)
         if points.ndim != 2 or points.shape[1] != 2 or not np.all(np.abs(points) < 1e6):
-            raise DataError(f'{path}: "{field}"[{index}] needs "points" as a list of [x, y] in pixels')
+            raise DataError(
+                f'{path}: "{field}"[{index}] needs "points" as a list of [x, y] in pixels'
+            )
 
 
 def read_record(path: Path) -> dict:
-    """One query JSON with its fields checked; "text" is always a list. Raises DataError naming file and field."""
+    """One query JSON with its fields checked; "text" is always a list. Raises DataError naming file
+    and field."""
     record = read_json(path)
     if not isinstance(record, dict) or "shapes" not in record:
         raise DataError(f'{path}: has no "shapes"; a ReasonSeg JSON needs "shapes" and "text"')
@@ -102,7 +115,11 @@ def read_record(path: Path) -> dict:
     if "host_shapes" in record:
         _check_shapes(record, "host_shapes", path)
     texts = [record["text"]] if isinstance(record.get("text"), str) else record.get("text")
-    if not isinstance(texts, list) or not texts or any(not isinstance(t, str) or not t.strip() for t in texts):
+    if (
+        not isinstance(texts, list)
+        or not texts
+        or any(not isinstance(t, str) or not t.strip() for t in texts)
+    ):
         raise DataError(f'{path}: "text" must be a list of at least one non-empty query')
     if not isinstance(record.get("is_sentence"), (bool, type(None))):
         raise DataError(f'{path}: "is_sentence" must be true or false')
@@ -111,8 +128,11 @@ def read_record(path: Path) -> dict:
     return record | {"text": texts}
 
 
-def record_masks(record: dict, size: tuple[int, int], path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(target, ignore, host or None) of a query, each bool (H, W) for an image of ``size`` (H, W)."""
+def record_masks(
+    record: dict, size: tuple[int, int], path: Path
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """(target, ignore, host or None) of a query, each bool (H, W) for an image of ``size`` (H,
+    W)."""
     target, ignore = paint_shapes(record["shapes"], size)
     if "target_rle" in record:
         target = decode_rle(record["target_rle"], size, path, "target_rle")
@@ -136,17 +156,21 @@ class _Query:
 
 
 class ReasoningSegmentation:
-    """One or several splits of a data set in ReasonSeg's layout; a sample is an image with its queries."""
+    """One or several splits of a data set in ReasonSeg's layout; a sample is an image with its
+    queries."""
 
     def __init__(self, dataset_dir: str | Path, spec: str, options: LoaderOptions):
-        """``spec``: "ReasonSeg|train", several splits as "ReasonSeg|train|val", "ReasonSeg|testshort" or "|testlong"
-        for one length of query. All JSONs and both ends of all images are checked here. Raises DataError."""
+        """``spec``: "ReasonSeg|train", several splits as "ReasonSeg|train|val",
+        "ReasonSeg|testshort" or "|testlong" for one length of query. All JSONs and both ends of all
+        images are checked here. Raises DataError."""
         self.dataset = spec
         self.options = options
         name, *splits = spec.split("|")
         if not splits or not all(splits):
             raise ValueError(f'{spec!r} names no split; write it as "{name or "ReasonSeg"}|train"')
-        root = require_folder(Path(dataset_dir) / "reason_seg", "the folder of ReasonSeg-like data sets")
+        root = require_folder(
+            Path(dataset_dir) / "reason_seg", "the folder of ReasonSeg-like data sets"
+        )
         self.root = named_inside(root, name)
         if not self.root.is_dir():
             known = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
@@ -158,7 +182,9 @@ class ReasoningSegmentation:
         self.images = [path for path in sorted(groups) if self._is_usable(path)]
         if not self.images:
             raise DataError(f"{self.root}: no image of {spec} can be used")
-        self.images = list(without_excluded(self.images, [path.name for path in self.images], options, spec))
+        self.images = list(
+            without_excluded(self.images, [path.name for path in self.images], options, spec)
+        )
         self.queries = [groups[path] for path in self.images]
 
     def _read_explanations(self) -> dict[str, list[str]]:
@@ -170,8 +196,15 @@ class ReasoningSegmentation:
         found: dict[str, list[str]] = defaultdict(list)
         bad: list[tuple[str, str]] = []
         for index, entry in enumerate(entries if isinstance(entries, list) else [None]):
-            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("json", "outputs")):
-                bad.append((f"{path}:entry {index}", f'{path}: entry {index} needs the texts "json" and "outputs"'))
+            if not isinstance(entry, dict) or not all(
+                isinstance(entry.get(key), str) for key in ("json", "outputs")
+            ):
+                bad.append(
+                    (
+                        f"{path}:entry {index}",
+                        f'{path}: entry {index} needs the texts "json" and "outputs"',
+                    )
+                )
                 continue
             found[entry["json"]].append(entry["outputs"])
         self.options.faults.leave_out(self.dataset, bad)
@@ -185,11 +218,18 @@ class ReasoningSegmentation:
             if folder.is_dir():
                 return folder, length[2] == "long"
         if not folder.is_dir():
-            known = sorted(p.name for p in self.root.iterdir() if p.is_dir() and p.name != "explanatory")
-            raise MissingDataError(f"{folder}: no such split of {self.root.name}; there are: {', '.join(known) or 'none'}")
+            known = sorted(
+                p.name for p in self.root.iterdir() if p.is_dir() and p.name != "explanatory"
+            )
+            raise MissingDataError(
+                f"{folder}: no such split of {self.root.name}; there are:"
+                f" {', '.join(known) or 'none'}"
+            )
         return folder, None
 
-    def _read_split(self, split: str, explanations: dict[str, list[str]], groups: dict[Path, list[_Query]]) -> None:
+    def _read_split(
+        self, split: str, explanations: dict[str, list[str]], groups: dict[Path, list[_Query]]
+    ) -> None:
         folder, wanted = self._folder(split)
         images = {path.name: path for path in list_files(folder, IMAGE_SUFFIXES)}
         used, read, found, faults = set(), 0, False, self.options.faults
@@ -202,26 +242,47 @@ class ReasoningSegmentation:
                 image = images.get(record.get("image") or self._default_image(path, images))
                 if image is None:
                     expected = record.get("image") or f"{path.stem}.jpg"
-                    raise MissingDataError(f"{path}: its image {expected} is not in {folder}; restore it or remove the JSON")
+                    raise MissingDataError(
+                        f"{path}: its image {expected} is not in {folder}; restore it or remove the"
+                        " JSON"
+                    )
                 used.add(image.name)
                 read += 1
                 if wanted is not None and record.get("is_sentence") is None:
-                    raise DataError(f'{path}: has no "is_sentence", which {self.dataset} needs to tell short from long')
+                    raise DataError(
+                        f'{path}: has no "is_sentence", which {self.dataset} needs to tell short'
+                        " from long"
+                    )
                 if wanted in (None, record.get("is_sentence")):
                     found = True
-                    query = _Query(path, tuple(record["text"]), record.get("is_sentence"), tuple(explanations.get(path.name, ())))
+                    query = _Query(
+                        path,
+                        tuple(record["text"]),
+                        record.get("is_sentence"),
+                        tuple(explanations.get(path.name, ())),
+                    )
                     groups[image].append(query)
-        # an image whose JSON is left out has done nothing wrong, and which one that is cannot be known
+        # an image whose JSON is left out has done nothing wrong, and which one that is cannot be
+        # known
         for name in sorted(images.keys() - used) if read == len(paths) else ():
             if not faults.skips(self.dataset, images[name]):
                 with faults.guard(self.dataset, images[name]):
-                    raise MissingDataError(f"{images[name]}: no JSON belongs to this image; restore it or remove the image")
+                    raise MissingDataError(
+                        f"{images[name]}: no JSON belongs to this image; restore it or remove the"
+                        " image"
+                    )
         if not paths:
-            raise DataError(f"{folder}: split {self.dataset} is empty; it needs .jpg files with .json beside them")
+            raise DataError(
+                f"{folder}: split {self.dataset} is empty; it needs .jpg files with .json beside"
+                " them"
+            )
         if not read:
             raise DataError(f"{folder}: no JSON of {self.dataset} can be used")
         if not found:
-            raise DataError(f"{folder}: no query of the length that {self.dataset} asks for; use the split without it")
+            raise DataError(
+                f"{folder}: no query of the length that {self.dataset} asks for; use the split"
+                " without it"
+            )
 
     def _is_usable(self, image: Path) -> bool:
         faults = self.options.faults
@@ -244,21 +305,31 @@ class ReasoningSegmentation:
         return self.images[index]
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Image ``index`` with its queries: in training some drawn at random, otherwise all, canonically worded."""
+        """Image ``index`` with its queries: in training some drawn at random, otherwise all,
+        canonically worded."""
         image_path = self.images[index]
         image = read_image(image_path)
-        conversations = [self._conversation(query, text, image.shape[:2], rng) for query, text in self._choose(index, rng)]
-        return Sample(image, str(image_path), conversations, "reasoning", self.dataset, image_path.stem)
+        conversations = [
+            self._conversation(query, text, image.shape[:2], rng)
+            for query, text in self._choose(index, rng)
+        ]
+        return Sample(
+            image, str(image_path), conversations, "reasoning", self.dataset, image_path.stem
+        )
 
     def _choose(self, index: int, rng: np.random.Generator) -> list[tuple[_Query, str]]:
         queries = self.queries[index]
         if not self.options.training:
             count = 1 if self.options.texts == "first" else None
             return [(query, text) for query in queries for text in query.texts[:count]]
-        drawn = draw_queries([query.texts for query in queries], self.options.num_classes_per_sample, rng)
+        drawn = draw_queries(
+            [query.texts for query in queries], self.options.num_classes_per_sample, rng
+        )
         return [(queries[number], text) for number, text in drawn]
 
-    def _conversation(self, query: _Query, text: str, size: tuple[int, int], rng: np.random.Generator) -> Conversation:
+    def _conversation(
+        self, query: _Query, text: str, size: tuple[int, int], rng: np.random.Generator
+    ) -> Conversation:
         with blame(query.path):
             target, ignore, host = record_masks(read_record(query.path), size, query.path)
         question, explanation = self._question(query, text.strip(), rng)
@@ -271,11 +342,18 @@ class ReasoningSegmentation:
             is_sentence=query.is_sentence,
         )
 
-    def _question(self, query: _Query, text: str, rng: np.random.Generator) -> tuple[str, str | None]:
+    def _question(
+        self, query: _Query, text: str, rng: np.random.Generator
+    ) -> tuple[str, str | None]:
         """(question, explanation or None)."""
         # some short queries are whole sentences all the same ("segment the wheels of the bus.")
         is_phrase = query.is_sentence is False and text[-1] not in ".?!"
         if query.explanations and rng.random() < self.options.explanatory:
             explanation = query.explanations[int(rng.integers(len(query.explanations)))]
-            return explain_question(f"What is {text} in this image?" if is_phrase else text, rng), explanation
-        return (phrase_question if is_phrase else sentence_question)(text, self.options.wording(rng)), None
+            return (
+                explain_question(f"What is {text} in this image?" if is_phrase else text, rng),
+                explanation,
+            )
+        return (phrase_question if is_phrase else sentence_question)(
+            text, self.options.wording(rng)
+        ), None

@@ -1,4 +1,5 @@
-"""Referring segmentation: refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO. "The man on the left" is the one that is meant.
+"""Referring segmentation: refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO. "The man on the left"
+is the one that is meant.
 
 ::
 
@@ -6,8 +7,8 @@
     <dataset_dir>/refer_seg/<set>/instances.json                COCO's format; every annotation a reference may mean
     <dataset_dir>/refer_seg/images/mscoco/images/train2014/     refCLEF: refer_seg/images/saiapr_tc-12/
 
-A file of references is a list of ``{ref_id, image_id, ann_id, split, sentences: [{sent, …}], …}``. Facts, as in the readers that
-come with the data (REFER, gRefer):
+A file of references is a list of ``{ref_id, image_id, ann_id, split, sentences: [{sent, …}], …}``.
+Facts, as in the readers that come with the data (REFER, gRefer):
 
 - ``ann_id`` is one annotation; in gRefCOCO a list, whose union is the target, and [-1] where nothing is meant: an empty target;
 - a segmentation is several polygons, or (refCLEF) a list of run lengths, or empty: an empty target as well;
@@ -15,7 +16,8 @@ come with the data (REFER, gRefer):
 - refCLEF writes several test splits into one word: a reference of "testAC" belongs to testA and to testC; "test" is all of them;
 - ``splitBy`` names who divided the data: unc, for refCOCOg umd (by image) or google (by object: train and val share images).
 
-The published evaluation scores every sentence of every reference, so ``LoaderOptions.texts`` has no say here.
+The published evaluation scores every sentence of every reference, so ``LoaderOptions.texts`` has no
+say here.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ SETS = {
     "refcocog": ReferringSet(split_by="umd"),
     "grefcoco": ReferringSet(),
 }
-# Divided by image, all three: refCOCOg's other division would leave out most of its own training images.
+# Divided by image, all three: refCOCOg's other division would leave out most of its own training
+# images.
 VALIDATED = (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"))
 
 
@@ -78,19 +81,27 @@ class Reference(NamedTuple):
 def _files(folder: Path) -> dict[str, Path]:
     """splitBy -> file of references, for all that there are."""
     pattern = "grefs" if folder.name == "grefcoco" else "refs"
-    found = [path for suffix in (".p", ".json") for path in sorted(folder.glob(f"{pattern}(*){suffix}"))]
+    found = [
+        path for suffix in (".p", ".json") for path in sorted(folder.glob(f"{pattern}(*){suffix}"))
+    ]
     return {path.stem[len(pattern) + 1 : -1]: path for path in found}
 
 
-def read_references(folder: Path, split_by: str, faults: Faults | None = None, dataset: str = "") -> list[Reference]:
-    """All references of a set's folder. ``faults``: what to do about bad ones, instead of raising the first.
+def read_references(
+    folder: Path, split_by: str, faults: Faults | None = None, dataset: str = ""
+) -> list[Reference]:
+    """All references of a set's folder. ``faults``: what to do about bad ones, instead of raising
+    the first.
 
     Raises DataError; one that is MissingDataError lists the divisions that are there.
     """
     faults = faults or Faults()
     files = _files(require_folder(folder, "a referring data set"))
     if split_by not in files:
-        raise MissingDataError(f"{folder}: has no references divided by {split_by!r}; there are: {', '.join(files) or 'none'}")
+        raise MissingDataError(
+            f"{folder}: has no references divided by {split_by!r}; there are:"
+            f" {', '.join(files) or 'none'}"
+        )
     path = files[split_by]
     entries = read_json(path) if path.suffix == ".json" else read_pickle(path)
     if not isinstance(entries, list) or not entries:
@@ -117,14 +128,24 @@ def _reference(entry: Any, number: int) -> Reference:
     ids = entry.get("ann_id")
     ids = ids if isinstance(ids, list) else [ids]
     if type(entry.get("image_id")) is not int or not ids or any(type(i) is not int for i in ids):
-        raise DataError(f'{where}: "image_id" and "ann_id" must be whole numbers (gRefCOCO: a list of them)')
+        raise DataError(
+            f'{where}: "image_id" and "ann_id" must be whole numbers (gRefCOCO: a list of them)'
+        )
     if not isinstance(entry.get("split"), str):
         raise DataError(f'{where}: "split" must be a text')
     spoken = entry.get("sentences")
-    if not isinstance(spoken, list) or any(not isinstance(s, dict) or not isinstance(s.get("sent"), str) for s in spoken):
+    if not isinstance(spoken, list) or any(
+        not isinstance(s, dict) or not isinstance(s.get("sent"), str) for s in spoken
+    ):
         raise DataError(f'{where}: "sentences" must be a list of {{"sent": text, …}}')
     texts = [s["sent"].strip() for s in spoken]
-    return Reference(entry["image_id"], [i for i in ids if i != NOTHING], entry["split"], [text for text in texts if text], number)
+    return Reference(
+        entry["image_id"],
+        [i for i in ids if i != NOTHING],
+        entry["split"],
+        [text for text in texts if text],
+        number,
+    )
 
 
 def _belongs(split: str, wanted: str) -> bool:
@@ -134,9 +155,11 @@ def _belongs(split: str, wanted: str) -> bool:
 
 
 def validation_images(dataset_dir: str | Path) -> frozenset[int]:
-    """COCO's numbers of the photos in the val and test splits of refCOCO, refCOCO+ and refCOCOg, for --exclude_val.
+    """COCO's numbers of the photos in the val and test splits of refCOCO, refCOCO+ and refCOCOg,
+    for --exclude_val.
 
-    Raises MissingDataError if the references of one of them are not there, DataError if they are broken.
+    Raises MissingDataError if the references of one of them are not there, DataError if they are
+    broken.
     """
     root = Path(dataset_dir) / "refer_seg"
     found = set()
@@ -144,7 +167,9 @@ def validation_images(dataset_dir: str | Path) -> frozenset[int]:
         try:
             references = read_references(root / name, split_by)
         except MissingDataError as error:
-            raise MissingDataError(f"--exclude_val needs the references of {name}, {split_by}: {error}") from None
+            raise MissingDataError(
+                f"--exclude_val needs the references of {name}, {split_by}: {error}"
+            ) from None
         found |= {r.image_id for r in references if r.split == "val" or _belongs(r.split, "test")}
     return frozenset(found)
 
@@ -153,7 +178,8 @@ class ReferringSegmentation:
     """A sample is an image with sentences that mean something in it."""
 
     def __init__(self, dataset_dir: str | Path, spec: str, options: LoaderOptions):
-        """``spec``: "refcoco|unc|val"; in training also "refcocog" or "refcocog|google", which is its train split.
+        """``spec``: "refcoco|unc|val"; in training also "refcocog" or "refcocog|google", which is
+        its train split.
 
         Raises ValueError or DataError listing the sets, divisions or splits that there are.
         """
@@ -168,7 +194,10 @@ class ReferringSegmentation:
         chosen = [r for r in references if _belongs(r.split, split)]
         if not chosen:
             known = ", ".join(sorted({r.split for r in references}))
-            raise MissingDataError(f"{root / name}: no split {split!r} in the division {split_by!r}; there are: {known}")
+            raise MissingDataError(
+                f"{root / name}: no split {split!r} in the division {split_by!r}; there are:"
+                f" {known}"
+            )
         self._records(chosen, _files(root / name)[split_by])
 
     @staticmethod
@@ -179,11 +208,15 @@ class ReferringSegmentation:
         if training:
             rest += (SETS[name].split_by, "train")[len(rest) :]
         if len(rest) != 2 or not all(rest):
-            raise ValueError(f'{spec!r}: write it as "{name}|{SETS[name].split_by}|val", the set, who divided it and the split')
+            raise ValueError(
+                f'{spec!r}: write it as "{name}|{SETS[name].split_by}|val", the set, who divided it'
+                " and the split"
+            )
         return name, *rest
 
     def _records(self, references: list[Reference], file: Path) -> None:
-        """One record per image, in the order of file names: [position in the index, [[annotation ids, sentences], …]]."""
+        """One record per image, in the order of file names: [position in the index, [[annotation
+        ids, sentences], …]]."""
         by_image: dict[int, list] = defaultdict(list)
         bad: list[tuple[str, str]] = []
         damaged = {entry.image for entry in self.index.bad}
@@ -193,19 +226,41 @@ class ReferringSegmentation:
                 position = self.index.image_position(reference.image_id)
             except KeyError:
                 lacks = f"the image {reference.image_id} of reference {reference.number}"
-                bad.append((_item(file, reference.number), f"{self.source}: lacks {lacks} of {self.dataset}"))
+                bad.append(
+                    (
+                        _item(file, reference.number),
+                        f"{self.source}: lacks {lacks} of {self.dataset}",
+                    )
+                )
                 continue
             unknown = [number for number in reference.annotations if number not in known]
-            if unknown and self.index.file_names[position] not in damaged:  # else it is left out with its image
+            # else it is left out with its image
+            if unknown and self.index.file_names[position] not in damaged:
                 lacks = f"the annotation {unknown[0]}, which reference {reference.number}"
-                bad.append((_item(file, reference.number), f"{self.source}: lacks {lacks} of {self.dataset} means"))
+                bad.append(
+                    (
+                        _item(file, reference.number),
+                        f"{self.source}: lacks {lacks} of {self.dataset} means",
+                    )
+                )
             elif reference.sentences:
                 by_image[position].append([reference.annotations, reference.sentences])
         self.options.faults.leave_out(self.dataset, bad)
         if not by_image:
-            raise DataError(f"{self.source.parent}: the references of {self.dataset} have no sentences")
-        positions = usable(self.index, sorted(by_image), self.index.file_names, self.folder, self.options, self.dataset)
-        self.records = PackedRecords([position, by_image[position]] for position in positions.tolist())
+            raise DataError(
+                f"{self.source.parent}: the references of {self.dataset} have no sentences"
+            )
+        positions = usable(
+            self.index,
+            sorted(by_image),
+            self.index.file_names,
+            self.folder,
+            self.options,
+            self.dataset,
+        )
+        self.records = PackedRecords(
+            [position, by_image[position]] for position in positions.tolist()
+        )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -224,22 +279,37 @@ class ReferringSegmentation:
         chosen = self._choose(references, rng)
         masks = {number: self._mask(references[number][0], size) for number, _ in chosen}
         conversations = [self._conversation(text, masks[number], rng) for number, text in chosen]
-        return Sample(image, str(path), conversations, "referring", self.dataset, Path(entry["file_name"]).stem)
+        return Sample(
+            image,
+            str(path),
+            conversations,
+            "referring",
+            self.dataset,
+            Path(entry["file_name"]).stem,
+        )
 
     def _choose(self, references: list, rng: np.random.Generator) -> list[tuple[int, str]]:
         """(reference, sentence) pairs."""
         if not self.options.training:
-            return [(number, text) for number, (_, texts) in enumerate(references) for text in texts]
-        return draw_queries([texts for _, texts in references], self.options.num_classes_per_sample, rng)
+            return [
+                (number, text) for number, (_, texts) in enumerate(references) for text in texts
+            ]
+        return draw_queries(
+            [texts for _, texts in references], self.options.num_classes_per_sample, rng
+        )
 
     def _mask(self, annotations: list[int], size: tuple[int, int]) -> np.ndarray:
         mask = np.zeros(size, dtype=bool)
         for number in annotations:
             entry = self.index.annotation(number)
             if len(annotations) == 1 or not entry.get("iscrowd"):
-                mask |= annotation_mask(entry["segmentation"], size, self.source, f'annotation {number} "segmentation"')
+                mask |= annotation_mask(
+                    entry["segmentation"], size, self.source, f'annotation {number} "segmentation"'
+                )
         return mask
 
     def _conversation(self, text: str, mask: np.ndarray, rng: np.random.Generator) -> Conversation:
         question = phrase_question(text.lower(), self.options.wording(rng))
-        return Conversation([(question, answer(self.options.levels, self.options.wording(rng)))], mask[None])
+        return Conversation(
+            [(question, answer(self.options.levels, self.options.wording(rng)))], mask[None]
+        )

@@ -1,4 +1,5 @@
-"""Visual question answering in LLaVA-Instruct's format: text-only targets that keep the model able to talk.
+"""Visual question answering in LLaVA-Instruct's format: text-only targets that keep the model able
+to talk.
 
 ::
 
@@ -26,7 +27,8 @@ IMAGE_PLACEHOLDER = "<image>"
 
 
 def prepare(source: Path, entry: Any, index: int) -> tuple[str, dict]:
-    """(image name, record) of one entry of the file; its turns are checked here. Raises DataError."""
+    """(image name, record) of one entry of the file; its turns are checked here. Raises
+    DataError."""
     where = f"{source}: record {index}"
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
         raise DataError(f'{where} has no text "image"')
@@ -36,12 +38,22 @@ def prepare(source: Path, entry: Any, index: int) -> tuple[str, dict]:
     turns = []
     for number, message in enumerate(spoken):
         speaker = "gpt" if number % 2 else "human"
-        text = message.get("value") if isinstance(message, dict) and message.get("from") == speaker else None
+        text = (
+            message.get("value")
+            if isinstance(message, dict) and message.get("from") == speaker
+            else None
+        )
         if not isinstance(text, str) or not text.replace(IMAGE_PLACEHOLDER, "").strip():
-            raise DataError(f'{where}: message {number} must be {{"from": "{speaker}", "value": text}}')
+            raise DataError(
+                f'{where}: message {number} must be {{"from": "{speaker}", "value": text}}'
+            )
         # the place of the image is the template's matter; elsewhere the word is left alone
         turns.append((text.replace(IMAGE_PLACEHOLDER, "") if number == 0 else text).strip())
-    return entry["image"], {"id": str(entry.get("id", index)), "image": entry["image"], "turns": turns}
+    return entry["image"], {
+        "id": str(entry.get("id", index)),
+        "image": entry["image"],
+        "turns": turns,
+    }
 
 
 class VisualQuestionAnswering:
@@ -52,8 +64,12 @@ class VisualQuestionAnswering:
         self.dataset = f"vqa|{name}"
         root = require_folder(Path(dataset_dir) / "llava_dataset", "the LLaVA-Instruct JSON")
         self.source = named_inside(root, f"{name}.json")
-        self.index = RecordIndex.open(self.source, "vqa-2", prepare, tolerant=options.faults.leaves_out)
-        self.folder = require_folder(Path(dataset_dir) / "coco" / "train2017", f"the images of {self.source.name}")
+        self.index = RecordIndex.open(
+            self.source, "vqa-2", prepare, tolerant=options.faults.leaves_out
+        )
+        self.folder = require_folder(
+            Path(dataset_dir) / "coco" / "train2017", f"the images of {self.source.name}"
+        )
         positions, names = range(len(self.index)), list(self.index.names)
         self.positions = usable(self.index, positions, names, self.folder, options, self.dataset)
 

@@ -1,1 +1,2 @@
-"""SynthReason: a procedural benchmark for reasoning segmentation that fits a machine without a GPU."""
+"""SynthReason: a procedural benchmark for reasoning segmentation that fits a machine without a
+GPU."""

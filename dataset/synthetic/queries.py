@@ -9,7 +9,7 @@ import numpy as np
 from dataset.synthetic.scenes import Scene
 from dataset.synthetic.vocabulary import EXPLICIT, HABITS, IMPLICIT, PARTS, PURPOSES, held_out
 
-# ---------------------------------------------------------------------------------------------------------------- queries
+# ------------------------------------------------------------------------------------------ queries
 
 
 @dataclass
@@ -50,7 +50,9 @@ def make_query(scene: Scene, split: str, rng: np.random.Generator, texts: int = 
             if not purposes:
                 continue
             frames, hosts = IMPLICIT[split], host_phrases(scene, index)
-            wordings = [f.format(host=h, purpose=p) for f in frames for h in hosts for p in purposes]
+            wordings = [
+                f.format(host=h, purpose=p) for f in frames for h in hosts for p in purposes
+            ]
         else:
             if held_out(obj.colour, obj.category, part) != wanted:
                 continue
@@ -58,4 +60,7 @@ def make_query(scene: Scene, split: str, rng: np.random.Generator, texts: int = 
             wordings = [f.format(host=h, part=plural(part)) for f in frames for h in hosts]
         chosen = rng.choice(len(wordings), size=min(texts, len(wordings)), replace=False)
         return Query([wordings[i] for i in chosen], index, part, implicit)
-    raise RuntimeError("no query found for a scene after 200 draws: the held-out rule leaves this scene nothing to ask")
+    raise RuntimeError(
+        "no query found for a scene after 200 draws: the held-out rule leaves this scene nothing"
+        " to ask"
+    )

@@ -13,7 +13,7 @@ from dataset.synthetic.vocabulary import COLOURS, DARK, FAMILIES, GLASS, GREY
 SIZE = 128  # pixels; scenes are square
 
 
-# ---------------------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 @dataclass
@@ -47,7 +47,8 @@ class Scene:
     objects: list[SceneObject]
 
 
-Polygon = np.ndarray  # float (n, 2), (x, y) in the object's own frame: the object fills [-1, 1]², y down
+# float (n, 2), (x, y) in the object's own frame: the object fills [-1, 1]², y down
+Polygon = np.ndarray
 
 
 def ellipse(x: float, y: float, rx: float, ry: float | None = None, angle: float = 0.0) -> Polygon:
@@ -81,12 +82,23 @@ def shape_of(category: str) -> tuple[list[Polygon], dict[str, list[Polygon]]]:
         "cat": [ellipse(0, 0.15, 0.74, 0.64)],
         "rabbit": [ellipse(0, 0.3, 0.62, 0.62)],
         "bear": [ellipse(0, 0.1, 0.78, 0.76)],
-        "car": [box(-0.95, 0.0, 0.95, 0.55), np.array([(-0.6, 0.0), (-0.4, -0.55), (0.4, -0.55), (0.6, 0.0)])],
+        "car": [
+            box(-0.95, 0.0, 0.95, 0.55),
+            np.array([(-0.6, 0.0), (-0.4, -0.55), (0.4, -0.55), (0.6, 0.0)]),
+        ],
         "truck": [box(-0.3, -0.7, 0.95, 0.5), box(-0.95, -0.25, -0.3, 0.5)],
         "bus": [box(-0.95, -0.75, 0.95, 0.55)],
-        "robot": [box(-0.6, -0.2, 0.6, 0.6), box(-0.38, -0.85, 0.38, -0.2), bar(0, -1, 0, -0.8, 0.1)],
+        "robot": [
+            box(-0.6, -0.2, 0.6, 0.6),
+            box(-0.38, -0.85, 0.38, -0.2),
+            bar(0, -1, 0, -0.8, 0.1),
+        ],
         "plane": [ellipse(0, 0.05, 0.26, 0.88), box(-0.4, 0.72, 0.4, 0.92)],
-        "helicopter": [ellipse(-0.15, 0.15, 0.55, 0.48), bar(0.3, 0.1, 0.98, 0.0, 0.16), box(0.86, -0.25, 0.98, 0.15)],
+        "helicopter": [
+            ellipse(-0.15, 0.15, 0.55, 0.48),
+            bar(0.3, 0.1, 0.98, 0.0, 0.16),
+            box(0.86, -0.25, 0.98, 0.15),
+        ],
         "drone": [box(-0.4, -0.35, 0.4, 0.45)],
         "airship": [ellipse(0, -0.05, 0.95, 0.48)],
     }
@@ -179,7 +191,8 @@ class Canvas:
 
 
 def _clutter(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Dark discs and grey bars that belong to no object: what a part looks like is never enough to find it."""
+    """Dark discs and grey bars that belong to no object: what a part looks like is never enough to
+    find it."""
     for _ in range(rng.integers(2, 5)):
         x, y = rng.uniform(6, SIZE - 6, size=2)
         if rng.random() < 0.5:
@@ -200,9 +213,12 @@ def make_scene(rng: np.random.Generator) -> Scene:
             kinds.append(kind)
     canvas = Canvas(rng)
     _clutter(canvas, rng)
-    names: dict[int, tuple[int, str | None]] = {}  # owner id -> (object index, part name or None for the body)
+    # owner id -> (object index, part name or None for the body)
+    names: dict[int, tuple[int, str | None]] = {}
     for index, (category, colour) in enumerate(kinds):
-        centre = np.array([(index % 2) * 64 + 32, (index // 2) * 64 + 32]) + rng.uniform(-4, 4, size=2)
+        centre = np.array([(index % 2) * 64 + 32, (index // 2) * 64 + 32]) + rng.uniform(
+            -4, 4, size=2
+        )
         scale = rng.uniform(25, 30) * np.array([rng.choice((-1, 1)), 1])
         turn = math.radians(rng.uniform(-14, 14))
         rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
@@ -219,11 +235,14 @@ def make_scene(rng: np.random.Generator) -> Scene:
     return Scene(canvas.finish(rng), _objects(canvas.owner, names, kinds, family))
 
 
-def _objects(owner: np.ndarray, names: dict, kinds: list[tuple[str, str]], family: str) -> list[SceneObject]:
+def _objects(
+    owner: np.ndarray, names: dict, kinds: list[tuple[str, str]], family: str
+) -> list[SceneObject]:
     objects = []
     for index, (category, colour) in enumerate(kinds):
         mine = {o: part for o, (i, part) in names.items() if i == index}
         parts = [Part(part, owner == o) for o, part in mine.items() if part is not None]
-        parts = [part for part in parts if part.mask.sum() >= 12]  # slivers left by occlusion are not parts
+        # slivers left by occlusion are not parts
+        parts = [part for part in parts if part.mask.sum() >= 12]
         objects.append(SceneObject(category, colour, family, np.isin(owner, list(mine)), parts))
     return objects

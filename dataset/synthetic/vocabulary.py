@@ -1,4 +1,5 @@
-"""The world of SynthReason: its objects, parts, colours, purposes and the sentences asked about them."""
+"""The world of SynthReason: its objects, parts, colours, purposes and the sentences asked about
+them."""
 
 from __future__ import annotations
 
@@ -46,11 +47,26 @@ PURPOSES = {
     "nose": ("smell", "sniff", "follow a scent", "notice an odour"),
     "ear": ("hear", "listen", "catch a sound", "notice a noise"),
     "wheel": ("roll", "move along the road", "touch the ground", "travel over land"),
-    "knob": ("take orders from a hand", "change its settings", "switch its heating on", "tune its radio"),
-    "window": ("let daylight in", "light up its inside", "show what it carries", "keep out the wind"),
+    "knob": (
+        "take orders from a hand",
+        "change its settings",
+        "switch its heating on",
+        "tune its radio",
+    ),
+    "window": (
+        "let daylight in",
+        "light up its inside",
+        "show what it carries",
+        "keep out the wind",
+    ),
     "wing": ("glide", "stay up in the air", "get lift", "keep its balance in flight"),
     "blade": ("spin", "push the air", "whirl around", "rotate quickly"),
-    "porthole": ("give a view outside", "light up its cabin", "let the crew look out", "admit some light"),
+    "porthole": (
+        "give a view outside",
+        "light up its cabin",
+        "let the crew look out",
+        "admit some light",
+    ),
 }
 
 
@@ -71,9 +87,15 @@ HABITS = {
 }
 
 
-# Short queries are phrases and long ones are sentences, as in ReasonSeg: the loader puts a question around a phrase.
+# Short queries are phrases and long ones are sentences, as in ReasonSeg: the loader puts a question
+# around a phrase.
 EXPLICIT = {
-    "train": ("the {part} of {host}", "the {part} which {host} has got", "the {part} that {host} has", "{part} of {host}"),
+    "train": (
+        "the {part} of {host}",
+        "the {part} which {host} has got",
+        "the {part} that {host} has",
+        "{part} of {host}",
+    ),
     "val": ("the {part} on {host}", "the {part} belonging to {host}"),
 }
 
@@ -91,5 +113,6 @@ IMPLICIT = {
 
 
 def held_out(*combination: str) -> bool:
-    """True for the fifth of all combinations that only validation uses (a stable hash, not Python's salted one)."""
+    """True for the fifth of all combinations that only validation uses (a stable hash, not Python's
+    salted one)."""
     return zlib.crc32("|".join(combination).encode()) % 5 == 0

@@ -1,12 +1,15 @@
 """SynthReason: a procedural benchmark for reasoning segmentation that fits a machine without a GPU.
 
-Every scene holds four objects of one family. All objects of a family own the same kinds of parts, and two of these kinds look alike
-(eye / nose, wheel / knob, wing / blade): the look of a part never tells which one is meant, only the host does. Grey bars and dark
-discs that belong to nothing lie between the objects. A query names a part ("the wheels of the red bus") or describes what it is for
-("what does the animal that barks use to smell?"); its target is the union of the host's parts of that name.
+Every scene holds four objects of one family. All objects of a family own the same kinds of parts,
+and two of these kinds look alike (eye / nose, wheel / knob, wing / blade): the look of a part never
+tells which one is meant, only the host does. Grey bars and dark discs that belong to nothing lie
+between the objects. A query names a part ("the wheels of the red bus") or describes what it is for
+("what does the animal that barks use to smell?"); its target is the union of the host's parts of
+that name.
 
-Training and validation share neither a wording nor a combination: validation uses other sentence frames, and only combinations
-(category, part, purpose) or (colour, category, part) that training never uses.
+Training and validation share neither a wording nor a combination: validation uses other sentence
+frames, and only combinations (category, part, purpose) or (colour, category, part) that training
+never uses.
 
 Written to disk in two layouts that real data have, too::
 
@@ -14,7 +17,8 @@ Written to disk in two layouts that real data have, too::
     OUT/synth_sem/{images,annotations}/{train,val}/000000.{jpg,png}       label maps of whole objects, 0 = void
     OUT/synth_sem/classes.json                                            class i has value i + 1
 
-Run ``python -m dataset.synthetic --out data/synthreason`` (about half a minute). The same seed gives the same files.
+Run ``python -m dataset.synthetic --out data/synthreason`` (about half a minute). The same seed
+gives the same files.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ VERSION = 1  # raise it whenever the same seed would give other files
 SEMANTIC_SPLITS = ("train", "val")
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
 def polygons(mask: np.ndarray) -> list[list[list[int]]]:
@@ -50,7 +54,8 @@ def polygons(mask: np.ndarray) -> list[list[list[int]]]:
 
 
 def query_record(scene: Scene, query: Query, image_name: str) -> dict:
-    """One ReasonSeg JSON. The RLE keys hold the exact masks; ``scene`` is what the trivial baselines read."""
+    """One ReasonSeg JSON. The RLE keys hold the exact masks; ``scene`` is what the trivial
+    baselines read."""
     host = scene.objects[query.object_index]
     target = host.union(query.part)
     return {
@@ -67,7 +72,9 @@ def query_record(scene: Scene, query: Query, image_name: str) -> dict:
                     "category": obj.category,
                     "colour": obj.colour,
                     "rle": encode_rle(obj.mask),
-                    "parts": [{"name": part.name, "rle": encode_rle(part.mask)} for part in obj.parts],
+                    "parts": [
+                        {"name": part.name, "rle": encode_rle(part.mask)} for part in obj.parts
+                    ],
                 }
                 for obj in scene.objects
             ]
@@ -81,7 +88,9 @@ def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
 
 
 def write_jpeg(path: Path, image: np.ndarray) -> None:
-    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95]):
+    if not cv2.imwrite(
+        str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95]
+    ):
         raise OSError(f"{path}: could not be written (is the disk full?)")
 
 
@@ -104,7 +113,10 @@ def write_reasoning_split(root: Path, split: str, count: int, queries: int, seed
 
 
 def write_semantic_split(root: Path, split: str, count: int, seed: int) -> None:
-    images, labels = root / "synth_sem" / "images" / split, root / "synth_sem" / "annotations" / split
+    images, labels = (
+        root / "synth_sem" / "images" / split,
+        root / "synth_sem" / "annotations" / split,
+    )
     images.mkdir(parents=True)
     labels.mkdir(parents=True)
     offset = 1_000_000 * SEMANTIC_SPLITS.index(split)
@@ -117,18 +129,37 @@ def write_semantic_split(root: Path, split: str, count: int, seed: int) -> None:
         cv2.imwrite(str(labels / f"{index:06d}.png"), label)
 
 
-def generate(out: str | Path, train: int = 3000, val: int = 200, semantic: int = 600, queries: int = 4, seed: int = 0) -> Path:
-    """Writes the whole benchmark under ``out``; an equal one that is already there is kept. Returns ``out``.
+def generate(
+    out: str | Path,
+    train: int = 3000,
+    val: int = 200,
+    semantic: int = 600,
+    queries: int = 4,
+    seed: int = 0,
+) -> Path:
+    """Writes the whole benchmark under ``out``; an equal one that is already there is kept. Returns
+    ``out``.
 
-    The folder appears only when it is complete, so an interrupted run never leaves half a data set behind.
+    The folder appears only when it is complete, so an interrupted run never leaves half a data set
+    behind.
     """
     out = Path(out)
-    settings = {"version": VERSION, "train": train, "val": val, "semantic": semantic, "queries": queries, "seed": seed}
+    settings = {
+        "version": VERSION,
+        "train": train,
+        "val": val,
+        "semantic": semantic,
+        "queries": queries,
+        "seed": seed,
+    }
     stamp = out / "synthreason.json"
     if stamp.exists():
         if json.loads(stamp.read_text()) == settings:
             return out
-        raise ValueError(f"{stamp}: made with other settings ({stamp.read_text().strip()}); give another --out or delete it")
+        raise ValueError(
+            f"{stamp}: made with other settings ({stamp.read_text().strip()}); give another --out"
+            " or delete it"
+        )
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: exists and is not a SynthReason folder; give another --out")
     partial = out.with_name(out.name + ".partial")
@@ -147,10 +178,14 @@ def generate(out: str | Path, train: int = 3000, val: int = 200, semantic: int =
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="data/synthreason", help="folder to write, later given as --dataset_dir")
+    parser.add_argument(
+        "--out", default="data/synthreason", help="folder to write, later given as --dataset_dir"
+    )
     parser.add_argument("--train", type=int, default=3000, help="training scenes")
     parser.add_argument("--val", type=int, default=200, help="validation scenes (two queries each)")
-    parser.add_argument("--semantic", type=int, default=600, help="scenes with label maps of whole objects")
+    parser.add_argument(
+        "--semantic", type=int, default=600, help="scenes with label maps of whole objects"
+    )
     parser.add_argument("--queries", type=int, default=4, help="queries per training scene")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

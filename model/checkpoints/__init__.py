@@ -1,1 +1,2 @@
-"""Files of models: what a folder or hub name holds, in which layout, and its weights under our names."""
+"""Files of models: what a folder or hub name holds, in which layout, and its weights under our
+names."""

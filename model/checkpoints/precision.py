@@ -1,4 +1,5 @@
-"""How a model is held and computed: 4 or 8 bits for each weight of the language model, and which attention is used."""
+"""How a model is held and computed: 4 or 8 bits for each weight of the language model, and which
+attention is used."""
 
 from __future__ import annotations
 
@@ -10,18 +11,22 @@ from transformers import BitsAndBytesConfig
 
 from model.checkpoints.published import LLAVA
 
-# What stays in full precision: CLIP, the projector, the vocabulary's logits and the whole mask branch. The first three
-# are named from the LLaVA and from the whole model, as either may be loaded.
+# What stays in full precision: CLIP, the projector, the vocabulary's logits and the whole mask
+# branch. The first three are named from the LLaVA and from the whole model, as either may be
+# loaded.
 FULL_PRECISION = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 MASK_BRANCH = ("segmenting", "selecting", "text_projection")
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flex_attention")
 
 
-def quantization(bits: int | None, compute: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig | None:
-    """transformers' configuration for 8-bit (LLM.int8) or 4-bit (nf4, twice quantised) weights; None for ``bits`` None.
+def quantization(
+    bits: int | None, compute: torch.dtype = torch.bfloat16
+) -> BitsAndBytesConfig | None:
+    """transformers' configuration for 8-bit (LLM.int8) or 4-bit (nf4, twice quantised) weights;
+    None for ``bits`` None.
 
-    ``compute``: format of the multiplications with 4-bit weights. Raises ValueError where bitsandbytes is not installed
-    and for other numbers of bits.
+    ``compute``: format of the multiplications with 4-bit weights. Raises ValueError where
+    bitsandbytes is not installed and for other numbers of bits.
     """
     if bits is None:
         return None
@@ -50,20 +55,28 @@ def quantized_bits(model: nn.Module) -> int | None:
     return None
 
 
-def choose_attention(requested: str, dtype: torch.dtype, device: torch.device | str) -> tuple[str, str]:
+def choose_attention(
+    requested: str, dtype: torch.dtype, device: torch.device | str
+) -> tuple[str, str]:
     """(name for transformers' ``attn_implementation``, why). ``requested``: one of ATTENTION.
 
-    "auto" takes flash_attention_2 where the package, an NVIDIA GPU and half precision are there, and sdpa otherwise.
-    Raises ValueError where flash_attention_2 is asked for and cannot run.
+    "auto" takes flash_attention_2 where the package, an NVIDIA GPU and half precision are there,
+    and sdpa otherwise. Raises ValueError where flash_attention_2 is asked for and cannot run.
     """
     if requested not in ATTENTION:
-        raise ValueError(f"attn_implementation is {requested!r}; choose one of {', '.join(ATTENTION)}")
+        raise ValueError(
+            f"attn_implementation is {requested!r}; choose one of {', '.join(ATTENTION)}"
+        )
     missing = _missing_for_flash(dtype, torch.device(device))
     if requested == "flash_attention_2" and missing:
         raise ValueError(f"--attn_implementation flash_attention_2: {missing}; use sdpa or auto")
     if requested != "auto":
         return requested, "as asked for"
-    return ("sdpa", f"flash_attention_2 cannot be used: {missing}") if missing else ("flash_attention_2", "it is the fastest here")
+    return (
+        ("sdpa", f"flash_attention_2 cannot be used: {missing}")
+        if missing
+        else ("flash_attention_2", "it is the fastest here")
+    )
 
 
 def _missing_for_flash(dtype: torch.dtype, device: torch.device) -> str:

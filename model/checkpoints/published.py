@@ -1,4 +1,5 @@
-"""The layouts in which the authors of LLaVA, LISA and CoReS publish their models, and their translation to and from ours.
+"""The layouts in which the authors of LLaVA, LISA and CoReS publish their models, and their
+translation to and from ours.
 
 ::
 
@@ -6,8 +7,8 @@
     LISA    the same, and model.visual_model.* (SAM), model.text_hidden_fcs.0.*, a token [SEG]
     CoReS   the same, a token [SEG_SEMA] before [SEG]; one variant has transformer_cross_attention_layers.* (refiner)
 
-All say ``"model_type": "llava"`` in config.json, as transformers' own LLaVA does, but name other architectures. The CLIP
-tower is often left out; then config.json names it.
+All say ``"model_type": "llava"`` in config.json, as transformers' own LLaVA does, but name other
+architectures. The CLIP tower is often left out; then config.json names it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from model.checkpoints.sam import detect_dims
 from model.checkpoints.weights import find_file, read_all, read_json_file
 from model.config import SamDims
 
-try:  # what all these checkpoints were trained with: Pillow's resizing; the other one differs by up to 0.015
+# what all these checkpoints were trained with: Pillow's resizing; the other one differs by up to
+# 0.015
+try:
     from transformers import CLIPImageProcessorPil as CLIPImageProcessor
 except ImportError:
     from transformers import CLIPImageProcessor
@@ -54,17 +57,31 @@ THEIR_TOWER = "model.vision_tower.vision_tower.vision_model."
 # constants that old versions of transformers stored; their values follow from the config
 # fields of a LLaMA's config that both sides name alike; rope_theta and rope_scaling are older names
 LLAMA_FIELDS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
-    "max_position_embeddings", "initializer_range", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
-    "tie_word_embeddings", "attention_bias",
-)  # fmt: skip
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "attention_bias",
+)
 LEFTOVERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 MLP_LAYERS = {"0.": "linear_1.", "2.": "linear_2."}
 
 
 def is_published(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json belongs to one of these layouts rather than to transformers' own LLaVA."""
-    theirs = HF_ARCHITECTURE not in (config.get("architectures") or ()) and "text_config" not in config
+    """Whether a config.json belongs to one of these layouts rather than to transformers' own
+    LLaVA."""
+    theirs = (
+        HF_ARCHITECTURE not in (config.get("architectures") or ()) and "text_config" not in config
+    )
     return config.get("model_type") == "llava" and theirs
 
 
@@ -74,7 +91,8 @@ def has_masks(names: Iterable[str]) -> bool:
 
 
 def is_whole(source: str | Path) -> bool:
-    """Whether a folder or hub name holds a published LISA or CoReS: read off its config and the names of its weights."""
+    """Whether a folder or hub name holds a published LISA or CoReS: read off its config and the
+    names of its weights."""
     try:
         return is_published(read_json_file(source, "config.json")) and has_masks(read_all(source))
     except (FileNotFoundError, ValueError):
@@ -83,14 +101,20 @@ def is_whole(source: str | Path) -> bool:
 
 @cache
 def clip_prefix() -> str:
-    """What this version of transformers puts before the names of a CLIP tower's weights: it changed over time."""
+    """What this version of transformers puts before the names of a CLIP tower's weights: it changed
+    over time."""
     with torch.device("meta"):
-        model = CLIPVisionModel(CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+        model = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+            )
+        )
     return "vision_model." if next(iter(model.state_dict())).startswith("vision_model.") else ""
 
 
 def tower_renaming(names: Iterable[str]) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for weights of ours that another version of transformers saved; {} for the same."""
+    """Arguments of ``from_pretrained`` for weights of ours that another version of transformers
+    saved; {} for the same."""
     theirs = any(".vision_tower.vision_model." in name for name in names)
     if theirs == bool(clip_prefix()):
         return {}
@@ -99,7 +123,8 @@ def tower_renaming(names: Iterable[str]) -> dict[str, Any]:
 
 
 def our_name(name: str, linear_projector: bool) -> str | None:
-    """Our name of a published weight, None for a constant that needs no loading. Other names come back as they are."""
+    """Our name of a published weight, None for a constant that needs no loading. Other names come
+    back as they are."""
     if LEFTOVERS.search(name):
         return None
     if name.startswith(THEIR_TOWER):
@@ -118,7 +143,8 @@ def _our_projector(rest: str, linear: bool) -> str:
 
 
 def their_name(name: str, linear_projector: bool) -> str:
-    """The published name of one of our weights; inverse of ``our_name``. Raises ValueError where there is none."""
+    """The published name of one of our weights; inverse of ``our_name``. Raises ValueError where
+    there is none."""
     if name.startswith(TOWER):
         return THEIR_TOWER + name.removeprefix(TOWER).removeprefix("vision_model.")
     if name.startswith(PROJECTOR):
@@ -141,7 +167,8 @@ def to_ours(weights: Mapping[str, Tensor], linear_projector: bool) -> dict[str, 
 
 
 def is_linear(config: Mapping[str, Any]) -> bool:
-    """Whether the projector is one linear layer. Raises ValueError for a kind other than linear and mlp2x_gelu."""
+    """Whether the projector is one linear layer. Raises ValueError for a kind other than linear and
+    mlp2x_gelu."""
     kind = config.get("mm_projector_type") or "linear"
     if kind not in ("linear", "mlp2x_gelu"):
         raise ValueError(f"mm_projector_type is {kind!r}; known are linear and mlp2x_gelu")
@@ -151,7 +178,10 @@ def is_linear(config: Mapping[str, Any]) -> bool:
 def sam_dims(weights: Mapping[str, Tensor], source: str | Path) -> SamDims:
     """The sizes of the SAM inside a LISA or CoReS. Raises ValueError where there is none."""
     prefix = "model.visual_model."
-    return detect_dims({name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}, source)
+    return detect_dims(
+        {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)},
+        source,
+    )
 
 
 def levels_of(vocabulary: Mapping[str, int], source: str | Path) -> list[str]:
@@ -159,29 +189,41 @@ def levels_of(vocabulary: Mapping[str, int], source: str | Path) -> list[str]:
     for chain in LEVEL_CHAINS:
         if all(f"[{level}]" in vocabulary for level in chain):
             return list(chain)
-    raise ValueError(f"{source}: the tokenizer has none of the tokens [SEG], [SEG_SEMA], [LOC]; it is no LISA or CoReS")
+    raise ValueError(
+        f"{source}: the tokenizer has none of the tokens [SEG], [SEG_SEMA], [LOC]; it is no LISA or"
+        " CoReS"
+    )
 
 
 def tower_of(config: Mapping[str, Any], source: str | Path, override: str | None) -> str:
     """Folder or hub name of the CLIP tower: ``override``, or what config.json names.
 
-    A relative folder is looked for beside the checkpoint first. Raises ValueError where neither names one.
+    A relative folder is looked for beside the checkpoint first. Raises ValueError where neither
+    names one.
     """
     name = override or config.get("mm_vision_tower") or config.get("vision_tower")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{source}: config.json names no mm_vision_tower; give --vision-tower, openai/clip-vit-large-patch14 say")
+        raise ValueError(
+            f"{source}: config.json names no mm_vision_tower; give --vision-tower,"
+            " openai/clip-vit-large-patch14 say"
+        )
     beside = Path(source) / name
     return str(beside) if not override and beside.is_dir() else name
 
 
 def tower_config(tower: str) -> CLIPVisionConfig:
-    """Sizes of a CLIP tower. Raises FileNotFoundError naming the flag that can point at a local copy."""
+    """Sizes of a CLIP tower. Raises FileNotFoundError naming the flag that can point at a local
+    copy."""
     try:
         found = find_file(tower, "config.json")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; --vision-tower takes a local folder of this CLIP") from None
+        raise FileNotFoundError(
+            f"{error}; --vision-tower takes a local folder of this CLIP"
+        ) from None
     if found is None:
-        raise FileNotFoundError(f"{tower}: has no config.json; --vision-tower needs a CLIP folder or hub name")
+        raise FileNotFoundError(
+            f"{tower}: has no config.json; --vision-tower needs a CLIP folder or hub name"
+        )
     return CLIPVisionConfig.from_pretrained(found.parent)
 
 
@@ -190,7 +232,9 @@ def tower_processor(tower: str, vision: CLIPVisionConfig) -> CLIPImageProcessor:
     if find_file(tower, "preprocessor_config.json") is not None:
         return CLIPImageProcessor.from_pretrained(tower)
     size = vision.image_size
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
 
 
 def tower_weights(tower: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -199,13 +243,20 @@ def tower_weights(tower: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {TOWER + name: tensor for name, tensor in model.state_dict().items()}
 
 
-def llava_config(config: Mapping[str, Any], vision: CLIPVisionConfig, rows: int, image_token_id: int) -> LlavaConfig:
-    """transformers' config of a published LLaVA. ``rows``: of its token table. Raises ValueError for what it cannot say."""
+def llava_config(
+    config: Mapping[str, Any], vision: CLIPVisionConfig, rows: int, image_token_id: int
+) -> LlavaConfig:
+    """transformers' config of a published LLaVA. ``rows``: of its token table. Raises ValueError
+    for what it cannot say."""
     select = config.get("mm_vision_select_feature") or "patch"
     if select not in ("patch", "cls_patch"):
         raise ValueError(f"mm_vision_select_feature is {select!r}; known are patch and cls_patch")
     text = {name: config[name] for name in LLAMA_FIELDS if name in config}
-    text |= {name: config[name] for name in ("rope_theta", "rope_scaling") if config.get(name) is not None}
+    text |= {
+        name: config[name]
+        for name in ("rope_theta", "rope_scaling")
+        if config.get(name) is not None
+    }
     linear = is_linear(config)
     return LlavaConfig(
         text_config=LlamaConfig(**text, vocab_size=rows),
@@ -221,7 +272,8 @@ def llava_config(config: Mapping[str, Any], vision: CLIPVisionConfig, rows: int,
 
 
 def their_config(config, architecture: str, tower: str, image_marks: bool) -> dict[str, Any]:
-    """A published config.json for one of our CoresConfigs. ``tower``: folder or hub name of its CLIP."""
+    """A published config.json for one of our CoresConfigs. ``tower``: folder or hub name of its
+    CLIP."""
     llava, text = config.llava, config.llava.text_config
     rope = dict(text.rope_parameters or {})
     theta, kind = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
@@ -235,10 +287,13 @@ def their_config(config, architecture: str, tower: str, image_marks: bool) -> di
         "mm_projector_type": "linear" if is_linear_config(llava) else "mlp2x_gelu",
         "mm_vision_tower": tower,
         "mm_vision_select_layer": llava.vision_feature_layer,
-        "mm_vision_select_feature": "patch" if llava.vision_feature_select_strategy == "default" else "cls_patch",
+        "mm_vision_select_feature": (
+            "patch" if llava.vision_feature_select_strategy == "default" else "cls_patch"
+        ),
         "mm_use_im_start_end": image_marks,
         "out_dim": config.sam["prompt_dim"],
-        # ours: neither the number of SAM's heads nor the use of a token leaves a trace in the weights
+        # ours: neither the number of SAM's heads nor the use of a token leaves a trace in the
+        # weights
         "sam": config.sam,
         "levels": config.levels,
         "train_mask_decoder": True,
@@ -251,5 +306,9 @@ def is_linear_config(llava: LlavaConfig) -> bool:
 
 
 def uses_image_marks(config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> bool:
-    """Whether the image stands between <im_start> and <im_end>. A LISA that does not say so was trained with them."""
-    return all(mark in vocabulary for mark in IMAGE_MARKS) and config.get("mm_use_im_start_end", True) is not False
+    """Whether the image stands between <im_start> and <im_end>. A LISA that does not say so was
+    trained with them."""
+    return (
+        all(mark in vocabulary for mark in IMAGE_MARKS)
+        and config.get("mm_use_im_start_end", True) is not False
+    )

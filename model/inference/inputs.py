@@ -1,4 +1,5 @@
-"""What may be asked: pictures of every kind and questions, checked and cleaned before a model sees them."""
+"""What may be asked: pictures of every kind and questions, checked and cleaned before a model sees
+them."""
 
 from __future__ import annotations
 
@@ -16,23 +17,25 @@ from dataset.files.images import read_image, rgb_array
 ImageLike = str | Path | Image.Image | np.ndarray
 
 
-MAX_ASPECT = 100  # CLIP's transform enlarges the shorter side: a line of pixels would become gigabytes
+# CLIP's transform enlarges the shorter side: a line of pixels would become gigabytes
+MAX_ASPECT = 100
 
 
-# -------------------------------------------------------------------------------------------------------------- inputs
+# ------------------------------------------------------------------------------------------- inputs
 
 
 def load_image(image: ImageLike, argument: str = "image") -> tuple[np.ndarray, str]:
     """(uint8 (H, W, 3) RGB, name) of a path, a PIL image or an array uint8 (H, W, 3) RGB.
 
-    ``argument``: what messages call one that has no path. Raises DataError for a file that is no image or too large,
-    ValueError for another array, anything else or an extreme shape.
+    ``argument``: what messages call one that has no path. Raises DataError for a file that is no
+    image or too large, ValueError for another array, anything else or an extreme shape.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
-                f"{argument}: an array must be uint8 (H, W, 3) RGB, got {image.dtype} {image.shape}; "
-                "PIL.Image.fromarray(array) takes grey and RGBA, floats from 0 to 1 become (255 * array).astype('uint8')"
+                f"{argument}: an array must be uint8 (H, W, 3) RGB, got {image.dtype}"
+                f" {image.shape}; PIL.Image.fromarray(array) takes grey and RGBA, floats from 0 to"
+                " 1 become (255 * array).astype('uint8')"
             )
         pixels, name = image, ""
     elif isinstance(image, Image.Image):
@@ -40,12 +43,16 @@ def load_image(image: ImageLike, argument: str = "image") -> tuple[np.ndarray, s
     elif isinstance(image, (str, Path)):
         pixels, name = read_image(image), str(image)
     else:
-        raise ValueError(f"{argument}: give a path, a PIL image or an array uint8 (H, W, 3), got {type(image).__name__}")
+        raise ValueError(
+            f"{argument}: give a path, a PIL image or an array uint8 (H, W, 3), got"
+            f" {type(image).__name__}"
+        )
     height, width = pixels.shape[:2]
     if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
         where = name or argument
         raise ValueError(
-            f"{where}: {width}×{height} pixels; one side may be at most {MAX_ASPECT} times the other, crop the picture"
+            f"{where}: {width}×{height} pixels; one side may be at most {MAX_ASPECT} times the"
+            " other, crop the picture"
         )
     return pixels, str(name or "image")
 
@@ -53,7 +60,10 @@ def load_image(image: ImageLike, argument: str = "image") -> tuple[np.ndarray, s
 def _pixels_of(image: Image.Image, argument: str) -> np.ndarray:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise DataError(f"{argument}: {image.width}×{image.height} pixels, more than the limit of {limit} pixels; make it smaller")
+        raise DataError(
+            f"{argument}: {image.width}×{image.height} pixels, more than the limit of {limit}"
+            " pixels; make it smaller"
+        )
     try:
         return rgb_array(image)
     except (OSError, ValueError, SyntaxError) as error:
@@ -61,10 +71,20 @@ def _pixels_of(image: Image.Image, argument: str) -> np.ndarray:
 
 
 def clean_question(text: str) -> str:
-    """One line without control characters or broken Unicode. Raises ValueError for one that says nothing."""
+    """One line without control characters or broken Unicode. Raises ValueError for one that says
+    nothing."""
     if not isinstance(text, str):
         raise ValueError(f"a question must be a text, got {type(text).__name__} {text!r:.40}")
-    kept = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else "\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
+    kept = (
+        (
+            " "
+            if unicodedata.category(c) in ("Cc", "Zl", "Zp")
+            else "\ufffd"
+            if "\ud800" <= c <= "\udfff"
+            else c
+        )
+        for c in text
+    )
     question = " ".join("".join(kept).split())
     if not question:
         raise ValueError("the question is empty")
@@ -72,7 +92,8 @@ def clean_question(text: str) -> str:
 
 
 def clean_questions(query: Any, argument: str = "query") -> list[str]:
-    """The questions about one picture, as they will be asked. Raises ValueError naming ``argument``."""
+    """The questions about one picture, as they will be asked. Raises ValueError naming
+    ``argument``."""
     if isinstance(query, (bytes, Mapping)) or not isinstance(query, Iterable):
         raise ValueError(f"{argument}: give a text or a list of texts, got {type(query).__name__}")
     try:

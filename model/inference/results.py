@@ -17,17 +17,19 @@ from PIL import Image
 from dataset.drawing import level_colour, overlay
 from dataset.files.rle import encode_rle
 
-# ------------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
 
 
 @dataclass
 class AnswerMask:
-    """One group of answer tokens, [LOC] … [SEG]: the mask that was asked for and the coarser ones on the way to it."""
+    """One group of answer tokens, [LOC] … [SEG]: the mask that was asked for and the coarser ones
+    on the way to it."""
 
     levels: dict[str, np.ndarray]
     """Level name, coarse to fine -> bool (H, W)."""
     ious: dict[str, float]
-    """Level name -> SAM's own prediction of its mask's IoU; of a selector's, the highest IoP among what it united."""
+    """Level name -> SAM's own prediction of its mask's IoU; of a selector's, the highest IoP among
+    what it united."""
 
     @property
     def mask(self) -> np.ndarray:
@@ -50,7 +52,8 @@ class AnswerMask:
 
     @property
     def box(self) -> tuple[int, int, int, int] | None:
-        """(x0, y0, x1, y1) around ``mask`` in pixels, x1 and y1 exclusive; None where it is empty."""
+        """(x0, y0, x1, y1) around ``mask`` in pixels, x1 and y1 exclusive; None where it is
+        empty."""
         if not self.mask.any():
             return None
         columns, rows = (np.flatnonzero(self.mask.any(axis)) for axis in (0, 1))
@@ -68,7 +71,13 @@ class AnswerMask:
             for name, mask in self.coarse.items()
         ]
         box = None if self.box is None else list(self.box)
-        return {"rle": self.rle, "box": box, "area": self.area, "predicted_iou": round(self.predicted_iou, 4), "chain": coarse}
+        return {
+            "rle": self.rle,
+            "box": box,
+            "area": self.area,
+            "predicted_iou": round(self.predicted_iou, 4),
+            "chain": coarse,
+        }
 
 
 @dataclass
@@ -91,7 +100,8 @@ class Result:
     """The oldest turns of the conversation that had to be left out for this question to fit."""
 
     def overlay(self, coarse: bool = False, alpha: float = 0.45) -> np.ndarray:
-        """uint8 (H, W, 3): the masks over the picture, with ``coarse`` those on the way to them below; alpha in [0, 1]."""
+        """uint8 (H, W, 3): the masks over the picture, with ``coarse`` those on the way to them
+        below; alpha in [0, 1]."""
         out = self.image.copy()
         for found in self.masks:
             for level, (name, mask) in enumerate(found.levels.items()):
@@ -100,9 +110,11 @@ class Result:
         return out
 
     def save(self, folder: str | Path) -> dict[str, Any]:
-        """Writes every mask of every level (PNG, 0 or 255) and the overlay under new names; overwrites nothing.
+        """Writes every mask of every level (PNG, 0 or 255) and the overlay under new names;
+        overwrites nothing.
 
-        Returns {"masks": one {level: path} per mask, "overlay": path or None}. Raises OSError where it cannot write.
+        Returns {"masks": one {level: path} per mask, "overlay": path or None}. Raises OSError where
+        it cannot write.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +132,12 @@ class Result:
 
     def to_dict(self, files: dict[str, Any] | None = None) -> dict[str, Any]:
         """What JSON can hold; ``files``: what ``save`` returned."""
-        report = {"image": self.name, "question": self.question, "text": self.text, "finished": self.finished}
+        report = {
+            "image": self.name,
+            "question": self.question,
+            "text": self.text,
+            "finished": self.finished,
+        }
         report["masks"] = [found.to_dict() for found in self.masks]
         if files is not None:
             for row, paths in zip(report["masks"], files["masks"], strict=True):
@@ -129,15 +146,33 @@ class Result:
         return report | {"forgotten_turns": self.forgotten_turns}
 
     def to_coco(self, image_id: int = 1) -> dict[str, Any]:
-        """A COCO data set of one picture; boxes are COCO's [x, y, width, height], ``score`` is the predicted IoU."""
+        """A COCO data set of one picture; boxes are COCO's [x, y, width, height], ``score`` is the
+        predicted IoU."""
         height, width = self.image.shape[:2]
         rows = []
         for number, found in enumerate(self.masks, start=1):
             x0, y0, x1, y1 = found.box or (0, 0, 0, 0)
-            rows.append({"id": number, "image_id": image_id, "category_id": 1, "segmentation": found.rle, "area": found.area,
-                         "bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0, "score": found.predicted_iou})  # fmt: skip
+            rows.append(
+                {
+                    "id": number,
+                    "image_id": image_id,
+                    "category_id": 1,
+                    "segmentation": found.rle,
+                    "area": found.area,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "iscrowd": 0,
+                    "score": found.predicted_iou,
+                }
+            )
         return {
-            "images": [{"id": image_id, "file_name": Path(self.name).name, "height": height, "width": width}],
+            "images": [
+                {
+                    "id": image_id,
+                    "file_name": Path(self.name).name,
+                    "height": height,
+                    "width": width,
+                }
+            ],
             "categories": [{"id": 1, "name": self.question}],
             "annotations": rows,
         }
@@ -155,7 +190,8 @@ def _free_stem(folder: Path, stem: str) -> str:
 
 
 class Stream(Iterator[str]):
-    """An answer in the making: iterate over its pieces of text, which join to ``result.text``; then take ``result``."""
+    """An answer in the making: iterate over its pieces of text, which join to ``result.text``; then
+    take ``result``."""
 
     def __init__(self, pieces: Generator[str, None, Result]):
         self._pieces = pieces
@@ -170,11 +206,15 @@ class Stream(Iterator[str]):
 
     @property
     def result(self) -> Result:
-        """Waits for the end of the answer. Raises ValueError where the answer was given up before its end."""
+        """Waits for the end of the answer. Raises ValueError where the answer was given up before
+        its end."""
         for _ in self:
             pass
         if self._result is None:
-            raise ValueError("this answer was interrupted, by an error or by another question of its session; ask again")
+            raise ValueError(
+                "this answer was interrupted, by an error or by another question of its session;"
+                " ask again"
+            )
         return self._result
 
     def close(self) -> None:

@@ -41,17 +41,25 @@ Named = tuple[str, ImageLike]  # with what messages call it
 CONVERSATIONS_PER_PASS = 8  # of one picture; more take several passes
 
 
-# ------------------------------------------------------------------------------------------------------------ pipeline
+# ----------------------------------------------------------------------------------------- pipeline
 
 
 class ReasoningSegmenter:
     """A model that answers questions about pictures in words and masks.
 
-    ``max_new_tokens``: longest answer. The in-context exemplars of the prompt are drawn once, by ``seed``.
+    ``max_new_tokens``: longest answer. The in-context exemplars of the prompt are drawn once, by
+    ``seed``.
     """
 
-    def __init__(self, model: CoresForReasoningSegmentation, processor: CoresProcessor, max_new_tokens: int = 64, seed: int = 0):
-        self.decoding = Decoding(max_new_tokens)  # refuses a wrong number before anything is changed
+    def __init__(
+        self,
+        model: CoresForReasoningSegmentation,
+        processor: CoresProcessor,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+    ):
+        # refuses a wrong number before anything is changed
+        self.decoding = Decoding(max_new_tokens)
         self.model, self.processor = model.eval(), processor
         if processor.proposals is None:
             processor.proposals = model.proposal_source(None)
@@ -69,29 +77,40 @@ class ReasoningSegmenter:
         proposals: str | Path | None = None,
         **kwargs: Any,
     ) -> ReasoningSegmenter:
-        """A model folder, ours or a published LISA or CoReS, read as CoresForReasoningSegmentation.from_pretrained does,
-        which takes ``vision_tower`` and ``kwargs``.
+        """A model folder, ours or a published LISA or CoReS, read as
+        CoresForReasoningSegmentation.from_pretrained does, which takes ``vision_tower`` and
+        ``kwargs``.
 
-        ``device`` "auto": CUDA where there is one, or the CPU. ``dtype`` "auto": as stored. ``template``: of the prompt,
-        instead of that of the training. ``max_new_tokens``: None for what
-        generation_config.json says. ``proposals``: folder of the proposal store of a model that selects; what it lacks is
-        computed, and kept there. Raises FileNotFoundError or ValueError for a folder that holds no such model.
+        ``device`` "auto": CUDA where there is one, or the CPU. ``dtype`` "auto": as stored.
+        ``template``: of the prompt, instead of that of the training. ``max_new_tokens``: None for
+        what generation_config.json says. ``proposals``: folder of the proposal store of a model
+        that selects; what it lacks is computed, and kept there. Raises FileNotFoundError or
+        ValueError for a folder that holds no such model.
         """
         processor = CoresProcessor.from_pretrained(str(path), vision_tower=vision_tower)
         processor.template = template or processor.template
-        model = CoresForReasoningSegmentation.from_pretrained(str(path), dtype=dtype, vision_tower=vision_tower, **kwargs)
-        if kwargs.get("quantization_config") is None:  # quantised weights are on their device already
-            model = model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        model = CoresForReasoningSegmentation.from_pretrained(
+            str(path), dtype=dtype, vision_tower=vision_tower, **kwargs
+        )
+        # quantised weights are on their device already
+        if kwargs.get("quantization_config") is None:
+            model = model.to(
+                ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+            )
         processor.proposals = model.proposal_source(proposals)
         stored = model.generation_config.max_new_tokens or 64
         return cls(model, processor, stored if max_new_tokens is None else max_new_tokens)
 
-    def __call__(self, image: ImageLike | Sequence[ImageLike], query: str | Sequence, batch_size: int = 4) -> Any:
-        """The answer to ``query`` about ``image``, a Result; the questions of a list are separate conversations.
+    def __call__(
+        self, image: ImageLike | Sequence[ImageLike], query: str | Sequence, batch_size: int = 4
+    ) -> Any:
+        """The answer to ``query`` about ``image``, a Result; the questions of a list are separate
+        conversations.
 
-        One picture and a list of questions give a list of Results. Several pictures take one question for all, or a
-        list with one question, or one list of questions, for each; the Results are nested as the questions are.
-        ``batch_size``: pictures in one pass. Raises DataError or ValueError, naming the picture, for bad input.
+        One picture and a list of questions give a list of Results. Several pictures take one
+        question for all, or a list with one question, or one list of questions, for each; the
+        Results are nested as the questions are. ``batch_size``: pictures in one pass. Raises
+        DataError or ValueError, naming the picture, for bad input.
         """
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
@@ -99,13 +118,24 @@ class ReasoningSegmenter:
             (answers,) = self._answer_all([("image", image)], [clean_questions(query)], batch_size)
             return answers[0] if isinstance(query, str) else answers
         if not isinstance(query, (str, list, tuple)):
-            raise ValueError(f"query: give a text for all images or a list with an entry for each, got {type(query).__name__}")
+            raise ValueError(
+                "query: give a text for all images or a list with an entry for each, got"
+                f" {type(query).__name__}"
+            )
         queries = [query] * len(image) if isinstance(query, str) else query
         if len(queries) != len(image):
-            raise ValueError(f"{len(image)} images but {len(queries)} entries of questions; give one for each image")
+            raise ValueError(
+                f"{len(image)} images but {len(queries)} entries of questions; give one for each"
+                " image"
+            )
         asked = [clean_questions(q, f"query[{number}]") for number, q in enumerate(queries)]
-        answers = self._answer_all([(f"image[{number}]", one) for number, one in enumerate(image)], asked, batch_size)
-        return [found[0] if isinstance(q, str) else found for q, found in zip(queries, answers, strict=True)]
+        answers = self._answer_all(
+            [(f"image[{number}]", one) for number, one in enumerate(image)], asked, batch_size
+        )
+        return [
+            found[0] if isinstance(q, str) else found
+            for q, found in zip(queries, answers, strict=True)
+        ]
 
     def stream(self, image: ImageLike, query: str) -> Stream:
         """As a call with one picture and one question, but the text comes in pieces."""
@@ -117,7 +147,9 @@ class ReasoningSegmenter:
         session.read_ahead()
         return session
 
-    def _answer_all(self, images: list[Named], queries: list[list[str]], batch_size: int) -> list[list[Result]]:
+    def _answer_all(
+        self, images: list[Named], queries: list[list[str]], batch_size: int
+    ) -> list[list[Result]]:
         answers: list[list[Result]] = [[] for _ in images]
         parts = (
             (index, questions[start : start + CONVERSATIONS_PER_PASS])
@@ -125,24 +157,50 @@ class ReasoningSegmenter:
             for start in range(0, len(questions), CONVERSATIONS_PER_PASS)
         )
         while batch := list(islice(parts, batch_size)):
-            for (index, _), found in zip(batch, self._one_pass([(images[i], questions) for i, questions in batch]), strict=True):
+            for (index, _), found in zip(
+                batch,
+                self._one_pass([(images[i], questions) for i, questions in batch]),
+                strict=True,
+            ):
                 answers[index] += found
         return answers
 
     def _one_pass(self, parts: list[tuple[Named, list[str]]]) -> list[list[Result]]:
-        samples = [self._sample(*load_image(image, argument), questions) for (argument, image), questions in parts]
-        batch = collate_prompts(samples, self.processor, self.processor.levels, self.processor.conversation)
+        samples = [
+            self._sample(*load_image(image, argument), questions)
+            for (argument, image), questions in parts
+        ]
+        batch = collate_prompts(
+            samples, self.processor, self.processor.levels, self.processor.conversation
+        )
         batch = batch.to(self.model.device, self.model.dtype)
         found = iter(self.model.generate(batch, self.processor.tokenizer, **vars(self.decoding)))
-        return [[self._result(s.image, s.image_path, talk.turns[0][0], next(found)) for talk in s.conversations] for s in samples]
+        return [
+            [
+                self._result(s.image, s.image_path, talk.turns[0][0], next(found))
+                for talk in s.conversations
+            ]
+            for s in samples
+        ]
 
-    def _result(self, image: np.ndarray, name: str, question: str, spoken: Generation, forgotten: int = 0) -> Result:
+    def _result(
+        self, image: np.ndarray, name: str, question: str, spoken: Generation, forgotten: int = 0
+    ) -> Result:
         levels = self.processor.levels
         masks = [
             AnswerMask(dict(zip(levels, group, strict=True)), dict(zip(levels, ious, strict=True)))
             for group, ious in zip(spoken.masks.cpu().numpy(), spoken.iou.tolist(), strict=True)
         ]
-        return Result(image, name, question, self.text(spoken.token_ids), masks, spoken.token_ids, spoken.finished, forgotten)
+        return Result(
+            image,
+            name,
+            question,
+            self.text(spoken.token_ids),
+            masks,
+            spoken.token_ids,
+            spoken.finished,
+            forgotten,
+        )
 
     def _sample(self, pixels: np.ndarray, name: str, questions: list[str]) -> Sample:
         nothing = np.zeros((0, *pixels.shape[:2]), dtype=bool)
@@ -155,11 +213,12 @@ class ReasoningSegmenter:
 
 
 class Session:
-    """A conversation about one picture. It keeps SAM's embedding (or what a selector looks at, and the proposals), CLIP's
-    features and the keys and values of what was read, so that a further question costs its own tokens only.
+    """A conversation about one picture. It keeps SAM's embedding (or what a selector looks at, and
+    the proposals), CLIP's features and the keys and values of what was read, so that a further
+    question costs its own tokens only.
 
-    ``turns`` are the (question, answer) pairs that the next question will see. An answer that is interrupted leaves the
-    conversation as it was.
+    ``turns`` are the (question, answer) pairs that the next question will see. An answer that is
+    interrupted leaves the conversation as it was.
     """
 
     @torch.no_grad()
@@ -169,8 +228,13 @@ class Session:
         self.segmenter, self.image, self.name = segmenter, image, name
         self.turns: list[Turn] = []
         sam_pixels, resized = processor.sam(image)
-        clip_pixels, sam_pixels = (pixels[None].to(model.device, model.dtype) for pixels in (processor.clip(image), sam_pixels))
-        self._scene = Scene(model, clip_pixels, sam_pixels, [image.shape[:2]], [resized], self._proposals)
+        clip_pixels, sam_pixels = (
+            pixels[None].to(model.device, model.dtype)
+            for pixels in (processor.clip(image), sam_pixels)
+        )
+        self._scene = Scene(
+            model, clip_pixels, sam_pixels, [image.shape[:2]], [resized], self._proposals
+        )
         self._context = Context(model.reasoning)
         self._read: list[int] = []
         """Token ids that the context holds."""
@@ -179,13 +243,15 @@ class Session:
     def ask(self, question: str) -> Result:
         """The answer; it stands in the history of the next question if it has words.
 
-        Where the conversation does not fit any more, its oldest turns are forgotten; ``Result.forgotten_turns`` counts
-        them. Raises ValueError for a question that is empty or too long on its own.
+        Where the conversation does not fit any more, its oldest turns are forgotten;
+        ``Result.forgotten_turns`` counts them. Raises ValueError for a question that is empty or
+        too long on its own.
         """
         return self.stream(question).result
 
     def stream(self, question: str) -> Stream:
-        """As ``ask``, in pieces of text. A stream of this session that is still running is given up."""
+        """As ``ask``, in pieces of text. A stream of this session that is still running is given
+        up."""
         self._give_up()
         self._running = Stream(self._answer(question))
         return self._running
@@ -206,23 +272,36 @@ class Session:
 
     @torch.no_grad()
     def read_ahead(self) -> None:
-        """Reads now what every question shares: the prompt up to the picture, and the picture for the masks."""
+        """Reads now what every question shares: the prompt up to the picture, and the picture for
+        the masks."""
         ids = self._encode("?", [])
         last = len(ids) - 1 - ids[::-1].index(self.segmenter.processor.image_token_id)
         self._read_up_to(ids[: last + 1])
         self._scene.look()
 
     def _proposals(self) -> list[Proposals]:
-        return [self.segmenter.processor.proposals(self.image, self.name).to(self.segmenter.model.device)]
+        return [
+            self.segmenter.processor.proposals(self.image, self.name).to(
+                self.segmenter.model.device
+            )
+        ]
 
     def _encode(self, question: str, history: Sequence[Turn]) -> list[int]:
         p = self.segmenter.processor
         return encode_prompt(
-            question, history, self.segmenter.exemplars, p.tokenizer, p.conversation, p.image_token, p.image_token_count, p.levels
+            question,
+            history,
+            self.segmenter.exemplars,
+            p.tokenizer,
+            p.conversation,
+            p.image_token,
+            p.image_token_count,
+            p.levels,
         )
 
     def _fit(self, question: str) -> tuple[list[Turn], list[int]]:
-        """(history, token ids) of the prompt, without as many of the oldest turns as it takes to leave room to answer."""
+        """(history, token ids) of the prompt, without as many of the oldest turns as it takes to
+        leave room to answer."""
         limit = self.segmenter.processor.tokenizer.model_max_length
         for start in range(len(self.turns) + 1):
             history = self.turns[start:]
@@ -230,10 +309,14 @@ class Session:
             room = limit - self.segmenter.decoding.max_new_tokens if history else limit
             if len(ids) <= room:
                 return history, ids
-        raise DataError(f"the question is too long: {len(ids)} tokens with its prompt, the model takes {limit}; shorten it")
+        raise DataError(
+            f"the question is too long: {len(ids)} tokens with its prompt, the model takes {limit};"
+            " shorten it"
+        )
 
     def _read_up_to(self, ids: list[int]) -> torch.Tensor:
-        """Hidden states (1, d) at the end of ``ids``. What the context holds of them is not read again."""
+        """Hidden states (1, d) at the end of ``ids``. What the context holds of them is not read
+        again."""
         reasoning = self.segmenter.model.reasoning
         shared = min(common_prefix(self._read, ids), len(ids) - 1)
         self._read = self._read[:shared]
@@ -270,7 +353,9 @@ class Session:
         index = torch.zeros(1, dtype=torch.int64, device=hidden.device)
         found = self._scene.segment([torch.cat(states)], [said], index)[0]
         spoken = Generation(found.masks, found.iou, said, text, finished)
-        result = segmenter._result(self.image, self.name, question, spoken, len(self.turns) - len(history))
+        result = segmenter._result(
+            self.image, self.name, question, spoken, len(self.turns) - len(history)
+        )
         reply = answer_from_ids(said, segmenter.processor.tokenizer, segmenter.processor.levels)
         self.turns = [*history, (question, reply)] if text else history
         return result

@@ -1,1 +1,2 @@
-"""The chain of reasoning: the language model that reads picture and question, answers, and gives one hidden state per answer token."""
+"""The chain of reasoning: the language model that reads picture and question, answers, and gives
+one hidden state per answer token."""

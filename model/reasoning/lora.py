@@ -1,5 +1,5 @@
-"""What trains: LoRA in the language model, and in full the token embeddings, lm_head, the text projection, SAM's mask
-decoder and the refiner.
+"""What trains: LoRA in the language model, and in full the token embeddings, lm_head, the text
+projection, SAM's mask decoder and the refiner.
 """
 
 from __future__ import annotations
@@ -27,26 +27,35 @@ def add_lora(
 ) -> None:
     """Puts LoRA adapters of rank ``r`` (0: none) and scale α/r into the language model only.
 
-    CLIP has layers of the same names, which stay as they are. Raises ValueError if no layer has one of
-    ``target_modules``'s names.
+    CLIP has layers of the same names, which stay as they are. Raises ValueError if no layer has one
+    of ``target_modules``'s names.
     """
     if r == 0:
         return
     language_model = model.reasoning.llava.model.language_model
     if bits := quantized_bits(language_model):
         setattr(language_model, f"is_loaded_in_{bits}bit", True)  # PEFT reads it there
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), bias="none")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        bias="none",
+    )
     try:
         inject_adapter_in_model(config, language_model)
     except ValueError as error:
         raise ValueError(f"--lora_target_modules {','.join(target_modules)}: {error}") from error
-    language_model.train(language_model.training)  # new dropout layers train, whatever the model around them does
+    # new dropout layers train, whatever the model around them does
+    language_model.train(language_model.training)
 
 
 def load_adapter(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
-    """Puts the weights of a PEFT adapter, in the names of this program or of a published LISA, into ``model``'s LoRA.
+    """Puts the weights of a PEFT adapter, in the names of this program or of a published LISA, into
+    ``model``'s LoRA.
 
-    ``source``: where they come from. Raises ValueError naming every one that is missing, unexpected or wrongly shaped.
+    ``source``: where they come from. Raises ValueError naming every one that is missing, unexpected
+    or wrongly shaped.
     """
     own = {name: p for name, p in model.named_parameters() if "lora_" in name}
     found = {our_name(name): weight for name, weight in weights.items()}
@@ -57,8 +66,8 @@ def load_adapter(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
 
 
 def our_name(name: str, linear_projector: bool = True) -> str | None:
-    """Our name of a weight that PEFT saved, in our names or a published LISA's: without PEFT's wrappers, with the name of
-    its adapter. None for a constant that needs no loading.
+    """Our name of a weight that PEFT saved, in our names or a published LISA's: without PEFT's
+    wrappers, with the name of its adapter. None for a constant that needs no loading.
     """
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     if re.search(r"\.lora_[AB]\.weight$", name):
@@ -85,15 +94,21 @@ def trainable_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def set_trainable(
-    model: nn.Module, lora: bool = True, train_mask_decoder: bool = True, train_llm_full: bool = False
+    model: nn.Module,
+    lora: bool = True,
+    train_mask_decoder: bool = True,
+    train_llm_full: bool = False,
 ) -> dict[str, int]:
     """Freezes everything but the trainable groups and returns their sizes in parameters.
 
-    ``lora`` False: a model without adapters; ``train_llm_full``: all of its language model's weights train instead.
-    Raises ValueError if a group is empty: the published refiner stayed frozen because nobody looked.
+    ``lora`` False: a model without adapters; ``train_llm_full``: all of its language model's
+    weights train instead. Raises ValueError if a group is empty: the published refiner stayed
+    frozen because nobody looked.
     """
     if lora and train_llm_full:
-        raise ValueError("train_llm_full needs lora=False: adapters are there to leave the weights alone")
+        raise ValueError(
+            "train_llm_full needs lora=False: adapters are there to leave the weights alone"
+        )
     model.requires_grad_(False)
     groups = trainable_groups(model)
     if not lora:
@@ -108,12 +123,16 @@ def set_trainable(
     for parameters in groups.values():
         for parameter in parameters:
             parameter.requires_grad_(True)
-    # The single-mask output uses neither the other mask tokens' heads nor SAM's IoU prediction: no loss reaches them.
+    # The single-mask output uses neither the other mask tokens' heads nor SAM's IoU prediction: no
+    # loss reaches them.
     decoder = model.segmenting.sam.mask_decoder
     decoder.iou_prediction_head.requires_grad_(False)
     for head in decoder.output_hypernetworks_mlps[1:]:
         head.requires_grad_(False)
-    return {name: sum(p.numel() for p in parameters if p.requires_grad) for name, parameters in groups.items()}
+    return {
+        name: sum(p.numel() for p in parameters if p.requires_grad)
+        for name, parameters in groups.items()
+    }
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -121,22 +140,31 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Folds the adapters into the weights, W' = W + (α/r)·B·A, and removes them, in place; returns the model.
+    """Folds the adapters into the weights, W' = W + (α/r)·B·A, and removes them, in place; returns
+    the model.
 
     Raises ValueError if there are none, and for weights that are not finite.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    layers = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    ]
     if not layers:
-        raise ValueError("the model has no LoRA adapters: it is merged already, or was never given any")
+        raise ValueError(
+            "the model has no LoRA adapters: it is merged already, or was never given any"
+        )
     if bits := quantized_bits(model):
-        raise ValueError(f"the model is held in {bits} bits; merge into its weights in full precision")
+        raise ValueError(
+            f"the model is held in {bits} bits; merge into its weights in full precision"
+        )
     for name, layer in layers:
         base = layer.get_base_layer()
         delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
-        weight = (base.weight.data.float() + delta).to(base.weight.dtype)  # rounded once, however coarse the stored format is
+        # rounded once, however coarse the stored format is
+        weight = (base.weight.data.float() + delta).to(base.weight.dtype)
         if not weight.isfinite().all():
             raise ValueError(
-                f"{name}: the merged weight is not finite in {weight.dtype}; the adapter is damaged, or fp16 too small"
+                f"{name}: the merged weight is not finite in {weight.dtype}; the adapter is"
+                " damaged, or fp16 too small"
             )
         base.weight.data = weight
         parent, _, child = name.rpartition(".")
@@ -145,5 +173,6 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, by their names in ``model.named_parameters()``; not copied."""
+    """The weights that training changes, by their names in ``model.named_parameters()``; not
+    copied."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

@@ -1,13 +1,15 @@
-"""Conversations of one image share its prefix: the language model reads system text, exemplars and image once.
+"""Conversations of one image share its prefix: the language model reads system text, exemplars and
+image once.
 
 ::
 
     separate rows   [prefix a] [prefix b] [prefix c]          one row   [prefix a b c]
     positions       0 … p …    0 … p …    0 … p …                       0 … p … p … p …
 
-A token sees what it would have seen in a row of its own: the prefix, and of the suffixes only its own. Hidden states and
-gradients are therefore those of separate rows, up to the order of floating-point sums. What is shared is found by
-comparing token ids, so conversations with other exemplars, or none, are right, too; they share less.
+A token sees what it would have seen in a row of its own: the prefix, and of the suffixes only its
+own. Hidden states and gradients are therefore those of separate rows, up to the order of
+floating-point sums. What is shared is found by comparing token ids, so conversations with other
+exemplars, or none, are right, too; they share less.
 
 N conversations · L tokens of a padded conversation · R packed rows · S tokens of a packed row.
 """
@@ -45,7 +47,8 @@ class Packing:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
 
     def visible(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """bool, broadcast over index tensors: whether token ``query`` of packed row ``row`` sees token ``key``.
+        """bool, broadcast over index tensors: whether token ``query`` of packed row ``row`` sees
+        token ``key``.
 
         Padding sees padding, as attention over nothing is not a number.
         """
@@ -70,7 +73,8 @@ class Packing:
         return hidden.masked_fill(~self.mask(), torch.finfo(dtype).min)
 
     def block_mask(self):
-        """For FlexAttention, which skips blocks where nothing is visible: what other images and conversations cost."""
+        """For FlexAttention, which skips blocks where nothing is visible: what other images and
+        conversations cost."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         rows, length = self.source.shape
@@ -83,25 +87,33 @@ class Packing:
 
 @dataclass
 class PrefixSharing:
-    """Whether and how conversations share prefixes. A matter of speed: results do not depend on it."""
+    """Whether and how conversations share prefixes. A matter of speed: results do not depend on
+    it."""
 
     enabled: bool = True
     row_tokens: int = 0
-    """Tokens of a packed row that images may fill together; an image that needs more gets a longer row of its own.
-    0: as many as the largest image needs, so packing makes no row longer."""
+    """Tokens of a packed row that images may fill together; an image that needs more gets a longer
+    row of its own. 0: as many as the largest image needs, so packing makes no row longer."""
 
-    def plan(self, input_ids: Tensor, attention_mask: Tensor, image_index: Tensor, implementation: str) -> Packing | None:
-        """input_ids, attention_mask (N, L), image_index (N,) -> how to pack them; None where there is nothing to gain.
+    def plan(
+        self, input_ids: Tensor, attention_mask: Tensor, image_index: Tensor, implementation: str
+    ) -> Packing | None:
+        """input_ids, attention_mask (N, L), image_index (N,) -> how to pack them; None where there
+        is nothing to gain.
 
-        ``implementation`` of attention: one that takes no mask of its own, such as flash_attention_2, gives None and a
-        message.
+        ``implementation`` of attention: one that takes no mask of its own, such as
+        flash_attention_2, gives None and a message.
         """
         if not self.enabled or len(image_index) == len(image_index.unique()):
             return None
-        if implementation not in MASKED_ATTENTION or (implementation == "flex_attention" and not input_ids.is_cuda):
+        if implementation not in MASKED_ATTENTION or (
+            implementation == "flex_attention" and not input_ids.is_cuda
+        ):
             _say_once(f"prefix sharing is off: {implementation} cannot use its mask here; sdpa can")
             return None
-        groups = _groups(input_ids.cpu().numpy(), attention_mask.cpu().numpy() > 0, image_index.cpu().numpy())
+        groups = _groups(
+            input_ids.cpu().numpy(), attention_mask.cpu().numpy() > 0, image_index.cpu().numpy()
+        )
         if not any(group.shared for group in groups):
             return None
         return _lay_out(groups, tuple(input_ids.shape), self.row_tokens).to(input_ids.device)
@@ -135,7 +147,8 @@ def _groups(ids: np.ndarray, mask: np.ndarray, image_index: np.ndarray) -> list[
 
 
 def _rows(lengths: list[int], row_tokens: int) -> list[list[int]]:
-    """Indices of ``lengths`` in rows: the longest first, each into the first row that has room for it."""
+    """Indices of ``lengths`` in rows: the longest first, each into the first row that has room for
+    it."""
     limit = max(row_tokens, *lengths)
     rows: list[list[int]] = []
     room: list[int] = []
@@ -166,10 +179,18 @@ def _lay_out(groups: list[_Group], shape: tuple[int, int], row_tokens: int) -> P
                 positions[r, begin:end] = np.arange(first, len(tokens))
                 branch[r, begin:end] = 1 + number
                 place[tokens[: group.shared]] = r * width + start + np.arange(group.shared)
-                place[tokens[group.shared :]] = r * width + np.arange(end - (len(tokens) - group.shared), end)
+                place[tokens[group.shared :]] = r * width + np.arange(
+                    end - (len(tokens) - group.shared), end
+                )
             branch[r, start : start + group.shared] = 0
             image[r, start:end] = g
-    tables = {"source": source, "place": place.reshape(shape), "positions": positions, "image": image, "branch": branch}
+    tables = {
+        "source": source,
+        "place": place.reshape(shape),
+        "positions": positions,
+        "image": image,
+        "branch": branch,
+    }
     return Packing(**{name: torch.from_numpy(table) for name, table in tables.items()})
 
 

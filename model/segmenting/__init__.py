@@ -1,1 +1,2 @@
-"""The chain of segmenting: SAM's encoder, its mask decoder prompted coarse to fine, and the token refiner between."""
+"""The chain of segmenting: SAM's encoder, its mask decoder prompted coarse to fine, and the token
+refiner between."""

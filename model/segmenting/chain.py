@@ -1,4 +1,5 @@
-"""The chain of segmenting: every level prompts SAM's mask decoder with its own token and the mask of the level before.
+"""The chain of segmenting: every level prompts SAM's mask decoder with its own token and the mask
+of the level before.
 
 K targets of the whole batch · T levels · C prompt width · G side of SAM's embedding · B images.
 """
@@ -20,15 +21,24 @@ from model.segmenting.sam import decode_masks, mask_prompt, no_mask_prompt
 POOLING_EPS = 5e-4  # of the published refiner: an empty mask gives a zero prototype instead of NaN
 
 
-def prototypes(features: Tensor, mask_logits: Tensor, valid: Tensor, config: RefinerConfig) -> tuple[Tensor, Tensor]:
+def prototypes(
+    features: Tensor, mask_logits: Tensor, valid: Tensor, config: RefinerConfig
+) -> tuple[Tensor, Tensor]:
     """Masked average pooling of SAM's embedding under the previous mask (paper: MAP).
 
-    features (K, C, G, G); mask_logits (K, h, w) low-res; valid (K, G, G), 1 in the image and 0 in the padding.
-    Returns prototypes (K, n, C) and empty bool (K, n): True where a prototype has no pixels and is to be left out of
-    the attention; where all are empty the first stays, for attention needs a key.
+    features (K, C, G, G); mask_logits (K, h, w) low-res; valid (K, G, G), 1 in the image and 0 in
+    the padding. Returns prototypes (K, n, C) and empty bool (K, n): True where a prototype has no
+    pixels and is to be left out of the attention; where all are empty the first stays, for
+    attention needs a key.
     """
-    weights = mask_logits.sigmoid() if config.pooling == "soft" else (mask_logits > 0).to(mask_logits.dtype)
-    weights = F.interpolate(weights[:, None], features.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    weights = (
+        mask_logits.sigmoid()
+        if config.pooling == "soft"
+        else (mask_logits > 0).to(mask_logits.dtype)
+    )
+    weights = F.interpolate(
+        weights[:, None], features.shape[-2:], mode="bilinear", align_corners=False
+    )[:, 0]
     valid = torch.ones_like(weights) if config.pooling == "released" else valid.to(features.dtype)
     inside = (weights * valid)[:, None]
     if config.prototypes == "foreground+background":
@@ -55,9 +65,11 @@ def _regions(grid: int, per_side: int, like: Tensor) -> Tensor:
 
 
 class TokenRefiner(nn.Module):
-    """ĥᵗ = h + CA(h, MAP(F, mᵗ⁻¹)) (CoReS, token refiner). Starts as the identity: its output projection is zero.
+    """ĥᵗ = h + CA(h, MAP(F, mᵗ⁻¹)) (CoReS, token refiner). Starts as the identity: its output
+    projection is zero.
 
-    Of the kind "attention+norm" it is h + LayerNorm(h + CA), which the released code has; its gain starts at zero.
+    Of the kind "attention+norm" it is h + LayerNorm(h + CA), which the released code has; its gain
+    starts at zero.
     """
 
     def __init__(self, width: int, config: RefinerConfig):
@@ -72,10 +84,14 @@ class TokenRefiner(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
-    def forward(self, token: Tensor, features: Tensor, mask_logits: Tensor, valid: Tensor) -> Tensor:
+    def forward(
+        self, token: Tensor, features: Tensor, mask_logits: Tensor, valid: Tensor
+    ) -> Tensor:
         """token (K, C), features (K, C, G, G), mask_logits (K, h, w), valid (K, G, G) -> (K, C)."""
         keys, empty = prototypes(features, mask_logits, valid, self.config)
-        update, _ = self.attention(token[:, None], keys, keys, key_padding_mask=empty, need_weights=False)
+        update, _ = self.attention(
+            token[:, None], keys, keys, key_padding_mask=empty, need_weights=False
+        )
         update = update[:, 0]
         return token + (update if self.norm is None else self.norm(token + update))
 
@@ -83,23 +99,40 @@ class TokenRefiner(nn.Module):
 class SegmentingChain(nn.Module):
     """Owns SAM and the refiner; turns answer tokens into one mask per level."""
 
-    def __init__(self, sam: Sam, refiner: RefinerConfig, decode_chunk: int | None = None, proposes: bool = False):
-        """``proposes``: SAM's everything mode is needed, too, so a copy of the decoder stays as it is now."""
+    def __init__(
+        self,
+        sam: Sam,
+        refiner: RefinerConfig,
+        decode_chunk: int | None = None,
+        proposes: bool = False,
+    ):
+        """``proposes``: SAM's everything mode is needed, too, so a copy of the decoder stays as it
+        is now."""
         super().__init__()
         self.sam = sam
         self.untrained = copy.deepcopy(sam.mask_decoder) if proposes else None
         """SAM's mask decoder before any training of it; saved with the model."""
-        self.refiner = TokenRefiner(sam.prompt_encoder.embed_dim, refiner) if refiner.kind != "none" else None
+        self.refiner = (
+            TokenRefiner(sam.prompt_encoder.embed_dim, refiner) if refiner.kind != "none" else None
+        )
         self.decode_chunk = decode_chunk
         self.keep: Callable[[str, Tensor], Tensor] | None = None
-        """Takes the name and embedding (C, G, G) of an image that a cache lacks, and returns what it will give later."""
+        """Takes the name and embedding (C, G, G) of an image that a cache lacks, and returns what
+        it will give later."""
 
     @property
     def proposer(self) -> Sam:
-        """The SAM as it came, for its everything mode; encoder and prompts are shared, for they are never trained."""
+        """The SAM as it came, for its everything mode; encoder and prompts are shared, for they are
+        never trained."""
         if self.untrained is None:
             return self.sam
-        sam = Sam(self.sam.image_encoder, self.sam.prompt_encoder, self.untrained, list(PIXEL_MEAN), list(PIXEL_STD))
+        sam = Sam(
+            self.sam.image_encoder,
+            self.sam.prompt_encoder,
+            self.untrained,
+            list(PIXEL_MEAN),
+            list(PIXEL_STD),
+        )
         return sam.to(self.sam.pixel_mean.device)
 
     @torch.no_grad()
@@ -108,9 +141,11 @@ class SegmentingChain(nn.Module):
         return self.sam.image_encoder(pixels)
 
     def embed_missing(self, known: list[Tensor | None], keys: list[str], pixels: Tensor) -> Tensor:
-        """``known`` embeddings (B × (C, G, G)), completed from the pixels (B', 3, S, S) of the others -> (B, C, G, G).
+        """``known`` embeddings (B × (C, G, G)), completed from the pixels (B', 3, S, S) of the
+        others -> (B, C, G, G).
 
-        One image at a time: what is kept must not depend on the batch that an image happened to be in.
+        One image at a time: what is kept must not depend on the batch that an image happened to be
+        in.
         """
         rest = iter(pixels)
         done = []
@@ -121,14 +156,19 @@ class SegmentingChain(nn.Module):
             done.append(embedding)
         return torch.stack(done)
 
-    def forward(self, tokens: Tensor, embeddings: Tensor, image_index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, embeddings: Tensor, image_index: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """tokens (K, T, C), embeddings (B, C, G, G), image_index int64 (K,), valid (B, G, G).
 
         Returns low-res logits (K, T, 4G, 4G) and SAM's own IoU predictions (K, T).
         """
         size = self.decode_chunk or max(1, len(tokens))
         chunks = [slice(i, i + size) for i in range(0, max(1, len(tokens)), size)]
-        parts = [self._chain(tokens[c], embeddings[image_index[c]], valid[image_index[c]]) for c in chunks]
+        parts = [
+            self._chain(tokens[c], embeddings[image_index[c]], valid[image_index[c]])
+            for c in chunks
+        ]
         return torch.cat([masks for masks, _ in parts]), torch.cat([ious for _, ious in parts])
 
     def _chain(self, tokens: Tensor, features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +178,8 @@ class SegmentingChain(nn.Module):
         for level in range(tokens.shape[1]):
             token = tokens[:, level]
             if level:
-                dense = mask_prompt(self.sam, masks[-1])  # undetached: the last mask's loss reaches every level
+                # undetached: the last mask's loss reaches every level
+                dense = mask_prompt(self.sam, masks[-1])
                 if self.refiner is not None:
                     token = self.refiner(token, features, masks[-1], valid)
             mask, iou = decode_masks(self.sam, features, token[:, None], dense)

@@ -1,12 +1,13 @@
 """SAM's mask decoder with the same weights and results, arranged for many targets.
 
-A few tokens meet thousands of places of the image. Where segment-anything projects every place to keys, values and
-queries, here the projections are applied to the tokens: q·(W k) = (Wᵀ q)·k, and a mean of W v is W of the mean. The
-upscaling convolutions have a kernel as large as their stride, so they are linear maps of every place, and the pixels
-are sorted only once they are one number each.
+A few tokens meet thousands of places of the image. Where segment-anything projects every place to
+keys, values and queries, here the projections are applied to the tokens: q·(W k) = (Wᵀ q)·k, and a
+mean of W v is W of the mean. The upscaling convolutions have a kernel as large as their stride, so
+they are linear maps of every place, and the pixels are sorted only once they are one number each.
 
-K targets · P = G·G places · C prompt width · n tokens of a target · h heads · d width of a head. A "place-first mask"
-is (K, P, 4, 4): for each place the row of its upper left, upper right, lower left, lower right quarter, twice over.
+K targets · P = G·G places · C prompt width · n tokens of a target · h heads · d width of a head. A
+"place-first mask" is (K, P, 4, 4): for each place the row of its upper left, upper right, lower
+left, lower right quarter, twice over.
 """
 
 from __future__ import annotations
@@ -18,25 +19,37 @@ from segment_anything.modeling.transformer import Attention, TwoWayAttentionBloc
 from torch import Tensor, nn
 
 
-def two_way(transformer: TwoWayTransformer, places: Tensor, position: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """places (K, P, C), position (P, C), tokens (K, n, C) -> tokens (K, n, C) and places (K, P, C)."""
+def two_way(
+    transformer: TwoWayTransformer, places: Tensor, position: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """places (K, P, C), position (P, C), tokens (K, n, C) -> tokens (K, n, C) and places (K, P,
+    C)."""
     queries = tokens
     for layer in transformer.layers:
         queries, places = _layer(layer, queries, places, tokens, position)
-    update = _tokens_to_places(transformer.final_attn_token_to_image, queries + tokens, places, position)
+    update = _tokens_to_places(
+        transformer.final_attn_token_to_image, queries + tokens, places, position
+    )
     return transformer.norm_final_attn(queries + update), places
 
 
-def _layer(layer: TwoWayAttentionBlock, queries: Tensor, places: Tensor, tokens: Tensor, position: Tensor):
+def _layer(
+    layer: TwoWayAttentionBlock, queries: Tensor, places: Tensor, tokens: Tensor, position: Tensor
+):
     if layer.skip_first_layer_pe:
         queries = layer.self_attn(queries, queries, queries)
     else:
         placed = queries + tokens
         queries = queries + layer.self_attn(placed, placed, queries)
     queries = layer.norm1(queries)
-    queries = layer.norm2(queries + _tokens_to_places(layer.cross_attn_token_to_image, queries + tokens, places, position))
+    queries = layer.norm2(
+        queries
+        + _tokens_to_places(layer.cross_attn_token_to_image, queries + tokens, places, position)
+    )
     queries = layer.norm3(queries + layer.mlp(queries))
-    places = _places_to_tokens(layer.cross_attn_image_to_token, places, position, queries + tokens, queries)
+    places = _places_to_tokens(
+        layer.cross_attn_image_to_token, places, position, queries + tokens, queries
+    )
     return queries, layer.norm4(places)
 
 
@@ -50,21 +63,27 @@ def _per_head(linear: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
     return linear.weight.unflatten(0, (heads, -1)), linear.bias.unflatten(0, (heads, -1))
 
 
-def _scores(folded: Tensor, constant: Tensor, places: Tensor, position: Tensor, heads: int) -> Tensor:
-    """folded (K, h, n, C) with every place and its position, plus constant (K, h, n) -> (K, h, n, P)."""
+def _scores(
+    folded: Tensor, constant: Tensor, places: Tensor, position: Tensor, heads: int
+) -> Tensor:
+    """folded (K, h, n, C) with every place and its position, plus constant (K, h, n) -> (K, h, n,
+    P)."""
     rows = folded.flatten(1, 2)
     of_position = rows @ position.T + constant.flatten(1)[..., None]
     return torch.baddbmm(of_position, rows, places.transpose(1, 2)).unflatten(1, (heads, -1))
 
 
-def _tokens_to_places(attention: Attention, tokens: Tensor, places: Tensor, position: Tensor) -> Tensor:
+def _tokens_to_places(
+    attention: Attention, tokens: Tensor, places: Tensor, position: Tensor
+) -> Tensor:
     """What the tokens (K, n, C) read from the places (K, P, C): (K, n, C)."""
     heads = attention.num_heads
     q = _split(attention.q_proj(tokens), heads)
     key, key_bias = _per_head(attention.k_proj, heads)
     q = q * q.shape[-1] ** -0.5
     folded = torch.einsum("khnd,hdc->khnc", q, key)
-    constant = torch.einsum("khnd,hd->khn", q, key_bias)  # softmax cannot feel it, but every weight takes part
+    # softmax cannot feel it, but every weight takes part
+    constant = torch.einsum("khnd,hd->khn", q, key_bias)
     weights = _scores(folded, constant, places, position, heads).softmax(dim=-1)
     mean = (weights.flatten(1, 2) @ places).unflatten(1, (heads, -1))
     value, value_bias = _per_head(attention.v_proj, heads)
@@ -72,8 +91,11 @@ def _tokens_to_places(attention: Attention, tokens: Tensor, places: Tensor, posi
     return attention.out_proj(read.flatten(2))
 
 
-def _places_to_tokens(attention: Attention, places: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The places (K, P, C) plus what they read from the tokens (K, n, C), whose keys have positions: (K, P, C)."""
+def _places_to_tokens(
+    attention: Attention, places: Tensor, position: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """The places (K, P, C) plus what they read from the tokens (K, n, C), whose keys have
+    positions: (K, P, C)."""
     heads = attention.num_heads
     k, v = _split(attention.k_proj(keys), heads), _split(attention.v_proj(values), heads)
     k = k * k.shape[-1] ** -0.5
@@ -82,13 +104,15 @@ def _places_to_tokens(attention: Attention, places: Tensor, position: Tensor, ke
     constant = torch.einsum("khnd,hd->khn", k, query_bias)
     weights = _scores(folded, constant, places, position, heads).softmax(dim=2)
     out = attention.out_proj.weight.unflatten(1, (heads, -1))  # (C, h, d)
-    # the weights of a head sum to 1 over the tokens: the bias goes in with them, not once more over all places
+    # the weights of a head sum to 1 over the tokens: the bias goes in with them, not once more over
+    # all places
     written = torch.einsum("khnd,chd->khnc", v, out) + attention.out_proj.bias / heads
     return torch.baddbmm(places, weights.flatten(1, 2).transpose(1, 2), written.flatten(1, 2))
 
 
 def upscale(decoder: MaskDecoder, places: Tensor, weights: Tensor) -> Tensor:
-    """Places (K, P, C) and the weights (K, C / 8) of a mask token -> place-first mask logits (K, P, 4, 4)."""
+    """Places (K, P, C) and the weights (K, C / 8) of a mask token -> place-first mask logits (K, P,
+    4, 4)."""
     first, norm, act, second, last_act = decoder.output_upscaling
     quarters = act(_layer_norm(norm, _transposed(first, places)))
     pixels = last_act(_transposed(second, quarters))
@@ -104,7 +128,8 @@ def downscale(network: nn.Sequential, masks: Tensor) -> Tensor:
 
 
 def _transposed(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
-    """A transposed convolution of kernel and stride 2: (…, c) -> (…, 4, c'), the quarters by row and column."""
+    """A transposed convolution of kernel and stride 2: (…, c) -> (…, 4, c'), the quarters by row
+    and column."""
     weight = conv.weight.permute(2, 3, 1, 0).reshape(-1, conv.in_channels)
     return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
 

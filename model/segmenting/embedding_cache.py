@@ -1,18 +1,22 @@
-"""SAM's image embeddings on disk: the image encoder is frozen, so an image costs it once, not once per epoch.
+"""SAM's image embeddings on disk: the image encoder is frozen, so an image costs it once, not once
+per epoch.
 
-``train_ds.py --sam_cache DIR`` fills the cache as it trains and uses what is there; utils/precompute/sam_cache.py fills it beforehand.
+``train_ds.py --sam_cache DIR`` fills the cache as it trains and uses what is there;
+utils/precompute/sam_cache.py fills it beforehand.
 
 ::
 
     DIR/used, lock                     bytes in use, for the limit
         <weights>-<image size>-fp16/ab/abcd….safetensors
 
-An entry's name is the hash of the image's pixels, its folder the hash of the encoder's weights: nothing can be taken
-for something else, and data sets and runs may share a DIR. Entries appear whole or not at all, so any number of ranks,
-workers and killed runs may meet in one DIR; a broken entry is computed again. A full cache stays as it is: for images
-drawn at random, no other choice of what to keep is better.
+An entry's name is the hash of the image's pixels, its folder the hash of the encoder's weights:
+nothing can be taken for something else, and data sets and runs may share a DIR. Entries appear
+whole or not at all, so any number of ranks, workers and killed runs may meet in one DIR; a broken
+entry is computed again. A full cache stays as it is: for images drawn at random, no other choice of
+what to keep is better.
 
-What training sees does not depend on what the cache held: a fresh embedding is rounded as a stored one is.
+What training sees does not depend on what the cache held: a fresh embedding is rounded as a stored
+one is.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ STALE_SECONDS = 3600  # a partial file that old belongs to nobody
 
 
 def fingerprint(encoder: nn.Module, image_size: int) -> str:
-    """Names what turns pixels into an embedding: the encoder's weights with their dtype, and the size of its input."""
+    """Names what turns pixels into an embedding: the encoder's weights with their dtype, and the
+    size of its input."""
     digest = hashlib.blake2b(digest_size=10)
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -51,13 +56,15 @@ def fingerprint(encoder: nn.Module, image_size: int) -> str:
 def encode(embedding: Tensor, dtype: str) -> dict[str, Tensor]:
     """An embedding (C, G, G) as it is stored.
 
-    fp16: an error of at most 2⁻¹¹ of each value. int8: one step per channel, 1/127 of the largest magnitude in it; an
-    error of at most half a step.
+    fp16: an error of at most 2⁻¹¹ of each value. int8: one step per channel, 1/127 of the largest
+    magnitude in it; an error of at most half a step.
     """
     values = embedding.detach().float().cpu()
     if dtype == "fp16":
         return {"values": values.half().contiguous()}
-    scale = values.abs().amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    scale = (
+        values.abs().amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    )
     return {"values": (values / scale).round().to(torch.int8).contiguous(), "scale": scale}
 
 
@@ -71,9 +78,11 @@ class SamCache:
     """One folder of embeddings of one encoder."""
 
     def __init__(self, root: str | Path, name: str, dtype: str = "fp16", limit_gb: float = 0.0):
-        """``name``: see ``fingerprint``. ``limit_gb``: most that ``root`` may hold, in 10⁹ bytes; 0: no limit.
+        """``name``: see ``fingerprint``. ``limit_gb``: most that ``root`` may hold, in 10⁹ bytes;
+        0: no limit.
 
-        Raises ValueError for an unknown dtype or a negative limit, OSError where ``root`` cannot be written.
+        Raises ValueError for an unknown dtype or a negative limit, OSError where ``root`` cannot be
+        written.
         """
         if dtype not in DTYPES:
             raise ValueError(f"--sam_cache_dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -86,7 +95,7 @@ class SamCache:
         with self._lock():
             self._write_used(self._count())
 
-    # ----------------------------------------------------------------------------------------------------- what callers use
+    # ----------------------------------------------------------------------------- what callers use
 
     @staticmethod
     def key(image: np.ndarray) -> str:
@@ -111,7 +120,8 @@ class SamCache:
             return None
 
     def keep(self, key: str, embedding: Tensor) -> Tensor:
-        """Stores an embedding (C, G, G) if there is room; returns it as ``load`` will, on its device in its dtype."""
+        """Stores an embedding (C, G, G) if there is room; returns it as ``load`` will, on its
+        device in its dtype."""
         stored = encode(embedding, self.dtype)
         if not self.closed and not self.has(key):
             self._store(self._path(key), save(stored))
@@ -122,14 +132,16 @@ class SamCache:
         with self._lock():
             return self._read_used()
 
-    # ---------------------------------------------------------------------------------------------------------------- files
+    # ---------------------------------------------------------------------------------------- files
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _store(self, path: Path, content: bytes) -> None:
         if not self._reserve(len(content)):
-            self._close(f"the cache is full (--sam_cache_gb {self.limit / GIGABYTE:g}); it stays as it is")
+            self._close(
+                f"the cache is full (--sam_cache_gb {self.limit / GIGABYTE:g}); it stays as it is"
+            )
             return
         partial = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
         try:

@@ -1,8 +1,9 @@
 """SAM's image encoder with the same weights and results, in less time and memory.
 
-segment-anything builds the whole table of attention scores, (heads, 4096, 4096) at 1024 pixels, several times over. Here
-``FastAttention`` takes the queries in pieces, with the relative-position bias of that piece only, and ``FastBlock``
-leaves out the linear layers on the zeros that pad the last windows, where they give their bias.
+segment-anything builds the whole table of attention scores, (heads, 4096, 4096) at 1024 pixels,
+several times over. Here ``FastAttention`` takes the queries in pieces, with the relative-position
+bias of that piece only, and ``FastBlock`` leaves out the linear layers on the zeros that pad the
+last windows, where they give their bias.
 
 B images or windows · (H, W) their grid · C width of the encoder · d width of a head.
 """
@@ -12,7 +13,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.image_encoder import Attention, Block, ImageEncoderViT, get_rel_pos, window_unpartition
+from segment_anything.modeling.image_encoder import (
+    Attention,
+    Block,
+    ImageEncoderViT,
+    get_rel_pos,
+    window_unpartition,
+)
 from torch import Tensor
 
 CPU_SCORES = 1 << 18  # scores of one piece: 1 MiB of float32 stays in the cache of a core
@@ -20,7 +27,8 @@ SDPA_SCORES = 1 << 26  # entries of one piece of the bias, all heads: 128 MiB of
 
 
 def set_fast(encoder: ImageEncoderViT, fast: bool = True) -> ImageEncoderViT:
-    """Switches the blocks of an encoder between ours and segment-anything's own; weights and names stay. Returns it."""
+    """Switches the blocks of an encoder between ours and segment-anything's own; weights and names
+    stay. Returns it."""
     for block in encoder.blocks:
         block.__class__ = FastBlock if fast else Block
         block.attn.__class__ = FastAttention if fast else Attention
@@ -51,7 +59,8 @@ class FastAttention(Attention):
         return self.proj(self.mix(self.qkv(x)))
 
     def mix(self, qkv: Tensor) -> Tensor:
-        """The values (B, H, W, C) that each place attends to; ``qkv`` (B, H, W, 3C): its query, key and value."""
+        """The values (B, H, W, C) that each place attends to; ``qkv`` (B, H, W, 3C): its query, key
+        and value."""
         batch, height, width, _ = qkv.shape
         q, k, v = qkv.reshape(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         down, across = self._bias_parts(q, height, width)
@@ -72,26 +81,38 @@ class FastAttention(Attention):
         return down.flatten(2, 3), across.flatten(2, 3)
 
 
-def _with_sdpa(q: Tensor, k: Tensor, v: Tensor, down: Tensor, across: Tensor, scale: float) -> Tensor:
-    """Attention (B, heads, n, d) by torch's own kernels, in as many pieces as the size of the bias asks for."""
+def _with_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, down: Tensor, across: Tensor, scale: float
+) -> Tensor:
+    """Attention (B, heads, n, d) by torch's own kernels, in as many pieces as the size of the bias
+    asks for."""
     batch, heads, count, _ = q.shape
     size = max(1, min(count, SDPA_SCORES // (batch * heads * count)))
     out = []
     for start in range(0, count, size):
         piece = slice(start, start + size)
         bias = (down[:, :, piece, :, None] + across[:, :, piece, None, :]).flatten(3)
-        out.append(F.scaled_dot_product_attention(q[:, :, piece], k, v, attn_mask=bias, scale=scale))
+        out.append(
+            F.scaled_dot_product_attention(q[:, :, piece], k, v, attn_mask=bias, scale=scale)
+        )
     return torch.cat(out, dim=2)
 
 
-def _in_cache(q: Tensor, k: Tensor, v: Tensor, down: Tensor, across: Tensor, scale: float) -> Tensor:
-    """The same on a CPU, where memory is what attention over 4096 places waits for. Without gradient."""
+def _in_cache(
+    q: Tensor, k: Tensor, v: Tensor, down: Tensor, across: Tensor, scale: float
+) -> Tensor:
+    """The same on a CPU, where memory is what attention over 4096 places waits for. Without
+    gradient."""
     out = torch.empty(q.shape, dtype=q.dtype)
     count, height, width = q.shape[2], down.shape[-1], across.shape[-1]
     size = max(1, CPU_SCORES // count)
     scores = q.new_empty((size, height, width))
     for index in np.ndindex(*q.shape[:2]):
-        queries, keys, values = q[index].contiguous(), k[index].T.contiguous(), v[index].contiguous()
+        queries, keys, values = (
+            q[index].contiguous(),
+            k[index].T.contiguous(),
+            v[index].contiguous(),
+        )
         for start in range(0, count, size):
             piece = slice(start, start + size)
             some = scores[: len(queries[piece])]

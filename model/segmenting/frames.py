@@ -1,4 +1,5 @@
-"""Frames of reference: original pictures into SAM's padded input, low-res masks back into the picture, masks onto SAM's grid.
+"""Frames of reference: original pictures into SAM's padded input, low-res masks back into the
+picture, masks onto SAM's grid.
 
 K masks · G grid side · S padded side; the frames are named in docs/architecture.md."""
 
@@ -17,47 +18,60 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0…255
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
-# --------------------------------------------------------------------------------------------------------------- frames
+# ------------------------------------------------------------------------------------------- frames
 
 
 def resized_size(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """(height, width) in the resized frame: the longer side becomes ``image_size``. ValueError below one pixel."""
+    """(height, width) in the resized frame: the longer side becomes ``image_size``. ValueError
+    below one pixel."""
     scale = image_size / max(height, width)
     size = int(height * scale + 0.5), int(width * scale + 0.5)
     if min(size) < 1:
-        raise ValueError(f"an image of {width}×{height} pixels is too narrow for SAM's {image_size} pixels")
+        raise ValueError(
+            f"an image of {width}×{height} pixels is too narrow for SAM's {image_size} pixels"
+        )
     return size
 
 
 def resize_longest_side(image: np.ndarray, image_size: int) -> np.ndarray:
-    """uint8 (H, W, 3), original frame -> uint8 (h, w, 3), resized frame, read-only; bilinear with antialiasing."""
+    """uint8 (H, W, 3), original frame -> uint8 (h, w, 3), resized frame, read-only; bilinear with
+    antialiasing."""
     height, width = resized_size(*image.shape[:2], image_size)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def preprocess(image: np.ndarray, image_size: int) -> tuple[Tensor, tuple[int, int]]:
-    """uint8 (H, W, 3) RGB, original frame -> float (3, S, S), normalised, padded right and below; (h, w) resized."""
+    """uint8 (H, W, 3) RGB, original frame -> float (3, S, S), normalised, padded right and below;
+    (h, w) resized."""
     resized = resize_longest_side(image, image_size)
     height, width = resized.shape[:2]
     pixels = torch.zeros(3, image_size, image_size)
     # channel by channel, in place: on whole pictures every step would write another 12 MB
-    for channel, values, mean, std in zip(pixels, cv2.split(resized), PIXEL_MEAN, PIXEL_STD, strict=True):
+    for channel, values, mean, std in zip(
+        pixels, cv2.split(resized), PIXEL_MEAN, PIXEL_STD, strict=True
+    ):
         channel[:height, :width].copy_(torch.from_numpy(values)).sub_(mean).div_(std)
     return pixels, (height, width)
 
 
-def to_original(low_res: Tensor, resized: tuple[int, int], original: tuple[int, int], image_size: int) -> Tensor:
-    """Mask logits (K, h, w) low-res -> float32 (K, H, W) original: up to the padded frame, cropped, resized.
+def to_original(
+    low_res: Tensor, resized: tuple[int, int], original: tuple[int, int], image_size: int
+) -> Tensor:
+    """Mask logits (K, h, w) low-res -> float32 (K, H, W) original: up to the padded frame, cropped,
+    resized.
 
     In float32 whatever the model's dtype: half precision moves mask borders.
     """
-    masks = F.interpolate(low_res[:, None].float(), (image_size, image_size), mode="bilinear", align_corners=False)
+    masks = F.interpolate(
+        low_res[:, None].float(), (image_size, image_size), mode="bilinear", align_corners=False
+    )
     masks = masks[..., : resized[0], : resized[1]]
     return F.interpolate(masks, original, mode="bilinear", align_corners=False)[:, 0]
 
 
 def to_grid(masks: Tensor, resized: tuple[int, int], image_size: int, grid: int) -> Tensor:
-    """Masks bool (K, H, W) original -> float (K, G, G): the share of each cell of the padded frame they cover.
+    """Masks bool (K, H, W) original -> float (K, G, G): the share of each cell of the padded frame
+    they cover.
 
     Mask by mask: as floats they are large.
     """
@@ -69,7 +83,9 @@ def to_grid(masks: Tensor, resized: tuple[int, int], image_size: int, grid: int)
     return out
 
 
-def valid_cells(resized: tuple[int, int], image_size: int, grid: int, device: torch.device | None = None) -> Tensor:
+def valid_cells(
+    resized: tuple[int, int], image_size: int, grid: int, device: torch.device | None = None
+) -> Tensor:
     """float (G, G): the share of every cell that is image rather than padding."""
     padded = torch.zeros((1, 1, image_size, image_size), device=device)
     padded[..., : resized[0], : resized[1]] = 1

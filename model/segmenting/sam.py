@@ -1,4 +1,5 @@
-"""SAM: a model of any size, the prompts of its mask decoder, and a decoder call that serves many images at once.
+"""SAM: a model of any size, the prompts of its mask decoder, and a decoder call that serves many
+images at once.
 
 The modules are segment-anything's own. K targets · C prompt width · G grid side."""
 
@@ -7,7 +8,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
 from torch import Tensor, nn
 
 from model.config import SamDims
@@ -45,7 +52,10 @@ def build_sam(dims: SamDims) -> Sam:
         mask_decoder=MaskDecoder(
             num_multimask_outputs=3,
             transformer=TwoWayTransformer(
-                depth=2, embedding_dim=dims.prompt_dim, mlp_dim=dims.decoder_mlp_dim, num_heads=dims.decoder_heads
+                depth=2,
+                embedding_dim=dims.prompt_dim,
+                mlp_dim=dims.decoder_mlp_dim,
+                num_heads=dims.decoder_heads,
             ),
             transformer_dim=dims.prompt_dim,
             iou_head_depth=3,
@@ -56,7 +66,7 @@ def build_sam(dims: SamDims) -> Sam:
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- decoder
+# ------------------------------------------------------------------------------------------ decoder
 
 
 def no_mask_prompt(sam: Sam, count: int) -> Tensor:
@@ -72,30 +82,39 @@ def mask_prompt(sam: Sam, low_res: Tensor) -> Tensor:
 
 
 def position_encoding(sam: Sam) -> Tensor:
-    """SAM's positional encoding of every cell, float32 (1, C, G, G), whatever the dtype of the weights.
+    """SAM's positional encoding of every cell, float32 (1, C, G, G), whatever the dtype of the
+    weights.
 
-    segment-anything's ``get_dense_pe`` multiplies float32 coordinates by the matrix as it is, which fails once a model
-    is half precision; a phase of many turns would not survive half precision either.
+    segment-anything's ``get_dense_pe`` multiplies float32 coordinates by the matrix as it is, which
+    fails once a model is half precision; a phase of many turns would not survive half precision
+    either.
     """
     grid_h, grid_w = sam.prompt_encoder.image_embedding_size
-    frequencies = sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.float()  # (2, C / 2), rows x and y
+    # (2, C / 2), rows x and y
+    frequencies = sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.float()
     x = (torch.arange(grid_w, device=frequencies.device) + 0.5) / grid_w
     y = (torch.arange(grid_h, device=frequencies.device) + 0.5) / grid_h
-    centres = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)  # (G, G, 2) as (x, y) in [0, 1]
+    # (G, G, 2) as (x, y) in [0, 1]
+    centres = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)
     phase = 2 * torch.pi * ((2 * centres - 1) @ frequencies)
     return torch.cat([phase.sin(), phase.cos()], dim=-1).permute(2, 0, 1)[None]
 
 
-def decode_masks(sam: Sam, embeddings: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """One mask per row: embeddings (K, C, G, G), sparse (K, n, C), dense (K, C, G, G) -> logits (K, 4G, 4G), IoU (K,).
+def decode_masks(
+    sam: Sam, embeddings: Tensor, sparse: Tensor, dense: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One mask per row: embeddings (K, C, G, G), sparse (K, n, C), dense (K, C, G, G) -> logits (K,
+    4G, 4G), IoU (K,).
 
-    Logits are low-res, IoU is SAM's own estimate, both of the single-mask output (mask token 0). segment-anything's
-    ``MaskDecoder.forward`` repeats one image for all prompts; here every row brings its image, so the targets of a
-    whole batch are decoded at once. Equal otherwise.
+    Logits are low-res, IoU is SAM's own estimate, both of the single-mask output (mask token 0).
+    segment-anything's ``MaskDecoder.forward`` repeats one image for all prompts; here every row
+    brings its image, so the targets of a whole batch are decoded at once. Equal otherwise.
     """
     decoder = sam.mask_decoder
     rows = embeddings.shape[0]
-    tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])[None].expand(rows, -1, -1)
+    tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])[None].expand(
+        rows, -1, -1
+    )
     tokens = torch.cat([tokens.to(sparse.dtype), sparse], dim=1)
     position = position_encoding(sam)[0].flatten(1).T.to(embeddings.dtype)
     places = (embeddings + dense).flatten(2).transpose(1, 2)

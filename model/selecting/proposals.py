@@ -1,7 +1,9 @@
-"""Proposals: what SAM finds in a picture when nobody says what to look for (segment-anything's everything mode).
+"""Proposals: what SAM finds in a picture when nobody says what to look for (segment-anything's
+everything mode).
 
-The generator is segment-anything's own. Its settings and a fingerprint of SAM's weights name the folder of the store
-(dataset/proposals.py), so proposals of other settings or of another SAM are never mixed.
+The generator is segment-anything's own. Its settings and a fingerprint of SAM's weights name the
+folder of the store (dataset/proposals.py), so proposals of other settings or of another SAM are
+never mixed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from dataset.proposals import Found, encode
 from model.config import ProposalConfig
 from model.segmenting.frames import resize_longest_side
 
-FINGERPRINT_VALUES = 1024  # of every weight; enough to tell two SAMs apart, and a few milliseconds for ViT-H
+# of every weight; enough to tell two SAMs apart, and a few milliseconds for ViT-H
+FINGERPRINT_VALUES = 1024
 
 
 class _SingleMask(SamPredictor):
@@ -34,7 +37,8 @@ class _SingleMask(SamPredictor):
 def make_generator(sam: Sam, config: ProposalConfig) -> Callable[[np.ndarray], Found]:
     """A function uint8 (H, W, 3) RGB -> Found, on the device of ``sam``.
 
-    Half-precision weights are copied to float32 first: segment-anything prompts with float32 coordinates.
+    Half-precision weights are copied to float32 first: segment-anything prompts with float32
+    coordinates.
     """
     if next(sam.parameters()).dtype != torch.float32:
         sam = copy.deepcopy(sam).float()
@@ -60,10 +64,12 @@ def make_generator(sam: Sam, config: ProposalConfig) -> Callable[[np.ndarray], F
 
 
 def fingerprint(sam: Sam, config: ProposalConfig) -> str:
-    """16 hex digits that name settings and weights; weights are rounded to bfloat16, so storing a model in half precision and
-    loading it again does not change the name."""
+    """16 hex digits that name settings and weights; weights are rounded to bfloat16, so storing a
+    model in half precision and loading it again does not change the name."""
     digest = hashlib.blake2b(json.dumps(asdict(config), sort_keys=True).encode(), digest_size=8)
     for name, weight in sorted(sam.state_dict().items()):
         start = weight.flatten()[:FINGERPRINT_VALUES].float().cpu().bfloat16()
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + start.view(torch.int16).numpy().tobytes())
+        digest.update(
+            f"{name} {tuple(weight.shape)}".encode() + start.view(torch.int16).numpy().tobytes()
+        )
     return digest.hexdigest()

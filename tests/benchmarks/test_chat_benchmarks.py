@@ -1,4 +1,5 @@
-"""The benchmarks of chat at the smallest size: both sides agree, what differs is found, and the memory table adds up."""
+"""The benchmarks of chat at the smallest size: both sides agree, what differs is found, and the
+memory table adds up."""
 
 import json
 
@@ -18,15 +19,42 @@ def large():
 
 def test_both_schedules_agree_and_are_timed(tmp_path, capsys):
     file = tmp_path / "chat.json"
-    assert chat.main(["--size", "tiny", "--tokens", "9", "--queries", "3", "--repeats", "1", "--json", str(file)]) == 0
+    assert (
+        chat.main(
+            [
+                "--size",
+                "tiny",
+                "--tokens",
+                "9",
+                "--queries",
+                "3",
+                "--repeats",
+                "1",
+                "--json",
+                str(file),
+            ]
+        )
+        == 0
+    )
     results = json.loads(file.read_text())["results"]
-    words = AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny" / "llava").tokenize(" It appears on. It is.")
+    words = AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny" / "llava").tokenize(
+        " It appears on. It is."
+    )
     tokens = {name: row["tokens"] for name, row in results.items()}
-    assert tokens == {"generation": 8, "follow_up": 8, "follow_up_alike": len(words) + len(chat.LEVELS), "evaluation": 24}
+    assert tokens == {
+        "generation": 8,
+        "follow_up": 8,
+        "follow_up_alike": len(words) + len(chat.LEVELS),
+        "evaluation": 24,
+    }
     for row in results.values():
-        assert row["ratio"] == row["median_seconds"]["published"] / row["median_seconds"]["ours"] > 0
+        assert (
+            row["ratio"] == row["median_seconds"]["published"] / row["median_seconds"]["ours"] > 0
+        )
         assert row.get("pixels_that_differ", 0) <= 1e-4
-    assert results["evaluation"]["ratio"] > 1, "three answers at once, against a pass of everything for each token"
+    assert results["evaluation"]["ratio"] > 1, (
+        "three answers at once, against a pass of everything for each token"
+    )
 
 
 def test_a_difference_is_found():
@@ -62,12 +90,17 @@ def test_a_13b_model_is_counted_right(large):
     assert table["bf16"]["language model, decoder blocks"] == 2 * blocks
     assert table["bf16"]["keys and values, 1000 tokens"] == 2 * 2 * 40 * 5120 * 1000
     assert table["fp32"]["SAM"] == 2 * table["bf16"]["SAM"] == 2 * table["4-bit"]["SAM"]
-    small = table["4-bit"]["language model, decoder blocks"] / table["bf16"]["language model, decoder blocks"]
+    small = (
+        table["4-bit"]["language model, decoder blocks"]
+        / table["bf16"]["language model, decoder blocks"]
+    )
     assert 0.25 < small < 0.26, "half a byte and 3 % of scales instead of two bytes"
 
 
 def test_the_table_of_the_docs_is_the_computed_one(large):
-    assert chat_memory.format_table(large, 2048) in (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+    assert chat_memory.format_table(large, 2048) in (ROOT / "docs" / "chat.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_marks_that_are_missing_are_said(tmp_path, capsys):

@@ -11,17 +11,25 @@ from benchmarks.train_step import SIZES, _llama, build_batch, build_model
 from tests.utils.training.test_engine import ROOT
 
 MEDIUM = replace(
-    SIZES["small"], llama=_llama(192, 512, 6, 6), sam=replace(SIZES["small"].sam, image_size=512, embed_dim=96, depth=3)
+    SIZES["small"],
+    llama=_llama(192, 512, 6, 6),
+    sam=replace(SIZES["small"].sam, image_size=512, embed_dim=96, depth=3),
 )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_those_of_a_real_step(checkpointing):
-    """Peak of a whole step on the CPU, operation by operation, against the peak put together from parts on no device.
+    """Peak of a whole step on the CPU, operation by operation, against the peak put together from
+    parts on no device.
 
-    Measured: 1.05 with checkpointing, 1.23 without, where the meta device's attention keeps more than the CPU's.
+    Measured: 1.05 with checkpointing, 1.23 without, where the meta device's attention keeps more
+    than the CPU's.
     """
-    computed = memory.activations(memory.build(MEDIUM, memory.Setup(precision="fp32", checkpointing=checkpointing)), MEDIUM, False)
+    computed = memory.activations(
+        memory.build(MEDIUM, memory.Setup(precision="fp32", checkpointing=checkpointing)),
+        MEDIUM,
+        False,
+    )
     model = build_model(MEDIUM, checkpointing)
     memory.drop_gradients(model)
     batch = build_batch(MEDIUM, "cpu", torch.float32)
@@ -43,8 +51,11 @@ def test_a_tensor_counts_until_nothing_holds_it():
 
 
 def test_the_sum_is_what_a_process_took():
-    """Highest resident set of the small size, measured by benchmarks.train_step: weights, gradients, AdamW and activations."""
-    measured = json.loads((ROOT / "benchmarks" / "results" / "train_step-small.json").read_text())["memory"]["ours"]["peak_bytes"]
+    """Highest resident set of the small size, measured by benchmarks.train_step: weights,
+    gradients, AdamW and activations."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "train_step-small.json").read_text())[
+        "memory"
+    ]["ours"]["peak_bytes"]
     setup = memory.Setup(stage=0, batch=2, precision="fp32", checkpointing=False)
     computed = sum(memory.memory(SIZES["small"], setup).values())
     assert computed == pytest.approx(measured, rel=0.2)  # 2.05 GB against 2.43 GB
@@ -57,10 +68,21 @@ def test_shares_by_hand(monkeypatch):
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
     alone = memory.memory(size, memory.Setup(stage=2))
     assert alone["optimizer"] == 12 * n and alone["host"] == 0
-    eight = {stage: memory.memory(size, memory.Setup(world=8, stage=stage)) for stage in (0, 1, 2, 3)}
-    assert [eight[stage]["optimizer"] for stage in (0, 1, 2, 3)] == [12 * n, 1.5 * n, 1.5 * n, 1.5 * n]
+    eight = {
+        stage: memory.memory(size, memory.Setup(world=8, stage=stage)) for stage in (0, 1, 2, 3)
+    }
+    assert [eight[stage]["optimizer"] for stage in (0, 1, 2, 3)] == [
+        12 * n,
+        1.5 * n,
+        1.5 * n,
+        1.5 * n,
+    ]
     bucket = 2 * 2 * n
-    assert [eight[stage]["gradients"] for stage in (0, 1, 2)] == [6 * n, 2.5 * n + bucket, 0.75 * n + bucket]
+    assert [eight[stage]["gradients"] for stage in (0, 1, 2)] == [
+        6 * n,
+        2.5 * n + bucket,
+        0.75 * n + bucket,
+    ]
     assert eight[3]["weights"] == pytest.approx(eight[0]["weights"] / 8)
     away = memory.memory(size, memory.Setup(offload=True))
     assert away["optimizer"] == 0 and away["host"] == 16 * n

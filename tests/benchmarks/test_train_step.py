@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from benchmarks import published_schedule, train_step
-from benchmarks.train_step import SIZES, UNKNOWN_TO_TORCH, Bench, build_model, check_equal, count_flops
+from benchmarks.train_step import (
+    SIZES,
+    UNKNOWN_TO_TORCH,
+    Bench,
+    build_model,
+    check_equal,
+    count_flops,
+)
 from dataset.collate import collate
 from dataset.synthetic.write import generate
 from utils import build
@@ -14,7 +21,9 @@ from utils.settings.arguments import parse
 
 
 def bench(folder, *flags):
-    return Bench(SIZES["toy"], train_step.parser().parse_args(["--size", "toy", *flags]), str(folder))
+    return Bench(
+        SIZES["toy"], train_step.parser().parse_args(["--size", "toy", *flags]), str(folder)
+    )
 
 
 @pytest.mark.parametrize("flags", [(), ("--gradient_checkpointing",)])
@@ -32,12 +41,32 @@ def test_schedules_have_equal_losses_and_gradients(tmp_path, flags):
 
 def test_time_and_flops_are_measured_and_written(tmp_path, capsys):
     file = tmp_path / "out.json"
-    train_step.main(["--size", "toy", "--only", "time", "flops", "--repeats", "1", "--peak_tflops", "0.1", "--json", str(file)])
+    train_step.main(
+        [
+            "--size",
+            "toy",
+            "--only",
+            "time",
+            "flops",
+            "--repeats",
+            "1",
+            "--peak_tflops",
+            "0.1",
+            "--json",
+            str(file),
+        ]
+    )
     found = json.loads(file.read_text())
     assert {"time", "time_cached", "flops"} <= found["ratio"].keys()
-    assert found["ratio"]["time"] == found["seconds"]["ours"]["total"] / found["seconds"]["published"]["total"]
+    assert (
+        found["ratio"]["time"]
+        == found["seconds"]["ours"]["total"] / found["seconds"]["published"]["total"]
+    )
     assert found["flops"]["cached"]["SAM encoder"] == 0
-    assert found["rate"]["tokens_per_second"]["ours"] == 2 * 3 * (10 + 16 + 12) / found["seconds"]["ours"]["total"]
+    assert (
+        found["rate"]["tokens_per_second"]["ours"]
+        == 2 * 3 * (10 + 16 + 12) / found["seconds"]["ours"]["total"]
+    )
     done = sum(found["flops"]["published"].values()) / found["seconds"]["published"]["total"]
     assert found["rate"]["utilisation"]["published"] == pytest.approx(done / 1e11)
     assert "ratio.time_cached" in capsys.readouterr().out
@@ -46,7 +75,9 @@ def test_time_and_flops_are_measured_and_written(tmp_path, capsys):
 @pytest.mark.slow  # a process for each schedule
 def test_memory_is_measured():
     found = train_step.main(["--size", "toy", "--only", "memory"])
-    assert all(memory["peak_bytes"] > memory["weight_bytes"] > 0 for memory in found["memory"].values())
+    assert all(
+        memory["peak_bytes"] > memory["weight_bytes"] > 0 for memory in found["memory"].values()
+    )
     assert found["ratio"]["peak_memory"] > 0
 
 
@@ -65,7 +96,10 @@ def test_what_torch_does_not_count_is_counted():
     attend = torch.nn.functional.scaled_dot_product_attention
     with torch.no_grad():
         assert train_step._count(lambda: attend(q, q, q)) == forward
-        assert train_step._count(lambda: torch.zeros(3, 5).addmm_(torch.ones(3, 4), torch.ones(4, 5))) == 2 * 3 * 4 * 5
+        assert (
+            train_step._count(lambda: torch.zeros(3, 5).addmm_(torch.ones(3, 4), torch.ones(4, 5)))
+            == 2 * 3 * 4 * 5
+        )
     assert train_step._count(lambda: attend(q, q, q)) == forward * 7 // 2
     assert len(UNKNOWN_TO_TORCH) == 5
 
@@ -73,7 +107,9 @@ def test_what_torch_does_not_count_is_counted():
 def test_checkpointing_is_counted():
     plain, again = (count_flops(SIZES["toy"], c)["published"]["LLM"] for c in (False, True))
     assert 1.3 * plain < again < 1.6 * plain
-    assert build_model(SIZES["toy"], True).reasoning.llava.model.language_model.gradient_checkpointing
+    assert build_model(
+        SIZES["toy"], True
+    ).reasoning.llava.model.language_model.gradient_checkpointing
 
 
 def test_the_demo_has_the_losses_of_the_published_schedule(tmp_path):
@@ -87,5 +123,8 @@ def test_the_demo_has_the_losses_of_the_published_schedule(tmp_path):
     batch = collate([data[0], data[1]], processor, processor.levels, processor.template)
     assert len(batch.input_ids) > 2
     ours = {name: float(value.detach()) for name, value in model.train()(batch).losses.items()}
-    published = {name: float(value.detach()) for name, value in published_schedule.forward(model, batch).items()}
+    published = {
+        name: float(value.detach())
+        for name, value in published_schedule.forward(model, batch).items()
+    }
     check_equal({name: published[name] for name in ("text", "bce", "dice")}, ours, 2e-5)

@@ -1,4 +1,5 @@
-"""The check of data sets, what training does with its list, the examples of docs/data.md, and names that would leave the folder."""
+"""The check of data sets, what training does with its list, the examples of docs/data.md, and names
+that would leave the folder."""
 
 import json
 import re
@@ -34,17 +35,35 @@ def everything(tmp_path_factory) -> Path:
     return root
 
 
-# ------------------------------------------------------------------------------------------------------------- the check
+# ---------------------------------------------------------------------------------------- the check
 
 
 def test_every_published_set_is_known_and_clean(everything, tmp_path, capsys):
-    assert check.main(["--dataset_dir", str(everything), "--all", "--out", str(tmp_path), "--fix-list", str(tmp_path / "bad")]) == 0
+    assert (
+        check.main(
+            [
+                "--dataset_dir",
+                str(everything),
+                "--all",
+                "--out",
+                str(tmp_path),
+                "--fix-list",
+                str(tmp_path / "bad"),
+            ]
+        )
+        == 0
+    )
     lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     findings, _ = check.inspect_all(everything, 1)
     names = {finding.name.split("|")[0] for finding in findings if finding.images}
-    assert {entry.name for entry in OFFICIAL} - names <= {"synthreason", "vqa"}, "all but those that the layouts do not hold"
+    assert {entry.name for entry in OFFICIAL} - names <= {
+        "synthreason",
+        "vqa",
+    }, "all but those that the layouts do not hold"
     assert all(finding.is_clean for finding in findings) and read_skip_list(tmp_path / "bad") == []
-    assert "queries" in lines["refcoco|unc|train"] and (tmp_path / "refcoco-unc-train.png").is_file()
+    assert (
+        "queries" in lines["refcoco|unc|train"] and (tmp_path / "refcoco-unc-train.png").is_file()
+    )
     for path in tmp_path.glob("*.png"):
         assert Image.open(path).size[0] > 200
 
@@ -54,13 +73,20 @@ def test_what_is_missing_is_named_as_it_is_published(everything, tmp_path, capsy
     write_image(tmp_path / "ade20k" / "images" / "training" / "a.jpg")
     assert check.main(["--dataset_dir", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"ade20k\|training +incomplete: ade20k/annotations/training/ is not there", shown)
-    assert re.search(r"refcocog +refer_seg/refcocog/refs\(\{umd,google\}\).p, refer_seg/refcocog/instances.json", shown)
+    assert re.search(
+        r"ade20k\|training +incomplete: ade20k/annotations/training/ is not there", shown
+    )
+    assert re.search(
+        r"refcocog +refer_seg/refcocog/refs\(\{umd,google\}\).p, refer_seg/refcocog/instances.json",
+        shown,
+    )
 
 
 def test_counts_by_hand(tmp_path):
     shape = {"polygons": [2, 2, 6, 2, 6, 5]}
-    rows = [{"image": "0.jpg", "query": f"q{i}", **shape} for i in range(3)] + [{"image": "1.jpg", "query": "no", "polygons": []}]
+    rows = [{"image": "0.jpg", "query": f"q{i}", **shape} for i in range(3)] + [
+        {"image": "1.jpg", "query": "no", "polygons": []}
+    ]
     write_table(tmp_path, [*rows, {"image": "1.jpg", "query": "two", "targets": [shape, shape]}])
     (finding,), _ = check.inspect_all(tmp_path, None, ["own:table"])
     assert (finding.name, finding.images, finding.opened) == ("own:table|train", 2, 2)
@@ -74,7 +100,9 @@ def test_a_wrong_call_ends_with_2(tmp_path, capsys):
     assert check.main(["--dataset_dir", str(tmp_path), "--only", "mars"]) == 2
     assert check.main(["--dataset_dir", str(tmp_path), "--samples", "0"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in errors] == ["error"] * 3 and "--only mars: no such data set" in errors[1]
+    assert [line.split(":")[0] for line in errors] == [
+        "error"
+    ] * 3 and "--only mars: no such data set" in errors[1]
     with pytest.raises(SystemExit) as exit_:
         check.main(["--nonsense"])
     assert exit_.value.code == 2
@@ -83,17 +111,21 @@ def test_a_wrong_call_ends_with_2(tmp_path, capsys):
 def test_users_sets_are_found(tmp_path):
     write_table(tmp_path)
     write_data(tmp_path)
-    write_json(tmp_path / "coco" / "annotations" / "instances_mine.json", {"images": [], "annotations": [], "categories": []})
+    write_json(
+        tmp_path / "coco" / "annotations" / "instances_mine.json",
+        {"images": [], "annotations": [], "categories": []},
+    )
     found = {(entry.name, *entry.splits) for entry in entries(tmp_path)[len(OFFICIAL) :]}
     assert found == {("own:table", "train"), ("Toy", "train", "val"), ("coco", "mine")}
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> tuple[Path, set[str]]:
-    """20 images with a JSON each, 2 of the 40 files broken: one is noticed at the start, one when it is drawn."""
+    """20 images with a JSON each, 2 of the 40 files broken: one is noticed at the start, one when
+    it is drawn."""
     root = write_data(tmp_path_factory.mktemp("damaged"), train=20)
     folder = root / "reason_seg" / "Toy" / "train"
     (folder / "003.jpg").write_bytes((folder / "003.jpg").read_bytes()[:300])
@@ -108,7 +140,9 @@ def train(damaged: Path, name: str, **changes: object) -> tuple[int, Path]:
 
 
 def steps(run: Path) -> int:
-    return sum(json.loads(line)["kind"] == "train" for line in (run / "log.jsonl").read_text().splitlines())
+    return sum(
+        json.loads(line)["kind"] == "train" for line in (run / "log.jsonl").read_text().splitlines()
+    )
 
 
 def test_training_over_broken_files_leaves_out_exactly_these(damaged, capsys):
@@ -119,7 +153,9 @@ def test_training_over_broken_files_leaves_out_exactly_these(damaged, capsys):
     assert code == 0 and steps(run) == 10
     skipped = read_skip_list(run / "skipped.jsonl")
     assert {item.item for item in skipped} == bad and len(skipped) == 2
-    assert all(item.dataset == "Toy|train" and Path(item.item).name in item.reason for item in skipped)
+    assert all(
+        item.dataset == "Toy|train" and Path(item.item).name in item.reason for item in skipped
+    )
     assert "2 bad items were left out" in capsys.readouterr().out
 
 
@@ -161,23 +197,129 @@ BAD_RECORD = 'record 1: "conversations" must be pairs of a human and a gpt messa
         (VQA, RECORDS, [1], {"conversations": ...}, f"{RECORDS}:record 1", BAD_RECORD, 1),
         (VQA, RECORDS, [1], {"conversations": [3]}, f"{RECORDS}:record 1", BAD_RECORD, 1),
         (VQA, RECORDS, [1], {"conversations": "talk"}, f"{RECORDS}:record 1", BAD_RECORD, 1),
-        (VQA, RECORDS, [1], {"conversations": [3, 4]}, f"{RECORDS}:record 1", "record 1: message 0 must be", 1),
+        (
+            VQA,
+            RECORDS,
+            [1],
+            {"conversations": [3, 4]},
+            f"{RECORDS}:record 1",
+            "record 1: message 0 must be",
+            1,
+        ),
         (VQA, RECORDS, [1], {"image": 7}, f"{RECORDS}:record 1", 'record 1 has no text "image"', 1),
-        (COCO, INSTANCES, ["annotations", 1], {"image_id": ...}, f"{INSTANCES}:annotation at position 1", '"image_id"', 0),
-        (COCO, INSTANCES, ["annotations", 0], {"segmentation": ...}, "coco/train2017/", '"segmentation"', 1),
-        (COCO, INSTANCES, ["annotations", 1], {"category_id": 99}, "coco/train2017/", "unknown image or category", 1),
-        (COCO, INSTANCES, ["annotations", 1], {"image_id": 99}, f"{INSTANCES}:annotation ", "unknown image or category", 0),
-        (COCO, INSTANCES, ["images", 0], {"height": "x"}, "coco/train2017/", '"images" entry 0: "height"', 1),
-        (COCO, INSTANCES, ["images", 0], {"file_name": 3}, f"{INSTANCES}:image at position 0", '"file_name"', 1),
-        ("paco_lvis|train", PACO, ["annotations", 0], {"iscrowd": 2}, "coco/train2017/000000000009.jpg", '"iscrowd"', 1),
-        ("grefcoco|unc|train", REFERRED, ["annotations", 5], {"segmentation": ...}, "refer_seg/images/", '"segmentation"', 0),
-        ("grefcoco|unc|train", REFERENCES, [0], {"image_id": "9"}, f"{REFERENCES}:reference 0", "reference 0: ", 0),
-        ("LLM-Seg40K|train", QUESTIONS, None, {"qa_pairs": 3}, f"{QUESTIONS}:", '"qa_pairs" must be a list', 1),
-        ("LLM-Seg40K|train", QUESTIONS, None, {"from_dataset": "x"}, f"{QUESTIONS}:", '"from_dataset" must be one of', 1),
-        ("ReasonSeg|train", EXPLAINED, [0], {"outputs": ...}, f"{EXPLAINED}:entry 0", "entry 0 needs the texts", 0),
+        (
+            COCO,
+            INSTANCES,
+            ["annotations", 1],
+            {"image_id": ...},
+            f"{INSTANCES}:annotation at position 1",
+            '"image_id"',
+            0,
+        ),
+        (
+            COCO,
+            INSTANCES,
+            ["annotations", 0],
+            {"segmentation": ...},
+            "coco/train2017/",
+            '"segmentation"',
+            1,
+        ),
+        (
+            COCO,
+            INSTANCES,
+            ["annotations", 1],
+            {"category_id": 99},
+            "coco/train2017/",
+            "unknown image or category",
+            1,
+        ),
+        (
+            COCO,
+            INSTANCES,
+            ["annotations", 1],
+            {"image_id": 99},
+            f"{INSTANCES}:annotation ",
+            "unknown image or category",
+            0,
+        ),
+        (
+            COCO,
+            INSTANCES,
+            ["images", 0],
+            {"height": "x"},
+            "coco/train2017/",
+            '"images" entry 0: "height"',
+            1,
+        ),
+        (
+            COCO,
+            INSTANCES,
+            ["images", 0],
+            {"file_name": 3},
+            f"{INSTANCES}:image at position 0",
+            '"file_name"',
+            1,
+        ),
+        (
+            "paco_lvis|train",
+            PACO,
+            ["annotations", 0],
+            {"iscrowd": 2},
+            "coco/train2017/000000000009.jpg",
+            '"iscrowd"',
+            1,
+        ),
+        (
+            "grefcoco|unc|train",
+            REFERRED,
+            ["annotations", 5],
+            {"segmentation": ...},
+            "refer_seg/images/",
+            '"segmentation"',
+            0,
+        ),
+        (
+            "grefcoco|unc|train",
+            REFERENCES,
+            [0],
+            {"image_id": "9"},
+            f"{REFERENCES}:reference 0",
+            "reference 0: ",
+            0,
+        ),
+        (
+            "LLM-Seg40K|train",
+            QUESTIONS,
+            None,
+            {"qa_pairs": 3},
+            f"{QUESTIONS}:",
+            '"qa_pairs" must be a list',
+            1,
+        ),
+        (
+            "LLM-Seg40K|train",
+            QUESTIONS,
+            None,
+            {"from_dataset": "x"},
+            f"{QUESTIONS}:",
+            '"from_dataset" must be one of',
+            1,
+        ),
+        (
+            "ReasonSeg|train",
+            EXPLAINED,
+            [0],
+            {"outputs": ...},
+            f"{EXPLAINED}:entry 0",
+            "entry 0 needs the texts",
+            0,
+        ),
     ],
 )
-def test_a_malformed_entry_is_an_error_or_left_out_and_listed(everything, tmp_path, spec, file, place, fields, item, reason, lost):
+def test_a_malformed_entry_is_an_error_or_left_out_and_listed(
+    everything, tmp_path, spec, file, place, fields, item, reason, lost
+):
     root = tmp_path / "data"
     shutil.copytree(everything, root)
     first = next(iter(json.loads((root / file).read_text()))) if place is None else None
@@ -191,11 +333,16 @@ def test_a_malformed_entry_is_an_error_or_left_out_and_listed(everything, tmp_pa
     for _ in range(2):  # built, and from the store
         left = open_training_set(root, spec, tolerant)
     (bad,) = read_skip_list(tmp_path / "skipped.jsonl")
-    assert bad.item.startswith(item) and re.search(reason, bad.reason) and str(root / file) in bad.reason
+    assert (
+        bad.item.startswith(item)
+        and re.search(reason, bad.reason)
+        and str(root / file) in bad.reason
+    )
     assert len(left) == before - lost
     for index in range(len(left)):
         assert left.sample(index, np.random.default_rng(index)).conversations
-    with pytest.raises(DataError, match=re.escape(str(root / file))):  # what another run has built is no excuse
+    # what another run has built is no excuse
+    with pytest.raises(DataError, match=re.escape(str(root / file))):
         open_training_set(root, spec, Faults(root))
 
     listed = Faults(root, skip=[bad])
@@ -212,13 +359,25 @@ def test_training_leaves_a_malformed_record_out_where_it_may(tmp_path, capsys):
     for entry in json.loads((root / RECORDS).read_text()):
         write_image(root / "coco" / "train2017" / entry["image"])
     spoil(root / RECORDS, 1, conversations=...)
-    changes = {"dataset": "vqa||reason_seg", "sample_rates": "1,1", "epochs": 1, "steps_per_epoch": 2}
+    changes = {
+        "dataset": "vqa||reason_seg",
+        "sample_rates": "1,1",
+        "epochs": 1,
+        "steps_per_epoch": 2,
+    }
     assert train(root, "malformed", **changes)[0] == 2
-    assert re.search(f"error: {re.escape(str(root / RECORDS))}: {BAD_RECORD}\n", capsys.readouterr().err)
+    assert re.search(
+        f"error: {re.escape(str(root / RECORDS))}: {BAD_RECORD}\n", capsys.readouterr().err
+    )
     code, run = train(root, "malformed", on_bad_sample="skip", **changes)
     assert code == 0 and steps(run) == 2 and "1 bad item" in capsys.readouterr().out
     assert [bad.item for bad in read_skip_list(run / "skipped.jsonl")] == [f"{RECORDS}:record 1"]
-    assert check.main(["--dataset_dir", str(root), "--only", "vqa", "--fix-list", str(tmp_path / "bad.jsonl")]) == 1
+    assert (
+        check.main(
+            ["--dataset_dir", str(root), "--only", "vqa", "--fix-list", str(tmp_path / "bad.jsonl")]
+        )
+        == 1
+    )
     assert [bad.item for bad in read_skip_list(tmp_path / "bad.jsonl")] == [f"{RECORDS}:record 1"]
     assert train(root, "malformed-listed", skip_list=tmp_path / "bad.jsonl", **changes)[0] == 0
 
@@ -257,7 +416,9 @@ def test_processes_share_a_report(tmp_path):
         for name in ("a.jpg", "b.jpg"):
             faults.note("x|train", tmp_path / name, "broken")
     second.note("x|train", tmp_path / "c.jpg", "two\nlines")
-    Faults(tmp_path, tolerant=True, report=report).note("x|train", tmp_path / "c.jpg", "again, after a restart")
+    Faults(tmp_path, tolerant=True, report=report).note(
+        "x|train", tmp_path / "c.jpg", "again, after a restart"
+    )
     assert [(item.item, item.reason) for item in read_skip_list(report)] == [
         ("a.jpg", "broken"),
         ("b.jpg", "broken"),
@@ -267,7 +428,7 @@ def test_processes_share_a_report(tmp_path):
     assert read_skip_list(tmp_path / "copy") == read_skip_list(report)
 
 
-# --------------------------------------------------------------------------------------------------- names that leave
+# --------------------------------------------------------------------------------- names that leave
 
 COCO_LIKE = {
     "coco|train2017": "coco/annotations/instances_train2017.json",
@@ -293,11 +454,15 @@ def rename_all(path: Path, name: str) -> None:
         for image in content["images"]:
             image["file_name"] = name
     else:
-        content = {name: next(e for e in content.values() if e["from_dataset"] == "coco" and e["qa_pairs"])}
+        content = {
+            name: next(e for e in content.values() if e["from_dataset"] == "coco" and e["qa_pairs"])
+        }
     write_json(path, content)
 
 
-@pytest.mark.parametrize("name", ["../secret.jpg", "sub/../../secret.jpg", "/etc/secret.jpg", "link.jpg"])
+@pytest.mark.parametrize(
+    "name", ["../secret.jpg", "sub/../../secret.jpg", "/etc/secret.jpg", "link.jpg"]
+)
 def test_no_name_in_an_annotation_file_leaves_the_folder(tmp_path, name):
     official.write_everything(tmp_path / "data")
     secret = write_image(tmp_path / "secret.jpg")
@@ -324,7 +489,11 @@ def test_no_name_in_an_annotation_file_leaves_the_folder(tmp_path, name):
 )
 def test_no_link_in_a_folder_leaves_it(tmp_path, spec, place):
     official.write_everything(tmp_path / "data")
-    victim = next(path for path in sorted((tmp_path / "data" / place).iterdir()) if path.suffix in (".jpg", ".png"))
+    victim = next(
+        path
+        for path in sorted((tmp_path / "data" / place).iterdir())
+        if path.suffix in (".jpg", ".png")
+    )
     victim.rename(tmp_path / victim.name)
     victim.symlink_to(tmp_path / victim.name)
     with pytest.raises(DataError, match="is a link that leaves"):
@@ -332,7 +501,15 @@ def test_no_link_in_a_folder_leaves_it(tmp_path, spec, place):
 
 
 @pytest.mark.parametrize(
-    "spec", ["own:../x|all", "own:/etc|all", "coco|x/../../../y", "ReasonSeg|../x", "../x|train", "LLM-Seg40K|../x"]
+    "spec",
+    [
+        "own:../x|all",
+        "own:/etc|all",
+        "coco|x/../../../y",
+        "ReasonSeg|../x",
+        "../x|train",
+        "LLM-Seg40K|../x",
+    ],
 )
 def test_no_name_on_the_command_line_leaves_the_folder(everything, spec):
     (everything / "own").mkdir(exist_ok=True)
@@ -340,12 +517,16 @@ def test_no_name_on_the_command_line_leaves_the_folder(everything, spec):
         open_evaluation(everything, spec, EVAL)
 
 
-# ------------------------------------------------------------------------------------------------------------------ docs
+# --------------------------------------------------------------------------------------------- docs
 
 
 def blocks() -> list[tuple[str, str]]:
     """(language, text) of the code in docs/data.md that can be run."""
-    return re.findall(r"```(python|bash)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.DOTALL)
+    return re.findall(
+        r"```(python|bash)\n(.*?)```",
+        (ROOT / "docs" / "data.md").read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
 
 
 def run_block(language: str, text: str, folder: Path) -> str:
@@ -353,17 +534,23 @@ def run_block(language: str, text: str, folder: Path) -> str:
     for name in ("dataset", "model", "utils", "configs", "assets", "train_ds.py"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
-    command = [sys.executable, "-c", text] if language == "python" else ["bash", "-ec", text.replace("python", sys.executable, 1)]
+    command = (
+        [sys.executable, "-c", text]
+        if language == "python"
+        else ["bash", "-ec", text.replace("python", sys.executable, 1)]
+    )
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_the_example_makes_data_that_pass_the_check(tmp_path):
-    (make, look, *_) = blocks()
+    make, look, *_ = blocks()
     run_block(*make, tmp_path)
     shown = run_block(*look, tmp_path)
-    assert re.search(r"own:table\|train +6 images, 6 opened: 24 queries, 30 targets \(6 empty\)", shown)
+    assert re.search(
+        r"own:table\|train +6 images, 6 opened: 24 queries, 30 targets \(6 empty\)", shown
+    )
     assert re.search(r"own:coco\|val +2 images, 2 opened: 4 queries, 4 targets", shown)
     assert re.search(r"own:labelme\|val +2 images, 2 opened: 4 queries, 4 targets", shown)
     assert len(list((tmp_path / "runs" / "check").glob("*.png"))) == 6
@@ -373,6 +560,12 @@ def test_the_example_makes_data_that_pass_the_check(tmp_path):
 def test_the_example_trains_and_evaluates(tmp_path):
     for language, text in blocks():
         run_block(language, text, tmp_path)
-    metrics = {name: json.loads((tmp_path / "runs" / name / "metrics.json").read_text()) for name in ("own", "own-coco")}
-    assert {name: found["dataset"] for name, found in metrics.items()} == {"own": "own:table|val", "own-coco": "own:coco|val"}
+    metrics = {
+        name: json.loads((tmp_path / "runs" / name / "metrics.json").read_text())
+        for name in ("own", "own-coco")
+    }
+    assert {name: found["dataset"] for name, found in metrics.items()} == {
+        "own": "own:table|val",
+        "own-coco": "own:coco|val",
+    }
     assert metrics["own"]["free"]["n"] == 10 and metrics["own-coco"]["free"]["n"] == 4

@@ -1,4 +1,5 @@
-"""The training mixture is a function of (seed, epoch, index); evaluation sets are stable; errors come early."""
+"""The training mixture is a function of (seed, epoch, index); evaluation sets are stable; errors
+come early."""
 
 from collections import Counter
 
@@ -12,7 +13,14 @@ from dataset.collate import collate
 from dataset.conversation import exemplars
 from dataset.files.errors import DataError, MissingDataError
 from dataset.mixture import EvalDataset, TrainMixture
-from tests.dataset_toys import LEVELS, ToyProcessor, square, write_image, write_json, write_reason_seg
+from tests.dataset_toys import (
+    LEVELS,
+    ToyProcessor,
+    square,
+    write_image,
+    write_json,
+    write_reason_seg,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +38,22 @@ def data(tmp_path):
     write_reason_seg(root, name="Other", count=4)
     write_image(root / "coco" / "train2017" / "a.jpg")
     instance = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[0, 0, 5, 0, 5, 5]]}
-    content = {"images": [{"id": 1, "file_name": "a.jpg", "height": 10, "width": 12}], "annotations": [instance]}
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 10, "width": 12}],
+        "annotations": [instance],
+    }
     content["categories"] = [{"id": 1, "name": "dog"}]
     write_json(root / "coco" / "annotations" / "instances_train2017.json", content)
     spoken = [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "It is."}]
-    write_json(root / "llava_dataset" / "llava_instruct_150k.json", [{"id": "1", "image": "a.jpg", "conversations": spoken}])
+    write_json(
+        root / "llava_dataset" / "llava_instruct_150k.json",
+        [{"id": "1", "image": "a.jpg", "conversations": spoken}],
+    )
     write_image(root / "synth_sem" / "images" / "train" / "a.jpg")
     (root / "synth_sem" / "annotations" / "train").mkdir(parents=True)
-    Image.fromarray(np.ones((10, 12), np.uint8)).save(root / "synth_sem" / "annotations" / "train" / "a.png")
+    Image.fromarray(np.ones((10, 12), np.uint8)).save(
+        root / "synth_sem" / "annotations" / "train" / "a.png"
+    )
     write_json(root / "synth_sem" / "classes.json", ["dog"])
     return root
 
@@ -73,12 +89,23 @@ def test_workers_change_nothing_and_see_the_new_epoch(data):
 
 def test_rates_choose_the_families(data):
     names = "sem_seg||coco||reason_seg||vqa"
-    train = mixture(data, names, (9, 3, 3, 1), samples_per_epoch=800, sem_seg_data="synthreason", exemplar_count=0)
+    train = mixture(
+        data,
+        names,
+        (9, 3, 3, 1),
+        samples_per_epoch=800,
+        sem_seg_data="synthreason",
+        exemplar_count=0,
+    )
     found = Counter(train[i].dataset.split("|")[0] for i in range(800))
     shares = {name: found[name] / 800 for name in ("synthreason", "coco", "ReasonSeg", "vqa")}
     # three standard deviations of a share of 9/16 in 800 draws are 0.053
-    assert shares == pytest.approx({"synthreason": 9 / 16, "coco": 3 / 16, "ReasonSeg": 3 / 16, "vqa": 1 / 16}, abs=0.055)
-    assert {mixture(data, names, (0, 1, 0, 0), sem_seg_data="synthreason")[i].dataset for i in range(20)} == {"coco|train2017"}
+    assert shares == pytest.approx(
+        {"synthreason": 9 / 16, "coco": 3 / 16, "ReasonSeg": 3 / 16, "vqa": 1 / 16}, abs=0.055
+    )
+    assert {
+        mixture(data, names, (0, 1, 0, 0), sem_seg_data="synthreason")[i].dataset for i in range(20)
+    } == {"coco|train2017"}
 
 
 def test_several_data_sets_of_one_family(data):
@@ -105,7 +132,9 @@ def test_a_mixture_collates(data):
 def break_after_construction(data):
     """Two of six images become unreadable while training runs."""
     for i in (1, 4):
-        (data / "reason_seg" / "ReasonSeg" / "train" / f"{i:03d}.jpg").write_bytes(b"\xff\xd8 broken")
+        (data / "reason_seg" / "ReasonSeg" / "train" / f"{i:03d}.jpg").write_bytes(
+            b"\xff\xd8 broken"
+        )
 
 
 def test_a_bad_sample_stops_by_default(data):
@@ -124,8 +153,13 @@ def test_a_bad_sample_is_replaced_the_same_way_every_time(data, caplog):
     assert all("001.jpg" not in name and "004.jpg" not in name for name, *_ in runs[0])
     replaced = [i for i in range(40) if runs[0][i] != healthy[i]]
     assert 0 < len(replaced) <= trains[0].bad_samples == trains[1].bad_samples
-    assert all("001.jpg" in healthy[i][0] or "004.jpg" in healthy[i][0] for i in replaced), "only bad samples change"
-    assert caplog.text.count("bad sample replaced") == 2 * trains[0].bad_samples and "001.jpg" in caplog.text
+    assert all("001.jpg" in healthy[i][0] or "004.jpg" in healthy[i][0] for i in replaced), (
+        "only bad samples change"
+    )
+    assert (
+        caplog.text.count("bad sample replaced") == 2 * trains[0].bad_samples
+        and "001.jpg" in caplog.text
+    )
 
 
 def test_a_data_set_that_is_bad_throughout_is_an_error_even_when_skipping(data):
@@ -150,8 +184,14 @@ def test_a_programming_error_is_never_taken_for_a_bad_sample(data, monkeypatch):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"dataset": "reasonseg"}, "unknown data set 'reasonseg'; known: sem_seg, refer_seg, coco, reason_seg, vqa"),
-        ({"dataset": "refer_seg", "refer_seg_data": "refcoc"}, "unknown referring data set 'refcoc'; known: refclef, refcoco,"),
+        (
+            {"dataset": "reasonseg"},
+            "unknown data set 'reasonseg'; known: sem_seg, refer_seg, coco, reason_seg, vqa",
+        ),
+        (
+            {"dataset": "refer_seg", "refer_seg_data": "refcoc"},
+            "unknown referring data set 'refcoc'; known: refclef, refcoco,",
+        ),
         ({"dataset": "reason_seg||"}, 'joined by "||"'.replace("|", r"\|")),
         ({"rates": (1, 2)}, r"--sample_rates \[1, 2\]: give 1 numbers"),
         ({"rates": (0,)}, "not all 0"),
@@ -160,7 +200,10 @@ def test_a_programming_error_is_never_taken_for_a_bad_sample(data, monkeypatch):
         ({"on_bad_sample": "ignore"}, 'must be "raise" or "skip"'),
         ({"exemplar_count": 9}, "9 exemplars wanted, only 8"),
         ({"exemplar_count": -1}, "must not be negative"),
-        ({"dataset": "sem_seg", "sem_seg_data": "mars"}, "unknown semantic data set 'mars'; known: ade20k, .*paco_lvis"),
+        (
+            {"dataset": "sem_seg", "sem_seg_data": "mars"},
+            "unknown semantic data set 'mars'; known: ade20k, .*paco_lvis",
+        ),
         ({"reason_seg_data": "ReasonSeg|val"}, "no such split"),
         ({"num_classes_per_sample": 0}, "num_classes_per_sample"),
     ],
@@ -172,7 +215,9 @@ def test_contradictions_end_at_construction(data, kwargs, message):
 
 
 def test_a_missing_folder(tmp_path):
-    with pytest.raises(MissingDataError, match="nowhere: does not exist; the data is expected there"):
+    with pytest.raises(
+        MissingDataError, match="nowhere: does not exist; the data is expected there"
+    ):
         mixture(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="nowhere: does not exist"):
         EvalDataset(tmp_path / "nowhere", "ReasonSeg|val", LEVELS)
@@ -184,7 +229,9 @@ def test_index_outside_is_the_end_of_iteration(data):
 
 
 def test_evaluation_is_stable_whatever_the_order(data):
-    first, second = (EvalDataset(data, "ReasonSeg|train", LEVELS, exemplar_count=2) for _ in range(2))
+    first, second = (
+        EvalDataset(data, "ReasonSeg|train", LEVELS, exemplar_count=2) for _ in range(2)
+    )
     backwards = [facts(second[i]) for i in reversed(range(6))][::-1]
     assert [facts(first[i]) for i in range(6)] == backwards
     assert len({f[2] for f in backwards}) > 1, "exemplars differ between images"
@@ -195,7 +242,10 @@ def test_evaluation_is_stable_whatever_the_order(data):
 
 
 def test_first_or_all_texts(data):
-    assert [len(EvalDataset(data, "ReasonSeg|train", LEVELS, texts=t)[0].conversations) for t in ("first", "all")] == [
+    assert [
+        len(EvalDataset(data, "ReasonSeg|train", LEVELS, texts=t)[0].conversations)
+        for t in ("first", "all")
+    ] == [
         1,
         2,
     ]
@@ -204,7 +254,10 @@ def test_first_or_all_texts(data):
 @pytest.mark.parametrize("name", ["coco|train2017", "synthreason|train", "ReasonSeg|trainlong"])
 def test_other_evaluation_sets(data, name):
     dataset = EvalDataset(data, name, LEVELS, exemplar_count=0)
-    assert dataset[0].dataset == name and len(dataset) == {"coco|train2017": 1, "synthreason|train": 1}.get(name, 3)
+    assert dataset[0].dataset == name and len(dataset) == {
+        "coco|train2017": 1,
+        "synthreason|train": 1,
+    }.get(name, 3)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +295,10 @@ def test_corrupt_file_is_found_before_training(data):
     write_json(data / "reason_seg" / "ReasonSeg" / "train" / "002.json", {"text": ["q"]})
     with pytest.raises(DataError, match='002.json: has no "shapes"'):
         mixture(data)
-    write_json(data / "reason_seg" / "ReasonSeg" / "train" / "002.json", {"text": ["q"], "shapes": [square(0, 0, 1, 1)]})
+    write_json(
+        data / "reason_seg" / "ReasonSeg" / "train" / "002.json",
+        {"text": ["q"], "shapes": [square(0, 0, 1, 1)]},
+    )
     break_after_construction(data)
     with pytest.raises(DataError, match="001.jpg: not a readable image"):
         mixture(data)

@@ -1,4 +1,5 @@
-"""SynthReason: deterministic, exact, disjoint between splits, and out of reach for trivial answers."""
+"""SynthReason: deterministic, exact, disjoint between splits, and out of reach for trivial
+answers."""
 
 import json
 
@@ -26,7 +27,10 @@ def folder(tmp_path_factory):
 
 
 def records(folder, split):
-    return [json.loads(p.read_text()) for p in sorted((folder / "reason_seg" / "SynthReason" / split).glob("*.json"))]
+    return [
+        json.loads(p.read_text())
+        for p in sorted((folder / "reason_seg" / "SynthReason" / split).glob("*.json"))
+    ]
 
 
 def test_the_same_seed_gives_the_same_scene_and_queries():
@@ -55,12 +59,17 @@ def test_splits_share_no_wording_and_no_combination():
             query = make_query(scene, split, rng, texts=3)
             obj = scene.objects[query.object_index]
             if query.is_sentence:
-                purposes = [p for p in PURPOSES[query.part] if any(p in text for text in query.texts)]
+                purposes = [
+                    p for p in PURPOSES[query.part] if any(p in text for text in query.texts)
+                ]
                 assert purposes
-                assert all(held_out(obj.category, query.part, p) == (split == "val") for p in purposes)
+                assert all(
+                    held_out(obj.category, query.part, p) == (split == "val") for p in purposes
+                )
             else:
                 assert held_out(obj.colour, obj.category, query.part) == (split == "val")
-                assert split == "train" or obj.colour in query.texts[0]  # the combination that is new is named
+                # the combination that is new is named
+                assert split == "train" or obj.colour in query.texts[0]
 
 
 def test_a_query_names_one_object_only():
@@ -81,7 +90,11 @@ def test_written_masks_are_exact_and_images_are_readable(folder):
         assert target.any()
         assert not (target & ~host).any()
         owner = record["scene"]["objects"][record["target"]["object"]]
-        parts = [decode_rle(p["rle"], (128, 128), "r", "rle") for p in owner["parts"] if p["name"] == record["target"]["part"]]
+        parts = [
+            decode_rle(p["rle"], (128, 128), "r", "rle")
+            for p in owner["parts"]
+            if p["name"] == record["target"]["part"]
+        ]
         assert np.array_equal(target, np.any(parts, axis=0))
 
 
@@ -101,7 +114,8 @@ def test_trivial_answers_stay_below_15_giou():
         target = scene.objects[query.object_index].union(query.part)
         rows.append(SceneBaselines.from_record(record, (128, 128), "x.json").score(target))
     for name in ("largest_object", "random_part_of_the_right_name"):
-        assert np.mean([row[name].iou for row in rows]) < 0.17  # measured 0.143 over 600 queries; 60 scatter more
+        # measured 0.143 over 600 queries; 60 scatter more
+        assert np.mean([row[name].iou for row in rows]) < 0.17
 
 
 def test_generating_again_keeps_the_files_and_other_settings_are_refused(folder):

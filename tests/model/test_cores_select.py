@@ -1,4 +1,5 @@
-"""cores+select in miniature: the chain's mask among the proposals, what trains, the frozen decoder, and the scripts end to end."""
+"""cores+select in miniature: the chain's mask among the proposals, what trains, the frozen decoder,
+and the scripts end to end."""
 
 import json
 import shutil
@@ -26,8 +27,22 @@ from model.segmenting.frames import to_grid
 from model.selecting.selector import Selector, pool, pool_own
 from model.selecting.targets import overlap
 from tests.backbone_toys import toys
-from tests.helpers import LEVELS, TEMPLATE, backbones, conversation, gradient_orders, randomise, rectangle, sample, tiny_model
-from tests.model.selecting.test_llm_seg import SMALL, dinov2, few, toy_flags  # noqa: F401 (dinov2 is a fixture)
+from tests.helpers import (
+    LEVELS,
+    TEMPLATE,
+    backbones,
+    conversation,
+    gradient_orders,
+    randomise,
+    rectangle,
+    sample,
+    tiny_model,
+)
+from tests.model.selecting.test_llm_seg import (
+    SMALL,
+    few,
+    toy_flags,
+)  # noqa: F401 (dinov2 is a fixture)
 from tests.scripted import scripted_model
 from utils.evaluation import cli as evaluation_cli
 from utils.precompute import proposals as precompute_proposals
@@ -38,7 +53,9 @@ CHAIN = SMALL | {"chain": True, "rule": "similarity"}
 def model_with(levels=LEVELS, features_pretrained=None, selector=None, **config):
     """A CoReS that selects, and its processor."""
     selector = CHAIN | (selector or {})
-    model, processor = tiny_model(levels, selector=selector, features_pretrained=features_pretrained, **config)
+    model, processor = tiny_model(
+        levels, selector=selector, features_pretrained=features_pretrained, **config
+    )
     randomise(model.selecting, seed=5, scale=0.1)
     processor.proposals = model.proposal_source(None)
     return model, processor
@@ -46,19 +63,30 @@ def model_with(levels=LEVELS, features_pretrained=None, selector=None, **config)
 
 def pictures(levels=LEVELS):
     """Rows with 0, 2 and 1 targets; the pictures have other sizes."""
-    first = sample(conversation(0), conversation(2, levels, question="what is red?", ignore=True), name="0", seed=1)
+    first = sample(
+        conversation(0),
+        conversation(2, levels, question="what is red?", ignore=True),
+        name="0",
+        seed=1,
+    )
     return [first, sample(conversation(1, levels, (30, 60)), name="1", size=(30, 60), seed=2)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def test_overlaps_of_masks_are_those_of_run_lengths():
-    masks = np.stack([rectangle((9, 7), 0, 0, 5, 5), rectangle((9, 7), 4, 2, 9, 7), np.zeros((9, 7), dtype=bool)])
+    masks = np.stack(
+        [rectangle((9, 7), 0, 0, 5, 5), rectangle((9, 7), 4, 2, 9, 7), np.zeros((9, 7), dtype=bool)]
+    )
     targets = np.stack([rectangle((9, 7), 2, 1, 8, 6)] * 3)
     ignore = rectangle((9, 7), 0, 0, 4, 7)
     for hidden in (None, ignore):
-        found = overlap(torch.from_numpy(masks), torch.from_numpy(targets), None if hidden is None else torch.from_numpy(hidden))
+        found = overlap(
+            torch.from_numpy(masks),
+            torch.from_numpy(targets),
+            None if hidden is None else torch.from_numpy(hidden),
+        )
         for ours, theirs in zip(found, overlaps(runs(masks), targets, hidden), strict=True):
             assert ours.tolist() == pytest.approx(theirs.diagonal().tolist())
     assert overlap(torch.zeros(0, 9, 7).bool(), torch.zeros(0, 9, 7).bool())[0].shape == (0,)
@@ -66,13 +94,18 @@ def test_overlaps_of_masks_are_those_of_run_lengths():
 
 @pytest.mark.parametrize("place", [False, True])
 def test_one_more_proposal_is_scored_like_any_other(place):
-    """A target's own mask gets the scores that it would have among the proposals of its image; targets have different ones."""
+    """A target's own mask gets the scores that it would have among the proposals of its image;
+    targets have different ones."""
     torch.manual_seed(0)
     size, side = (24, 32), 16
     selector = Selector(SelectorConfig(**SMALL | {"place": place}), 32).eval()
     masks = np.stack([rectangle(size, 2 * i, i, 12 + i, 20 + 2 * i) for i in range(4)])
     proposals = Proposals(size, runs(masks), pooling_weights(runs(masks), size, side))
-    text, features, position = torch.randn(2, 32), torch.randn(1, 32, 4, 4), torch.randn(1, 32, 4, 4)
+    text, features, position = (
+        torch.randn(2, 32),
+        torch.randn(1, 32, 4, 4),
+        torch.randn(1, 32, 4, 4),
+    )
     image = torch.zeros(2, dtype=torch.int64)
     given = [few(proposals, 2)], image, position, proposals.weights[2:]
     found = selector(text, features, *given)
@@ -81,7 +114,9 @@ def test_one_more_proposal_is_scored_like_any_other(place):
         kept = [0, 1, 2 + target]
         among = Proposals(size, [proposals.masks[i] for i in kept], proposals.weights[kept])
         alone = selector(text[target : target + 1], features, [among], image[:1], position)
-        torch.testing.assert_close(found.similarity[target], alone.similarity[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            found.similarity[target], alone.similarity[0], atol=1e-5, rtol=1e-5
+        )
         torch.testing.assert_close(found.iop[target], alone.iop[0], atol=1e-5, rtol=1e-5)
 
 
@@ -130,44 +165,69 @@ def test_what_does_not_fit_is_refused():
         model(collate(pictures(), processor, LEVELS, TEMPLATE))
 
 
-# ---------------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 @pytest.mark.parametrize("case", ["sam", "dinov2", "lisa"])
 def test_a_mixed_batch_trains_both_branches(case, dinov2):  # noqa: F811
     levels = ("SEG",) if case == "lisa" else LEVELS
     selector = {"features": "dinov2"} if case == "dinov2" else {}
-    model, processor = model_with(levels, dinov2 if case == "dinov2" else None, selector, pointing_weight=0.5)
+    model, processor = model_with(
+        levels, dinov2 if case == "dinov2" else None, selector, pointing_weight=0.5
+    )
     batch = collate(pictures(levels), processor, levels, TEMPLATE)
     groups = set_trainable(model, lora=False)
-    assert {"mask decoder", "selector", "text projection"} < groups.keys() and ("refiner" in groups) == (case != "lisa")
+    assert {"mask decoder", "selector", "text projection"} < groups.keys() and (
+        "refiner" in groups
+    ) == (case != "lisa")
     output = model.train()(batch)
     p = {name: value.item() for name, value in output.losses.items()}
     assert p.keys() == {"text", "bce", "dice", "pointing", "similarity", "iop"}
-    expected = p["text"] + 2 * p["bce"] + 0.5 * p["dice"] + p["similarity"] + p["iop"] + 0.5 * p["pointing"]
+    expected = (
+        p["text"]
+        + 2 * p["bce"]
+        + 0.5 * p["dice"]
+        + p["similarity"]
+        + p["iop"]
+        + 0.5 * p["pointing"]
+    )
     assert output.loss.item() == pytest.approx(expected, rel=1e-6)
     assert [tuple(m.shape) for m in output.low_res] == [(n, len(levels), 16, 16) for n in (0, 2, 1)]
     output.loss.backward()
     assert not [n for n, w in model.named_parameters() if w.requires_grad != (w.grad is not None)]
     assert all(w.grad.isfinite().all() for w in model.parameters() if w.grad is not None)
-    assert not [name for name in trainable_state_dict(model) if "untrained" in name or "encoder" in name]
+    assert not [
+        name for name in trainable_state_dict(model) if "untrained" in name or "encoder" in name
+    ]
 
 
 def test_the_own_mask_is_judged_by_its_target(monkeypatch):
-    """What is learnt of the last column is the truth of the chain's mask, and no gradient goes from there into the chain."""
+    """What is learnt of the last column is the truth of the chain's mask, and no gradient goes from
+    there into the chain."""
     model, processor = model_with()
     set_trainable(model, lora=False)
     batch = collate(pictures(), processor, LEVELS, TEMPLATE)
     truth = {}
     losses = model.selecting.losses
-    monkeypatch.setattr(model.selecting, "losses", lambda s, iou, iop: truth.update(iou=iou, iop=iop) or losses(s, iou, iop))
+    monkeypatch.setattr(
+        model.selecting,
+        "losses",
+        lambda s, iou, iop: truth.update(iou=iou, iop=iop) or losses(s, iou, iop),
+    )
     parts = model(batch).losses
     scene = Scene.of(model, batch)
     with torch.no_grad():
         found = scene.chain(*model._tokens(model._hidden(batch), batch), batch.image_index)
-    own = [overlap(f.masks[:, -1], t, i) for f, t, i in zip(found, batch.target_masks, batch.ignore_masks, strict=True)]
-    assert truth["iou"][:, -1].tolist() == pytest.approx(torch.cat([iou for iou, _ in own]).tolist())
-    assert truth["iop"][:, -1].tolist() == pytest.approx(torch.cat([iop for _, iop in own]).tolist())
+    own = [
+        overlap(f.masks[:, -1], t, i)
+        for f, t, i in zip(found, batch.target_masks, batch.ignore_masks, strict=True)
+    ]
+    assert truth["iou"][:, -1].tolist() == pytest.approx(
+        torch.cat([iou for iou, _ in own]).tolist()
+    )
+    assert truth["iop"][:, -1].tolist() == pytest.approx(
+        torch.cat([iop for _, iop in own]).tolist()
+    )
     assert truth["iop"].shape[1] == 49 and truth["iop"][:, -1].any()
     (parts["similarity"] + parts["iop"]).backward()
     assert all(p.grad is None or not p.grad.any() for p in model.segmenting.parameters())
@@ -191,7 +251,9 @@ def test_batches_without_targets_or_without_proposals_train_too(pointing):
     with torch.no_grad():
         assert model(text_only).losses["similarity"].item() == 0
     batch, model = bare, model.eval()
-    chain = Scene.of(model, batch).chain(*model._tokens(model._hidden(batch), batch), batch.image_index)
+    chain = Scene.of(model, batch).chain(
+        *model._tokens(model._hidden(batch), batch), batch.image_index
+    )
     for alone, found in zip(chain, model.segment(batch), strict=True):
         assert torch.equal(alone.masks, found.masks), "the only proposal is the most similar"
 
@@ -199,7 +261,9 @@ def test_batches_without_targets_or_without_proposals_train_too(pointing):
 def test_the_rule_decides_between_chain_and_proposals(monkeypatch):
     model, processor = model_with()
     batch = collate(pictures(), processor, LEVELS, TEMPLATE)
-    chain = Scene.of(model, batch).chain(*model._tokens(model._hidden(batch), batch), batch.image_index)
+    chain = Scene.of(model, batch).chain(
+        *model._tokens(model._hidden(batch), batch), batch.image_index
+    )
     for own in (True, False):
 
         def choose(scores, own=own):
@@ -210,20 +274,32 @@ def test_the_rule_decides_between_chain_and_proposals(monkeypatch):
         monkeypatch.setattr(model.selecting, "choose", choose)
         for alone, found, count in zip(chain, model.segment(batch), (0, 2, 1), strict=True):
             assert found.masks.shape == alone.masks.shape and len(found.masks) == count
-            assert torch.equal(found.masks[:, 0], alone.masks[:, 0]) and torch.equal(found.iou[:, 0], alone.iou[:, 0])
+            assert torch.equal(found.masks[:, 0], alone.masks[:, 0]) and torch.equal(
+                found.iou[:, 0], alone.iou[:, 0]
+            )
             if count:
                 assert torch.equal(found.masks[:, 1], alone.masks[:, 1]) == own
 
 
 def test_free_answers():
     model, processor = model_with()
-    prompts = collate_prompts([replace(s, conversations=s.conversations[:1]) for s in pictures()], processor, LEVELS, TEMPLATE)
-    for answer, size in zip(model.generate(prompts, processor.tokenizer, max_new_tokens=4), prompts.original_sizes, strict=True):
+    prompts = collate_prompts(
+        [replace(s, conversations=s.conversations[:1]) for s in pictures()],
+        processor,
+        LEVELS,
+        TEMPLATE,
+    )
+    for answer, size in zip(
+        model.generate(prompts, processor.tokenizer, max_new_tokens=4),
+        prompts.original_sizes,
+        strict=True,
+    ):
         assert answer.masks.shape[1:] == (2, *size)
 
 
 def test_proposals_come_from_the_decoder_before_training(tmp_path, dinov2):  # noqa: F811
-    """Whatever happens to the trained decoder, store and proposals stay those of the SAM it started from, saved or not."""
+    """Whatever happens to the trained decoder, store and proposals stay those of the SAM it started
+    from, saved or not."""
     model, processor = model_with(features_pretrained=dinov2, selector={"features": "dinov2"})
     alone, _ = tiny_model(("SEG",), selector=SMALL)
     stores = [m.proposal_source(tmp_path).store.folder for m in (model, alone)]
@@ -233,11 +309,16 @@ def test_proposals_come_from_the_decoder_before_training(tmp_path, dinov2):  # n
     randomise(model.segmenting.sam.mask_decoder, seed=9, scale=0.3)
     assert model.proposal_source(None)(image, "a").masks == before
     model.save_pretrained(tmp_path / "model")
-    again = CoresForReasoningSegmentation.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
+    again = CoresForReasoningSegmentation.from_pretrained(
+        tmp_path / "model", dtype=torch.bfloat16
+    ).eval()
     assert again.proposal_source(tmp_path).store.folder == stores[0]
     again.float()
     sam = load_sam(backbones()[1])[0].mask_decoder.state_dict()
-    assert all(torch.equal(w.bfloat16(), again.segmenting.untrained.state_dict()[name].bfloat16()) for name, w in sam.items())
+    assert all(
+        torch.equal(w.bfloat16(), again.segmenting.untrained.state_dict()[name].bfloat16())
+        for name, w in sam.items()
+    )
     again = CoresForReasoningSegmentation.from_pretrained(tmp_path / "model").eval()
     batch = collate(pictures(), processor, LEVELS, TEMPLATE)
     for a, b in zip(model.segment(batch), again.segment(batch), strict=True):
@@ -253,7 +334,7 @@ def test_half_precision_answers(dinov2):  # noqa: F811
         assert half[name].item() == pytest.approx(value.item(), rel=0.1, abs=0.02), name
 
 
-# --------------------------------------------------------------------------------------------------------------- scripts
+# ------------------------------------------------------------------------------------------ scripts
 
 
 def flags(**changes) -> list[str]:
@@ -273,7 +354,10 @@ def test_the_scripts_end_to_end(tmp_path, capsys):
     assert {"bce", "dice", "similarity", "iop"} < log[0].keys()
     assert train_ds.main(["--resume", str(run), "--eval_only", "--sam_cache", ""]) == 0
     resumed = json.loads((run / "metrics.json").read_text())
-    assert resumed["teacher_forced"] == metrics["teacher_forced"] and resumed["free"] == metrics["free"]
+    assert (
+        resumed["teacher_forced"] == metrics["teacher_forced"]
+        and resumed["free"] == metrics["free"]
+    )
     both = combine.joint(run)
     assert both["among, similarity"]["giou"] == pytest.approx(metrics["teacher_forced"]["giou"])
     assert both["better"]["giou"] >= max(both[row]["giou"] for row in ("cores", "iop"))
@@ -282,7 +366,8 @@ def test_the_scripts_end_to_end(tmp_path, capsys):
 
     assert merge.main(["--run", str(run), "--save_path", str(out)]) == 0
     evaluated = flags(exp_name="chain-again", version=out, proposals="", method="cores")
-    assert train_ds.main([*evaluated, "--eval_only"]) == 0  # a merged model knows its method; proposals are made on the fly
+    # a merged model knows its method; proposals are made on the fly
+    assert train_ds.main([*evaluated, "--eval_only"]) == 0
     again = json.loads((toys() / "runs" / "chain-again" / "metrics.json").read_text())
     assert again["teacher_forced"] == metrics["teacher_forced"] and again["free"] == metrics["free"]
     capsys.readouterr()
@@ -292,8 +377,12 @@ def test_the_scripts_end_to_end(tmp_path, capsys):
     ):
         assert train_ds.main(flags(exp_name="mismatch", version=version, method=method)) == 2
         assert f"is {words}, --method says {method}" in capsys.readouterr().err
-    assert train_ds.main(flags(exp_name="on", version=out, steps_per_epoch=1, no_eval=True)) == 0, "training goes on from it"
-    assert len(list((toys() / "proposals-chain").rglob("*.json"))) == stored, "its proposals are those of the first SAM"
+    assert train_ds.main(flags(exp_name="on", version=out, steps_per_epoch=1, no_eval=True)) == 0, (
+        "training goes on from it"
+    )
+    assert len(list((toys() / "proposals-chain").rglob("*.json"))) == stored, (
+        "its proposals are those of the first SAM"
+    )
 
 
 ANSWER = "It is [LOC] on [SEG]"
@@ -301,24 +390,37 @@ ANSWER = "It is [LOC] on [SEG]"
 
 @pytest.fixture
 def segmenter() -> ReasoningSegmenter:
-    return ReasoningSegmenter.from_pretrained(scripted_model(selecting=True, chain=True), max_new_tokens=12)
+    return ReasoningSegmenter.from_pretrained(
+        scripted_model(selecting=True, chain=True), max_new_tokens=12
+    )
 
 
 def test_a_conversation_looks_at_its_picture_once(segmenter, monkeypatch):
     image, calls = pictures()[0].image, []
     model, source = segmenter.model, segmenter.processor.proposals
-    for owner, name in ((model.selecting, "encode"), (model.segmenting, "embed"), (source, "generate")):
+    for owner, name in (
+        (model.selecting, "encode"),
+        (model.segmenting, "embed"),
+        (source, "generate"),
+    ):
         real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, real=real, name=name: calls.append(name) or real(*args))
+        monkeypatch.setattr(
+            owner, name, lambda *args, real=real, name=name: calls.append(name) or real(*args)
+        )
     session = segmenter.open(image)
     assert sorted(calls) == ["embed", "encode", "generate"], "opening reads ahead"
     results = session.ask("where is the dog?"), session.ask("hello?"), session.ask("and the red?")
     assert len(calls) == 3
-    assert [r.text for r in results] == [ANSWER, "there", "there"] and [len(r.masks) for r in results] == [1, 0, 0]
+    assert [r.text for r in results] == [ANSWER, "there", "there"] and [
+        len(r.masks) for r in results
+    ] == [1, 0, 0]
     found = results[0].masks[0]
     assert list(found.levels) == ["LOC", "SEG"] and list(found.coarse) == ["LOC"]
     alone = segmenter(image, "where is the dog?").masks[0]
-    assert all(np.array_equal(found.levels[name], alone.levels[name]) for name in LEVELS) and found.ious == alone.ious
+    assert (
+        all(np.array_equal(found.levels[name], alone.levels[name]) for name in LEVELS)
+        and found.ious == alone.ious
+    )
     assert str(app.steps(results[0], 0.5)).count("<img") == 3
 
 
@@ -340,20 +442,40 @@ def test_chat_and_export(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["text"] == ANSWER and list(found["masks"][0]["files"]) == ["LOC", "SEG"]
     assert len(list((tmp_path / "store").rglob("*.json"))) == 1
-    assert merge.main(["--merged", str(model), "--layout", "lisa", "--save_path", str(tmp_path / "lisa")]) == 2
+    assert (
+        merge.main(
+            ["--merged", str(model), "--layout", "lisa", "--save_path", str(tmp_path / "lisa")]
+        )
+        == 2
+    )
     assert "no place for a selector, which this model has; keep" in capsys.readouterr().err
 
 
 def test_evaluation_by_three_rules(tmp_path, capsys):
-    argv = [str(scripted_model(selecting=True, chain=True)), "--dataset_dir", str(toys() / "data"), "--val_dataset", "Toy|val"]
-    argv += ["--max_new_tokens", "8", "--proposals", str(tmp_path / "store"), "--val_batch_size", "2"]
+    argv = [
+        str(scripted_model(selecting=True, chain=True)),
+        "--dataset_dir",
+        str(toys() / "data"),
+        "--val_dataset",
+        "Toy|val",
+    ]
+    argv += [
+        "--max_new_tokens",
+        "8",
+        "--proposals",
+        str(tmp_path / "store"),
+        "--val_batch_size",
+        "2",
+    ]
     found = {}
     for rule in ("similarity", "iop", "verified"):
         assert evaluation_cli.main([*argv, "--select", rule, "--out", str(tmp_path / rule)]) == 0
         found[rule] = json.loads((tmp_path / rule / "metrics.json").read_text())["free"]
     assert found["similarity"]["emission_rate"] == 1
     assert found["similarity"]["giou"] != found["iop"]["giou"]
-    assert len({rule["first_iou"] for rule in found.values()}) == 1, "the chain's first mask is not chosen"
+    assert len({rule["first_iou"] for rule in found.values()}) == 1, (
+        "the chain's first mask is not chosen"
+    )
     alone = ["--select", "verified", "--out", str(tmp_path / "alone")]
     assert evaluation_cli.main([str(scripted_model(selecting=True)), *argv[1:], *alone]) == 2
     assert "no chain whose mask it verifies" in capsys.readouterr().err

@@ -19,15 +19,31 @@ from model.reasoning.lora import add_lora, has_lora, merge_lora, set_trainable, 
 from model.segmenting.chain import TokenRefiner, prototypes
 from model.segmenting.frames import to_grid, to_original
 from model.segmenting.sam import decode_masks, mask_prompt, no_mask_prompt, position_encoding
-from tests.helpers import LEVELS, TEMPLATE, backbones, conversation, gradient_orders, randomise, sample, tiny_model, write_llava
+from tests.helpers import (
+    LEVELS,
+    TEMPLATE,
+    backbones,
+    conversation,
+    gradient_orders,
+    randomise,
+    sample,
+    tiny_model,
+    write_llava,
+)
 
 CHAINS = [("SEG",), ("LOC", "SEG"), ("LOC", "PART", "SEG")]
 
 
 def mixed_batch(processor, levels=LEVELS):
-    """Two pictures of other sizes; the first row is text only, the others have 2, 1 and 1 targets."""
+    """Two pictures of other sizes; the first row is text only, the others have 2, 1 and 1
+    targets."""
     samples = [
-        sample(conversation(0), conversation(2, levels, ignore=True, question="what is red?"), name="0", seed=1),
+        sample(
+            conversation(0),
+            conversation(2, levels, ignore=True, question="what is red?"),
+            name="0",
+            seed=1,
+        ),
         sample(
             conversation(1, levels, (30, 60), hosts=True),
             conversation(1, levels, (30, 60), question="the wheel"),
@@ -41,13 +57,14 @@ def mixed_batch(processor, levels=LEVELS):
 
 @pytest.fixture(scope="module")
 def cores():
-    """A two-level model whose refiner is no longer the identity, and its batch. Not to be changed."""
+    """A two-level model whose refiner is no longer the identity, and its batch. Not to be
+    changed."""
     model, processor = tiny_model()
     randomise(model.segmenting.refiner, seed=7, scale=0.2)
     return model, processor, mixed_batch(processor)
 
 
-# --------------------------------------------------------------------------------------------------------------- wiring
+# ------------------------------------------------------------------------------------------- wiring
 
 
 @pytest.mark.parametrize("levels", CHAINS)
@@ -56,19 +73,27 @@ def test_any_chain_runs_and_learns(levels):
     batch = mixed_batch(processor, levels)
     set_trainable(model, lora=False)
     output = model.train()(batch)
-    assert [tuple(x.shape) for x in output.low_res] == [(k, len(levels), 16, 16) for k in (0, 2, 1, 1)]
+    assert [tuple(x.shape) for x in output.low_res] == [
+        (k, len(levels), 16, 16) for k in (0, 2, 1, 1)
+    ]
     assert [tuple(x.shape) for x in output.iou] == [(k, len(levels)) for k in (0, 2, 1, 1)]
     assert output.losses.keys() == {"text", "bce", "dice"}
     parts = output.losses
-    assert output.loss.item() == pytest.approx((parts["text"] + 2 * parts["bce"] + 0.5 * parts["dice"]).item(), rel=1e-5)
+    assert output.loss.item() == pytest.approx(
+        (parts["text"] + 2 * parts["bce"] + 0.5 * parts["dice"]).item(), rel=1e-5
+    )
     output.loss.backward()
     trainable = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert not [name for name, grad in trainable.items() if grad is None]
     assert all(grad.isfinite().all() for grad in trainable.values())
-    assert not [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
+    assert not [
+        name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None
+    ]
 
 
-@pytest.mark.parametrize(("patches", "select", "count"), [(2, "default", 4), (3, "default", 9), (2, "full", 5)])
+@pytest.mark.parametrize(
+    ("patches", "select", "count"), [(2, "default", 4), (3, "default", 9), (2, "full", 5)]
+)
 def test_any_number_of_image_tokens(patches, select, count):
     model, processor = tiny_model(patches=patches, select=select)
     assert processor.image_token_count == count
@@ -77,7 +102,8 @@ def test_any_number_of_image_tokens(patches, select, count):
     features = model.reasoning.image_features(batch.clip_pixels)
     assert features.shape == (2, count, 32)
     hidden = model._hidden(batch)
-    for row in range(4):  # alone, without padding and through transformers' own merging of the image
+    # alone, without padding and through transformers' own merging of the image
+    for row in range(4):
         length = int(batch.attention_mask[row].sum())
         alone = model.reasoning.llava(
             input_ids=batch.input_ids[row : row + 1, :length],
@@ -85,7 +111,9 @@ def test_any_number_of_image_tokens(patches, select, count):
             output_hidden_states=True,
         )
         assert torch.allclose(alone.hidden_states[-1][0], hidden[row, :length], atol=1e-5)
-        assert torch.allclose(alone.logits[0], model.reasoning.llava.lm_head(hidden[row, :length]), atol=1e-4)
+        assert torch.allclose(
+            alone.logits[0], model.reasoning.llava.lm_head(hidden[row, :length]), atol=1e-4
+        )
 
 
 def test_states_are_those_before_the_tokens(cores):
@@ -117,7 +145,8 @@ def test_text_loss_equals_transformers(cores):
 
 
 def test_masks_equal_target_by_target(cores):
-    """The chain written out for each target alone: projection, decode, refine, decode. Measured: 2e-6."""
+    """The chain written out for each target alone: projection, decode, refine, decode. Measured:
+    2e-6."""
     model, _, batch = cores
     hidden, output, sam = model._hidden(batch), model(batch), model.segmenting.sam
     states = model.reasoning.token_states(hidden, batch.labels, batch.info, [0, 2, 1, 1])
@@ -129,8 +158,12 @@ def test_masks_equal_target_by_target(cores):
         valid[:height, :width] = 1
         valid = valid.reshape(4, 16, 4, 16).mean((1, 3))[None]
         for k, (loc, seg) in enumerate(states[row]):
-            first, _ = decode_masks(sam, features, model.text_projection(loc)[None, None], no_mask_prompt(sam, 1))
-            token = model.segmenting.refiner(model.text_projection(seg)[None], features, first, valid)
+            first, _ = decode_masks(
+                sam, features, model.text_projection(loc)[None, None], no_mask_prompt(sam, 1)
+            )
+            token = model.segmenting.refiner(
+                model.text_projection(seg)[None], features, first, valid
+            )
             second, iou = decode_masks(sam, features, token[:, None], mask_prompt(sam, first))
             assert torch.allclose(output.low_res[row][k], torch.cat([first, second]), atol=1e-4)
             assert torch.allclose(output.iou[row][k, 1], iou[0], atol=1e-5)
@@ -142,7 +175,10 @@ def test_third_level_follows_the_second():
     chain, sam = model.segmenting, model.segmenting.sam
     randomise(chain.refiner, seed=7, scale=0.2)
     generator = torch.Generator().manual_seed(0)
-    tokens, features = torch.randn(2, 3, 32, generator=generator), torch.randn(1, 32, 4, 4, generator=generator)
+    tokens, features = (
+        torch.randn(2, 3, 32, generator=generator),
+        torch.randn(1, 32, 4, 4, generator=generator),
+    )
     valid = torch.ones(1, 4, 4)
     masks, _ = chain(tokens, features, torch.zeros(2, dtype=torch.long), valid)
     both, covered = features.expand(2, -1, -1, -1), valid.expand(2, -1, -1)
@@ -155,7 +191,12 @@ def test_third_level_follows_the_second():
 def test_rows_do_not_depend_on_their_neighbours(cores):
     model, processor, batch = cores
     output = model(batch)
-    alone = collate([sample(conversation(2, ignore=True, question="what is red?"), name="0", seed=1)], processor, LEVELS, TEMPLATE)
+    alone = collate(
+        [sample(conversation(2, ignore=True, question="what is red?"), name="0", seed=1)],
+        processor,
+        LEVELS,
+        TEMPLATE,
+    )
     assert torch.allclose(model(alone).low_res[0], output.low_res[1], atol=1e-4)
 
 
@@ -171,12 +212,19 @@ def test_chunks_change_nothing(cores):
 
 
 def test_mask_losses_by_definition():
-    """Sums over all masks of the batch, divided by their number; ignored pixels left out; host masks at level 0."""
-    model, processor = tiny_model(level_loss_weights=[0.25, 1.0], pointing_weight=0.5, pointing_host=True)
+    """Sums over all masks of the batch, divided by their number; ignored pixels left out; host
+    masks at level 0."""
+    model, processor = tiny_model(
+        level_loss_weights=[0.25, 1.0], pointing_weight=0.5, pointing_host=True
+    )
     batch = mixed_batch(processor)
     output = model(batch)
     with torch.no_grad():
-        states = torch.cat(model.reasoning.token_states(model._hidden(batch), batch.labels, batch.info, [0, 2, 1, 1]))
+        states = torch.cat(
+            model.reasoning.token_states(
+                model._hidden(batch), batch.labels, batch.info, [0, 2, 1, 1]
+            )
+        )
         tokens = model.text_projection(states)
     position = position_encoding(model.segmenting.sam)[0].flatten(1).T
     bce = dice = pointing = 0.0
@@ -188,7 +236,9 @@ def test_mask_losses_by_definition():
             host = batch.host_masks[row]
             pairs = [(1, 1.0, target)] + ([(0, 0.25, host[k])] if host is not None else [])
             for level, weight, truth in pairs:
-                logits = to_original(output.low_res[row][k, level][None], frame, batch.original_sizes[image], 64)
+                logits = to_original(
+                    output.low_res[row][k, level][None], frame, batch.original_sizes[image], 64
+                )
                 ignore = batch.ignore_masks[row]
                 bce += weight * bce_per_mask(logits, truth[None].float(), ignore) / 4
                 dice += weight * dice_per_mask(logits, truth[None].float(), ignore) / 4
@@ -226,7 +276,8 @@ def test_text_only_batch_costs_text_only_and_touches_everything():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_come_in_the_same_order_whatever_a_batch_holds(checkpointing):
-    """ZeRO adds up what ranks put into a bucket side by side, one of them with a batch without targets."""
+    """ZeRO adds up what ranks put into a bucket side by side, one of them with a batch without
+    targets."""
     model, processor = tiny_model(pointing_weight=0.5)
     add_lora(model, dropout=0.0)
     set_trainable(model)
@@ -234,9 +285,15 @@ def test_gradients_come_in_the_same_order_whatever_a_batch_holds(checkpointing):
         enable_checkpointing(model.reasoning.llava)
     text_only = collate([sample(conversation(0))], processor, LEVELS, TEMPLATE)
     one_target = collate([sample(conversation(1))], processor, LEVELS, TEMPLATE)
-    no_text = replace(one_target, labels=torch.full_like(one_target.labels, -100), target_masks=[torch.zeros(0, 50, 40).bool()])
+    no_text = replace(
+        one_target,
+        labels=torch.full_like(one_target.labels, -100),
+        target_masks=[torch.zeros(0, 50, 40).bool()],
+    )
     orders = []
-    for _, order in gradient_orders(model, (mixed_batch(processor), text_only, one_target, no_text)):
+    for _, order in gradient_orders(
+        model, (mixed_batch(processor), text_only, one_target, no_text)
+    ):
         orders.append(order)
     assert len(orders[0]) == sum(p.requires_grad for p in model.parameters())
     assert orders[0] == orders[1] == orders[2] == orders[3]
@@ -246,7 +303,12 @@ def test_segment_thresholds_in_the_original_frame(cores):
     model, _, batch = cores
     output = model(batch)
     results = model.segment(batch)
-    assert [tuple(r.masks.shape) for r in results] == [(0, 2, 50, 40), (2, 2, 50, 40), (1, 2, 30, 60), (1, 2, 30, 60)]
+    assert [tuple(r.masks.shape) for r in results] == [
+        (0, 2, 50, 40),
+        (2, 2, 50, 40),
+        (1, 2, 30, 60),
+        (1, 2, 30, 60),
+    ]
     expected = to_original(output.low_res[2][0], batch.resized_sizes[1], (30, 60), 64) > 0
     assert torch.equal(results[2].masks[0], expected)
     assert torch.equal(results[2].iou, output.iou[2])
@@ -255,7 +317,9 @@ def test_segment_thresholds_in_the_original_frame(cores):
 def test_token_norm():
     """The optional LayerNorm sets the scale that a small SAM hears."""
     model, _ = tiny_model(text_projection_norm=11.0)
-    norms = model.text_projection(torch.randn(50, 32, generator=torch.Generator().manual_seed(0))).norm(dim=1)
+    norms = model.text_projection(
+        torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    ).norm(dim=1)
     assert norms.tolist() == pytest.approx([11.0] * 50, rel=1e-2)
     assert len(tiny_model()[0].text_projection) == 3
 
@@ -280,7 +344,9 @@ def test_gradient_checkpointing_changes_nothing():
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train().zero_grad()
         model(batch).loss.backward()
-        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        grads.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
     assert model.reasoning.llava.model.language_model.gradient_checkpointing
     assert grads[0].keys() == grads[1].keys()
     assert any(grad.any() for name, grad in grads[0].items() if "embed_tokens" in name)
@@ -294,22 +360,31 @@ def test_frozen_encoders_stay_in_evaluation_mode(cores):
     assert model.segmenting.sam.mask_decoder.training
     assert model.reasoning.llava.model.language_model.training
     frozen = (model.segmenting.sam.image_encoder, model.segmenting.sam.prompt_encoder)
-    assert not any(m.training for part in (*frozen, model.reasoning.llava.model.vision_tower) for m in part.modules())
+    assert not any(
+        m.training
+        for part in (*frozen, model.reasoning.llava.model.vision_tower)
+        for m in part.modules()
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------- guards
+# ------------------------------------------------------------------------------------------- guards
 
 
 def test_image_tokens_are_counted_row_by_row(cores):
-    """One too many in row 1 and one too few in row 2: the total of the batch is right, the rows are not."""
+    """One too many in row 1 and one too few in row 2: the total of the batch is right, the rows are
+    not."""
     model, processor, batch = cores
     ids = batch.input_ids.clone()
     ids[2, (ids[2] == processor.image_token_id).nonzero()[0]] = 5
     ids[1, -1] = processor.image_token_id
-    with pytest.raises(ValueError, match=r"row 1 of the batch: 5 image tokens but 4 image features"):
+    with pytest.raises(
+        ValueError, match=r"row 1 of the batch: 5 image tokens but 4 image features"
+    ):
         model(replace(batch, input_ids=ids))
     ids = torch.where(batch.input_ids == processor.image_token_id, 5, batch.input_ids)
-    with pytest.raises(ValueError, match=r"row 0 of the batch: 0 image tokens but 4 image features"):
+    with pytest.raises(
+        ValueError, match=r"row 0 of the batch: 0 image tokens but 4 image features"
+    ):
         model(replace(batch, input_ids=ids))
 
 
@@ -317,10 +392,14 @@ def test_answer_tokens_are_counted_row_by_row(cores):
     model, processor, batch = cores
     labels = batch.labels.clone()
     labels[1, (labels[1] == processor.tokenizer.convert_tokens_to_ids("[LOC]")).nonzero()[0]] = 5
-    with pytest.raises(ValueError, match=r"toy 0 \(0\.jpg\): \[1, 2\] answer tokens per level but 2 target masks"):
+    with pytest.raises(
+        ValueError, match=r"toy 0 \(0\.jpg\): \[1, 2\] answer tokens per level but 2 target masks"
+    ):
         model(replace(batch, labels=labels))
     masks = [*batch.target_masks[:3], batch.target_masks[3][:0]]
-    with pytest.raises(ValueError, match=r"toy 1 \(1\.jpg\): \[1, 1\] answer tokens per level but 0 target masks"):
+    with pytest.raises(
+        ValueError, match=r"toy 1 \(1\.jpg\): \[1, 1\] answer tokens per level but 0 target masks"
+    ):
         model(replace(batch, target_masks=masks))
 
 
@@ -341,7 +420,10 @@ def test_answer_tokens_are_counted_row_by_row(cores):
         ({"levels": ["SEG"], "refiner": {"kind": "attention"}}, "SEG is the only level"),
         ({"dice_weight": -1.0}, "dice_weight is -1.0"),
         ({"pointing_host": True}, "pointing_host needs a pointing_weight"),
-        ({"levels": ["SEG"], "pointing_host": True, "pointing_weight": 1.0}, "a level before the last"),
+        (
+            {"levels": ["SEG"], "pointing_host": True, "pointing_weight": 1.0},
+            "a level before the last",
+        ),
         ({"decode_chunk": 0}, "decode_chunk is 0"),
         ({"text_projection_norm": 0.0}, "text_projection_norm is 0.0"),
     ],
@@ -369,7 +451,7 @@ def test_config_round_trip(cores):
     assert again.sam_dims == model.config.sam_dims
 
 
-# ------------------------------------------------------------------------------------------------------------ backbones
+# ---------------------------------------------------------------------------------------- backbones
 
 
 def test_llava_of_another_kind_is_refused(tmp_path):
@@ -381,7 +463,9 @@ def test_llava_of_another_kind_is_refused(tmp_path):
     config.write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="needs a model of type 'llava', this is 'llama'"):
         load_llava(str(tmp_path))
-    config.write_text(json.dumps({"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}))
+    config.write_text(
+        json.dumps({"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]})
+    )
     with pytest.raises(FileNotFoundError, match="no weights here"):
         load_llava(str(tmp_path))
 
@@ -414,15 +498,21 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("tied", "spare_rows"), [(False, 0), (True, 0), (False, 1), (False, 10)])
 def test_level_tokens_start_from_the_mean(tied, spare_rows):
-    """Whether the tables grow by both rows, by one, or have room for both, as published checkpoints do."""
+    """Whether the tables grow by both rows, by one, or have room for both, as published checkpoints
+    do."""
     backbone = load_llava(backbones(tied=tied, spare_rows=spare_rows)[0])
     llava, tokenizer = backbone.model, backbone.tokenizer
     known = len(tokenizer)
-    before = [t.weight.detach().clone() for t in (llava.get_input_embeddings(), llava.get_output_embeddings())]
+    before = [
+        t.weight.detach().clone()
+        for t in (llava.get_input_embeddings(), llava.get_output_embeddings())
+    ]
     ids = add_level_tokens(llava, tokenizer, ["LOC", "SEG"])
     assert ids == [known, known + 1]
     assert tokenizer.convert_ids_to_tokens(ids) == ["[LOC]", "[SEG]"]
-    for old, table in zip(before, (llava.get_input_embeddings(), llava.get_output_embeddings()), strict=True):
+    for old, table in zip(
+        before, (llava.get_input_embeddings(), llava.get_output_embeddings()), strict=True
+    ):
         assert table.weight.shape[0] == max(known + 2, known + spare_rows)
         assert torch.equal(table.weight[:known], old[:known])
         assert torch.allclose(table.weight[ids], old[:known].mean(0).expand(2, -1), atol=1e-6)
@@ -433,7 +523,7 @@ def test_level_tokens_start_from_the_mean(tied, spare_rows):
     assert (llava.get_input_embeddings().weight[ids] == 1).all()  # a second call resets nothing
 
 
-# -------------------------------------------------------------------------------------------------------------- refiner
+# ------------------------------------------------------------------------------------------ refiner
 
 
 @pytest.mark.parametrize("kind", ["foreground", "foreground+background", "regions"])
@@ -449,7 +539,8 @@ def test_refiner_starts_as_the_identity(kind, pooling):
 
 
 def test_refiner_learns_and_is_saved():
-    """The published one is frozen by PEFT and missing from what trains; ours moves, also under LoRA."""
+    """The published one is frozen by PEFT and missing from what trains; ours moves, also under
+    LoRA."""
     model, processor = tiny_model()
     add_lora(model)
     set_trainable(model)
@@ -458,7 +549,8 @@ def test_refiner_learns_and_is_saved():
     assert len(names) == 4
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     start = {name: value.clone() for name, value in trainable_state_dict(model).items()}
-    for step in range(2):  # behind the zero output, the inner projection hears nothing before the second step
+    # behind the zero output, the inner projection hears nothing before the second step
+    for step in range(2):
         optimizer.zero_grad()
         model.train()(batch).loss.backward()
         attention = model.segmenting.refiner.attention
@@ -477,19 +569,25 @@ def test_no_refiner_has_no_weights():
 
 
 def test_pooling_by_hand():
-    """Features are the row index; the mask is sure of the two upper rows, the rightmost column is padding."""
+    """Features are the row index; the mask is sure of the two upper rows, the rightmost column is
+    padding."""
     features = torch.arange(4.0)[None, None, :, None].expand(1, 1, 4, 4)
     logits = torch.full((1, 16, 16), -40.0)
     logits[:, :8] = 40.0
     valid = torch.ones(1, 4, 4)
     valid[..., 3] = 0
-    pooled, empty = prototypes(features, logits, valid, RefinerConfig(prototypes="foreground+background"))
-    assert pooled[0, :, 0].tolist() == pytest.approx([0.5, 2.5], rel=1e-3)  # 5e-4 in the denominator
+    pooled, empty = prototypes(
+        features, logits, valid, RefinerConfig(prototypes="foreground+background")
+    )
+    # 5e-4 in the denominator
+    assert pooled[0, :, 0].tolist() == pytest.approx([0.5, 2.5], rel=1e-3)
     assert not empty.any()
     marked = features.clone()
     marked[..., 3] = 1000.0  # padding does not get in
     assert torch.equal(prototypes(marked, logits, valid, RefinerConfig())[0], pooled[:, :1])
-    pooled, empty = prototypes(features, logits, valid, RefinerConfig(prototypes="regions", region_grid=2))
+    pooled, empty = prototypes(
+        features, logits, valid, RefinerConfig(prototypes="regions", region_grid=2)
+    )
     assert pooled[0, :2, 0].tolist() == pytest.approx([0.5, 0.5], rel=1e-3)
     assert empty.tolist() == [[False, False, True, True]]
 
@@ -508,14 +606,20 @@ def test_hard_pooling_thresholds_and_soft_does_not():
 def test_refiner_survives_empty_masks():
     refiner = TokenRefiner(32, RefinerConfig(prototypes="regions", pooling="hard"))
     randomise(refiner)
-    out = refiner(torch.ones(2, 32), torch.randn(2, 32, 4, 4), torch.full((2, 16, 16), -9.0), torch.ones(2, 4, 4))
+    out = refiner(
+        torch.ones(2, 32),
+        torch.randn(2, 32, 4, 4),
+        torch.full((2, 16, 16), -9.0),
+        torch.ones(2, 4, 4),
+    )
     out.sum().backward()
     assert out.isfinite().all()
     assert all(p.grad.isfinite().all() for p in refiner.parameters())
 
 
 def test_last_mask_reaches_the_first_token():
-    """The previous logits go on undetached: [LOC] learns from the final mask although no loss looks at its own."""
+    """The previous logits go on undetached: [LOC] learns from the final mask although no loss looks
+    at its own."""
     model, processor = tiny_model(refiner={"kind": "none"})
     batch = mixed_batch(processor)
     tokens = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -524,7 +628,7 @@ def test_last_mask_reaches_the_first_token():
     assert tokens.grad[:, 0].abs().sum(1).min() > 0
 
 
-# ------------------------------------------------------------------------------------------------------ LoRA, saving
+# ------------------------------------------------------------------------------------- LoRA, saving
 
 
 def test_lora_is_in_the_language_model_only():
@@ -532,19 +636,37 @@ def test_lora_is_in_the_language_model_only():
     add_lora(model)
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
     assert len(names) == 2 * 2 * 2  # layers × (q, v) × (A, B)
-    assert all("language_model" in name and ("q_proj" in name or "v_proj" in name) for name in names)
+    assert all(
+        "language_model" in name and ("q_proj" in name or "v_proj" in name) for name in names
+    )
 
 
 def test_what_trains():
     model, _ = tiny_model()
     add_lora(model, r=4)
     sizes = set_trainable(model)
-    assert sizes.keys() == {"LoRA", "token embeddings", "lm_head", "text projection", "mask decoder", "refiner"}
+    assert sizes.keys() == {
+        "LoRA",
+        "token embeddings",
+        "lm_head",
+        "text projection",
+        "mask decoder",
+        "refiner",
+    }
     assert min(sizes.values()) > 0
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    for part in ("vision_tower", "multi_modal_projector", "image_encoder", "prompt_encoder", "base_layer", "mlp"):
+    for part in (
+        "vision_tower",
+        "multi_modal_projector",
+        "image_encoder",
+        "prompt_encoder",
+        "base_layer",
+        "mlp",
+    ):
         assert any(part in name for name in frozen), part
-    assert not [name for name in trainable_state_dict(model) if "encoder" in name or "vision" in name]
+    assert not [
+        name for name in trainable_state_dict(model) if "encoder" in name or "vision" in name
+    ]
 
 
 def test_rank_zero_means_no_adapters():
@@ -584,7 +706,8 @@ def test_merge_equals_adapters_and_leaves_the_base_alone():
     add_lora(model, r=4, alpha=16)
     with torch.no_grad():
         before = model(batch)
-        assert before.loss.item() == pytest.approx(tiny_model()[0](batch).loss.item(), rel=1e-6)  # B starts at 0
+        # B starts at 0
+        assert before.loss.item() == pytest.approx(tiny_model()[0](batch).loss.item(), rel=1e-6)
         for name, p in model.named_parameters():
             if "lora_" in name:
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
@@ -615,7 +738,9 @@ def test_adapters_are_not_saved_apart(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_reload_gives_the_same(tmp_path, tied):
-    model, processor = tiny_model(tied=tied, text_projection_norm=8.0, refiner={"prototypes": "regions"}, bce_weight=3.0)
+    model, processor = tiny_model(
+        tied=tied, text_projection_norm=8.0, refiner={"prototypes": "regions"}, bce_weight=3.0
+    )
     randomise(model.segmenting.refiner, seed=5)
     randomise(model.text_projection, seed=6)
     model.save_pretrained(tmp_path)
@@ -634,9 +759,14 @@ def test_reload_gives_the_same(tmp_path, tied):
         assert torch.equal(ours.loss, theirs.loss)
         assert torch.equal(torch.cat(ours.low_res), torch.cat(theirs.low_res))
     buffers = dict(loaded.named_buffers())  # also those that no checkpoint holds
-    assert not [name for name, value in model.named_buffers() if not torch.equal(value, buffers[name])]
+    assert not [
+        name for name, value in model.named_buffers() if not torch.equal(value, buffers[name])
+    ]
     assert AutoConfig.from_pretrained(tmp_path).model_type == "cores"
-    assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("[SEG]") == model.config.level_token_ids[1]
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("[SEG]")
+        == model.config.level_token_ids[1]
+    )
 
 
 def test_missing_and_unexpected_weights_are_named(tmp_path):

@@ -2,14 +2,16 @@
 
     python -m tests.parity CASE_DIR [CASE_DIR …] [--tolerance 10] [--all]
 
-A case folder holds either a model (``weights.safetensors`` under the published names, ``config.json``, ``inputs`` and
-``outputs.safetensors``, ``noise.json`` with the noise floor of the published code itself), or recorded tokenisation
-(``values.json`` with "cases" and "tokenize"), or recorded utilities. A model case is written out as a published
-checkpoint folder and loaded by ``CoresForReasoningSegmentation.from_pretrained``, as a user would.
+A case folder holds either a model (``weights.safetensors`` under the published names,
+``config.json``, ``inputs`` and ``outputs.safetensors``, ``noise.json`` with the noise floor of the
+published code itself), or recorded tokenisation (``values.json`` with "cases" and "tokenize"), or
+recorded utilities. A model case is written out as a published checkpoint folder and loaded by
+``CoresForReasoningSegmentation.from_pretrained``, as a user would.
 
-A float tensor may differ by ``--tolerance`` times its noise floor, a loss by 1e-4, a metric by 1e-4, a mask by no pixel,
-token ids and labels not at all. A pixel whose recorded logit is nearer to 0 than the noise floor is undecided and not
-counted; the table says how many there are. Exit code 0: everything agrees; 1: something does not; 2: no such case.
+A float tensor may differ by ``--tolerance`` times its noise floor, a loss by 1e-4, a metric by
+1e-4, a mask by no pixel, token ids and labels not at all. A pixel whose recorded logit is nearer to
+0 than the noise floor is undecided and not counted; the table says how many there are. Exit code 0:
+everything agrees; 1: something does not; 2: no such case.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from tests.parity.table import Table, read_json, read_noise
 
 
 def compare_case(folder: Path, factor: float = 10.0) -> Table:
-    """Everything that a case folder records. Raises FileNotFoundError or ValueError for a folder that is no case."""
+    """Everything that a case folder records. Raises FileNotFoundError or ValueError for a folder
+    that is no case."""
     if not folder.is_dir():
         raise FileNotFoundError("no such folder")
     table = Table(str(folder), factor, read_noise(folder / "noise.json"))
@@ -35,9 +38,13 @@ def compare_case(folder: Path, factor: float = 10.0) -> Table:
         return table
     values = folder / "values.json"
     if not values.is_file():
-        raise FileNotFoundError(f"{folder}: no case here; it needs weights.safetensors or values.json")
+        raise FileNotFoundError(
+            f"{folder}: no case here; it needs weights.safetensors or values.json"
+        )
     content = read_json(values)
-    (parity_parts.compare_tokens if "cases" in content else parity_parts.compare_utilities)(folder, content, table)
+    (parity_parts.compare_tokens if "cases" in content else parity_parts.compare_utilities)(
+        folder, content, table
+    )
     return table
 
 
@@ -48,10 +55,21 @@ def _factor(text: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.parity", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("cases", nargs="+", type=Path, metavar="CASE_DIR")
-    parser.add_argument("--tolerance", type=_factor, default=10.0, help="how many times the noise floor is allowed (default: 10)")
-    parser.add_argument("--all", action="store_true", help="print every comparison, not only the largest of each run")
+    parser.add_argument(
+        "--tolerance",
+        type=_factor,
+        default=10.0,
+        help="how many times the noise floor is allowed (default: 10)",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="print every comparison, not only the largest of each run",
+    )
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     ok = True

@@ -1,4 +1,5 @@
-"""Parity of whole models: forward, losses, gradients, LoRA and free generation against recorded runs.
+"""Parity of whole models: forward, losses, gradients, LoRA and free generation against recorded
+runs.
 
 B images · N conversations · K targets · T levels; names as in docs/architecture.md.
 """
@@ -27,7 +28,8 @@ from model.segmenting.sam import mask_prompt, no_mask_prompt
 from tests.parity.table import LOSS_TOLERANCE, Table, read_json, read_tensors
 
 GRADIENT_FLOOR = 1e-4  # of the largest norm: what is zero in exact arithmetic is noise of that size
-UNRECORDED_NORM = 2e-5  # noise of gradient norms where noise.json has none, relative: what the recorded ones show
+# noise of gradient norms where noise.json has none, relative: what the recorded ones show
+UNRECORDED_NORM = 2e-5
 LOSSES = {"ce_loss": "text", "mask_bce_loss": "bce", "mask_dice_loss": "dice"}
 
 
@@ -37,7 +39,9 @@ def compare(folder: Path, table: Table) -> None:
     with tempfile.TemporaryDirectory(prefix="cores-parity-") as checkpoint:
         write_checkpoint(folder, case.config, Path(checkpoint))
         processor = CoresProcessor.from_pretrained(checkpoint)
-        model = CoresForReasoningSegmentation.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        model = CoresForReasoningSegmentation.from_pretrained(
+            checkpoint, dtype=torch.float32
+        ).eval()
     case.prepare(model, processor)
     case.compare_images()
     for run in case.runs():
@@ -49,7 +53,8 @@ def compare(folder: Path, table: Table) -> None:
 
 
 def write_checkpoint(case: Path, config: dict, folder: Path) -> None:
-    """The case as a published checkpoint folder: config.json, weights, tokenizer, and the sizes of its CLIP beside it."""
+    """The case as a published checkpoint folder: config.json, weights, tokenizer, and the sizes of
+    its CLIP beside it."""
     llama, clip = config["llama"], config["clip"]
     content = {
         "architectures": ["LISAForCausalLM" if config["repo"] == "LISA" else "CORESForCausalLM"],
@@ -75,11 +80,23 @@ def write_checkpoint(case: Path, config: dict, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(content))
     (folder / "model.safetensors").symlink_to((case / "weights.safetensors").resolve())
     shutil.copy(case / "tokenizer.model", folder)
-    tokens = {"[SEG]": "seg_token_idx", "[SEG_SEMA]": "seg_sema_token_idx", "<im_start>": "im_start", "<im_end>": "im_end"}
+    tokens = {
+        "[SEG]": "seg_token_idx",
+        "[SEG_SEMA]": "seg_sema_token_idx",
+        "<im_start>": "im_start",
+        "<im_end>": "im_end",
+    }
     added = {token: config[key] for token, key in tokens.items() if key in config}
     (folder / "added_tokens.json").write_text(json.dumps(added))
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<s>", "eos_token": "</s>"}))
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "legacy": True,
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"bos_token": "<s>", "eos_token": "</s>"})
+    )
     CLIPVisionConfig(
         hidden_size=clip["hidden"],
         intermediate_size=clip["inter"],
@@ -107,8 +124,11 @@ class Case:
     def prepare(self, model: CoresForReasoningSegmentation, processor: CoresProcessor) -> None:
         self.model, self.processor = model, processor
         weights = self.config["loss_weights"]
-        model.config.text_weight, model.config.bce_weight, model.config.dice_weight = (weights[k] for k in ("ce", "bce", "dice"))
-        model.config.mask_weight = 2.0 if self.stage_major else 1.0  # that variant doubles its mask losses
+        model.config.text_weight, model.config.bce_weight, model.config.dice_weight = (
+            weights[k] for k in ("ce", "bce", "dice")
+        )
+        # that variant doubles its mask losses
+        model.config.mask_weight = 2.0 if self.stage_major else 1.0
         model.config.ignore_in_loss = False
         self.originals = [self.inputs[f"image{i}.orig_u8_hwc"].numpy() for i in range(self.images)]
         self.clip = [processor.clip(image) for image in self.originals]
@@ -120,13 +140,15 @@ class Case:
 
     @property
     def stage_major(self) -> bool:
-        """Whether recorded lists hold all images of level 0 first; else all levels of image 0 first."""
+        """Whether recorded lists hold all images of level 0 first; else all levels of image 0
+        first."""
         return self.config["module"].endswith("2seg2mask")
 
-    # -------------------------------------------------------------------------------------------------------- recorded
+    # ------------------------------------------------------------------------------------- recorded
 
     def theirs(self, name: str) -> tuple[Tensor, int] | None:
-        """A recorded tensor and its step: 1, or every n-th value of the flattened tensor. None where not recorded."""
+        """A recorded tensor and its step: 1, or every n-th value of the flattened tensor. None
+        where not recorded."""
         if name in self.outputs:
             self.seen.add(name)
             return self.outputs[name], 1
@@ -155,21 +177,28 @@ class Case:
         """Teacher-forced runs, by their recorded inputs."""
         names = sorted({name.split(".")[0] for name in self.inputs if name.endswith(".labels")})
         if "train_vqa_first" in names and self.stage_major:
-            self.table.left_out["train_vqa_first"] = "the published code pools from the wrong image there"
+            self.table.left_out["train_vqa_first"] = (
+                "the published code pools from the wrong image there"
+            )
             names.remove("train_vqa_first")
             self.seen |= {name for name in self.outputs if name.startswith("train_vqa_first.")}
         return names
 
-    # ----------------------------------------------------------------------------------------------------------- inputs
+    # --------------------------------------------------------------------------------------- inputs
 
     def image_numbers(self, run: str) -> list[int]:
         """The images of a run: ``infer1`` is about image 1, others about the first ones."""
         count = len(self.inputs[f"{run}.offset"]) - 1
         digits = run.removeprefix("infer")
-        return [int(digits)] if run != digits and digits.isdigit() and count == 1 else list(range(count))
+        return (
+            [int(digits)]
+            if run != digits and digits.isdigit() and count == 1
+            else list(range(count))
+        )
 
     def expand(self, ids: Tensor, fill: int) -> Tensor:
-        """Rows with the one image placeholder (-200) repeated as often as there are image features, as ``fill``."""
+        """Rows with the one image placeholder (-200) repeated as often as there are image features,
+        as ``fill``."""
         count = self.processor.image_token_count
         rows = []
         for row in ids:
@@ -183,9 +212,17 @@ class Case:
         offset = get("offset").tolist()
         counts = [b - a for a, b in zip(offset, offset[1:], strict=False)]
         image_index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        ids, places = self.expand(get("input_ids"), self.model.reasoning.image_token_id), get("input_ids")
-        labels = self.expand(torch.where(places == self.config["image_token_index"], places, get("labels")), -100)
-        mask = self.expand(torch.where(places == self.config["image_token_index"], places, get("attention_masks")), 1)
+        ids, places = (
+            self.expand(get("input_ids"), self.model.reasoning.image_token_id),
+            get("input_ids"),
+        )
+        labels = self.expand(
+            torch.where(places == self.config["image_token_index"], places, get("labels")), -100
+        )
+        mask = self.expand(
+            torch.where(places == self.config["image_token_index"], places, get("attention_masks")),
+            1,
+        )
         return Batch(
             input_ids=ids,
             attention_mask=mask,
@@ -198,7 +235,10 @@ class Case:
             target_masks=self.masks_by_row(run, labels, counts),
             ignore_masks=[None] * len(ids),
             host_masks=[None] * len(ids),
-            info=[{"dataset": run, "id": str(row), "image_path": "recorded"} for row in range(len(ids))],
+            info=[
+                {"dataset": run, "id": str(row), "image_path": "recorded"}
+                for row in range(len(ids))
+            ],
         )
 
     def masks_by_row(self, run: str, labels: Tensor, counts: list[int]) -> list[Tensor]:
@@ -212,12 +252,14 @@ class Case:
             row += count
         return masks
 
-    # ------------------------------------------------------------------------------------------------------ comparisons
+    # ---------------------------------------------------------------------------------- comparisons
 
     def compare_images(self) -> None:
         for i in range(self.images):
             self.check(f"image{i}.sam_input", self.sam[i][0])
-            self.table.tensors(f"image{i}.clip (input)", self.clip[i], self.inputs[f"image{i}.clip"])
+            self.table.tensors(
+                f"image{i}.clip (input)", self.clip[i], self.inputs[f"image{i}.clip"]
+            )
 
     def compare_run(self, run: str) -> None:
         """Values inside one teacher-forced pass, its losses, masks and gradients."""
@@ -243,9 +285,11 @@ class Case:
             self.check(f"{run}.clip_feature.{i}", probe.clip[i])
             self.check(f"{run}.mm_projected.{i}", probe.projected[i])
             self.check(
-                f"{run}.sam_image_embedding.{i}", probe.sam_embeddings[i : i + 1] if probe.sam_embeddings is not None else None
+                f"{run}.sam_image_embedding.{i}",
+                probe.sam_embeddings[i : i + 1] if probe.sam_embeddings is not None else None,
             )
-        # read again row by row: the pass itself shares prefixes and computes only what the losses need
+        # read again row by row: the pass itself shares prefixes and computes only what the losses
+        # need
         reasoning = self.model.reasoning
         with torch.no_grad():
             features = reasoning.image_features(batch.clip_pixels)
@@ -262,7 +306,8 @@ class Case:
             self.compare_prompts(run, probe, output, per_image)
 
     def recorded_attention(self, run: str) -> Tensor:
-        """The published attention mask: the added columns stand on the left, wherever the image is."""
+        """The published attention mask: the added columns stand on the left, wherever the image
+        is."""
         mask = self.inputs[f"{run}.attention_masks"]
         added = self.processor.image_token_count - 1
         return torch.cat([mask.new_ones((len(mask), added)), mask], dim=1)
@@ -277,14 +322,22 @@ class Case:
                 self.check(f"{run}.prompt_text_embeds.{k}", probe.tokens[rows, level][:, None])
                 self.check(f"{run}.low_res_masks.{k}", low_res[rows, level][:, None])
                 self.check(f"{run}.iou_pred.{k}", iou[rows, level][:, None])
-                self.check(f"{run}.postprocess_out.{k}", self.full(low_res[rows, level], *original)[:, None])
-                refined = probe.refined[level - 1] if level and probe.refined else probe.tokens[:, level]
+                self.check(
+                    f"{run}.postprocess_out.{k}",
+                    self.full(low_res[rows, level], *original)[:, None],
+                )
+                refined = (
+                    probe.refined[level - 1] if level and probe.refined else probe.tokens[:, level]
+                )
                 self.check(f"{run}.decoder_sparse_in.{k}", refined[rows][:, None])
                 self.check(f"{run}.prompt_dense.{k}", self.dense(low_res, level, rows))
                 if level and probe.refined:
                     self.check(f"{run}.refiner_tgt.{image}", probe.query[rows].transpose(0, 1))
                     self.check(f"{run}.refiner_memory.{image}", probe.memory[rows].transpose(0, 1))
-                    self.check(f"{run}.refiner_out.{image}", (probe.refined[0][rows] - probe.tokens[rows, level])[None])
+                    self.check(
+                        f"{run}.refiner_out.{image}",
+                        (probe.refined[0][rows] - probe.tokens[rows, level])[None],
+                    )
 
     def dense(self, low_res: Tensor, level: int, rows: slice) -> Tensor:
         """The dense prompt of a level: the mask of the level before, or SAM's "no mask"."""
@@ -293,7 +346,9 @@ class Case:
         return mask_prompt(sam, masks[:, level - 1]) if level else no_mask_prompt(sam, len(masks))
 
     def batch_sizes(self, run: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        return [(self.sam[i][1], tuple(self.originals[i].shape[:2])) for i in self.image_numbers(run)]
+        return [
+            (self.sam[i][1], tuple(self.originals[i].shape[:2])) for i in self.image_numbers(run)
+        ]
 
     def full(self, low_res: Tensor, resized: tuple[int, int], original: tuple[int, int]) -> Tensor:
         return to_original(low_res, resized, original, self.model.config.sam["image_size"])
@@ -306,7 +361,11 @@ class Case:
 
     def compare_losses(self, run: str, output) -> None:
         c = self.model.config
-        weights = {"text": c.text_weight, "bce": c.mask_weight * c.bce_weight, "dice": c.mask_weight * c.dice_weight}
+        weights = {
+            "text": c.text_weight,
+            "bce": c.mask_weight * c.bce_weight,
+            "dice": c.mask_weight * c.dice_weight,
+        }
         for theirs, ours in LOSSES.items():
             self.check(f"{run}.{theirs}", weights[ours] * output.losses[ours], LOSS_TOLERANCE)
         self.check(f"{run}.loss", output.loss, LOSS_TOLERANCE)
@@ -336,11 +395,16 @@ class Case:
     def compare_masks(self, run: str, batch: Batch, low_res: list[Tensor]) -> None:
         """Logits in the original frame, and their pixels above 0."""
         for image, rows in enumerate(image_slices(batch, [len(m) for m in low_res])):
-            logits = self.full(torch.cat(low_res)[rows, -1], batch.resized_sizes[image], batch.original_sizes[image])
+            logits = self.full(
+                torch.cat(low_res)[rows, -1],
+                batch.resized_sizes[image],
+                batch.original_sizes[image],
+            )
             self.compare_mask(f"{run}.pred_masks.{image}", logits)
 
     def compare_mask(self, name: str, logits: Tensor) -> None:
-        """Logits, and the pixels above 0. A recorded logit inside the noise floor is undecided: no sign can be asked of it."""
+        """Logits, and the pixels above 0. A recorded logit inside the noise floor is undecided: no
+        sign can be asked of it."""
         self.check(name, logits)
         recorded = self.theirs(name)
         if recorded is None:
@@ -351,10 +415,16 @@ class Case:
             return  # said above
         decided = theirs.abs() > self.table.floor(name, theirs)
         flipped = ((ours > 0) != (theirs > 0)) & decided
-        self.table.add(f"{name} > 0", flipped.sum(), 0, f"pixels, {int((~decided).sum())} of {len(theirs)} undecided")
+        self.table.add(
+            f"{name} > 0",
+            flipped.sum(),
+            0,
+            f"pixels, {int((~decided).sum())} of {len(theirs)} undecided",
+        )
 
     def compare_constant_refiner(self, run: str, batch: Batch) -> None:
-        """The refiner as the published training script leaves it: weights 1, biases 0. Losses only."""
+        """The refiner as the published training script leaves it: weights 1, biases 0. Losses
+        only."""
         refiner = self.model.segmenting.refiner
         kept = {name: tensor.clone() for name, tensor in refiner.state_dict().items()}
         with torch.no_grad():
@@ -363,16 +433,19 @@ class Case:
             self.compare_losses(f"{run}_constinit", self.model(batch))
         refiner.load_state_dict(kept)
         recorded = {name for name in self.outputs if "_constinit." in name}
-        self.table.left_out["*_constinit.*"] = "compared in losses only: its LayerNorm amplifies rounding"
+        self.table.left_out["*_constinit.*"] = (
+            "compared in losses only: its LayerNorm amplifies rounding"
+        )
         self.seen |= recorded
 
-    # ------------------------------------------------------------------------------------------------- free generation
+    # ------------------------------------------------------------------------------ free generation
 
     def compare_generations(self) -> None:
         for name in sorted(self.outputs):
             run, _, kind = name.partition(".")
             if kind == "output_ids":
-                without_refiner = self.levels > 1  # the published evaluate() has none in any variant
+                # the published evaluate() has none in any variant
+                without_refiner = self.levels > 1
                 with self.refiner_off() if without_refiner else contextlib.nullcontext():
                     self.compare_generation(run)
 
@@ -393,14 +466,19 @@ class Case:
         stops = int(recorded[0, -1]) == self.config["eos"]
         batch = self.prompt_batch(prompt)
         with Probe(self.model) as probe, torch.no_grad():
-            answer = self.model.generate(batch, self.processor.tokenizer, max_new_tokens=max(32, new) if stops else new)[0]
+            answer = self.model.generate(
+                batch, self.processor.tokenizer, max_new_tokens=max(32, new) if stops else new
+            )[0]
             ids = torch.tensor([answer.token_ids + [self.config["eos"]] * stops])
             self.check(f"{run}.output_ids", torch.cat([prompt, ids], dim=1))
             self.compare_answer_masks(run, probe)
             full = self.expand(recorded[:, :-1], self.model.reasoning.image_token_id)
             features = self.model.reasoning.image_features(batch.clip_pixels)
             embeddings = self.model.reasoning.embed(full, features, batch.image_index)
-            self.check(f"{run}.last_hidden_state", self.model.reasoning.hidden_states(embeddings, torch.ones_like(full)))
+            self.check(
+                f"{run}.last_hidden_state",
+                self.model.reasoning.hidden_states(embeddings, torch.ones_like(full)),
+            )
 
     def compare_answer_masks(self, run: str, probe: Probe) -> None:
         """Tokens and masks of a free answer; none where it has no tokens."""
@@ -432,7 +510,7 @@ class Case:
             info=[{"dataset": "eval", "id": "0", "image_path": "recorded"}],
         )
 
-    # ------------------------------------------------------------------------------------------------------------ LoRA
+    # ----------------------------------------------------------------------------------------- LoRA
 
     def compare_lora(self) -> None:
         """Last, as it changes the model."""
@@ -466,13 +544,18 @@ class Probe:
         llava, segmenting = model.reasoning.llava.model, model.segmenting
         self.values: dict[str, list] = defaultdict(list)
         self.hooks = [
-            self._watch(llava.multi_modal_projector, lambda args, kwargs, out: {"clip": args[0], "projected": out}),
+            self._watch(
+                llava.multi_modal_projector,
+                lambda args, kwargs, out: {"clip": args[0], "projected": out},
+            ),
             self._watch(model.text_projection, lambda args, kwargs, out: {"tokens": out}),
             self._watch(segmenting.sam.image_encoder, lambda args, kwargs, out: {"sam": out}),
             self._watch(segmenting, lambda args, kwargs, out: {"masks": out[0]}),
         ]
         if segmenting.refiner is not None:
-            self.hooks.append(self._watch(segmenting.refiner, lambda args, kwargs, out: {"refined": out}))
+            self.hooks.append(
+                self._watch(segmenting.refiner, lambda args, kwargs, out: {"refined": out})
+            )
             watch = lambda args, kwargs, out: {"query": args[0], "memory": args[1]}  # noqa: E731
             self.hooks.append(self._watch(segmenting.refiner.attention, watch))
 
@@ -501,7 +584,9 @@ class Probe:
     def projected(self) -> Tensor:
         return torch.cat(list(self.values["projected"]))
 
-    sam_embeddings = property(lambda self: torch.cat(self.values["sam"]) if self.values["sam"] else None)
+    sam_embeddings = property(
+        lambda self: torch.cat(self.values["sam"]) if self.values["sam"] else None
+    )
     tokens = property(lambda self: self._first("tokens"))
     refined = property(lambda self: self.values["refined"])
     query = property(lambda self: self._first("query"))

@@ -1,4 +1,5 @@
-"""Parity of what stands around the model: token ids and labels, losses, metrics, masks of JSON files, resizing."""
+"""Parity of what stands around the model: token ids and labels, losses, metrics, masks of JSON
+files, resizing."""
 
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ from tests.parity.table import METRIC_TOLERANCE, Table, read_tensors
 from utils import metrics
 
 IMAGE_TEXT = f"{IMAGE_MARKS[0]}{IMAGE_TOKEN}{IMAGE_MARKS[1]}"
-PUBLISHED_IMAGE_TOKENS = 256  # of every image; sequences are cut to model_max_length after that many are added
+# of every image; sequences are cut to model_max_length after that many are added
+PUBLISHED_IMAGE_TOKENS = 256
 ROUNDED = 1e-6
 
-# ------------------------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------- tokens
 
 
 def compare_tokens(folder: Path, content: dict, table: Table) -> None:
@@ -37,29 +39,48 @@ def compare_tokens(folder: Path, content: dict, table: Table) -> None:
     tokenizer = published_tokenizer(folder, special, levels)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     for name, case in content["cases"].items():
-        rows = [encode_published(text, name.split(".")[0], tokenizer, levels) for text in case["conversations"]]
+        rows = [
+            encode_published(text, name.split(".")[0], tokenizer, levels)
+            for text in case["conversations"]
+        ]
         ids, labels, mask = padded(rows, special["pad"])
         ids = torch.where(ids == image_id, -200, ids)
-        if not case["inference"]:  # the published collate cuts there; this program refuses or shortens by whole turns
+        # the published collate cuts there; this program refuses or shortens by whole turns
+        if not case["inference"]:
             width = special["model_max_length"] - PUBLISHED_IMAGE_TOKENS + 1
             ids, labels, mask = ids[:, :width], labels[:, :width], mask[:, :width]
         table.equal(f"{name}.input_ids", ids, outputs[f"{name}.input_ids"])
         table.equal(f"{name}.labels", labels, outputs[f"{name}.labels"])
         table.equal(f"{name}.attention_masks", mask, outputs[f"{name}.attention_masks"].long())
     for number, case in content.get("tokenize", {}).items():
-        ids = torch.tensor(encode_text(case["text"], tokenizer, published_template("llava_v1"), IMAGE_TOKEN, levels))
-        table.equal(f"tokenize.{number}", torch.where(ids == image_id, -200, ids), torch.tensor(case["ids"]))
+        ids = torch.tensor(
+            encode_text(
+                case["text"], tokenizer, published_template("llava_v1"), IMAGE_TOKEN, levels
+            )
+        )
+        table.equal(
+            f"tokenize.{number}", torch.where(ids == image_id, -200, ids), torch.tensor(case["ids"])
+        )
 
 
 def published_tokenizer(folder: Path, special: dict, levels: list[str]):
-    """The recorded tokenizer with its added tokens, which have to get the recorded ids, and <image> behind them."""
+    """The recorded tokenizer with its added tokens, which have to get the recorded ids, and <image>
+    behind them."""
     tokenizer = load_tokenizer(str(folder))
-    names = {"[SEG]": "seg_token_idx", "[SEG_SEMA]": "seg_sema_token_idx", "<im_start>": "im_start", "<im_end>": "im_end"}
+    names = {
+        "[SEG]": "seg_token_idx",
+        "[SEG_SEMA]": "seg_sema_token_idx",
+        "<im_start>": "im_start",
+        "<im_end>": "im_end",
+    }
     ids = {token: special[key] for token, key in names.items() if key in special}
     tokenizer.add_tokens(sorted(ids, key=ids.get), special_tokens=True)
     for token, expected in ids.items():
         if tokenizer.convert_tokens_to_ids(token) != expected:
-            raise ValueError(f"{folder}: {token} got the id {tokenizer.convert_tokens_to_ids(token)} instead of {expected}")
+            raise ValueError(
+                f"{folder}: {token} got the id {tokenizer.convert_tokens_to_ids(token)} instead of"
+                f" {expected}"
+            )
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer
 
@@ -69,7 +90,8 @@ def published_template(name: str) -> ConversationTemplate:
 
 
 def encode_published(text: str, name: str, tokenizer, levels: list[str]) -> Encoded:
-    """A recorded conversation, taken apart into turns and written again by ``dataset.conversation.encoding``."""
+    """A recorded conversation, taken apart into turns and written again by
+    ``dataset.conversation.encoding``."""
     template = published_template(name)
     opening, text = text.split(IMAGE_TEXT)
     template = replace(template, opening=opening, image_gap="")
@@ -78,7 +100,9 @@ def encode_published(text: str, name: str, tokenizer, levels: list[str]) -> Enco
     for turn in text.removesuffix("</s>").split(later):
         question, reply = turn.split(f"{template.assistant} ", 1)
         parts = re.split(r"\[(\w+)\]", reply.rstrip())
-        answer = [AnswerToken(part) if index % 2 else part for index, part in enumerate(parts) if part]
+        answer = [
+            AnswerToken(part) if index % 2 else part for index, part in enumerate(parts) if part
+        ]
         turns.append((question, answer))
     conversation = Conversation(turns, np.zeros((0, 1, 1), dtype=bool))
     return encode(conversation, [], tokenizer, template, IMAGE_TOKEN, 1, levels)
@@ -90,15 +114,22 @@ def padded(rows: list[Encoded], pad: int) -> tuple[Tensor, Tensor, Tensor]:
         [torch.tensor(values) for values in lists], batch_first=True, padding_value=value
     )
     mask = stack([[1] * len(row.input_ids) for row in rows], 0)
-    return stack([row.input_ids for row in rows], pad), stack([row.labels for row in rows], -100), mask
+    return (
+        stack([row.input_ids for row in rows], pad),
+        stack([row.labels for row in rows], -100),
+        mask,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- utilities
+# ---------------------------------------------------------------------------------------- utilities
 
 
 def compare_utilities(folder: Path, content: dict, table: Table) -> None:
-    """Losses with gradients, counts and metrics, JSON masks, resizing and the way back to the original frame."""
-    inputs, outputs = (read_tensors(folder / f"{name}.safetensors") for name in ("inputs", "outputs"))
+    """Losses with gradients, counts and metrics, JSON masks, resizing and the way back to the
+    original frame."""
+    inputs, outputs = (
+        read_tensors(folder / f"{name}.safetensors") for name in ("inputs", "outputs")
+    )
     compare_losses(inputs, outputs, table)
     compare_counts(inputs, outputs, table)
     compare_metrics(inputs, content, table)
@@ -109,7 +140,9 @@ def compare_utilities(folder: Path, content: dict, table: Table) -> None:
 def compare_losses(inputs: dict, outputs: dict, table: Table) -> None:
     functions = {"dice_loss": dice_per_mask, "sigmoid_ce_loss": bce_per_mask}
     for name in sorted(outputs):
-        match = re.fullmatch(r"(loss\.\w+)\.(dice_loss|sigmoid_ce_loss)\.(grad|num_masks_(\d+))", name)
+        match = re.fullmatch(
+            r"(loss\.\w+)\.(dice_loss|sigmoid_ce_loss)\.(grad|num_masks_(\d+))", name
+        )
         if not match:
             continue
         case, kind, what, count = match.groups()
@@ -124,39 +157,71 @@ def compare_losses(inputs: dict, outputs: dict, table: Table) -> None:
 
 def compare_counts(inputs: dict, outputs: dict, table: Table) -> None:
     """Recorded are [background, target]."""
-    for name in sorted(key.removesuffix(".output") for key in inputs if key.startswith("iou.") and key.endswith(".output")):
+    for name in sorted(
+        key.removesuffix(".output")
+        for key in inputs
+        if key.startswith("iou.") and key.endswith(".output")
+    ):
         output, target = inputs[f"{name}.output"], inputs[f"{name}.target"]
         ignore = target == 255
         both = [metrics.intersection_and_union(output == c, target == c, ignore) for c in (0, 1)]
         for index, kind in enumerate(("intersection", "union")):
             ours = torch.tensor([int(counts[index]) for counts in both])
-            table.equal(f"{name}.{kind}", ours.double(), outputs[f"{name}.{kind}"].double(), "pixels")
+            table.equal(
+                f"{name}.{kind}", ours.double(), outputs[f"{name}.{kind}"].double(), "pixels"
+            )
         area = torch.tensor([int(((target == c) & ~ignore).sum()) for c in (0, 1)])
-        table.equal(f"{name}.target_area", area.double(), outputs[f"{name}.target_area"].double(), "pixels")
+        table.equal(
+            f"{name}.target_area", area.double(), outputs[f"{name}.target_area"].double(), "pixels"
+        )
 
 
 def compare_metrics(inputs: dict, content: dict, table: Table) -> None:
     images = sorted({key.split(".")[1] for key in inputs if key.startswith("validate.")}, key=int)
     inter, union = [], []
     for image in images:
-        for logits, target in zip(inputs[f"validate.{image}.pred"], inputs[f"validate.{image}.gt"], strict=True):
+        for logits, target in zip(
+            inputs[f"validate.{image}.pred"], inputs[f"validate.{image}.gt"], strict=True
+        ):
             i, u = metrics.intersection_and_union(logits > 0, target == 1, target == 255)
             inter.append(int(i))
             union.append(int(u))
     if images:
-        table.add("validate.giou", abs(metrics.giou(metrics.iou(inter, union)) - content["validate"]["giou"]), METRIC_TOLERANCE)
-        table.add("validate.ciou", abs(metrics.ciou(inter, union) - content["validate"]["ciou"]), METRIC_TOLERANCE)
+        table.add(
+            "validate.giou",
+            abs(metrics.giou(metrics.iou(inter, union)) - content["validate"]["giou"]),
+            METRIC_TOLERANCE,
+        )
+        table.add(
+            "validate.ciou",
+            abs(metrics.ciou(inter, union) - content["validate"]["ciou"]),
+            METRIC_TOLERANCE,
+        )
 
 
 def compare_json(folder: Path, content: dict, outputs: dict, table: Table) -> None:
     for file in sorted((folder / "json").glob("*.json")):
         recorded = content[f"json.{file.stem}"]
         record = read_record(file)
-        target, ignore = paint_shapes(record["shapes"], tuple(outputs[f"json.{file.stem}.mask"].shape))
+        target, ignore = paint_shapes(
+            record["shapes"], tuple(outputs[f"json.{file.stem}.mask"].shape)
+        )
         mask = np.where(ignore, 255, target.astype(np.uint8))
-        table.equal(f"json.{file.stem}.mask", torch.from_numpy(mask.astype(np.uint8)), outputs[f"json.{file.stem}.mask"], "pixels")
-        table.add(f"json.{file.stem}.comments", record["text"] != recorded["comments"], 0, "differs")
-        table.add(f"json.{file.stem}.is_sentence", record["is_sentence"] is not recorded["is_sentence"], 0, "differs")
+        table.equal(
+            f"json.{file.stem}.mask",
+            torch.from_numpy(mask.astype(np.uint8)),
+            outputs[f"json.{file.stem}.mask"],
+            "pixels",
+        )
+        table.add(
+            f"json.{file.stem}.comments", record["text"] != recorded["comments"], 0, "differs"
+        )
+        table.add(
+            f"json.{file.stem}.is_sentence",
+            record["is_sentence"] is not recorded["is_sentence"],
+            0,
+            "differs",
+        )
 
 
 def compare_resizing(inputs: dict, outputs: dict, content: dict, table: Table) -> None:
@@ -167,19 +232,31 @@ def compare_resizing(inputs: dict, outputs: dict, content: dict, table: Table) -
             table.left_out[name] = "its image is not recorded"
             continue
         pixels, size = preprocess(image.numpy(), recorded["target"])
-        table.equal(f"{name}.resized", torch.tensor(size), torch.tensor(recorded["resized"]), "sides")
+        table.equal(
+            f"{name}.resized", torch.tensor(size), torch.tensor(recorded["resized"]), "sides"
+        )
         if f"{name}.resized_u8_hwc" in outputs:
             ours = torch.tensor(resize_longest_side(image.numpy(), recorded["target"]))
             table.equal(f"{name}.resized_u8_hwc", ours, outputs[f"{name}.resized_u8_hwc"], "values")
         if f"{name}.preprocessed" in outputs:
             table.tensors(f"{name}.preprocessed", pixels, outputs[f"{name}.preprocessed"], ROUNDED)
         total = recorded["preprocessed_abssum"]
-        table.add(f"{name}.preprocessed_abssum, relative", abs(pixels.double().abs().sum().item() / total - 1), ROUNDED)
+        table.add(
+            f"{name}.preprocessed_abssum, relative",
+            abs(pixels.double().abs().sum().item() / total - 1),
+            ROUNDED,
+        )
     if "clip.orig_u8_hwc" in inputs:
-        ours = CLIPImageProcessor()(images=Image.fromarray(inputs["clip.orig_u8_hwc"].numpy()), return_tensors="pt")
-        table.tensors("clip.pixel_values", ours["pixel_values"][0], outputs["clip.pixel_values"], ROUNDED)
+        ours = CLIPImageProcessor()(
+            images=Image.fromarray(inputs["clip.orig_u8_hwc"].numpy()), return_tensors="pt"
+        )
+        table.tensors(
+            "clip.pixel_values", ours["pixel_values"][0], outputs["clip.pixel_values"], ROUNDED
+        )
     for name in sorted(key.removesuffix(".low_res") for key in inputs if key.endswith(".low_res")):
         sizes = content[name]
         low_res = inputs[f"{name}.low_res"][:, 0]
-        ours = to_original(low_res, tuple(sizes["input_size"]), tuple(sizes["original_size"]), sizes["img_size"])
+        ours = to_original(
+            low_res, tuple(sizes["input_size"]), tuple(sizes["original_size"]), sizes["img_size"]
+        )
         table.tensors(f"{name}.out", ours[:, None], outputs[f"{name}.out"], ROUNDED * 10)

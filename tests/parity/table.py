@@ -1,4 +1,5 @@
-"""What a comparison with the published code found, as a table; and the files that it was recorded in."""
+"""What a comparison with the published code found, as a table; and the files that it was recorded
+in."""
 
 from __future__ import annotations
 
@@ -13,13 +14,17 @@ from model.checkpoints.weights import read_file, read_json_file
 
 LOSS_TOLERANCE = 1e-4
 METRIC_TOLERANCE = 1e-4
-UNRECORDED = 3e-6  # noise floor of a tensor that noise.json does not name, of its largest value: what the recorded ones show
-ROUNDING = 1e-6  # of a tensor's largest value: what one float32 operation in another order may change
+# noise floor of a tensor that noise.json does not name, of its largest value: what the recorded
+# ones show
+UNRECORDED = 3e-6
+# of a tensor's largest value: what one float32 operation in another order may change
+ROUNDING = 1e-6
 
 
 @dataclass
 class Row:
-    """One comparison. ``error`` and ``tolerance`` in the unit of the values, or in pixels or tokens that differ."""
+    """One comparison. ``error`` and ``tolerance`` in the unit of the values, or in pixels or tokens
+    that differ."""
 
     name: str
     error: float
@@ -34,7 +39,11 @@ class Row:
         """Of the tolerance that is used up: above 1 beyond it."""
         if self.ok:
             return self.error / self.tolerance if self.tolerance else 0.0
-        return float("inf") if math.isnan(self.error) or not self.tolerance else self.error / self.tolerance
+        return (
+            float("inf")
+            if math.isnan(self.error) or not self.tolerance
+            else self.error / self.tolerance
+        )
 
 
 @dataclass
@@ -50,10 +59,16 @@ class Table:
     def add(self, name: str, error: float, tolerance: float, unit: str = "") -> None:
         self.rows.append(Row(name, float(error), tolerance, unit))
 
-    def tensors(self, name: str, ours: Tensor, theirs: Tensor, tolerance: float | None = None) -> None:
+    def tensors(
+        self, name: str, ours: Tensor, theirs: Tensor, tolerance: float | None = None
+    ) -> None:
         """Largest difference; ``tolerance`` None: the noise floor of ``name`` times the factor."""
         if ours.shape != theirs.shape:
-            self.add(f"{name}: shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}", float("inf"), 0.0)
+            self.add(
+                f"{name}: shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}",
+                float("inf"),
+                0.0,
+            )
             return
         ours, theirs = ours.detach().double(), theirs.double()
         if tolerance is None:
@@ -70,7 +85,12 @@ class Table:
     def equal(self, name: str, ours: Tensor, theirs: Tensor, unit: str = "tokens") -> None:
         """Number of places that differ; none may."""
         if ours.shape != theirs.shape:
-            self.add(f"{name}: shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}", float("inf"), 0.0, unit)
+            self.add(
+                f"{name}: shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}",
+                float("inf"),
+                0.0,
+                unit,
+            )
         else:
             self.add(name, (ours != theirs).sum().item(), 0, unit)
 
@@ -79,7 +99,8 @@ class Table:
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     def worst(self) -> list[tuple[str, int, Row]]:
-        """(run, number of comparisons, the row nearest to its tolerance or beyond it) of every run, in order."""
+        """(run, number of comparisons, the row nearest to its tolerance or beyond it) of every run,
+        in order."""
         runs: dict[str, list[Row]] = {}
         for row in self.rows:
             runs.setdefault(re.split(r"[.: ]", row.name)[0], []).append(row)
@@ -87,20 +108,30 @@ class Table:
 
     def text(self, everything: bool = False) -> str:
         """A line for every run with its largest error, then the rows that fail, or all of them."""
-        lines = [f"{self.case}: {len(self.rows)} comparisons, {sum(not row.ok for row in self.rows)} beyond tolerance"]
+        lines = [
+            f"{self.case}: {len(self.rows)} comparisons, {sum(not row.ok for row in self.rows)}"
+            " beyond tolerance"
+        ]
         lines.append(f"  {'run':<24} compared  {'max error':<9}  may be     in")
         for run, count, row in self.worst():
-            lines.append(f"  {run:<24} {count:>8}  {row.error:<9.3g}  {row.tolerance:<9.3g}  {row.name} {row.unit}".rstrip())
+            lines.append(
+                f"  {run:<24} {count:>8}  {row.error:<9.3g}  {row.tolerance:<9.3g}  {row.name}"
+                f" {row.unit}".rstrip()
+            )
         for row in self.rows:
             if everything or not row.ok:
                 mark = "ok  " if row.ok else "FAIL"
-                lines.append(f"  {mark} {row.name:<70} {row.error:.3g} (may be {row.tolerance:.3g}) {row.unit}".rstrip())
+                lines.append(
+                    f"  {mark} {row.name:<70} {row.error:.3g} (may be {row.tolerance:.3g})"
+                    f" {row.unit}".rstrip()
+                )
         lines += [f"  left out: {name}: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(lines)
 
 
 def read_noise(file: Path) -> dict[str, float]:
-    """Largest difference between two runs of the published code, by tensor; empty where there is no file."""
+    """Largest difference between two runs of the published code, by tensor; empty where there is no
+    file."""
     if not file.is_file():
         return {}
     content = read_json(file)

@@ -1,8 +1,9 @@
-"""What a mask is worth that took no reasoning: the whole image, the largest object, a random part of the right name.
+"""What a mask is worth that took no reasoning: the whole image, the largest object, a random part
+of the right name.
 
-A method that does not beat these has learnt the data set's habits only. Whole image works for every data set; the
-others read the ``scene`` that SynthReason writes into its JSONs. Where a baseline guesses, its score is the exact
-expectation over all guesses, so it needs no seed and has no noise.
+A method that does not beat these has learnt the data set's habits only. Whole image works for every
+data set; the others read the ``scene`` that SynthReason writes into its JSONs. Where a baseline
+guesses, its score is the exact expectation over all guesses, so it needs no seed and has no noise.
 H, W an image in the original frame.
 """
 
@@ -33,15 +34,19 @@ class Guess:
     iou: float
 
     @classmethod
-    def among(cls, masks: Sequence[np.ndarray], target: np.ndarray, ignore: np.ndarray | None = None) -> Guess:
-        """One of ``masks`` is predicted, each with the same probability. All masks are bool (H, W)."""
+    def among(
+        cls, masks: Sequence[np.ndarray], target: np.ndarray, ignore: np.ndarray | None = None
+    ) -> Guess:
+        """One of ``masks`` is predicted, each with the same probability. All masks are bool (H,
+        W)."""
         inter, union = intersection_and_union(np.stack(masks), target, ignore)
         return cls(float(inter.mean()), float(union.mean()), float(iou(inter, union).mean()))
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """``mask``: bool (H, W). ``parts``: (name, bool (H, W)) of every part instance; a car has two entries "wheel"."""
+    """``mask``: bool (H, W). ``parts``: (name, bool (H, W)) of every part instance; a car has two
+    entries "wheel"."""
 
     mask: np.ndarray
     parts: list[tuple[str, np.ndarray]]
@@ -61,7 +66,9 @@ class SceneBaselines:
     """Name of the part that the query means."""
 
     @classmethod
-    def from_record(cls, record: dict[str, Any], size: tuple[int, int], path: str | Path) -> SceneBaselines:
+    def from_record(
+        cls, record: dict[str, Any], size: tuple[int, int], path: str | Path
+    ) -> SceneBaselines:
         """From a SynthReason JSON with "scene" and "target", for an image of ``size`` (H, W).
 
         Raises DataError naming ``path`` and the field that is missing or malformed.
@@ -70,13 +77,21 @@ class SceneBaselines:
             objects = [
                 SceneObject(
                     decode_rle(entry["rle"], size, path, "scene.objects.rle"),
-                    [(part["name"], decode_rle(part["rle"], size, path, "scene.objects.parts.rle")) for part in entry["parts"]],
+                    [
+                        (
+                            part["name"],
+                            decode_rle(part["rle"], size, path, "scene.objects.parts.rle"),
+                        )
+                        for part in entry["parts"]
+                    ],
                 )
                 for entry in record["scene"]["objects"]
             ]
             part = record["target"]["part"]
         except (KeyError, TypeError) as error:
-            raise DataError(f'{path}: "scene" and "target" are not as SynthReason writes them ({error!r})') from None
+            raise DataError(
+                f'{path}: "scene" and "target" are not as SynthReason writes them ({error!r})'
+            ) from None
         if not any(name == part for scene_object in objects for name, _ in scene_object.parts):
             raise DataError(f'{path}: "target.part" is {part!r}, which no object of "scene" has')
         return cls(objects, part)
@@ -94,7 +109,11 @@ class SceneBaselines:
 
     def score(self, target: np.ndarray, ignore: np.ndarray | None = None) -> dict[str, Guess]:
         """Baseline -> its expected score on ``target``, bool (H, W)."""
-        guesses = (self.largest_object, self.random_part_of_the_right_name, self.right_part_of_a_random_host)
+        guesses = (
+            self.largest_object,
+            self.random_part_of_the_right_name,
+            self.right_part_of_a_random_host,
+        )
         return {guess.__name__: Guess.among(guess(), target, ignore) for guess in guesses}
 
 
@@ -109,11 +128,13 @@ def _conversations(dataset, index: int) -> Iterator[tuple[Sample, Conversation, 
         yield sample, conversation, path
 
 
-def score_baselines(dataset, seed: int = 0, indices: Sequence[int] | None = None) -> dict[str, dict[str, Any]]:
+def score_baselines(
+    dataset, seed: int = 0, indices: Sequence[int] | None = None
+) -> dict[str, dict[str, Any]]:
     """Baseline -> {n, giou, giou_ci95, ciou, ciou_ci95} (fractions) on an EvalDataset.
 
-    Baselines that need a ``scene`` are there only if every query has one. ``seed``: of the bootstrap. ``indices``: of the
-    images to score, None for all.
+    Baselines that need a ``scene`` are there only if every query has one. ``seed``: of the
+    bootstrap. ``indices``: of the images to score, None for all.
     """
     guesses: dict[str, list[Guess]] = {"whole_image": []}
     groups = []
@@ -125,15 +146,26 @@ def score_baselines(dataset, seed: int = 0, indices: Sequence[int] | None = None
             for target in conversation.masks:
                 groups.append((sample.dataset, sample.id))
                 whole = Guess.among([np.ones(size, dtype=bool)], target, conversation.ignore)
-                found = {"whole_image": whole} | (scene.score(target, conversation.ignore) if scene else {})
+                found = {"whole_image": whole} | (
+                    scene.score(target, conversation.ignore) if scene else {}
+                )
                 for name, guess in found.items():
                     guesses.setdefault(name, []).append(guess)
-    return {name: summary(found, groups, seed) for name, found in guesses.items() if len(found) == len(groups)}
+    return {
+        name: summary(found, groups, seed)
+        for name, found in guesses.items()
+        if len(found) == len(groups)
+    }
 
 
-def summary(guesses: Sequence[Guess], groups: Sequence[tuple[str, str]], seed: int) -> dict[str, Any]:
-    """{n, giou, giou_ci95, ciou, ciou_ci95} of one guess per target. ``groups``: the image of each, for the bootstrap."""
-    inter, union, ious = (np.array([getattr(g, name) for g in guesses]) for name in ("inter", "union", "iou"))
+def summary(
+    guesses: Sequence[Guess], groups: Sequence[tuple[str, str]], seed: int
+) -> dict[str, Any]:
+    """{n, giou, giou_ci95, ciou, ciou_ci95} of one guess per target. ``groups``: the image of each,
+    for the bootstrap."""
+    inter, union, ious = (
+        np.array([getattr(g, name) for g in guesses]) for name in ("inter", "union", "iou")
+    )
     intervals = bootstrap(inter, union, ious, groups, seed=seed)
     return {
         "n": len(guesses),

@@ -33,7 +33,7 @@ from utils.settings.flags import UsageError
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-# ----------------------------------------------------------------------------------------------------- shared with train_ds
+# ----------------------------------------------------------------------------- shared with train_ds
 
 
 def modes_of(s: Settings) -> list[str]:
@@ -66,36 +66,57 @@ def evaluate_settings(model, processor, data, s: Settings) -> list[Report]:
 
 
 def finish(model, processor, data, s: Settings, started: float) -> None:
-    """The final evaluation: tables on the screen and the files of ``write_reports`` in the run folder."""
+    """The final evaluation: tables on the screen and the files of ``write_reports`` in the run
+    folder."""
     reports = evaluate_settings(model, processor, data, s)
     if distributed.is_main():
         config = s.saved() | {"eval_only": s.eval_only}
         name = str(s.resume or s.version) if s.eval_only else s.exp_name
         write_reports(
-            reports, data, s.run_dir, config, time.time() - started, name=name, proposals=processor.proposals, limit=_limit(s)
+            reports,
+            data,
+            s.run_dir,
+            config,
+            time.time() - started,
+            name=name,
+            proposals=processor.proposals,
+            limit=_limit(s),
         )
     distributed.barrier()
 
 
-# ----------------------------------------------------------------------------------------------------------- run a model
+# -------------------------------------------------------------------------------------- run a model
 
 
 def run_settings(argv: Sequence[str]) -> Settings:
-    """Settings for MODEL_OR_RUN and flags of train_ds.py. A run brings its own data set as the default, a merged model
-    its own precision. Raises UsageError."""
+    """Settings for MODEL_OR_RUN and flags of train_ds.py. A run brings its own data set as the
+    default, a merged model its own precision. Raises UsageError."""
     parser = OneLineParser(
         prog="python -m utils.evaluation",
-        description="Measure a model or a run. All other flags are those of train_ds.py: --val_dataset, --dataset_dir, "
-        "--eval_mode free|teacher_forced|both, --eval_texts first|all, --val_batch_size, --max_new_tokens, --seed …",
-        epilog="Further commands: `compare A.json B.json` and `score --predictions …`, each with its own --help.",
+        description=(
+            "Measure a model or a run. All other flags are those of train_ds.py: --val_dataset,"
+            " --dataset_dir, --eval_mode free|teacher_forced|both, --eval_texts first|all,"
+            " --val_batch_size, --max_new_tokens, --seed …"
+        ),
+        epilog=(
+            "Further commands: `compare A.json B.json` and `score --predictions …`, each with its"
+            " own --help."
+        ),
         allow_abbrev=False,
     )
-    parser.add_argument("model", help="model folder that the merge script wrote, or run folder of train_ds.py")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: MODEL_OR_RUN/eval/DATASET)")
+    parser.add_argument(
+        "model", help="model folder that the merge script wrote, or run folder of train_ds.py"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the results (default: MODEL_OR_RUN/eval/DATASET)"
+    )
     args, flags = parser.parse_known_args(list(argv))
     model = Path(args.model)
     if not model.is_dir():
-        raise UsageError(f"{model}: no such folder; give a run of train_ds.py or a model that the merge script wrote")
+        raise UsageError(
+            f"{model}: no such folder; give a run of train_ds.py or a model that the merge script"
+            " wrote"
+        )
     s = parse(["--eval_only", *_source(model, flags), *flags])
     out = args.out or model / "eval" / slug(s.val_dataset)
     s.log_base_dir, s.exp_name = str(out.parent), out.name
@@ -113,7 +134,11 @@ def _source(model: Path, flags: Sequence[str]) -> list[str]:
         return source
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     stored = PRECISIONS.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")
-    return [*source, "--precision", "fp32" if stored == "fp16" and not torch.cuda.is_available() else stored]
+    return [
+        *source,
+        "--precision",
+        "fp32" if stored == "fp16" and not torch.cuda.is_available() else stored,
+    ]
 
 
 def slug(dataset: str) -> str:
@@ -132,21 +157,43 @@ def run_command(argv: Sequence[str], started: float) -> None:
     finish(model, processor, build.build_eval(s, processor), s, started)
 
 
-# ------------------------------------------------------------------------------------------------------- score, compare
+# ----------------------------------------------------------------------------------- score, compare
 
 
 def read_score_arguments(argv: Sequence[str]) -> Namespace:
     parser = OneLineParser(prog="python -m utils.evaluation score", allow_abbrev=False)
-    parser.add_argument("--predictions", type=Path, required=True, help="folder of PNGs named by sample, or a JSON list of RLEs")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        required=True,
+        help="folder of PNGs named by sample, or a JSON list of RLEs",
+    )
     parser.add_argument("--val_dataset", required=True, help="evaluation set, name|split")
     parser.add_argument("--dataset_dir", required=True, help="root of all data sets")
-    parser.add_argument("--name", help="of the system in tables (default: name of the folder or file)")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: runs/NAME/eval/DATASET)")
-    parser.add_argument("--eval_mode", choices=MODES, default="free", help="how the system answered (default: free)")
-    parser.add_argument("--eval_texts", choices=["first", "all"], default="first", help="wordings of a query that are scored")
-    parser.add_argument("--examples", type=int, default=16, help="rows of the contact sheet (default: 16)")
-    parser.add_argument("--gallery", type=int, default=8, help="answers of each kind in report.html (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the choice of pictures")
+    parser.add_argument(
+        "--name", help="of the system in tables (default: name of the folder or file)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the results (default: runs/NAME/eval/DATASET)"
+    )
+    parser.add_argument(
+        "--eval_mode", choices=MODES, default="free", help="how the system answered (default: free)"
+    )
+    parser.add_argument(
+        "--eval_texts",
+        choices=["first", "all"],
+        default="first",
+        help="wordings of a query that are scored",
+    )
+    parser.add_argument(
+        "--examples", type=int, default=16, help="rows of the contact sheet (default: 16)"
+    )
+    parser.add_argument(
+        "--gallery", type=int, default=8, help="answers of each kind in report.html (default: 8)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the bootstrap and of the choice of pictures"
+    )
     args = parser.parse_args(list(argv))
     for flag in ("examples", "gallery", "seed"):
         if getattr(args, flag) < 0:
@@ -160,13 +207,23 @@ def score_command(argv: Sequence[str], started: float) -> None:
     args = read_score_arguments(argv)
     predictions = Predictions.read(args.predictions)
     # the answers' wording plays no part here; any level will do
-    data = EvalDataset(args.dataset_dir, args.val_dataset, ("SEG",), exemplar_count=0, texts=args.eval_texts)
+    data = EvalDataset(
+        args.dataset_dir, args.val_dataset, ("SEG",), exemplar_count=0, texts=args.eval_texts
+    )
     try:
         args.out.mkdir(parents=True, exist_ok=True)  # not after the work
     except OSError as error:
-        raise UsageError(f"--out {args.out}: results cannot be written there ({error.strerror}); give another folder") from None
-    report = score_predictions(predictions, data, args.eval_mode, args.examples, args.gallery, args.seed)
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
+        raise UsageError(
+            f"--out {args.out}: results cannot be written there ({error.strerror}); give another"
+            " folder"
+        ) from None
+    report = score_predictions(
+        predictions, data, args.eval_mode, args.examples, args.gallery, args.seed
+    )
+    config = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in sorted(vars(args).items())
+    }
     facts = {"missing_predictions": predictions.missing, "unused_predictions": predictions.unused}
     write_reports([report], data, args.out, config, time.time() - started, args.name, facts)
     _tell("without a prediction, scored as no mask", predictions.missing)
@@ -181,10 +238,17 @@ def _tell(what: str, names: Sequence[str], shown: int = 10) -> None:
 
 def compare_command(argv: Sequence[str]) -> None:
     parser = OneLineParser(prog="python -m utils.evaluation compare", allow_abbrev=False)
-    parser.add_argument("a", type=Path, help="targets-<mode>.json of the first system, or the folder that holds it")
+    parser.add_argument(
+        "a", type=Path, help="targets-<mode>.json of the first system, or the folder that holds it"
+    )
     parser.add_argument("b", type=Path, help="the same of the second system, on the same data")
     parser.add_argument("--html", type=Path, help="also write the comparison as a page")
-    parser.add_argument("--top", type=int, default=10, help="samples that changed most, in each direction (default: 10)")
+    parser.add_argument(
+        "--top",
+        type=int,
+        default=10,
+        help="samples that changed most, in each direction (default: 10)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     args = parser.parse_args(list(argv))
     if args.top < 0 or args.seed < 0:

@@ -17,12 +17,16 @@ from utils.evaluation.baselines import Guess, summary
 from utils.metrics import mask_iou
 
 
-def oracle_masks(proposals: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """What one who knows the target would choose: proposals bool (K, H, W), target and ignore bool (H, W) -> bool (H, W) each.
+def oracle_masks(
+    proposals: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """What one who knows the target would choose: proposals bool (K, H, W), target and ignore bool
+    (H, W) -> bool (H, W) each.
 
-    "best proposal": one alone; "iop": the union of all that lie for more than half inside the target, the rule of the published
-    code; "union": the better of both, grown by whatever proposal raises the IoU most, until none does. The last is greedy, so
-    the best union could be a little better still.
+    "best proposal": one alone; "iop": the union of all that lie for more than half inside the
+    target, the rule of the published code; "union": the better of both, grown by whatever proposal
+    raises the IoU most, until none does. The last is greedy, so the best union could be a little
+    better still.
     """
     nothing = np.zeros_like(target)
     counted = np.ones_like(target) if ignore is None else ~ignore
@@ -66,5 +70,7 @@ def score_oracles(
             for target in conversation.masks:
                 groups.append((sample.dataset, sample.id))
                 for name, mask in oracle_masks(proposals, target, conversation.ignore).items():
-                    found.setdefault(name, []).append(Guess.among([mask], target, conversation.ignore))
+                    found.setdefault(name, []).append(
+                        Guess.among([mask], target, conversation.ignore)
+                    )
     return {name: summary(guesses, groups, seed) for name, guesses in found.items()}

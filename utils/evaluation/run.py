@@ -5,8 +5,8 @@ Two modes, never mixed in one number:
 teacher_forced  the published protocol: the answer with its special tokens stands in the input, only the masks are tested
 free            the honest one: the model answers by itself; a target for which it emits no mask scores 0, or 1 if it is empty
 
-Which wordings of a query are asked (the first one, as published, or all) is the evaluation set's ``texts``.
-K targets of one conversation · T levels · H, W an image in the original frame.
+Which wordings of a query are asked (the first one, as published, or all) is the evaluation set's
+``texts``. K targets of one conversation · T levels · H, W an image in the original frame.
 """
 
 from __future__ import annotations
@@ -42,16 +42,18 @@ from utils.report.tables import format_table, words
 from utils.report.visualize import Example, contact_sheet
 
 MODES = ("free", "teacher_forced")
-# An image with more conversations than this takes several passes: one pass for all is how evaluation runs out of memory.
+# An image with more conversations than this takes several passes: one pass for all is how
+# evaluation runs out of memory.
 CONVERSATIONS_PER_IMAGE = 8
 
 
-# ------------------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------ running
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some conversations of one image; ``first`` is the index of their first one in the whole sample."""
+    """Some conversations of one image; ``first`` is the index of their first one in the whole
+    sample."""
 
     index: int
     sample: Sample
@@ -59,13 +61,22 @@ class Part:
 
 
 def parts_of(dataset, indices: Sequence[int]) -> Iterator[Part]:
-    """The conversations of these images, few at a time. Raises ValueError for one without a target."""
+    """The conversations of these images, few at a time. Raises ValueError for one without a
+    target."""
     for index in indices:
         sample = dataset[index]
-        text_only = next((i for i, conversation in enumerate(sample.conversations) if not len(conversation.masks)), None)
+        text_only = next(
+            (
+                i
+                for i, conversation in enumerate(sample.conversations)
+                if not len(conversation.masks)
+            ),
+            None,
+        )
         if text_only is not None:
             raise ValueError(
-                f"{sample.name}, conversation {text_only}: has no target mask, so it cannot be scored; evaluate a segmentation set"
+                f"{sample.name}, conversation {text_only}: has no target mask, so it cannot be"
+                " scored; evaluate a segmentation set"
             )
         for first in range(0, len(sample.conversations), CONVERSATIONS_PER_IMAGE):
             chosen = sample.conversations[first : first + CONVERSATIONS_PER_IMAGE]
@@ -84,7 +95,8 @@ def _batches(parts: Iterator[Part], batch_size: int) -> Iterator[list[Part]]:
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """``count`` different indices of range(total), spread over all of it; all of them if there are fewer."""
+    """``count`` different indices of range(total), spread over all of it; all of them if there are
+    fewer."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
 
 
@@ -108,8 +120,8 @@ class Truth:
 class Collector:
     """Scores answers one by one and forgets their masks, except those of a few pictures.
 
-    ``levels``: the names of the masks of a group, coarse to fine. ``pictured``: images whose first answer goes to the
-    contact sheet. ``gallery``: pictures of each kind in the report.
+    ``levels``: the names of the masks of a group, coarse to fine. ``pictured``: images whose first
+    answer goes to the contact sheet. ``gallery``: pictures of each kind in the report.
     """
 
     def __init__(self, levels: Sequence[str], pictured: set[int], gallery: int, seed: int):
@@ -118,9 +130,17 @@ class Collector:
         self.scores: list[tuple[Order, TargetScore]] = []
         self.examples: list[tuple[int, Example]] = []
 
-    def add(self, index: int, truth: Truth, masks: Sequence[torch.Tensor | None], answer: str = "", surplus: int = 0) -> None:
-        """The k-th of ``masks``, bool (T, H, W) or None, belongs to the k-th target of image ``index``; missing ones
-        were not answered, those beyond the targets are counted, with ``surplus``, as unasked."""
+    def add(
+        self,
+        index: int,
+        truth: Truth,
+        masks: Sequence[torch.Tensor | None],
+        answer: str = "",
+        surplus: int = 0,
+    ) -> None:
+        """The k-th of ``masks``, bool (T, H, W) or None, belongs to the k-th target of image
+        ``index``; missing ones were not answered, those beyond the targets are counted, with
+        ``surplus``, as unasked."""
         surplus += max(0, len(masks) - len(truth.targets))
         for k, target in enumerate(truth.targets):
             group = masks[k] if k < len(masks) else None
@@ -133,16 +153,22 @@ class Collector:
                 is_sentence=truth.is_sentence,
                 surplus=surplus if k == 0 else 0,
                 answer=answer,
-                **score_target(group, target, truth.ignore, None if truth.hosts is None else truth.hosts[k]),
+                **score_target(
+                    group, target, truth.ignore, None if truth.hosts is None else truth.hosts[k]
+                ),
             )
             order = (index, truth.conversation, k)
             self.scores.append((order, score))
-            self.gallery.offer(order, score, lambda k=k, group=group: self._example(truth, k, group, answer))
+            self.gallery.offer(
+                order, score, lambda k=k, group=group: self._example(truth, k, group, answer)
+            )
         if truth.conversation == 0 and index in self.pictured:
             first = masks[0] if len(masks) else None
             self.examples.append((index, self._example(truth, 0, first, answer)))
 
-    def _example(self, truth: Truth, target: int, masks: torch.Tensor | None, answer: str) -> Example:
+    def _example(
+        self, truth: Truth, target: int, masks: torch.Tensor | None, answer: str
+    ) -> Example:
         return Example(
             image=truth.sample.image,
             query=truth.query,
@@ -155,9 +181,18 @@ class Collector:
         )
 
     def report(self, mode: str, dataset, seconds: float) -> Report:
-        """Of all ranks together, the same on every one of them. Raises ValueError if none scored a target."""
-        scores = [score for _, score in sorted(distributed.gather_lists(self.scores), key=lambda pair: pair[0])]
-        kept = [example for _, example in sorted(distributed.gather_lists(self.examples), key=lambda pair: pair[0])]
+        """Of all ranks together, the same on every one of them. Raises ValueError if none scored a
+        target."""
+        scores = [
+            score
+            for _, score in sorted(distributed.gather_lists(self.scores), key=lambda pair: pair[0])
+        ]
+        kept = [
+            example
+            for _, example in sorted(
+                distributed.gather_lists(self.examples), key=lambda pair: pair[0]
+            )
+        ]
         shown = Gallery(self.gallery.count, self.gallery.seed)
         shown.add(distributed.gather_lists(self.gallery.entries))
         return Report(
@@ -187,14 +222,25 @@ class _Runner:
         """Scores the conversations of ``parts``; their masks are dropped at once."""
         samples, levels = [part.sample for part in parts], self.processor.levels
         build = collate if self.mode == "teacher_forced" else collate_prompts
-        batch = build(samples, self.processor, levels, self.processor.conversation).to(self.device, self.dtype)
+        batch = build(samples, self.processor, levels, self.processor.conversation).to(
+            self.device, self.dtype
+        )
         if self.mode == "teacher_forced":
             answers = self.model.segment(batch)
         else:
-            answers = self.model.generate(batch, self.processor.tokenizer, max_new_tokens=self.max_new_tokens)
-        rows = [(part, part.first + i) for part in parts for i in range(len(part.sample.conversations))]
+            answers = self.model.generate(
+                batch, self.processor.tokenizer, max_new_tokens=self.max_new_tokens
+            )
+        rows = [
+            (part, part.first + i) for part in parts for i in range(len(part.sample.conversations))
+        ]
         for row, ((part, conversation), answer) in enumerate(zip(rows, answers, strict=True)):
-            self.collector.add(part.index, _truth(part.sample, conversation, batch, row), answer.masks, self._words(answer))
+            self.collector.add(
+                part.index,
+                _truth(part.sample, conversation, batch, row),
+                answer.masks,
+                self._words(answer),
+            )
 
     def _words(self, answer: Segmentation) -> str:
         """What the model said, spaced as people read it; nothing in a teacher-forced pass."""
@@ -232,19 +278,22 @@ def evaluate(
 ) -> Report:
     """Scores ``model`` on ``dataset``; every rank gets the whole report.
 
-    ``model``: CoresForReasoningSegmentation, on the device and in the precision to use. ``dataset``: an EvalDataset.
-    ``mode``: "teacher_forced" or "free". ``batch_size``: images per rank in a pass. ``limit``: at most so many images,
-    spread evenly over the set. ``examples``: rows of the contact sheet; ``gallery``: pictures of each kind in the
-    report. Rank r takes the images r, r + ranks, …, so no target is counted twice, whatever the number of ranks; with
-    ZeRO-3 the ranks' shares must be equal. The model's training mode is restored. Raises ValueError for an unknown
-    mode or a set without targets.
+    ``model``: CoresForReasoningSegmentation, on the device and in the precision to use.
+    ``dataset``: an EvalDataset. ``mode``: "teacher_forced" or "free". ``batch_size``: images per
+    rank in a pass. ``limit``: at most so many images, spread evenly over the set. ``examples``:
+    rows of the contact sheet; ``gallery``: pictures of each kind in the report. Rank r takes the
+    images r, r + ranks, …, so no target is counted twice, whatever the number of ranks; with ZeRO-3
+    the ranks' shares must be equal. The model's training mode is restored. Raises ValueError for an
+    unknown mode or a set without targets.
     """
     if mode not in MODES:
         raise ValueError(f"evaluation mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
     if batch_size < 1:
         raise ValueError(f"evaluation batch size must be at least 1, got {batch_size}")
     if limit is not None and limit < 1:
-        raise ValueError(f"evaluation limit must be at least 1 image, got {limit}; None evaluates all")
+        raise ValueError(
+            f"evaluation limit must be at least 1 image, got {limit}; None evaluates all"
+        )
     indices = evenly_spaced(len(dataset), len(dataset) if limit is None else limit)
     pictured = {indices[i] for i in evenly_spaced(len(indices), examples)}
     mine = indices[distributed.rank() :: distributed.world_size()]
@@ -259,9 +308,13 @@ def evaluate(
     return collector.report(mode, dataset, time.perf_counter() - started)
 
 
-def _run_all(runner: _Runner, dataset, indices: Sequence[int], batch_size: int, progress: bool) -> None:
+def _run_all(
+    runner: _Runner, dataset, indices: Sequence[int], batch_size: int, progress: bool
+) -> None:
     done = 0
-    with tqdm(total=len(indices), desc=runner.mode.replace("_", " "), unit="image", disable=not progress) as bar:
+    with tqdm(
+        total=len(indices), desc=runner.mode.replace("_", " "), unit="image", disable=not progress
+    ) as bar:
         for parts in _batches(parts_of(dataset, indices), batch_size):
             runner.run(parts)
             bar.update(sum(part.first == 0 for part in parts))
@@ -272,7 +325,7 @@ def _run_all(runner: _Runner, dataset, indices: Sequence[int], batch_size: int, 
                 bar.set_postfix({"gIoU": f"{100 * mean:.1f}"}, refresh=False)
 
 
-# ----------------------------------------------------------------------------------------------------------- reporting
+# ---------------------------------------------------------------------------------------- reporting
 
 
 def write_reports(
@@ -286,13 +339,14 @@ def write_reports(
     proposals: ProposalSource | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Prints the table and writes metrics.json, targets-<mode>.json and .csv, report.html and examples.png.
+    """Prints the table and writes metrics.json, targets-<mode>.json and .csv, report.html and
+    examples.png.
 
-    ``dataset``: the EvalDataset of the reports; the trivial baselines are measured on it, on as many images as the
-    reports (``limit``, see ``evaluate``). ``config``: the settings of
-    the program; ``seconds``: how long it has run; ``name``: who answered; ``facts``: more entries for
-    metrics.json; ``proposals``: of a model that selects, whose ceiling is measured, too. Call on one rank only. Returns what
-    metrics.json holds (fractions).
+    ``dataset``: the EvalDataset of the reports; the trivial baselines are measured on it, on as
+    many images as the reports (``limit``, see ``evaluate``). ``config``: the settings of the
+    program; ``seconds``: how long it has run; ``name``: who answered; ``facts``: more entries for
+    metrics.json; ``proposals``: of a model that selects, whose ceiling is measured, too. Call on
+    one rank only. Returns what metrics.json holds (fractions).
     """
     folder = Path(folder)
     summaries = {report.mode: report.summary for report in reports}
@@ -325,10 +379,14 @@ def write_reports(
         title = f"{pictured.dataset}, {words(pictured.mode)}: {pictured.line()}"
         contact_sheet(pictured.examples, folder / "examples.png", title)
     print(
-        f"\n{f'{printable(name)} on ' if name else ''}{reports[0].dataset}, percent [95 % interval]\n"
-        + format_table(summaries | baselines)
+        f"\n{f'{printable(name)} on ' if name else ''}{reports[0].dataset}, percent [95 %"
+        " interval]\n" + format_table(summaries | baselines)
     )
-    print(f"written to {folder}/: report.html, metrics.json, targets-*.json, targets-*.csv, examples.png", flush=True)
+    print(
+        f"written to {folder}/: report.html, metrics.json, targets-*.json, targets-*.csv,"
+        " examples.png",
+        flush=True,
+    )
     return metrics
 
 

@@ -3,9 +3,9 @@
     python -m utils.boxes_to_masks --annotations EgoObjectsV1_unified_train.json --images ego_objects/images \\
         --vision_pretrained sam_vit_h_4b8939.pth --out ego_objects/instances.json
 
-The result is the same file with a "segmentation" (COCO run lengths) in every annotation that had none, ready for
-``python -m dataset.generate questions``. A run that was killed goes on with the same command: finished images are kept in
-<out>.partial.jsonl until the end.
+The result is the same file with a "segmentation" (COCO run lengths) in every annotation that had
+none, ready for ``python -m dataset.generate questions``. A run that was killed goes on with the
+same command: finished images are kept in <out>.partial.jsonl until the end.
 """
 
 from __future__ import annotations
@@ -43,28 +43,43 @@ def image_name(entry: dict) -> str:
     return (entry.get("file_name") or entry.get("coco_url") or entry["url"]).rsplit("/", 1)[-1]
 
 
-def box_masks(predictor: SamPredictor, image: np.ndarray, boxes: np.ndarray) -> Iterator[np.ndarray]:
-    """The mask, bool (H, W), of each of ``boxes``, float (n, 4) as (x0, y0, x1, y1) in pixels of ``image``, uint8 (H, W, 3) RGB."""
+def box_masks(
+    predictor: SamPredictor, image: np.ndarray, boxes: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The mask, bool (H, W), of each of ``boxes``, float (n, 4) as (x0, y0, x1, y1) in pixels of
+    ``image``, uint8 (H, W, 3) RGB."""
     predictor.set_image(image)
     size = image.shape[:2]
-    prompts = predictor.transform.apply_boxes_torch(torch.as_tensor(boxes, dtype=torch.float32), size).to(predictor.device)
+    prompts = predictor.transform.apply_boxes_torch(
+        torch.as_tensor(boxes, dtype=torch.float32), size
+    ).to(predictor.device)
     for part in prompts.split(BOXES_AT_A_TIME):
         # a box is hardly ever ambiguous: one mask
-        masks, _, _ = predictor.predict_torch(point_coords=None, point_labels=None, boxes=part, multimask_output=False)
+        masks, _, _ = predictor.predict_torch(
+            point_coords=None, point_labels=None, boxes=part, multimask_output=False
+        )
         yield from masks[:, 0].cpu().numpy()
 
 
 def corners(entry: dict, size: tuple[int, int], source: Path) -> list[float]:
-    """(x0, y0, x1, y1) of an annotation's "bbox" (x, y, width, height), inside an image of ``size`` (H, W). Raises DataError."""
+    """(x0, y0, x1, y1) of an annotation's "bbox" (x, y, width, height), inside an image of ``size``
+    (H, W). Raises DataError."""
     box = entry.get("bbox")
     where = f"{source}: annotation {entry.get('id')}"
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) and np.isfinite(v) for v in box):
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or not all(isinstance(v, (int, float)) and np.isfinite(v) for v in box)
+    ):
         raise DataError(f'{where}: "bbox" must be [x, y, width, height]')
     x, y, width, height = box
     x0, x1 = np.clip([x, x + width], 0, size[1])
     y0, y1 = np.clip([y, y + height], 0, size[0])
     if x1 <= x0 or y1 <= y0:
-        raise DataError(f'{where}: "bbox" {box} has no area inside its image of {size[0]}×{size[1]} (height × width)')
+        raise DataError(
+            f'{where}: "bbox" {box} has no area inside its image of {size[0]}×{size[1]} (height ×'
+            " width)"
+        )
     return [float(x0), float(y0), float(x1), float(y1)]
 
 
@@ -78,7 +93,10 @@ class Finished:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]  # a kill cuts off the last one
         if whole and json.loads(whole[0]) != identity:
-            raise UsageError(f"{path}: holds masks of another SAM or of other annotations; remove it or choose another --out")
+            raise UsageError(
+                f"{path}: holds masks of another SAM or of other annotations; remove it or choose"
+                " another --out"
+            )
         for line in whole[1:]:
             image, masks = json.loads(line)
             self.masks[image] = masks
@@ -102,17 +120,26 @@ class Finished:
 
 
 def convert(annotations: Path, images: Path, vision_pretrained: Path, out: Path) -> int:
-    """Writes ``out``; returns the number of new masks. Raises DataError, UsageError and what ``load_sam`` raises."""
+    """Writes ``out``; returns the number of new masks. Raises DataError, UsageError and what
+    ``load_sam`` raises."""
     content = read_json(annotations)
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("images", "annotations")):
-        raise DataError(f'{annotations}: needs the lists "images" and "annotations" of COCO\'s format')
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), list) for key in ("images", "annotations")
+    ):
+        raise DataError(
+            f'{annotations}: needs the lists "images" and "annotations" of COCO\'s format'
+        )
     require_folder(images, f"the images of {annotations.name}")
     wanted: dict[int, list[dict]] = defaultdict(list)
     for entry in content["annotations"]:
         if not entry.get("segmentation"):
             wanted[entry["image_id"]].append(entry)
     there = {path.name for path in images.iterdir()}
-    todo = sorted((image_name(i), i["id"], i) for i in content["images"] if i["id"] in wanted and image_name(i) in there)
+    todo = sorted(
+        (image_name(i), i["id"], i)
+        for i in content["images"]
+        if i["id"] in wanted and image_name(i) in there
+    )
     digest = hashlib.sha256(annotations.read_bytes()).hexdigest()
     finished = Finished(out.with_name(f"{out.name}.partial.jsonl"), f"{vision_pretrained} {digest}")
     try:
@@ -120,7 +147,12 @@ def convert(annotations: Path, images: Path, vision_pretrained: Path, out: Path)
         predictor = SamPredictor(sam.to(distributed.device()).eval())
         for name, number, entry in tqdm(todo, desc="boxes to masks", disable=None):
             if number not in finished.masks:
-                finished.add(number, _masks_of(predictor, resolve_inside(images, name), entry, wanted[number], annotations))
+                finished.add(
+                    number,
+                    _masks_of(
+                        predictor, resolve_inside(images, name), entry, wanted[number], annotations
+                    ),
+                )
     finally:
         finished.close()
     found = {number: finished.masks[number] for _, number, _ in todo}
@@ -134,7 +166,9 @@ def convert(annotations: Path, images: Path, vision_pretrained: Path, out: Path)
     return sum(map(len, found.values()))
 
 
-def _masks_of(predictor: SamPredictor, path: Path, image: dict, entries: list[dict], source: Path) -> dict[str, Any]:
+def _masks_of(
+    predictor: SamPredictor, path: Path, image: dict, entries: list[dict], source: Path
+) -> dict[str, Any]:
     pixels = read_image(path)
     size = pixels.shape[:2]
     check_size((image["height"], image["width"]), size, path, f"the size in {source.name}")
@@ -142,15 +176,34 @@ def _masks_of(predictor: SamPredictor, path: Path, image: dict, entries: list[di
     masks = {}
     for entry, mask in zip(entries, box_masks(predictor, pixels, boxes), strict=True):
         rle = rle_codec.encode(np.asfortranarray(mask, dtype=np.uint8))
-        masks[str(entry["id"])] = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
+        masks[str(entry["id"])] = {
+            "size": [int(side) for side in rle["size"]],
+            "counts": rle["counts"].decode(),
+        }
     return masks
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(prog="python -m utils.boxes_to_masks", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--annotations", type=Path, required=True, help="JSON in the format of COCO, LVIS or EgoObjects")
-    parser.add_argument("--images", type=Path, required=True, help="folder of the images; those that are not there are left out")
-    parser.add_argument("--vision_pretrained", type=Path, required=True, help="SAM checkpoint (.pth) or folder")
+    parser = OneLineParser(
+        prog="python -m utils.boxes_to_masks",
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        required=True,
+        help="JSON in the format of COCO, LVIS or EgoObjects",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        help="folder of the images; those that are not there are left out",
+    )
+    parser.add_argument(
+        "--vision_pretrained", type=Path, required=True, help="SAM checkpoint (.pth) or folder"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     try:
         args = parser.parse_args(argv)

@@ -21,23 +21,28 @@ MAX_NEW_TOKENS = 256
 
 
 def load(version: str, template: str = "llava_v1") -> Callable[[np.ndarray, str], str]:
-    """``describe(image, instruction)`` of the LLaVA in ``version`` (a folder or a hub name, see model/checkpoints/llava.py).
+    """``describe(image, instruction)`` of the LLaVA in ``version`` (a folder or a hub name, see
+    model/checkpoints/llava.py).
 
-    It takes an image, uint8 (H, W, 3) RGB, and returns the model's words, decoded greedily: the same ones every time. On a GPU the
-    weights are bfloat16. Raises what ``load_llava`` raises.
+    It takes an image, uint8 (H, W, 3) RGB, and returns the model's words, decoded greedily: the
+    same ones every time. On a GPU the weights are bfloat16. Raises what ``load_llava`` raises.
     """
     device = distributed.device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     backbone = load_llava(version, dtype)
     llava, tokenizer = backbone.model.to(device).eval(), backbone.tokenizer
     conversation = dataclasses.replace(
-        get_template(template), image_marks=backbone.image_marks, strip_at_tokens=backbone.strip_at_tokens
+        get_template(template),
+        image_marks=backbone.image_marks,
+        strip_at_tokens=backbone.strip_at_tokens,
     )
     image_token = tokenizer.convert_ids_to_tokens(llava.config.image_token_id)
 
     @torch.inference_mode()
     def describe(image: np.ndarray, instruction: str) -> str:
-        pixels = backbone.image_processor(images=image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        pixels = backbone.image_processor(
+            images=image, return_tensors="pt", input_data_format="channels_last"
+        )["pixel_values"]
         pixels = pixels.to(device, dtype)
         count = ReasoningChain(llava, []).image_features(pixels).shape[1]
         ids = encode_prompt(instruction, [], [], tokenizer, conversation, image_token, count, [])

@@ -1,12 +1,13 @@
-"""Computes SAM's proposals of the images that a run will see, for --method llm_seg and cores+select.
+"""Computes SAM's proposals of the images that a run will see, for --method llm_seg and
+cores+select.
 
     python -m utils.precompute_proposals --config configs/tiny-llm-seg.yaml                    # and the flags of the run
     python -m utils.precompute_proposals --config configs/llm-seg-7b.yaml --jobs 8 --ranks 8 --dataset_dir ./dataset_dir
 
-What a run draws is a function of its seed, so the images are known: those of every epoch, and the evaluation set. One file
-per image goes into the store (--proposals), named by its pixels; what is there is not computed again, so a stopped command
-goes on where it was, and runs share their images. At the end it prints what the best possible selection would score on the
-evaluation set.
+What a run draws is a function of its seed, so the images are known: those of every epoch, and the
+evaluation set. One file per image goes into the store (--proposals), named by its pixels; what is
+there is not computed again, so a stopped command goes on where it was, and runs share their images.
+At the end it prints what the best possible selection would score on the evaluation set.
 """
 
 from __future__ import annotations
@@ -39,13 +40,28 @@ from utils.training.loader import samples_per_epoch
 
 def read_arguments(argv: list[str] | None) -> tuple[Namespace, Settings]:
     """This command's own flags, and the settings of the run."""
-    parser = OneLineParser(description=__doc__.split("\n")[0] + " Further flags: those of train_ds.py.", allow_abbrev=False)
-    parser.add_argument("--jobs", type=int, default=1, help="processes; with GPUs, process i takes GPU i modulo their number")
-    parser.add_argument("--ranks", type=int, default=1, help="ranks of the training run: they decide how many images it draws")
+    parser = OneLineParser(
+        description=__doc__.split("\n")[0] + " Further flags: those of train_ds.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="processes; with GPUs, process i takes GPU i modulo their number",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        help="ranks of the training run: they decide how many images it draws",
+    )
     own, rest = parser.parse_known_args(argv)
     settings = parse(rest)
     if settings.method not in SELECTING:
-        raise UsageError(f"--method {settings.method}: only {' and '.join(SELECTING)} need proposals")
+        raise UsageError(
+            f"--method {settings.method}: only {' and '.join(SELECTING)} need proposals"
+        )
     if not settings.proposals:
         raise UsageError("--proposals is unset; name the folder of the store")
     for name in ("jobs", "ranks"):
@@ -59,7 +75,10 @@ class Images(Dataset):
 
     def __init__(self, s: Settings, ranks: int):
         prompt = build.prompt_format(s)
-        self.mixture, self.val = build.build_mixture(s, prompt), None if s.no_eval else build.build_eval(s, prompt)
+        self.mixture, self.val = (
+            build.build_mixture(s, prompt),
+            None if s.no_eval else build.build_eval(s, prompt),
+        )
         self.mixture.samples_per_epoch = samples_per_epoch(s) // distributed.world_size() * ranks
         self.epochs = range(s.start_epoch, s.epochs)
 
@@ -74,21 +93,26 @@ class Images(Dataset):
             sample = self.mixture[draw]
         else:
             sample = self.val[index - len(self.epochs) * len(self.mixture)]
-        return (sample.image, sample.name) if any(len(c.masks) for c in sample.conversations) else None
+        return (
+            (sample.image, sample.name) if any(len(c.masks) for c in sample.conversations) else None
+        )
 
 
 _worker: tuple[Images, ProposalSource] | None = None  # of this process
 
 
 def load_source(s: Settings, device: str = "cpu") -> ProposalSource:
-    """Store and generator of the SAM of --vision_pretrained, or of a merged model, in float32 as proposals need it."""
+    """Store and generator of the SAM of --vision_pretrained, or of a merged model, in float32 as
+    proposals need it."""
     if build.is_merged(s.version):
         model = CoresForReasoningSegmentation.from_pretrained(s.version, dtype=torch.float32)
         return model.to(device).eval().proposal_source(s.proposals)
     sam, fields = load_sam(s.vision_pretrained)[0].to(device).eval(), build.selector_config(s)
     config = ProposalConfig(**fields["proposals"])
     store = ProposalStore(s.proposals, fingerprint(sam, config))
-    return ProposalSource(fields["ranking"], fields["count"], fields["pool_size"], store, make_generator(sam, config))
+    return ProposalSource(
+        fields["ranking"], fields["count"], fields["pool_size"], store, make_generator(sam, config)
+    )
 
 
 def start_worker(s: Settings, ranks: int, numbers) -> None:
@@ -118,7 +142,8 @@ def compute(index: int) -> str:
 
 def results(s: Settings, ranks: int, jobs: int, total: int) -> Iterator[str]:
     """``compute`` of every index, in ``jobs`` processes."""
-    context = multiprocessing.get_context("spawn")  # a forked process must not use a GPU or torch's threads
+    # a forked process must not use a GPU or torch's threads
+    context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
     for number in range(jobs):
         numbers.put(number)
@@ -127,7 +152,9 @@ def results(s: Settings, ranks: int, jobs: int, total: int) -> Iterator[str]:
             start_worker(s, ranks, numbers)
             yield from map(compute, range(total))
             return
-        pool = stack.enter_context(ProcessPoolExecutor(jobs, context, start_worker, (s, ranks, numbers)))
+        pool = stack.enter_context(
+            ProcessPoolExecutor(jobs, context, start_worker, (s, ranks, numbers))
+        )
         stack.callback(pool.shutdown, cancel_futures=True)
         yield from pool.map(compute, range(total), chunksize=4)
 
@@ -144,10 +171,16 @@ def main(argv: list[str] | None = None) -> int:
                 bar.update()
                 bar.set_postfix(counts, refresh=False)
         source = load_source(s)
-        print(f"{source.store.folder}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+        print(
+            f"{source.store.folder}: "
+            + ", ".join(f"{count} {what}" for what, count in counts.items())
+        )
         if images.val is not None:
             scores = score_oracles(images.val, source, s.seed)
-            print(f"{s.val_dataset}, the best that a selection can reach, percent [95 % interval]\n" + format_table(scores))
+            print(
+                f"{s.val_dataset}, the best that a selection can reach, percent [95 % interval]\n"
+                + format_table(scores)
+            )
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

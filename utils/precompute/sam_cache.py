@@ -1,4 +1,5 @@
-"""Fills a cache of SAM's image embeddings (model/segmenting/embedding_cache.py) before a training that uses it.
+"""Fills a cache of SAM's image embeddings (model/segmenting/embedding_cache.py) before a training
+that uses it.
 
     python -m utils.sam_cache --config FILE --sam_cache DIR    # `torchrun -m` shares the work
 
@@ -28,10 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 class _Images(Dataset):
-    """(key, pixels float (3, S, S) or None where the cache has them) of every image of some loaders."""
+    """(key, pixels float (3, S, S) or None where the cache has them) of every image of some
+    loaders."""
 
     def __init__(self, loaders: list, cache: SamCache, image_size: int, skip_bad: bool):
-        self.loaders, self.cache, self.image_size, self.skip_bad = loaders, cache, image_size, skip_bad
+        self.loaders, self.cache, self.image_size, self.skip_bad = (
+            loaders,
+            cache,
+            image_size,
+            skip_bad,
+        )
         self.ends = np.cumsum([len(loader) for loader in loaders])
 
     def __len__(self) -> int:
@@ -41,7 +48,9 @@ class _Images(Dataset):
         which = int(np.searchsorted(self.ends, index, side="right"))
         loader = self.loaders[which]
         try:
-            image = loader.sample(int(index - (self.ends[which] - len(loader))), np.random.default_rng(index)).image
+            image = loader.sample(
+                int(index - (self.ends[which] - len(loader))), np.random.default_rng(index)
+            ).image
         except DataError as error:
             if not self.skip_bad:
                 raise
@@ -51,14 +60,24 @@ class _Images(Dataset):
         return key, None if self.cache.has(key) else preprocess(image, self.image_size)[0]
 
 
-def fill(sam: nn.Module, cache: SamCache, images: _Images, share: slice, workers: int, progress: bool = True) -> dict[str, int]:
-    """Embeds every image of ``share`` that the cache lacks. Returns counts: computed, present, left_out."""
+def fill(
+    sam: nn.Module,
+    cache: SamCache,
+    images: _Images,
+    share: slice,
+    workers: int,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Embeds every image of ``share`` that the cache lacks. Returns counts: computed, present,
+    left_out."""
     device, dtype = distributed.device(), next(sam.parameters()).dtype
     encoder = sam.image_encoder.to(device).eval()
     counts = {"computed": 0, "present": 0, "left_out": 0}
     indices = range(len(images))[share]
     loader = DataLoader(images, batch_size=None, sampler=indices, num_workers=workers)
-    for item in tqdm(loader, total=len(indices), desc="SAM cache", unit="image", disable=not progress):
+    for item in tqdm(
+        loader, total=len(indices), desc="SAM cache", unit="image", disable=not progress
+    ):
         if item is None:
             counts["left_out"] += 1
         elif item[1] is None or cache.has(item[0]):
@@ -73,18 +92,26 @@ def fill(sam: nn.Module, cache: SamCache, images: _Images, share: slice, workers
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Fills a cache with the images that the flags of train_ds.py name. Exit code 0; 2 for a mistake; 130 when stopped."""
+    """Fills a cache with the images that the flags of train_ds.py name. Exit code 0; 2 for a
+    mistake; 130 when stopped."""
     distributed.prepare_environment()
     try:
         s = parse(argv)
         if not s.sam_cache:
             raise UsageError("--sam_cache: name the folder to fill")
         prompt = build.prompt_format(s)
-        loaders = [loader for family in build.build_mixture(s, prompt).families for loader in family]
+        loaders = [
+            loader for family in build.build_mixture(s, prompt).families for loader in family
+        ]
         if not s.no_eval:
             loaders.append(build.build_eval(s, prompt).loader)
         sam, image_size = build.build_sam_only(s)
-        cache = SamCache(s.sam_cache, fingerprint(sam.image_encoder, image_size), s.sam_cache_dtype, s.sam_cache_gb)
+        cache = SamCache(
+            s.sam_cache,
+            fingerprint(sam.image_encoder, image_size),
+            s.sam_cache_dtype,
+            s.sam_cache_gb,
+        )
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         images = _Images(loaders, cache, image_size, s.on_bad_sample == "skip")
         counts = fill(sam, cache, images, slice(rank, None, world), s.workers, progress=rank == 0)
@@ -96,5 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
     full = "; full, the rest is computed as it is needed" if cache.closed else ""
-    print(f"{cache.folder}: {shown}; {cache.used() / GIGABYTE:.2f} GB in {cache.root}{full}", flush=True)
+    print(
+        f"{cache.folder}: {shown}; {cache.used() / GIGABYTE:.2f} GB in {cache.root}{full}",
+        flush=True,
+    )
     return 0

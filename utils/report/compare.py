@@ -1,4 +1,5 @@
-"""Two systems on the same targets: how large is the difference, can it be chance, and which answers changed?"""
+"""Two systems on the same targets: how large is the difference, can it be chance, and which answers
+changed?"""
 
 from __future__ import annotations
 
@@ -18,12 +19,21 @@ PROTOCOL = {"dataset": "data set", "texts": "wordings", "mode": "mode"}
 FIELDS = {f.name: f for f in dataclasses.fields(TargetScore)}
 CHECKS = {
     **dict.fromkeys(("dataset", "id", "query"), (lambda value: isinstance(value, str), "a text")),
-    **dict.fromkeys(("conversation", "target"), (lambda value: type(value) is int and value >= 0, "a whole number from 0")),
+    **dict.fromkeys(
+        ("conversation", "target"),
+        (lambda value: type(value) is int and value >= 0, "a whole number from 0"),
+    ),
     **dict.fromkeys(
         ("inter", "union", "target_area"),
-        (lambda value: type(value) in (int, float) and 0 <= value < float("inf"), "a number that is not negative"),
+        (
+            lambda value: type(value) in (int, float) and 0 <= value < float("inf"),
+            "a number that is not negative",
+        ),
     ),
-    "iou": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a fraction from 0 to 1"),
+    "iou": (
+        lambda value: type(value) in (int, float) and 0 <= value <= 1,
+        "a fraction from 0 to 1",
+    ),
     "emitted": (lambda value: isinstance(value, bool), "true or false"),
 }
 REQUIRED = {f.name for f in FIELDS.values() if f.default is dataclasses.MISSING}
@@ -58,20 +68,31 @@ class Targets:
 
 
 def read_targets(path: str | Path) -> Targets:
-    """Reads a targets-<mode>.json, or the only one of a folder. Raises DataError naming file and field."""
+    """Reads a targets-<mode>.json, or the only one of a folder. Raises DataError naming file and
+    field."""
     path = Path(path)
     if path.is_dir():
         files = sorted(path.glob("targets-*.json"))
         if len(files) != 1:
             found = ", ".join(file.name for file in files) or "none"
-            raise DataError(f"{path}: holds {len(files)} files targets-*.json ({found}); name one of them")
+            raise DataError(
+                f"{path}: holds {len(files)} files targets-*.json ({found}); name one of them"
+            )
         path = files[0]
     content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("targets"), list) or not content["targets"]:
-        raise DataError(f'{path}: has no list "targets"; give a targets-<mode>.json that an evaluation wrote')
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("targets"), list)
+        or not content["targets"]
+    ):
+        raise DataError(
+            f'{path}: has no list "targets"; give a targets-<mode>.json that an evaluation wrote'
+        )
     for field in PROTOCOL:
         if not isinstance(content.get(field), str):
-            raise DataError(f'{path}: has no "{field}"; give a targets-<mode>.json that an evaluation wrote')
+            raise DataError(
+                f'{path}: has no "{field}"; give a targets-<mode>.json that an evaluation wrote'
+            )
     scores = [_score(row, path, i) for i, row in enumerate(content["targets"])]
     name = content.get("name") or path.parent.name
     return Targets(path, str(name), content["dataset"], content["texts"], content["mode"], scores)
@@ -116,7 +137,11 @@ class Comparison:
     def counts(self) -> dict[str, int]:
         """Targets for which B is better, worse or equal."""
         found = [pair.difference for pair in self.pairs]
-        return {"better": sum(d > 0 for d in found), "worse": sum(d < 0 for d in found), "equal": sum(d == 0 for d in found)}
+        return {
+            "better": sum(d > 0 for d in found),
+            "worse": sum(d < 0 for d in found),
+            "equal": sum(d == 0 for d in found),
+        }
 
     @property
     def images(self) -> int:
@@ -135,8 +160,11 @@ class Comparison:
         lines = [
             f"A  {printable(self.a.name)}  ({self.a.path})",
             f"B  {printable(self.b.name)}  ({self.b.path})",
-            f"{self.a.dataset}, {words(self.a.mode)}, {self.a.texts} wording{'s' if self.a.texts == 'all' else ''}: "
-            f"{len(self.pairs)} pairs of {self.images} images",
+            (
+                f"{self.a.dataset}, {words(self.a.mode)}, {self.a.texts}"
+                f" wording{'s' if self.a.texts == 'all' else ''}: {len(self.pairs)} pairs of"
+                f" {self.images} images"
+            ),
             "",
             f"{'percent':9}{'A':>7}{'B':>7}  B − A [95 % interval]",
         ]
@@ -145,7 +173,13 @@ class Comparison:
             shown = f"{signed(entry['difference'])} {signed_interval(entry['ci95'])}"
             values = f"{percent(getattr(self.a, metric)):>7}{percent(getattr(self.b, metric)):>7}"
             lines.append(f"{title:9}{values}  {shown}  {self.verdict(metric)}")
-        lines += ["", f"B better on {counts['better']}, worse on {counts['worse']}, equal on {counts['equal']} targets"]
+        lines += [
+            "",
+            (
+                f"B better on {counts['better']}, worse on {counts['worse']}, equal on"
+                f" {counts['equal']} targets"
+            ),
+        ]
         for title, changes in (("gained most", self.gains), ("lost most", self.losses)):
             if changes:
                 lines += ["", f"{title}:", *(_line(change) for change in changes)]
@@ -154,16 +188,20 @@ class Comparison:
 
 def _line(change: Change) -> str:
     a, b = change.a, change.b
-    return f"  {signed(change.difference):>7}  {score_text(a):>7} → {score_text(b):>7}  {printable(f'{a.place}: {a.query}')}"
+    return (
+        f"  {signed(change.difference):>7}  {score_text(a):>7} → {score_text(b):>7} "
+        f" {printable(f'{a.place}: {a.query}')}"
+    )
 
 
 def compare(a: Targets, b: Targets, top: int = 10, seed: int = 0) -> Comparison:
-    """Pairs the targets of two reports. Raises NotComparable, with the reason, if they are not the same ones."""
+    """Pairs the targets of two reports. Raises NotComparable, with the reason, if they are not the
+    same ones."""
     for field, what in PROTOCOL.items():
         if getattr(a, field) != getattr(b, field):
             raise NotComparable(
-                f"{a.path} and {b.path} cannot be compared: the {what} is {getattr(a, field)!r} in one, "
-                f"{getattr(b, field)!r} in the other"
+                f"{a.path} and {b.path} cannot be compared: the {what} is {getattr(a, field)!r} in"
+                f" one, {getattr(b, field)!r} in the other"
             )
     pairs = _pairs(a, b)
     ranked = sorted(pairs, key=lambda pair: pair.difference)
@@ -171,7 +209,9 @@ def compare(a: Targets, b: Targets, top: int = 10, seed: int = 0) -> Comparison:
         a=a,
         b=b,
         pairs=pairs,
-        differences=paired_bootstrap([pair.a for pair in pairs], [pair.b for pair in pairs], seed=seed),
+        differences=paired_bootstrap(
+            [pair.a for pair in pairs], [pair.b for pair in pairs], seed=seed
+        ),
         gains=[pair for pair in reversed(ranked) if pair.difference > 0][:top],
         losses=[pair for pair in ranked if pair.difference < 0][:top],
     )
@@ -180,11 +220,14 @@ def compare(a: Targets, b: Targets, top: int = 10, seed: int = 0) -> Comparison:
 def _pairs(a: Targets, b: Targets) -> list[Change]:
     """In the order of ``a``."""
     ours, theirs = a.by_key, b.by_key
-    for here, there, keys in ((a, b, ours.keys() - theirs.keys()), (b, a, theirs.keys() - ours.keys())):
+    for here, there, keys in (
+        (a, b, ours.keys() - theirs.keys()),
+        (b, a, theirs.keys() - ours.keys()),
+    ):
         if keys:
             raise NotComparable(
-                f"{here.path} has {len(keys)} targets that {there.path} has not, such as {_shown(min(keys))}; "
-                "evaluate both on the whole set"
+                f"{here.path} has {len(keys)} targets that {there.path} has not, such as"
+                f" {_shown(min(keys))}; evaluate both on the whole set"
             )
     for targets, found in ((a, ours), (b, theirs)):
         if len(found) != len(targets.scores):
@@ -194,8 +237,9 @@ def _pairs(a: Targets, b: Targets) -> list[Change]:
         for field in ("query", "target_area"):
             if getattr(score, field) != getattr(other, field):
                 raise NotComparable(
-                    f"{a.path} and {b.path} cannot be compared: {_shown(key)} has the {field.replace('_', ' ')} "
-                    f"{getattr(score, field)!r} in one, {getattr(other, field)!r} in the other"
+                    f"{a.path} and {b.path} cannot be compared: {_shown(key)} has the"
+                    f" {field.replace('_', ' ')} {getattr(score, field)!r} in one,"
+                    f" {getattr(other, field)!r} in the other"
                 )
     return [Change(score, theirs[key]) for key, score in ours.items()]
 

@@ -1,7 +1,8 @@
 """The answers that a report shows: the worst, the best, some at random, and some without a mask.
 
-A gallery holds a fixed number of small JPEGs, whatever the size of the evaluation set, and chooses the same ones
-whatever the number of ranks: every candidate has a rank of its own, and the lowest ranks stay.
+A gallery holds a fixed number of small JPEGs, whatever the size of the evaluation set, and chooses
+the same ones whatever the number of ranks: every candidate has a rank of its own, and the lowest
+ranks stay.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Order = tuple[int, int, int]  # (image, conversation, target)
 
 @dataclass(frozen=True)
 class Picture:
-    """One answer, drawn. ``tiles``: (caption, JPEG) of the image, the mask of every level and the ground truth."""
+    """One answer, drawn. ``tiles``: (caption, JPEG) of the image, the mask of every level and the
+    ground truth."""
 
     score: TargetScore
     tiles: list[tuple[str, bytes]]
@@ -56,7 +58,8 @@ def jpeg(tile: np.ndarray) -> bytes:
 
 
 class Gallery:
-    """Keeps ``count`` pictures of each of KINDS. "silent" are answers without a mask; worst and best have one."""
+    """Keeps ``count`` pictures of each of KINDS. "silent" are answers without a mask; worst and
+    best have one."""
 
     def __init__(self, count: int, seed: int = 0):
         self.count, self.seed = count, seed
@@ -64,7 +67,11 @@ class Gallery:
 
     def offer(self, order: Order, score: TargetScore, example: Callable[[], Example]) -> None:
         """``example`` is called only if the answer is kept for now."""
-        wanted = {kind: rank for kind, rank in self._ranks(order, score).items() if self._enters(kind, (rank, order))}
+        wanted = {
+            kind: rank
+            for kind, rank in self._ranks(order, score).items()
+            if self._enters(kind, (rank, order))
+        }
         if wanted:
             picture = draw(example(), score)
             self.add(Entry(kind, rank, order, picture) for kind, rank in wanted.items())

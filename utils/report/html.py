@@ -1,4 +1,5 @@
-"""HTML without a template language: everything that is not Markup is escaped, so no text of a data set can become markup."""
+"""HTML without a template language: everything that is not Markup is escaped, so no text of a data
+set can become markup."""
 
 from __future__ import annotations
 
@@ -71,28 +72,46 @@ def join(parts: Iterable[object]) -> Markup:
 
 def tag(name: str, /, *content: object, **attributes: object) -> Markup:
     """An element; ``class_`` stands for class, ``stroke_width`` for stroke-width."""
-    inside = "".join(f' {key.rstrip("_").replace("_", "-")}="{text(value)}"' for key, value in attributes.items())
+    inside = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{text(value)}"' for key, value in attributes.items()
+    )
     if name in VOID:
-        return Markup(f"<{name}{inside}>" if name in ("img", "meta", "br") else f"<{name}{inside}/>")
+        return Markup(
+            f"<{name}{inside}>" if name in ("img", "meta", "br") else f"<{name}{inside}/>"
+        )
     return Markup(f"<{name}{inside}>{join(content)}</{name}>")
 
 
 def picture(jpeg: bytes, alt: str) -> Markup:
-    return tag("img", src="data:image/jpeg;base64," + base64.b64encode(jpeg).decode(), alt=alt, loading="lazy")
+    return tag(
+        "img",
+        src="data:image/jpeg;base64," + base64.b64encode(jpeg).decode(),
+        alt=alt,
+        loading="lazy",
+    )
 
 
-def table(header: Sequence[object], rows: Iterable[Sequence[object]], texts: Sequence[int] = (0,)) -> Markup:
+def table(
+    header: Sequence[object], rows: Iterable[Sequence[object]], texts: Sequence[int] = (0,)
+) -> Markup:
     """``texts``: the columns that hold sentences, which are left aligned and may wrap."""
 
     def line(cell: str, cells: Sequence[object]) -> Markup:
-        return tag("tr", *(tag(cell, c, class_="text") if i in texts and i else tag(cell, c) for i, c in enumerate(cells)))
+        return tag(
+            "tr",
+            *(
+                tag(cell, c, class_="text") if i in texts and i else tag(cell, c)
+                for i, c in enumerate(cells)
+            ),
+        )
 
     body = tag("tbody", *(line("td", row) for row in rows))
     return tag("div", tag("table", tag("thead", line("th", header)), body), class_="scroll")
 
 
 def page(title: str, *content: object) -> str:
-    """A whole document that loads nothing, not even when its text tried to: the policy forbids it."""
+    """A whole document that loads nothing, not even when its text tried to: the policy forbids
+    it."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = tag(
         "head",
@@ -105,21 +124,36 @@ def page(title: str, *content: object) -> str:
     return "<!doctype html>\n" + tag("html", head, tag("body", *content), lang="en") + "\n"
 
 
-# -------------------------------------------------------------------------------------------------------------- charts
+# ------------------------------------------------------------------------------------------- charts
 
 
 def _svg(width: int, height: int, label: str, *content: object) -> Markup:
-    return tag("svg", *content, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img", aria_label=label)
+    return tag(
+        "svg",
+        *content,
+        viewBox=f"0 0 {width} {height}",
+        width=width,
+        height=height,
+        role="img",
+        aria_label=label,
+    )
 
 
-def interval_bar(value: float, pair: Sequence[float], low: float = 0.0, high: float = 1.0) -> Markup:
-    """A dot with its interval on a line from ``low`` to ``high``; with a mark at 0 where that lies inside."""
+def interval_bar(
+    value: float, pair: Sequence[float], low: float = 0.0, high: float = 1.0
+) -> Markup:
+    """A dot with its interval on a line from ``low`` to ``high``; with a mark at 0 where that lies
+    inside."""
     width, height, edge = 190, 18, 6
 
     def x(number: float) -> float:
         return round(edge + (width - 2 * edge) * (number - low) / (high - low), 1)
 
-    zero = [tag("line", x1=x(0), x2=x(0), y1=1, y2=height - 1, class_="axis", stroke_width=2)] if low < 0 < high else []
+    zero = (
+        [tag("line", x1=x(0), x2=x(0), y1=1, y2=height - 1, class_="axis", stroke_width=2)]
+        if low < 0 < high
+        else []
+    )
     return _svg(
         width,
         height,
@@ -131,7 +165,9 @@ def interval_bar(value: float, pair: Sequence[float], low: float = 0.0, high: fl
     )
 
 
-def histogram(counts: Sequence[int], alarms: Sequence[int], edges: Sequence[str], label: str) -> Markup:
+def histogram(
+    counts: Sequence[int], alarms: Sequence[int], edges: Sequence[str], label: str
+) -> Markup:
     """Bars of ``counts``, with the ``alarms`` among them in another colour at the foot.
 
     ``edges``: one more than bars; an empty text leaves a tick without a number.
@@ -151,12 +187,26 @@ def histogram(counts: Sequence[int], alarms: Sequence[int], edges: Sequence[str]
         if count:
             title = tag("title", f"{edges[i] or ''} {count}".strip())
             place = {"x": round(x, 1), "width": round(step - 2, 1)}
-            upper = tag("rect", **place, y=round(top + room - full, 1), height=round(full - part, 1), class_="bar")
-            lower = tag("rect", **place, y=round(top + room - part, 1), height=round(part, 1), class_="alarm")
+            upper = tag(
+                "rect",
+                **place,
+                y=round(top + room - full, 1),
+                height=round(full - part, 1),
+                class_="bar",
+            )
+            lower = tag(
+                "rect",
+                **place,
+                y=round(top + room - part, 1),
+                height=round(part, 1),
+                class_="alarm",
+            )
             parts.append(tag("g", title, upper, lower))
     for i, edge in enumerate(edges):
         if edge:
-            parts.append(tag("text", edge, x=round(left + i * step, 1), y=height - 8, text_anchor="middle"))
+            parts.append(
+                tag("text", edge, x=round(left + i * step, 1), y=height - 8, text_anchor="middle")
+            )
     return _svg(width, height, label, *parts)
 
 
@@ -182,5 +232,7 @@ def scatter(points: Sequence[tuple[float, float]], across: str, up: str) -> Mark
         parts.append(tag("circle", cx=x, cy=y, r=3.5, class_="cloud"))
     parts.append(tag("text", across, x=left + room / 2, y=side - 8, text_anchor="middle"))
     middle = top + room / 2
-    parts.append(tag("text", up, x=12, y=middle, text_anchor="middle", transform=f"rotate(-90 12 {middle})"))
+    parts.append(
+        tag("text", up, x=12, y=middle, text_anchor="middle", transform=f"rotate(-90 12 {middle})")
+    )
     return _svg(side, side, f"{up} over {across}", *parts)

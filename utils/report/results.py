@@ -1,4 +1,5 @@
-"""What an evaluation found, as data and as files: who answered, every target's score, and what to call it in one line."""
+"""What an evaluation found, as data and as files: who answered, every target's score, and what to
+call it in one line."""
 
 from __future__ import annotations
 
@@ -88,7 +89,13 @@ class Report:
         table = io.StringIO()
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: printable(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows)
+        writer.writerows(
+            {
+                key: printable(value) if isinstance(value, str) else value
+                for key, value in row.items()
+            }
+            for row in rows
+        )
         write_text(Path(path), table.getvalue())
 
 

@@ -1,4 +1,5 @@
-"""How scores are written for people: in percent, with their intervals, in the same columns everywhere."""
+"""How scores are written for people: in percent, with their intervals, in the same columns
+everywhere."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ COLUMNS = {
 
 
 def columns(rows: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Title -> one cell per row; ``rows``: name -> a summary of utils.metrics or utils.evaluation.baselines.
+    """Title -> one cell per row; ``rows``: name -> a summary of utils.metrics or
+    utils.evaluation.baselines.
 
     A column that no row fills is left out.
     """
@@ -65,5 +67,9 @@ def format_table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [" " * width + "  " + "  ".join(title.rjust(widths[title]) for title in cells)]
     lines.append("─" * len(lines[0]))
     for i, name in enumerate(names):
-        lines.append(name.ljust(width) + "  " + "  ".join(cells[title][i].rjust(widths[title]) for title in cells))
+        lines.append(
+            name.ljust(width)
+            + "  "
+            + "  ".join(cells[title][i].rjust(widths[title]) for title in cells)
+        )
     return "\n".join(lines)

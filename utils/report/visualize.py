@@ -1,6 +1,7 @@
 """Pictures for people: contact sheets of an evaluation.
 
-Images are uint8 (H, W, 3) RGB, masks bool (H, W) in the same frame, colours (red, green, blue) in 0-255.
+Images are uint8 (H, W, 3) RGB, masks bool (H, W) in the same frame, colours (red, green, blue) in
+0-255.
 """
 
 from __future__ import annotations
@@ -95,8 +96,11 @@ def draw_row(example: Example, tile: int = 256) -> Image.Image:
     return row
 
 
-def contact_sheet(examples: Sequence[Example], path: str | Path, title: str = "", tile: int = 256) -> Path:
-    """Writes a PNG with a title and one row per example; ``tile``: pixels of the longer side of every picture.
+def contact_sheet(
+    examples: Sequence[Example], path: str | Path, title: str = "", tile: int = 256
+) -> Path:
+    """Writes a PNG with a title and one row per example; ``tile``: pixels of the longer side of
+    every picture.
 
     Returns the path. Raises ValueError without examples.
     """

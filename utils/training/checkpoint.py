@@ -7,8 +7,9 @@
                                      in files.json and the place in the training in progress.json
               log.jsonl  tensorboard/  metrics.json  examples.png
 
-A checkpoint is written beside its place and renamed when it is complete: a killed run leaves the previous one intact. One
-that was damaged later is refused: nobody should train on from weights that a disk has changed.
+A checkpoint is written beside its place and renamed when it is complete: a killed run leaves the
+previous one intact. One that was damaged later is refused: nobody should train on from weights that
+a disk has changed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def require_writable(run: Path) -> None:
-    """Raises UsageError if nothing can be written in the run folder, or where it will be made: better now than at a save."""
+    """Raises UsageError if nothing can be written in the run folder, or where it will be made:
+    better now than at a save."""
     there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     probe = there / f".probe-{distributed.rank()}"
     try:
@@ -50,7 +52,8 @@ def require_writable(run: Path) -> None:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UsageError(
-            f"{run}: the run folder cannot be written ({reason}); repair it or choose another with --log_base_dir, --exp_name"
+            f"{run}: the run folder cannot be written ({reason}); repair it or choose another with"
+            " --log_base_dir, --exp_name"
         ) from None
 
 
@@ -66,25 +69,35 @@ def load_settings(run: Path) -> Settings:
     try:
         return settings_of(json.loads(file.read_text()))
     except json.JSONDecodeError as error:
-        raise UsageError(f"{file}: damaged ({error}); remove it and give the flags of the run again") from None
+        raise UsageError(
+            f"{file}: damaged ({error}); remove it and give the flags of the run again"
+        ) from None
 
 
 def find_checkpoint(path: str | Path, which: str = "last") -> Path:
-    """The checkpoint that a run folder, its ckpt folder or a checkpoint folder stands for, or a UsageError."""
+    """The checkpoint that a run folder, its ckpt folder or a checkpoint folder stands for, or a
+    UsageError."""
     path = Path(path)
     for folder in (path, path / "ckpt" / which, path / which):
         recover(folder)
         if (folder / PROGRESS).is_file():
             return folder
-    raise UsageError(f"{path}: no checkpoint here; looked for {PROGRESS} in it, in ckpt/{which} and in {which}")
+    raise UsageError(
+        f"{path}: no checkpoint here; looked for {PROGRESS} in it, in ckpt/{which} and in {which}"
+    )
 
 
 def find_weights(path: str | Path, which: str) -> Path:
-    """As ``find_checkpoint``, but also a file, an index or a folder of consolidated weights that lies in a run folder."""
+    """As ``find_checkpoint``, but also a file, an index or a folder of consolidated weights that
+    lies in a run folder."""
     try:
         return find_checkpoint(path, which)
     except UsageError:
-        if Path(path).is_file() or any(Path(path).glob("*.index.json")) or any((Path(path) / name).is_file() for name in SINGLE):
+        if (
+            Path(path).is_file()
+            or any(Path(path).glob("*.index.json"))
+            or any((Path(path) / name).is_file() for name in SINGLE)
+        ):
             return Path(path)
         raise
 
@@ -98,7 +111,8 @@ def recover(folder: Path) -> None:
 
 
 def _replace(folder: Path, partial: Path) -> None:
-    """Puts the complete ``partial`` in the place of ``folder``; ``recover`` mends an interruption between the two renames."""
+    """Puts the complete ``partial`` in the place of ``folder``; ``recover`` mends an interruption
+    between the two renames."""
     recover(folder)  # or the only whole checkpoint would be the ``.old`` that is removed next
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -132,10 +146,12 @@ def save(engine, folder: Path, progress: dict[str, Any]) -> None:
 
 
 def write_progress(folder: Path, progress: dict[str, Any]) -> None:
-    """The checkpoint ``folder`` now says ``progress``: the state did not change, what is known about it did."""
+    """The checkpoint ``folder`` now says ``progress``: the state did not change, what is known
+    about it did."""
     if distributed.is_main():
         saved = read_progress(folder) or {}
-        progress = progress | {k: v for k, v in saved.items() if k == "world_size"}  # other ranks may have saved it
+        # other ranks may have saved it
+        progress = progress | {k: v for k, v in saved.items() if k == "world_size"}
         write_text(folder / PROGRESS, json.dumps(progress, indent=1) + "\n")
     distributed.barrier()
 
@@ -150,7 +166,8 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """``target`` becomes a copy of the checkpoint ``source``, all or nothing. The main rank does it."""
+    """``target`` becomes a copy of the checkpoint ``source``, all or nothing. The main rank does
+    it."""
     if distributed.is_main():
         partial = target.with_name(target.name + ".partial")
         with _one_line(partial):
@@ -163,25 +180,35 @@ def copy(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _one_line(partial: Path) -> Iterator[None]:
-    """Errors of writing name the folder; what was written of it is removed, so that the disk is as full as it was."""
+    """Errors of writing name the folder; what was written of it is removed, so that the disk is as
+    full as it was."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # how torch.save reports a full disk: "[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0"
+        # how torch.save reports a full disk: "[enforce fail at inline_container.cc:672] .
+        # unexpected pos 128 vs 0"
         by_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
         if not by_torch and not isinstance(error, OSError):
             raise
         shutil.rmtree(partial, ignore_errors=True)
-        reason = "the disk seems to be full" if by_torch else error.strerror or " ".join(str(error).split())
-        free = shutil.disk_usage(next(folder for folder in partial.parents if folder.is_dir())).free / 10**9
+        reason = (
+            "the disk seems to be full"
+            if by_torch
+            else error.strerror or " ".join(str(error).split())
+        )
+        free = (
+            shutil.disk_usage(next(folder for folder in partial.parents if folder.is_dir())).free
+            / 10**9
+        )
         raise OSError(
-            f"{partial}: the checkpoint cannot be written ({reason}; {free:.2f} GB are free there); free space, and "
-            "the same command continues from the last complete one"
+            f"{partial}: the checkpoint cannot be written ({reason}; {free:.2f} GB are free there);"
+            " free space, and the same command continues from the last complete one"
         ) from error
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line each. The ranks share the reading; every rank gets all of it."""
+    """What is wrong with the files of a checkpoint, one line each. The ranks share the reading;
+    every rank gets all of it."""
     sizes = _read_sizes(folder)
     found = []
     if sizes is None:
@@ -208,7 +235,8 @@ def _fault(file: Path, size: int | None) -> str:
 
 
 def _read_sizes(folder: Path) -> dict[str, int] | None:
-    """File names of a checkpoint and their bytes; {} if it is from before they were kept, None if the list is damaged."""
+    """File names of a checkpoint and their bytes; {} if it is from before they were kept, None if
+    the list is damaged."""
     try:
         sizes = json.loads((folder / FILES).read_text())
     except FileNotFoundError:
@@ -219,7 +247,8 @@ def _read_sizes(folder: Path) -> dict[str, int] | None:
 
 
 def refuse_damaged(folder: Path, run: Path) -> None:
-    """Raises UsageError naming the damaged files of a checkpoint and the way on. Every rank calls it."""
+    """Raises UsageError naming the damaged files of a checkpoint and the way on. Every rank calls
+    it."""
     found = [] if read_progress(folder) else [f"{folder / PROGRESS}: missing or damaged"]
     found += faults(folder)
     if found:
@@ -234,12 +263,16 @@ def _way_on(bad: Path, run: Path) -> str:
         other = run / "ckpt" / name
         progress = read_progress(other) if other.is_dir() and other != bad else None
         if progress and not faults(other):
-            return f"{name} is whole: the same command with --resume {other} continues from epoch {progress['epoch']}, {restart}"
+            return (
+                f"{name} is whole: the same command with --resume {other} continues from epoch"
+                f" {progress['epoch']}, {restart}"
+            )
     return f"there is no other checkpoint in {run / 'ckpt'}: {restart}"
 
 
 def refuse_lost(run: Path) -> None:
-    """Raises UsageError if a run has checkpoints but no usable ``last``: starting over would destroy what is left."""
+    """Raises UsageError if a run has checkpoints but no usable ``last``: starting over would
+    destroy what is left."""
     last = run / "ckpt" / "last"
     recover(last)
     if last.is_dir():
@@ -249,15 +282,19 @@ def refuse_lost(run: Path) -> None:
 
 
 def load(engine, folder: Path) -> dict[str, Any]:
-    """Restores engine and random state; returns the progress, with the number of ranks that saved it.
+    """Restores engine and random state; returns the progress, with the number of ranks that saved
+    it.
 
-    Whether the files are whole is for ``refuse_damaged`` to say, and whether these ranks may go on for ``reshard.refuse``,
-    before a model is loaded for them.
+    Whether the files are whole is for ``refuse_damaged`` to say, and whether these ranks may go on
+    for ``reshard.refuse``, before a model is loaded for them.
     """
     progress = json.loads((folder / PROGRESS).read_text())
     saved = progress["world_size"]
     if saved == distributed.world_size():
-        loaded = engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)[0] is not None
+        loaded = (
+            engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)[0]
+            is not None
+        )
     else:
         loaded = reshard.load(engine, folder, saved)
     if not loaded:
@@ -267,17 +304,21 @@ def load(engine, folder: Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """The trained weights of a checkpoint (any ZeRO stage, any world size) or file, into a model built as for training.
+    """The trained weights of a checkpoint (any ZeRO stage, any world size) or file, into a model
+    built as for training.
 
-    Raises UsageError naming trainable weights that are missing, and weights that the model does not train.
+    Raises UsageError naming trainable weights that are missing, and weights that the model does not
+    train.
     """
     put_weights(model, read_weights(folder), folder)
 
 
 def put_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
-    """``weights`` into ``model``: all trainable ones must be there, frozen ones may be, nothing else.
+    """``weights`` into ``model``: all trainable ones must be there, frozen ones may be, nothing
+    else.
 
-    Names may be ours or those of a published LISA in training. ``source``: for the UsageError's message.
+    Names may be ours or those of a published LISA in training. ``source``: for the UsageError's
+    message.
     """
     own = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
     trainable = {name for name, p in own.items() if p.requires_grad}
@@ -285,13 +326,25 @@ def put_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path
     linear = any(name.endswith("mm_projector.weight") for name in weights)
     weights = {our_name(name, linear): weight for name, weight in weights.items()}
     weights.pop(None, None)
-    missing, unexpected = sorted(trainable - weights.keys()), sorted(weights.keys() - own.keys() - constants)
+    missing, unexpected = (
+        sorted(trainable - weights.keys()),
+        sorted(weights.keys() - own.keys() - constants),
+    )
     wrong = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
-    broken = sorted(n for n in own.keys() & weights.keys() if not weights[n].to(own[n].dtype).isfinite().all())
+    broken = sorted(
+        n for n in own.keys() & weights.keys() if not weights[n].to(own[n].dtype).isfinite().all()
+    )
     if missing or unexpected or wrong or broken:
-        lists = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong, "not finite": broken}
+        lists = {
+            "missing": missing,
+            "unexpected": unexpected,
+            "wrong shape": wrong,
+            "not finite": broken,
+        }
         found = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
-        raise UsageError(f"{source}: the weights do not fit the model that the settings describe; {found}")
+        raise UsageError(
+            f"{source}: the weights do not fit the model that the settings describe; {found}"
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             if name in weights:
@@ -301,7 +354,9 @@ def put_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path
 def is_run(path: Path) -> bool:
     """Whether ``path`` is a run folder or one of its checkpoints, whose settings are known."""
     around = (path, *list(path.resolve().parents)[:2])
-    return any((folder / "config.json").is_file() and (folder / "ckpt").is_dir() for folder in around)
+    return any(
+        (folder / "config.json").is_file() and (folder / "ckpt").is_dir() for folder in around
+    )
 
 
 def is_adapter(path: Path) -> bool:
@@ -310,26 +365,45 @@ def is_adapter(path: Path) -> bool:
 
 
 def refuse_other_adapters(config: dict[str, Any], path: Path) -> None:
-    """Raises UsageError for an adapter_config.json that says more than W + (α/r)·B·A in layers that it lists by name."""
+    """Raises UsageError for an adapter_config.json that says more than W + (α/r)·B·A in layers that
+    it lists by name."""
     if config.get("peft_type", "LORA") != "LORA":
         raise UsageError(f"{path}: peft_type is {config['peft_type']!r}; only LORA can be merged")
-    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"):
+    for name in (
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+    ):
         if config.get(name):
             raise UsageError(
-                f"{path}: {name} is {config[name]!r}, which this program has no place for; merge the adapter with PEFT"
+                f"{path}: {name} is {config[name]!r}, which this program has no place for; merge"
+                " the adapter with PEFT"
             )
     if config.get("bias", "none") != "none":
-        raise UsageError(f"{path}: bias is {config['bias']!r}; adapters with trained biases cannot be merged here")
+        raise UsageError(
+            f"{path}: bias is {config['bias']!r}; adapters with trained biases cannot be merged"
+            " here"
+        )
     for name in ("r", "lora_alpha"):
         if not isinstance(config.get(name), int):
-            raise UsageError(f"{path}: {ADAPTER_CONFIG} says {name} {config.get(name)!r}; it must be a whole number")
+            raise UsageError(
+                f"{path}: {ADAPTER_CONFIG} says {name} {config.get(name)!r}; it must be a whole"
+                " number"
+            )
     if not isinstance(config.get("target_modules"), list):
-        raise UsageError(f"{path}: target_modules is {config.get('target_modules')!r}; a list of names of layers is needed")
+        raise UsageError(
+            f"{path}: target_modules is {config.get('target_modules')!r}; a list of names of layers"
+            " is needed"
+        )
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Names and values, on the CPU, of whatever holds weights: a checkpoint folder of ours or of DeepSpeed, a folder or an
-    index of shards, a PEFT adapter, or one file. Raises UsageError naming what is missing or broken.
+    """Names and values, on the CPU, of whatever holds weights: a checkpoint folder of ours or of
+    DeepSpeed, a folder or an index of shards, a PEFT adapter, or one file. Raises UsageError naming
+    what is missing or broken.
     """
     path = Path(path)
     try:
@@ -341,13 +415,16 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             return read_all(path)
         return read_file(path)
     except StopIteration:
-        raise UsageError(f"{path}: an adapter without weights; looked for {', '.join(ADAPTER_FILES)}") from None
+        raise UsageError(
+            f"{path}: an adapter without weights; looked for {', '.join(ADAPTER_FILES)}"
+        ) from None
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from None
 
 
 def _deepspeed_state(folder: Path) -> Path | None:
-    """The folder with DeepSpeed's own files: below a checkpoint of ours, below the tag in ``latest``, or itself."""
+    """The folder with DeepSpeed's own files: below a checkpoint of ours, below the tag in
+    ``latest``, or itself."""
     latest = folder / "latest"
     names = ["state", latest.read_text().strip()] if latest.is_file() else ["state"]
     for state in (*(folder / name for name in names if name and Path(name).name == name), folder):
@@ -365,7 +442,9 @@ def _read_shards(folder: Path) -> dict[str, torch.Tensor]:
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it narrates
-            return get_fp32_state_dict_from_zero_checkpoint(str(state.parent), tag=state.name, exclude_frozen_parameters=True)
+            return get_fp32_state_dict_from_zero_checkpoint(
+                str(state.parent), tag=state.name, exclude_frozen_parameters=True
+            )
     except (ValueError, FileNotFoundError) as error:  # a shard is missing
         raise UsageError(f"{folder}: incomplete checkpoint: {error}") from None
 
@@ -384,7 +463,11 @@ def _restore_random_state(state: dict[str, Any]) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _sync_all(folder: Path) -> None:

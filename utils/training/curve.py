@@ -1,10 +1,12 @@
-"""Draws the curves of runs again from their log.jsonl: the loss of the steps, the scores between the epochs.
+"""Draws the curves of runs again from their log.jsonl: the loss of the steps, the scores between
+the epochs.
 
     python -m utils.curve runs/demo                                   # runs/demo/curve.png
     python -m utils.curve runs/cores runs/lisa --out both.png         # several runs in one picture
     python -m utils.curve runs/demo --loss text,bce,dice --score giou,ciou
 
-Several runs have one colour each, their parts in one panel different line styles. Steps that --spike_factor reported are marked.
+Several runs have one colour each, their parts in one panel different line styles. Steps that
+--spike_factor reported are marked.
 """
 
 from __future__ import annotations
@@ -42,27 +44,43 @@ def read_run(run: Path) -> Log:
 
 def series(rows: Log, kind: str, name: str) -> tuple[list[int], list[float]]:
     """Steps and values of ``name`` in the rows of ``kind``, "train" or "val"."""
-    found = [(row["step"], row[name]) for row in rows if row["kind"] == kind and isinstance(row.get(name), (int, float))]
+    found = [
+        (row["step"], row[name])
+        for row in rows
+        if row["kind"] == kind and isinstance(row.get(name), (int, float))
+    ]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def refuse_unknown(logs: dict[str, Log], kind: str, names: Sequence[str]) -> None:
-    known = {name for rows in logs.values() for row in rows if row["kind"] == kind for name, value in row.items()
-             if isinstance(value, (int, float))} - {"step", "epoch"}  # fmt: skip
+    known = {
+        name
+        for rows in logs.values()
+        for row in rows
+        if row["kind"] == kind
+        for name, value in row.items()
+        if isinstance(value, (int, float))
+    } - {"step", "epoch"}
     for name in names:
         if known and name not in known:
-            raise UsageError(f"{name!r} is in no {kind} row of these runs; choose from {', '.join(sorted(known))}")
+            raise UsageError(
+                f"{name!r} is in no {kind} row of these runs; choose from"
+                f" {', '.join(sorted(known))}"
+            )
 
 
 def draw(logs: dict[str, Log], losses: Sequence[str], scores: Sequence[str], out: Path) -> None:
-    """Writes a PNG: ``losses`` of the train rows on the left, ``scores`` of the val rows in percent on the right.
+    """Writes a PNG: ``losses`` of the train rows on the left, ``scores`` of the val rows in percent
+    on the right.
 
     ``logs``: name of a run -> its rows. Raises UsageError for a name that no run has.
     """
     refuse_unknown(logs, "train", losses)
     refuse_unknown(logs, "val", scores)
     validated = any(row["kind"] == "val" for rows in logs.values() for row in rows)
-    figure, axes = pyplot.subplots(1, 1 + validated, figsize=(4.8 * (1 + validated), 3.4), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, 1 + validated, figsize=(4.8 * (1 + validated), 3.4), squeeze=False, layout="constrained"
+    )
     _panel(axes[0, 0], logs, "train", losses, 1, "loss")
     if validated:
         _panel(axes[0, 1], logs, "val", scores, 100, "validation, percent")
@@ -71,18 +89,30 @@ def draw(logs: dict[str, Log], losses: Sequence[str], scores: Sequence[str], out
     pyplot.close(figure)
 
 
-def _panel(axis, logs: dict[str, Log], kind: str, names: Sequence[str], scale: float, title: str) -> None:
+def _panel(
+    axis, logs: dict[str, Log], kind: str, names: Sequence[str], scale: float, title: str
+) -> None:
     for colour, (run, rows) in enumerate(logs.items()):
         for number, name in enumerate(names):
             steps, values = series(rows, kind, name)
             label = ", ".join([run] * (len(logs) > 1) + [name])
             marker = "o" if kind == "val" else None
             tint = f"C{colour if len(logs) > 1 else number}"
-            style = {"color": tint, "linestyle": STYLES[number % len(STYLES)], "marker": marker, "markersize": 4}
+            style = {
+                "color": tint,
+                "linestyle": STYLES[number % len(STYLES)],
+                "marker": marker,
+                "markersize": 4,
+            }
             axis.plot(steps, [scale * value for value in values], label=label, **style)
         if kind == "train":
             spikes = [row for row in rows if "median" in row and names[0] in row]
-            axis.plot([row["step"] for row in spikes], [row[names[0]] for row in spikes], "x", color=f"C{colour}")
+            axis.plot(
+                [row["step"] for row in spikes],
+                [row[names[0]] for row in spikes],
+                "x",
+                color=f"C{colour}",
+            )
     axis.set(title=title, xlabel="step", ylim=(0, None), xlim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
@@ -96,11 +126,26 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for a mistake."""
-    parser = OneLineParser(prog="python -m utils.curve", description="Curves of runs, from their log.jsonl.", allow_abbrev=False)
+    parser = OneLineParser(
+        prog="python -m utils.curve",
+        description="Curves of runs, from their log.jsonl.",
+        allow_abbrev=False,
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or log.jsonl files")
-    parser.add_argument("--out", type=Path, default=None, help="PNG to write (default: curve.png in the first run folder)")
-    parser.add_argument("--loss", default="loss", help="values of the steps, joined by commas (default: loss)")
-    parser.add_argument("--score", default="giou", help="values of the validations, joined by commas (default: giou)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="PNG to write (default: curve.png in the first run folder)",
+    )
+    parser.add_argument(
+        "--loss", default="loss", help="values of the steps, joined by commas (default: loss)"
+    )
+    parser.add_argument(
+        "--score",
+        default="giou",
+        help="values of the validations, joined by commas (default: giou)",
+    )
     try:
         args: argparse.Namespace = parser.parse_args(argv)
         logs = dict(zip(names_of(args.runs), map(read_run, args.runs), strict=True))

@@ -13,12 +13,17 @@ from utils.settings.arguments import Settings
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# -------------------------------------------------------------------------------------------------------------- set-up
+# ------------------------------------------------------------------------------------------- set-up
 
 
 def deepspeed_config(s: Settings) -> dict[str, Any]:
-    # the optimizer is torch's own AdamW wherever it runs: DeepSpeed's would have to be compiled on the user's machine
-    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}} if s.offload == "optimizer" else {}
+    # the optimizer is torch's own AdamW wherever it runs: DeepSpeed's would have to be compiled on
+    # the user's machine
+    offload = (
+        {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
+        if s.offload == "optimizer"
+        else {}
+    )
     return {
         "train_micro_batch_size_per_gpu": s.batch_size,
         "gradient_accumulation_steps": s.grad_accumulation_steps,
@@ -38,7 +43,8 @@ def deepspeed_config(s: Settings) -> dict[str, Any]:
 
 
 def learning_rate_factor(s: Settings) -> Callable[[int], float]:
-    """Linear warm-up to 1, then linear decay to 0 at the last step. A run with --start_epoch enters it there."""
+    """Linear warm-up to 1, then linear decay to 0 at the last step. A run with --start_epoch enters
+    it there."""
     total, skipped = s.epochs * s.steps_per_epoch, s.start_epoch * s.steps_per_epoch
 
     def factor(step: int) -> float:
@@ -54,12 +60,19 @@ def make_engine(model: CoresForReasoningSegmentation, s: Settings):
     """The DeepSpeed engine around the trainable weights."""
     import deepspeed
 
-    if not torch.cuda.is_available():  # gloo serves; this extension would need a C++ compiler at run time
+    # gloo serves; this extension would need a C++ compiler at run time
+    if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=s.lr, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trainable, lr=s.lr, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(s))
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, model_parameters=trainable, lr_scheduler=schedule, config=deepspeed_config(s)
+        model=model,
+        optimizer=optimizer,
+        model_parameters=trainable,
+        lr_scheduler=schedule,
+        config=deepspeed_config(s),
     )
     return engine

@@ -1,4 +1,5 @@
-"""log.jsonl: one row for every reported step and every validation; a run that goes on continues it without doubled rows."""
+"""log.jsonl: one row for every reported step and every validation; a run that goes on continues it
+without doubled rows."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from dataset.files.write import write_text
 class RunLog:
     """log.jsonl and TensorBoard: every step once, whatever happened in between.
 
-    ``done``: the last step of each kind that the run need not do again. Rows after it are dropped, as they are about to be
-    written anew, and a row that a kill cut off. Raises OSError, one line, where the file cannot be written.
+    ``done``: the last step of each kind that the run need not do again. Rows after it are dropped,
+    as they are about to be written anew, and a row that a kill cut off. Raises OSError, one line,
+    where the file cannot be written.
     """
 
     def __init__(self, run: Path, done: dict[str, int]):
@@ -26,7 +28,9 @@ class RunLog:
         run.mkdir(parents=True, exist_ok=True)
         with self._one_line():
             if self.path.is_file():
-                kept = [row for row in read_log(self.path) if row["step"] <= done.get(row["kind"], 0)]
+                kept = [
+                    row for row in read_log(self.path) if row["step"] <= done.get(row["kind"], 0)
+                ]
                 write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self.stream = self.path.open("a", encoding="utf-8")
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done["train"] + 1)
@@ -54,7 +58,10 @@ class RunLog:
             yield
         except OSError as error:
             reason = error.strerror or " ".join(str(error).split())
-            raise OSError(f"{self.path}: cannot be written ({reason}); repair that, and the same command continues") from error
+            raise OSError(
+                f"{self.path}: cannot be written ({reason}); repair that, and the same command"
+                " continues"
+            ) from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

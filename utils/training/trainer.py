@@ -43,17 +43,27 @@ class Lost(RuntimeError):
     """A data worker or another rank died; the last checkpoint is intact."""
 
 
-SPIKE_WINDOW, SPIKE_MINIMUM = 50, 10  # steps whose median a loss is compared with; fewer say nothing
+# steps whose median a loss is compared with; fewer say nothing
+SPIKE_WINDOW, SPIKE_MINIMUM = 50, 10
 
 
-RANK_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "gloo", "NCCL", "Timed out waiting", "Socket Timeout")
+RANK_GONE = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "gloo",
+    "NCCL",
+    "Timed out waiting",
+    "Socket Timeout",
+)
 
 
-# ---------------------------------------------------------------------------------------------------------------- loop
+# --------------------------------------------------------------------------------------------- loop
 
 
 class Trainer:
-    """Trains, validates and saves. ``evaluate`` gets the epoch and returns a report's summary, or is None."""
+    """Trains, validates and saves. ``evaluate`` gets the epoch and returns a report's summary, or
+    is None."""
 
     def __init__(
         self,
@@ -74,7 +84,9 @@ class Trainer:
             "best_step": None,
             "recent": [],  # the last losses, for --spike_factor
             "world_size": distributed.world_size(),
-            "images_per_step": settings.batch_size * settings.grad_accumulation_steps * distributed.world_size(),
+            "images_per_step": (
+                settings.batch_size * settings.grad_accumulation_steps * distributed.world_size()
+            ),
         }
         self.stop = self.validating = False
         self.seen: list[dict] = []  # the samples of the step under way, of this rank
@@ -89,17 +101,24 @@ class Trainer:
         return self.run / "ckpt" / "last"
 
     def resume(self, folder: Path) -> None:
-        self.progress |= checkpoint.load(self.engine, folder) | {"world_size": distributed.world_size()}
+        self.progress |= checkpoint.load(self.engine, folder) | {
+            "world_size": distributed.world_size()
+        }
         best = self.run / "ckpt" / "best"
-        if self.progress["best_step"] == self.global_step and checkpoint.read_progress(best) != checkpoint.read_progress(folder):
+        if self.progress["best_step"] == self.global_step and checkpoint.read_progress(
+            best
+        ) != checkpoint.read_progress(folder):
             checkpoint.copy(folder, best)  # a kill came between the save and its copy
 
     def train(self) -> None:
         """All remaining epochs.
 
-        Raises Interrupted after SIGTERM or SIGINT, when the state is saved; NonFiniteLoss; Lost; OSError for a full disk.
+        Raises Interrupted after SIGTERM or SIGINT, when the state is saved; NonFiniteLoss; Lost;
+        OSError for a full disk.
         """
-        previous = {sig: signal.signal(sig, self._ask_to_stop) for sig in (signal.SIGTERM, signal.SIGINT)}
+        previous = {
+            sig: signal.signal(sig, self._ask_to_stop) for sig in (signal.SIGTERM, signal.SIGINT)
+        }
         if distributed.is_main():
             validated = self.global_step - (self.progress["step"] == self.s.steps_per_epoch)
             self.log = RunLog(self.run, {"train": self.global_step, "val": validated})
@@ -173,7 +192,11 @@ class Trainer:
 
     def _names(self, infos: list[dict]) -> str:
         """The samples of all ranks. Every rank calls it."""
-        return ", ".join(sorted(set(distributed.gather_lists([f"{info['dataset']} {info['id']}" for info in infos]))))
+        return ", ".join(
+            sorted(
+                set(distributed.gather_lists([f"{info['dataset']} {info['id']}" for info in infos]))
+            )
+        )
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
         """One optimizer step over its micro steps; each loss of all ranks together."""
@@ -185,7 +208,9 @@ class Trainer:
             batch = held.pop(0).to(distributed.device(), DTYPES[self.s.precision])
             parts = normalisation.scaled(self.engine(batch).losses, factor)
             loss = self.engine.module.total(parts)
-            values = {name: float(value.detach()) for name, value in ({"loss": loss} | parts).items()}
+            values = {
+                name: float(value.detach()) for name, value in ({"loss": loss} | parts).items()
+            }
             self._refuse_non_finite(values, batch)
             self.engine.backward(loss)
             self.engine.step()
@@ -195,35 +220,44 @@ class Trainer:
         return distributed.mean(sums) | {"lr": used_lr}
 
     def _refuse_lone_fetches(self, batches: list[Batch]) -> None:
-        """ZeRO-3 fetches weights with all ranks at once: one without targets does not ask for SAM's, and all would wait."""
+        """ZeRO-3 fetches weights with all ranks at once: one without targets does not ask for
+        SAM's, and all would wait."""
         if self.s.zero_stage == 3 and distributed.world_size() > 1:
             without = next((batch for batch in batches if not normalisation.counts(batch)[1]), None)
             if without is not None:
                 info = without.info[0]
                 raise UsageError(
-                    f"{info['dataset']} {info['id']}: a micro batch without targets, which --zero_stage 3 on several ranks cannot "
-                    "train on; use --zero_stage 2, or data with targets only"
+                    f"{info['dataset']} {info['id']}: a micro batch without targets, which"
+                    " --zero_stage 3 on several ranks cannot train on; use --zero_stage 2, or data"
+                    " with targets only"
                 )
 
     def _refuse_non_finite(self, values: dict[str, float], batch: Batch) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if distributed.any_true(bool(bad)):
-            parts, names = sorted(set(distributed.gather_lists(bad))), self._names(batch.info if bad else [])
+            parts, names = (
+                sorted(set(distributed.gather_lists(bad))),
+                self._names(batch.info if bad else []),
+            )
             raise NonFiniteLoss(
-                f"step {self.global_step + 1}: {', '.join(parts)} is not finite; samples: {names}. Nothing was updated; "
-                f"{self._where_to_go_on()}"
+                f"step {self.global_step + 1}: {', '.join(parts)} is not finite; samples: {names}."
+                f" Nothing was updated; {self._where_to_go_on()}"
             )
 
     def _refuse_non_finite_gradient(self) -> None:
-        norm = self.engine.get_global_grad_norm()  # the same on every rank; None where the engine does not know it
+        # the same on every rank; None where the engine does not know it
+        norm = self.engine.get_global_grad_norm()
         if norm is None:  # then the weights tell, which are the same on every rank, too
-            sound = all(bool(p.isfinite().all()) for p in self.engine.module.parameters() if p.requires_grad)
+            sound = all(
+                bool(p.isfinite().all()) for p in self.engine.module.parameters() if p.requires_grad
+            )
         else:
             sound = math.isfinite(norm)
         if self.s.precision != "fp16" and not sound:  # fp16 has loss scaling for this
             raise NonFiniteLoss(
-                f"step {self.global_step + 1}: the gradient is not finite although the loss is; samples of the step: "
-                f"{self._names(self.seen)}. Nothing was saved of this step; {self._where_to_go_on()}"
+                f"step {self.global_step + 1}: the gradient is not finite although the loss is;"
+                f" samples of the step: {self._names(self.seen)}. Nothing was saved of this step;"
+                f" {self._where_to_go_on()}"
             )
 
     def _where_to_go_on(self) -> str:
@@ -231,7 +265,10 @@ class Trainer:
         if saved is None:
             return "there is no checkpoint yet"
         step = saved["epoch"] * self.s.steps_per_epoch + saved["step"]
-        return f"the last checkpoint, of step {step}, is in {self.last}, and the same command continues from it"
+        return (
+            f"the last checkpoint, of step {step}, is in {self.last}, and the same command"
+            " continues from it"
+        )
 
     def _explained(self, error: RuntimeError) -> RuntimeError:
         """What a user can do about an error that says nothing to him."""
@@ -241,13 +278,14 @@ class Trainer:
         if "DataLoader worker" in text and "Traceback" not in text:
             s = self.s
             return Lost(
-                f"step {self.global_step + 1}: {text}; the system kills the largest process when memory runs out: lower "
-                f"--workers (now {s.workers}) or --batch_size (now {s.batch_size}); {self._where_to_go_on()}"
+                f"step {self.global_step + 1}: {text}; the system kills the largest process when"
+                f" memory runs out: lower --workers (now {s.workers}) or --batch_size (now"
+                f" {s.batch_size}); {self._where_to_go_on()}"
             )
         if distributed.world_size() > 1 and any(sign in text for sign in RANK_GONE):
             return Lost(
-                f"step {self.global_step + 1}, rank {distributed.rank()}: another rank is gone, see its own last words "
-                f"({text[:200]}); {self._where_to_go_on()}"
+                f"step {self.global_step + 1}, rank {distributed.rank()}: another rank is gone, see"
+                f" its own last words ({text[:200]}); {self._where_to_go_on()}"
             )
         return error
 
@@ -268,7 +306,8 @@ class Trainer:
             self.log.write(row | {"samples_per_second": samples / seconds} | spike, "train")
 
     def _spike(self, loss: float) -> dict[str, Any]:
-        """What the log says about a loss far above those before it; every rank gets the same ``loss``."""
+        """What the log says about a loss far above those before it; every rank gets the same
+        ``loss``."""
         if not self.s.spike_factor:
             return {}
         recent = self.progress["recent"]
@@ -278,21 +317,32 @@ class Trainer:
             return {}
         names = self._names(self.seen)
         if distributed.is_main():
-            logger.warning("step %d: loss %.3f, the median before it is %.3f: %s", self.global_step, loss, median, names)
+            logger.warning(
+                "step %d: loss %.3f, the median before it is %.3f: %s",
+                self.global_step,
+                loss,
+                median,
+                names,
+            )
         return {"median": median, "samples": names.split(", ")}
 
     def _validation_is_due(self) -> bool:
         after = self.progress["epoch"] + 1
-        return self.evaluate is not None and (after % self.s.eval_every == 0 or after >= self.s.epochs)
+        return self.evaluate is not None and (
+            after % self.s.eval_every == 0 or after >= self.s.epochs
+        )
 
     def _validate(self) -> None:
-        """Scores the state in ``last``; the best so far becomes ``best``. Training draws the same numbers with and without."""
+        """Scores the state in ``last``; the best so far becomes ``best``. Training draws the same
+        numbers with and without."""
         self.engine.eval()
         devices = [distributed.device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices), self._stop_at_once():
             summary = self.evaluate(self.progress["epoch"] + 1)
         if self.log:
-            self.log.write({"step": self.global_step, "epoch": self.progress["epoch"] + 1, **summary}, "val")
+            self.log.write(
+                {"step": self.global_step, "epoch": self.progress["epoch"] + 1, **summary}, "val"
+            )
             self.log.sync()
         self._next_epoch()
         better = self.progress["best"] is None or summary["giou"] > self.progress["best"]
@@ -316,7 +366,10 @@ class Trainer:
             self._interrupt()
 
     def _interrupt(self) -> None:
-        raise Interrupted(f"stopped at step {self.global_step}; the same command continues from {self.run / 'ckpt' / 'last'}")
+        raise Interrupted(
+            f"stopped at step {self.global_step}; the same command continues from"
+            f" {self.run / 'ckpt' / 'last'}"
+        )
 
     def _save(self) -> None:
         if self.log:
@@ -325,7 +378,10 @@ class Trainer:
 
     def _ask_to_stop(self, number: int, _: Any) -> None:
         if not self.stop and distributed.is_main():  # print may be what was interrupted
-            os.write(2, f"\n{signal.Signals(number).name}: stopping as soon as the state is saved\n".encode())
+            os.write(
+                2,
+                f"\n{signal.Signals(number).name}: stopping as soon as the state is saved\n".encode(),
+            )
         self.stop = True
         if self.validating:
             self._interrupt()

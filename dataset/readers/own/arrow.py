@@ -1,4 +1,5 @@
-"""Tables of Hugging Face datasets as a user's own data: what ``save_to_disk`` wrote, and Parquet files.
+"""Tables of Hugging Face datasets as a user's own data: what ``save_to_disk`` wrote, and Parquet
+files.
 
 ::
 
@@ -6,10 +7,11 @@
     own/<name>/<split>/                    a Dataset's save_to_disk
     own/<name>/<split>.parquet             Parquet, also in pieces: <split>-00000-of-00002.parquet, <split>-00001-of-00002.parquet
 
-pyarrow alone reads them: local files only, mapped into memory and never held in it. Parquet is compressed, so it is unpacked once
-into the cache (dataset/files/store.py) and mapped from there.
+pyarrow alone reads them: local files only, mapped into memory and never held in it. Parquet is
+compressed, so it is unpacked once into the cache (dataset/files/store.py) and mapped from there.
 
-A row is named as in ``dataset[12]``: "own/signs/train:row 12", "own/signs/train-00001-of-00002.parquet:row 12" (of this file).
+A row is named as in ``dataset[12]``: "own/signs/train:row 12",
+"own/signs/train-00001-of-00002.parquet:row 12" (of this file).
 """
 
 from __future__ import annotations
@@ -27,7 +29,18 @@ from dataset.files.paths import resolve_inside
 from dataset.files.store import StoreWriter, open_store
 from dataset.files.text import read_json
 
-COLUMNS = ("image", "query", "mask", "rle", "polygons", "targets", "ignore", "answer", "is_sentence", "split")
+COLUMNS = (
+    "image",
+    "query",
+    "mask",
+    "rle",
+    "polygons",
+    "targets",
+    "ignore",
+    "answer",
+    "is_sentence",
+    "split",
+)
 PARQUET = ".parquet"
 PYARROW = "pyarrow==26.0.1"
 UNPACKED = "table.arrow"
@@ -36,7 +49,7 @@ _PIECE = re.compile(r"(.+)-\d{5}-of-(\d{5})\.parquet")
 _CELL = re.compile(r"(.+):row (\d+)/(\w+)(?:\[(\d+)\])?/[^/]+")
 
 
-# --------------------------------------------------------------------------------------------------------- finding files
+# ------------------------------------------------------------------------------------ finding files
 
 
 def is_saved(folder: Path) -> bool:
@@ -45,14 +58,19 @@ def is_saved(folder: Path) -> bool:
 
 
 def saved_sources(folder: Path) -> dict[str, Path]:
-    """split -> folder of each Dataset in a saved DatasetDict; "" -> a saved Dataset; {}: neither. Raises DataError."""
+    """split -> folder of each Dataset in a saved DatasetDict; "" -> a saved Dataset; {}: neither.
+    Raises DataError."""
     if is_saved(folder):
         return {"": folder}
     listing = folder / "dataset_dict.json"
     if not listing.is_file():
         return {}
     splits = (content if isinstance(content := read_json(listing), dict) else {}).get("splits")
-    if not isinstance(splits, list) or not splits or any(not isinstance(split, str) for split in splits):
+    if (
+        not isinstance(splits, list)
+        or not splits
+        or any(not isinstance(split, str) for split in splits)
+    ):
         raise DataError(f'{listing}: must name the "splits" that DatasetDict.save_to_disk wrote')
     return {split: resolve_inside(folder, split) for split in splits}
 
@@ -64,8 +82,13 @@ def stem_of(source: Path) -> str:
 
 
 def first_pieces(folder: Path, stem: str) -> list[Path]:
-    """The first file of the Parquet ``stem`` in pieces, whether or not it is there; several for pieces of several divisions."""
-    pieces = [found for path in folder.iterdir() if (found := _PIECE.fullmatch(path.name)) and found[1] == stem]
+    """The first file of the Parquet ``stem`` in pieces, whether or not it is there; several for
+    pieces of several divisions."""
+    pieces = [
+        found
+        for path in folder.iterdir()
+        if (found := _PIECE.fullmatch(path.name)) and found[1] == stem
+    ]
     return sorted({folder / f"{stem}-00000-of-{piece[2]}{PARQUET}" for piece in pieces})
 
 
@@ -73,31 +96,42 @@ def _tables(source: Path) -> list[Path]:
     """``source``, or all pieces if it is the first one of several. Raises MissingDataError."""
     piece = _PIECE.fullmatch(source.name)
     count = int(piece[2]) if piece else 1
-    paths = [source.with_name(f"{piece[1]}-{n:05d}-of-{piece[2]}{PARQUET}") for n in range(count)] if piece else [source]
+    paths = (
+        [source.with_name(f"{piece[1]}-{n:05d}-of-{piece[2]}{PARQUET}") for n in range(count)]
+        if piece
+        else [source]
+    )
     for path in paths:
         if not path.exists():
-            raise MissingDataError(f"{path}: is not there; all {count} pieces of {stem_of(source)}{PARQUET} are needed")
+            raise MissingDataError(
+                f"{path}: is not there; all {count} pieces of {stem_of(source)}{PARQUET} are needed"
+            )
     return [resolve_inside(path.parent, path.name) for path in paths]
 
 
-# ----------------------------------------------------------------------------------------------------------------- cells
+# -------------------------------------------------------------------------------------------- cells
 
 
 class Cell(str):
-    """A picture inside a table: "…/train.parquet:row 3/image/cat.jpg", with the name that it had as a file, for whoever reads it.
+    """A picture inside a table: "…/train.parquet:row 3/image/cat.jpg", with the name that it had as
+    a file, for whoever reads it.
 
-    It is read like a file (``read_image``); records and messages hold this text as they hold a file's name.
+    It is read like a file (``read_image``); records and messages hold this text as they hold a
+    file's name.
     """
 
     def open(self, mode: str = "rb") -> io.BytesIO:
-        """The bytes of the picture's file. Raises DataError where the table is gone or another one."""
+        """The bytes of the picture's file. Raises DataError where the table is gone or another
+        one."""
         table, row, column, target = _CELL.fullmatch(self).groups()
         try:
             value = _open_table(Path(table))[column][int(row)].as_py()
             value = value if target is None else value[int(target)]["mask"]
             return io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
         except (IndexError, KeyError, TypeError):
-            raise DataError(f"{table}: is not the table it was when its rows were read; start again") from None
+            raise DataError(
+                f"{table}: is not the table it was when its rows were read; start again"
+            ) from None
 
 
 def picture(name: str) -> Path | Cell:
@@ -105,24 +139,30 @@ def picture(name: str) -> Path | Cell:
     return Cell(name) if _CELL.fullmatch(name) and not Path(name).exists() else Path(name)
 
 
-# ------------------------------------------------------------------------------------------------------------------ rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def rows(source: Path) -> Iterator[tuple[str, str, Callable[[], dict]]]:
-    """(item, words for the place, function that gives the row as JSONL would have it) for every row.
+    """(item, words for the place, function that gives the row as JSONL would have it) for every
+    row.
 
-    Pictures with the same bytes are the same Cell, that of the first: they are one image with several queries. Raises DataError.
+    Pictures with the same bytes are the same Cell, that of the first: they are one image with
+    several queries. Raises DataError.
     """
     seen: dict[bytes, Cell] = {}
     for path in _tables(source):
         table = _open_table(path)
         for needed in ("image", "query"):
             if needed not in table.column_names:
-                raise DataError(f'{path}: has no column "{needed}"; a row has image, query and one of mask, rle and polygons')
+                raise DataError(
+                    f'{path}: has no column "{needed}"; a row has image, query and one of mask, rle'
+                    " and polygons"
+                )
         table = table.select([name for name in COLUMNS if name in table.column_names])
         for number in range(len(table)):
             item = f"{path}:row {number}"
-            # not in the function: a row that a skip list leaves out must not rename the picture of others
+            # not in the function: a row that a skip list leaves out must not rename the picture of
+            # others
             row = _with_cells(table.slice(number, 1).to_pylist()[0], item, seen)
             yield item, f"row {number} of {path.name}", partial(dict, row)
 
@@ -141,11 +181,16 @@ def _with_cells(row: dict, item: str, seen: dict[bytes, Cell]) -> dict:
 
 def _given(value: Any) -> Any:
     """Arrow may hold a missing object as one whose fields are all missing."""
-    return None if isinstance(value, dict) and all(field is None for field in value.values()) else value
+    return (
+        None
+        if isinstance(value, dict) and all(field is None for field in value.values())
+        else value
+    )
 
 
 def _named(value: Any, place: str, seen: dict[bytes, Cell]) -> Any:
-    """A Cell for an embedded picture (bytes, or datasets' Image: {"bytes", "path"}), a name for its path alone, else ``value``."""
+    """A Cell for an embedded picture (bytes, or datasets' Image: {"bytes", "path"}), a name for its
+    path alone, else ``value``."""
     value = _given(value)
     embedded = value if isinstance(value, dict) else {"bytes": value}
     raw, path = embedded.get("bytes"), embedded.get("path")
@@ -156,7 +201,7 @@ def _named(value: Any, place: str, seen: dict[bytes, Cell]) -> Any:
     return path if isinstance(path, str) and raw is None else value
 
 
-# ---------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def _open_table(path: Path) -> Any:
@@ -165,15 +210,23 @@ def _open_table(path: Path) -> Any:
     try:
         return _mapped(path, marker.stat().st_mtime_ns)
     except FileNotFoundError as error:
-        raise error if isinstance(error, DataError) else MissingDataError(f"{marker}: does not exist") from None
+        raise (
+            error if isinstance(error, DataError) else MissingDataError(f"{marker}: does not exist")
+        ) from None
 
 
 @lru_cache(maxsize=32)
 def _mapped(path: Path, _: int) -> Any:
     pyarrow = _pyarrow(path)
-    files = _saved_files(path) if path.is_dir() else [open_store(path, "parquet-1", _unpack).folder / UNPACKED]
+    files = (
+        _saved_files(path)
+        if path.is_dir()
+        else [open_store(path, "parquet-1", _unpack).folder / UNPACKED]
+    )
     try:
-        tables = [pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all() for file in files]
+        tables = [
+            pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all() for file in files
+        ]
         table = pyarrow.concat_tables(tables)
         table.validate(full=True)  # offsets that point elsewhere would be followed
     except (pyarrow.ArrowException, OSError) as error:
@@ -187,9 +240,14 @@ def _saved_files(folder: Path) -> list[Path]:
     entries = state.get("_data_files") if isinstance(state, dict) else None
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or ()]
     if not names or any(not isinstance(name, str) for name in names):
-        raise DataError(f'{folder}/state.json: must name the "_data_files" that Dataset.save_to_disk wrote')
+        raise DataError(
+            f'{folder}/state.json: must name the "_data_files" that Dataset.save_to_disk wrote'
+        )
     if state.get("_indices_data_files"):
-        raise DataError(f"{folder}: its rows are a selection saved by an old version; call flatten_indices() and save it again")
+        raise DataError(
+            f"{folder}: its rows are a selection saved by an old version; call flatten_indices()"
+            " and save it again"
+        )
     return [resolve_inside(folder, name) for name in names]
 
 
@@ -213,7 +271,9 @@ def _unpack(source: Path, store: StoreWriter) -> None:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return DataError(f"{path}: not a readable table ({reason}); write it again with save_to_disk or to_parquet")
+    return DataError(
+        f"{path}: not a readable table ({reason}); write it again with save_to_disk or to_parquet"
+    )
 
 
 def _pyarrow(path: Path) -> Any:
@@ -221,5 +281,7 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path}: is read with pyarrow, which is not installed: pip install {PYARROW}") from None
+        raise DataError(
+            f"{path}: is read with pyarrow, which is not installed: pip install {PYARROW}"
+        ) from None
     return pyarrow

@@ -8,17 +8,29 @@ from typing import Any
 
 from dataset.files.errors import DataError
 from dataset.files.faults import Faults
-from dataset.readers.own.formats import TEXT_KEYS, Query, is_number, optional, polygons_of, rle_of, texts_of, with_article
+from dataset.readers.own.formats import (
+    TEXT_KEYS,
+    Query,
+    is_number,
+    optional,
+    polygons_of,
+    rle_of,
+    texts_of,
+    with_article,
+)
 
-# ------------------------------------------------------------------------------------------------------------------ coco
+# --------------------------------------------------------------------------------------------- coco
 
 
 def is_coco(content: Any) -> bool:
-    return isinstance(content, dict) and all(isinstance(content.get(key), list) for key in ("images", "annotations"))
+    return isinstance(content, dict) and all(
+        isinstance(content.get(key), list) for key in ("images", "annotations")
+    )
 
 
 def read_coco(path: Path, content: dict, faults: Faults, dataset: str) -> Iterator[Query]:
-    """Queries of a COCO file: a text of the annotation, else one of its image, else the category's name; equal ones are joined."""
+    """Queries of a COCO file: a text of the annotation, else one of its image, else the category's
+    name; equal ones are joined."""
     categories = _categories(content, path)
     images = _images(content, path, faults, dataset)
     by_image = _annotations(content, path, images, categories, faults, dataset)
@@ -27,7 +39,8 @@ def read_coco(path: Path, content: dict, faults: Faults, dataset: str) -> Iterat
 
 
 def _entries(entries: list, singular: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """(name for errors and skip lists, entry) pairs. The name has the id, or the position where that is no name."""
+    """(name for errors and skip lists, entry) pairs. The name has the id, or the position where
+    that is no name."""
     seen = set()
     for position, entry in enumerate(entries):
         number = entry.get("id") if isinstance(entry, dict) else None
@@ -69,7 +82,9 @@ def _images(content: dict, path: Path, faults: Faults, dataset: str) -> dict[int
                 raise DataError(f'{item}: "file_name" must be the name of an image')
             size = entry.get("height"), entry.get("width")
             if size != (None, None) and any(type(n) is not int or n < 1 for n in size):
-                raise DataError(f'{item}: "height" and "width" must be whole numbers of pixels, or be left out')
+                raise DataError(
+                    f'{item}: "height" and "width" must be whole numbers of pixels, or be left out'
+                )
             _coco_texts(entry, item)
             for name in ("split", "answer"):
                 optional(entry, name, str, item, "a text")
@@ -79,10 +94,19 @@ def _images(content: dict, path: Path, faults: Faults, dataset: str) -> dict[int
 
 
 def _annotations(
-    content: dict, path: Path, images: dict[int, dict], categories: dict[int, str], faults: Faults, dataset: str
+    content: dict,
+    path: Path,
+    images: dict[int, dict],
+    categories: dict[int, str],
+    faults: Faults,
+    dataset: str,
 ) -> dict[int, list[dict]]:
     """Image id -> its annotations, checked; each with "item" and "shapes"."""
-    known = {entry.get("id") for entry in content["images"] if isinstance(entry, dict) and type(entry.get("id")) is int}
+    known = {
+        entry.get("id")
+        for entry in content["images"]
+        if isinstance(entry, dict) and type(entry.get("id")) is int
+    }
     seen: set[int] = set()
     found: dict[int, list[dict]] = {}
     for item, entry in _entries(content["annotations"], "annotation", path):
@@ -94,8 +118,11 @@ def _annotations(
             image = entry.get("image_id")
             if type(image) is not int or image not in known:
                 raise DataError(f'{item}: "image_id" is {image!r}, and there is no such image')
-            checked = _annotation(entry, item, categories, bool(_coco_texts(images.get(image, {}), item)))
-            if image in images:  # else its image is bad or skipped, and goes with all its annotations
+            checked = _annotation(
+                entry, item, categories, bool(_coco_texts(images.get(image, {}), item))
+            )
+            # else its image is bad or skipped, and goes with all its annotations
+            if image in images:
                 found.setdefault(image, []).append(checked)
     return found
 
@@ -105,7 +132,9 @@ def _annotation(entry: dict, item: str, categories: dict[int, str], image_has_te
     if category is not None and (type(category) is not int or category not in categories):
         raise DataError(f'{item}: "category_id" is {category!r}, and there is no such category')
     if not texts and not image_has_texts and category is None:
-        raise DataError(f"{item}: nothing to ask: give it a category_id, or a query, caption or expression")
+        raise DataError(
+            f"{item}: nothing to ask: give it a category_id, or a query, caption or expression"
+        )
     if entry.get("iscrowd", 0) not in (0, 1):
         raise DataError(f'{item}: "iscrowd" must be 0 or 1')
     segmentation = entry.get("segmentation")
@@ -116,7 +145,8 @@ def _annotation(entry: dict, item: str, categories: dict[int, str], image_has_te
         shapes = [("polygons", polygons)] if polygons else []
         if not polygons and _has_area(entry.get("bbox")):
             raise DataError(
-                f'{item}: has a "bbox" but an empty "segmentation"; python -m utils.boxes_to_masks makes masks of boxes'
+                f'{item}: has a "bbox" but an empty "segmentation"; python -m utils.boxes_to_masks'
+                " makes masks of boxes"
             )
     return {
         "item": item,
@@ -130,13 +160,22 @@ def _annotation(entry: dict, item: str, categories: dict[int, str], image_has_te
 
 def _has_area(bbox: Any) -> bool:
     """Detectors' files have boxes alone, which must not pass for empty targets."""
-    return isinstance(bbox, list) and len(bbox) == 4 and all(map(is_number, bbox)) and bbox[2] > 0 and bbox[3] > 0
+    return (
+        isinstance(bbox, list)
+        and len(bbox) == 4
+        and all(map(is_number, bbox))
+        and bbox[2] > 0
+        and bbox[3] > 0
+    )
 
 
 def _coco_texts(entry: dict, where: str) -> list[str]:
     given = [name for name in TEXT_KEYS if entry.get(name) is not None]
     if len(given) > 1:
-        raise DataError(f"{where}: has {' and '.join(given)}; give one of them, as a list if there are several wordings")
+        raise DataError(
+            f"{where}: has {' and '.join(given)}; give one of them, as a list if there are several"
+            " wordings"
+        )
     return texts_of(entry[given[0]], where, given[0]) if given else []
 
 

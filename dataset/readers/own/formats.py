@@ -1,4 +1,5 @@
-"""One kind of query for all forms of your own data: its texts, its picture, and what encloses its masks."""
+"""One kind of query for all forms of your own data: its texts, its picture, and what encloses its
+masks."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from dataset.readers.own.arrow import Cell
 TEXT_KEYS = ("query", "caption", "expression")
 
 
-LOSSLESS = (b"\x89PNG", b"II*\0", b"MM\0*")  # how PNG and TIFF begin; datasets stores masks without a file of their own as either
+# how PNG and TIFF begin; datasets stores masks without a file of their own as either
+LOSSLESS = (b"\x89PNG", b"II*\0", b"MM\0*")
 
 
 DETERMINERS = (
@@ -39,8 +41,9 @@ DETERMINERS = (
 class Query:
     """What is asked about one image.
 
-    A shape is one of ("polygons", flat lists), ("rle", {"size", "counts"}), ("png", file name), ("labelme", one shape), and, alone
-    as a target, ("painted", shapes with targets and ignored regions among them).
+    A shape is one of ("polygons", flat lists), ("rle", {"size", "counts"}), ("png", file name),
+    ("labelme", one shape), and, alone as a target, ("painted", shapes with targets and ignored
+    regions among them).
     """
 
     item: str
@@ -60,14 +63,20 @@ class Query:
     """(H, W) that the file claims."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- fields
+# ------------------------------------------------------------------------------------------- fields
 
 
 def texts_of(value: Any, where: str, name: str) -> list[str]:
     """One text or several wordings as a list, each in one line. Raises DataError."""
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or any(not isinstance(t, str) or not t.strip() for t in texts):
-        raise DataError(f'{where}: "{name}" must be a text, or a list of wordings, none of them empty')
+    if (
+        not isinstance(texts, list)
+        or not texts
+        or any(not isinstance(t, str) or not t.strip() for t in texts)
+    ):
+        raise DataError(
+            f'{where}: "{name}" must be a text, or a list of wordings, none of them empty'
+        )
     return [" ".join(text.split()) for text in texts]
 
 
@@ -83,8 +92,11 @@ def is_number(value: Any) -> bool:
 
 
 def polygons_of(value: Any, where: str, name: str) -> list[list[float]]:
-    """Polygons, each [x0, y0, x1, y1, …] or [[x, y], …], as flat lists; a single one may stand alone. Raises DataError."""
-    wanted = f'{where}: "{name}" must be a list of polygons [x0, y0, x1, y1, …] or [[x, y], …] in pixels'
+    """Polygons, each [x0, y0, x1, y1, …] or [[x, y], …], as flat lists; a single one may stand
+    alone. Raises DataError."""
+    wanted = (
+        f'{where}: "{name}" must be a list of polygons [x0, y0, x1, y1, …] or [[x, y], …] in pixels'
+    )
     if not isinstance(value, list):
         raise DataError(wanted)
     is_point = [isinstance(v, list) and len(v) == 2 and all(map(is_number, v)) for v in value]
@@ -95,20 +107,30 @@ def polygons_of(value: Any, where: str, name: str) -> list[list[float]]:
             raise DataError(wanted)
         nested = any(isinstance(point, list) for point in polygon)
         numbers = [x for point in polygon for x in (point if isinstance(point, list) else [point])]
-        if not all(map(is_number, numbers)) or (nested and any(not isinstance(p, list) or len(p) != 2 for p in polygon)):
+        if not all(map(is_number, numbers)) or (
+            nested and any(not isinstance(p, list) or len(p) != 2 for p in polygon)
+        ):
             raise DataError(f"{wanted}; polygon {number} holds something that is no coordinate")
         if len(numbers) < 6 or len(numbers) % 2:
-            raise DataError(f'{where}: "{name}": polygon {number} needs at least three points, each an x and a y')
+            raise DataError(
+                f'{where}: "{name}": polygon {number} needs at least three points, each an x'
+                " and a y"
+            )
         flat.append([float(x) for x in numbers])
     return flat
 
 
 def rle_of(value: Any, where: str, name: str) -> dict:
     size = value.get("size") if isinstance(value, dict) else None
-    if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or any(type(n) is not int or n < 1 for n in size)
+    ):
         raise DataError(f'{where}: "{name}" must be {{"size": [height, width], "counts": …}}')
     counts = value.get("counts")
-    counts = counts.decode("latin-1") if isinstance(counts, bytes) else counts  # as pycocotools gives them to an Arrow table
+    # as pycocotools gives them to an Arrow table
+    counts = counts.decode("latin-1") if isinstance(counts, bytes) else counts
     if not isinstance(counts, (str, list)):
         raise DataError(f'{where}: "{name}" needs "counts", a text or a list of runs')
     return {"size": size, "counts": counts}
@@ -119,10 +141,14 @@ def png_of(value: Any, where: str, name: str) -> str:
         raise DataError(f'{where}: "{name}" must be the name of a PNG')
     if isinstance(value, Cell):
         if not value.open().read(4).startswith(LOSSLESS):
-            raise DataError(f'{where}: "{name}" is no PNG; a mask must be one (other formats change pixels)')
+            raise DataError(
+                f'{where}: "{name}" is no PNG; a mask must be one (other formats change pixels)'
+            )
         return value
     if not value.lower().endswith(".png"):
-        raise DataError(f'{where}: "{name}" is {value!r}; a mask must be a PNG (other formats change pixels)')
+        raise DataError(
+            f'{where}: "{name}" is {value!r}; a mask must be a PNG (other formats change pixels)'
+        )
     return value
 
 

@@ -1,4 +1,5 @@
-"""The chat template of a saved processor gives the ids and the labels that ``dataset.conversation.encoding`` gives."""
+"""The chat template of a saved processor gives the ids and the labels that
+``dataset.conversation.encoding`` gives."""
 
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def messages(turns, as_parts: bool) -> list[dict]:
         image = [] if index else [{"type": "image"}]
         chat.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
         text = answer_text(reply)
-        chat.append({"role": "assistant", "content": [{"type": "text", "text": text}] if as_parts else text})
+        chat.append(
+            {"role": "assistant", "content": [{"type": "text", "text": text}] if as_parts else text}
+        )
     return chat
 
 
@@ -59,26 +62,42 @@ def saved(tokenizer, folder, **fields) -> CoresProcessor:
 
 
 SPACES = [(False, None), (True, None), (True, MARKS)]
-# the tokenizers of real models are slow to save: they meet every template once, the way they were published
-FAST = [(kind, name, *spaces) for kind in ("metaspace", "bytes") for name in TEMPLATES for spaces in SPACES]
-REAL = [("llama", name, False, None) for name in TEMPLATES] + [("legacy", name, True, MARKS) for name in TEMPLATES]
+# the tokenizers of real models are slow to save: they meet every template once, the way they were
+# published
+FAST = [
+    (kind, name, *spaces)
+    for kind in ("metaspace", "bytes")
+    for name in TEMPLATES
+    for spaces in SPACES
+]
+REAL = [("llama", name, False, None) for name in TEMPLATES] + [
+    ("legacy", name, True, MARKS) for name in TEMPLATES
+]
 
 
 @pytest.mark.parametrize(("kind", "name", "strip", "marks"), FAST + REAL)
 def test_a_chat_template_gives_the_ids_and_labels_of_training(tmp_path, kind, name, strip, marks):
     fields = {"template": name, "strip_at_tokens": strip, "image_marks": marks}
     saved(TOKENIZERS[kind](), tmp_path / "a", **fields)
-    processor = saved(load_tokenizer(str(tmp_path / "a")), tmp_path / "b", **fields)  # the second time is no different
+    # the second time is no different
+    processor = saved(load_tokenizer(str(tmp_path / "a")), tmp_path / "b", **fields)
     tokenizer = processor.tokenizer
     for label, turns in CHATS.items():
         conversation = Conversation(turns, np.zeros((0, 1, 1), bool))
-        encoded = encode(conversation, [], processor.tokenizer, processor.conversation, IMAGE, 1, ["LOC", "SEG"])
+        encoded = encode(
+            conversation, [], processor.tokenizer, processor.conversation, IMAGE, 1, ["LOC", "SEG"]
+        )
         for as_parts in (False, True):
             chat = messages(turns, as_parts)
-            found = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+            found = tokenizer.apply_chat_template(
+                chat, return_dict=True, return_assistant_tokens_mask=True
+            )
             expected = tokenizer.convert_ids_to_tokens(encoded.input_ids)
             assert tokenizer.convert_ids_to_tokens(found["input_ids"]) == expected, label
-            labels = [i if m else IGNORE_INDEX for i, m in zip(found["input_ids"], found["assistant_masks"], strict=True)]
+            labels = [
+                i if m else IGNORE_INDEX
+                for i, m in zip(found["input_ids"], found["assistant_masks"], strict=True)
+            ]
             assert labels == encoded.labels, label
 
 
@@ -89,6 +108,6 @@ def test_the_system_text_is_part_of_the_chat_template(tmp_path, system):
     other = saved(metaspace_tokenizer(), tmp_path / "b", system="another").tokenizer
     chat = messages(CHATS["one turn"], False)
     text = own.apply_chat_template(chat, tokenize=False)
-    assert text.startswith(f"<s> {system} USER:".replace("  ", " ")) and text == other.apply_chat_template(
-        [given, *chat], tokenize=False
-    )
+    assert text.startswith(
+        f"<s> {system} USER:".replace("  ", " ")
+    ) and text == other.apply_chat_template([given, *chat], tokenize=False)

@@ -28,7 +28,9 @@ def test_form(item):
     assert item["q"].endswith("?")
     assert 4 <= len(item["q"].split()) <= 20
     assert 8 <= len(item["a"].split()) <= 40
-    assert len(re.findall(r"[.](?:\s|$)", item["a"])) == 2, "first where it appears, then what it is"
+    assert len(re.findall(r"[.](?:\s|$)", item["a"])) == 2, (
+        "first where it appears, then what it is"
+    )
     text = item["q"] + item["a"]
     assert text.isascii()
     assert not set("[]<>{}") & set(text), "an exemplar has no special tokens"

@@ -1,4 +1,5 @@
-"""The index gives back what the file holds, is built once, and survives everything but a wrong annotation file."""
+"""The index gives back what the file holds, is built once, and survives everything but a wrong
+annotation file."""
 
 import io
 import json
@@ -32,17 +33,29 @@ PHOTOS = SAMPLES / "coco" / "annotations" / "instances_train2017.json"
 
 
 def coco(images: int = 3, annotations: int = 7) -> dict:
-    """Names are sorted the other way round than images; annotation j lies on image j % images and is a crowd if j is 3."""
+    """Names are sorted the other way round than images; annotation j lies on image j % images and
+    is a crowd if j is 3."""
     names = [f"{999 - i}.jpg" for i in range(images)]
     return {
         "info": {"year": 2017},
-        "images": [{"id": 10 + i, "file_name": n, "height": 10, "width": 12, "x": [i]} for i, n in enumerate(names)],
+        "images": [
+            {"id": 10 + i, "file_name": n, "height": 10, "width": 12, "x": [i]}
+            for i, n in enumerate(names)
+        ],
         "annotations": [
-            {"id": 100 + j, "image_id": 10 + j % images, "category_id": 1 + j % 2, "segmentation": [[0, 0, 5, 0, 5, j]]}
+            {
+                "id": 100 + j,
+                "image_id": 10 + j % images,
+                "category_id": 1 + j % 2,
+                "segmentation": [[0, 0, 5, 0, 5, j]],
+            }
             | {"iscrowd": int(j == 3), "area": j + 0.5, "bbox": [0, 0, 5, j]}
             for j in range(annotations)
         ],
-        "categories": [{"id": 1, "name": "dog", "supercategory": "animal"}, {"id": 2, "name": "cat"}],
+        "categories": [
+            {"id": 1, "name": "dog", "supercategory": "animal"},
+            {"id": 2, "name": "cat"},
+        ],
     }
 
 
@@ -70,7 +83,11 @@ def stores(cache: Path) -> list[Path]:
 
 def snapshot(cache: Path) -> dict[str, bytes]:
     """Everything in the cache but the empty lock files and the stamps."""
-    files = (path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock" and path.parent.name != "stamps")
+    files = (
+        path
+        for path in cache.rglob("*")
+        if path.is_file() and path.suffix != ".lock" and path.parent.name != "stamps"
+    )
     return {str(path.relative_to(cache)): path.read_bytes() for path in files}
 
 
@@ -94,7 +111,7 @@ def settled(monkeypatch):
     monkeypatch.setattr(store_module, "SETTLED_NS", -(10**18))
 
 
-# ------------------------------------------------------------------------------------------------------------ same content
+# ------------------------------------------------------------------------------------- same content
 
 NUMBERS = st.integers() | st.floats(allow_nan=False)
 VALUES = st.recursive(
@@ -115,23 +132,44 @@ def contents(draw) -> dict:
 
     size = st.integers(1, 2000)
     unique = {"unique": True, "max_size": 4}
-    images = entries(draw(st.lists(IDS, **unique)), {"file_name": st.text(), "height": size, "width": size})
+    images = entries(
+        draw(st.lists(IDS, **unique)), {"file_name": st.text(), "height": size, "width": size}
+    )
     categories = entries(draw(st.lists(IDS, **unique)), {"name": st.text()})
     annotations = []
     if images and categories:
-        of = {"image_id": st.sampled_from([i["id"] for i in images]), "category_id": st.sampled_from([c["id"] for c in categories])}
-        of |= {"segmentation": st.lists(st.lists(NUMBERS, max_size=6), max_size=2), "iscrowd": st.integers(0, 1)}
+        of = {
+            "image_id": st.sampled_from([i["id"] for i in images]),
+            "category_id": st.sampled_from([c["id"] for c in categories]),
+        }
+        of |= {
+            "segmentation": st.lists(st.lists(NUMBERS, max_size=6), max_size=2),
+            "iscrowd": st.integers(0, 1),
+        }
         annotations = entries(draw(st.lists(IDS, unique=True, max_size=8)), of)
-    parts = {"images": images, "annotations": annotations, "categories": categories, "info": draw(VALUES)}
+    parts = {
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+        "info": draw(VALUES),
+    }
     return {key: parts[key] for key in draw(st.permutations(sorted(parts)))}
 
 
-@given(content=contents(), indent=st.sampled_from([None, 1]), ascii_only=st.booleans(), bom=st.booleans())
+@given(
+    content=contents(),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+    bom=st.booleans(),
+)
 @settings(max_examples=25, deadline=None)
 def test_whatever_a_file_holds_comes_back(content, indent, ascii_only, bom):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.json"
-        path.write_text(json.dumps(content, indent=indent, ensure_ascii=ascii_only), encoding="utf-8-sig" if bom else "utf-8")
+        path.write_text(
+            json.dumps(content, indent=indent, ensure_ascii=ascii_only),
+            encoding="utf-8-sig" if bom else "utf-8",
+        )
         assert_same(CocoIndex.open(path, Path(folder) / "cache"), content)
 
 
@@ -153,7 +191,12 @@ def test_ids_and_positions_that_are_not_there(tmp_path):
         for position in (-1, 3):
             with pytest.raises(IndexError):
                 call(position)
-    for call, wrong in ((index.image_position, 13), (index.image_position, 9), (index.annotation, 107), (index.annotation, 10)):
+    for call, wrong in (
+        (index.image_position, 13),
+        (index.image_position, 9),
+        (index.annotation, 107),
+        (index.annotation, 10),
+    ):
         with pytest.raises(KeyError):
             call(wrong)
 
@@ -163,7 +206,9 @@ def read_all(reader: JsonReader):
     if reader.peek() == "{":
         return {key: read_all(reader) for key in reader.members()}
     if reader.peek() == "[":
-        return [value for value, text in reader.items() if json.loads(text) == value or value != value]
+        return [
+            value for value, text in reader.items() if json.loads(text) == value or value != value
+        ]
     return reader.value()[0]
 
 
@@ -179,8 +224,12 @@ def test_the_window_of_the_reader_does_not_matter(value, indent, window):
 
 
 def test_the_window_stays_small():
-    """Of 300 kB in entries of 30 no more is held than two windows; an entry that is longer is held as a whole."""
-    reader = JsonReader(io.StringIO(json.dumps([{"id": i, "x": "abc"} for i in range(10_000)] + ["y" * 5000])), window=1000)
+    """Of 300 kB in entries of 30 no more is held than two windows; an entry that is longer is held
+    as a whole."""
+    reader = JsonReader(
+        io.StringIO(json.dumps([{"id": i, "x": "abc"} for i in range(10_000)] + ["y" * 5000])),
+        window=1000,
+    )
     held = [len(reader._text) for _ in reader.items()]
     assert max(held[:-1]) < 2100 and 5000 < held[-1] < 20_000
 
@@ -199,11 +248,13 @@ def test_the_reader_says_where_it_failed():
     fails('{"long enough": [1, tru]}', "Expecting value at character 20")
 
 
-# ------------------------------------------------------------------------------------------------------------- bad files
+# ---------------------------------------------------------------------------------------- bad files
 
 
 def change(content: dict, key: str, number: int, **fields) -> dict:
-    entry = {name: value for name, value in (content[key][number] | fields).items() if value is not ...}
+    entry = {
+        name: value for name, value in (content[key][number] | fields).items() if value is not ...
+    }
     return content | {key: [*content[key][:number], entry, *content[key][number + 1 :]]}
 
 
@@ -213,20 +264,50 @@ def change(content: dict, key: str, number: int, **fields) -> dict:
         (change(coco(), "images", 1, id=10), '"images" holds the id 10 twice'),
         (change(coco(), "annotations", 2, id=100), '"annotations" holds the id 100 twice'),
         (change(coco(), "categories", 1, id=1), '"categories" holds the id 1 twice'),
-        (change(coco(), "annotations", 2, image_id=9), "annotation 102 names an unknown image or category"),
-        (change(coco(), "annotations", 2, category_id=3), "annotation 102 names an unknown image or category"),
-        (change(coco(), "annotations", 2, segmentation=...), '"annotations" entry 2 lacks the field "segmentation"'),
-        (change(coco(), "annotations", 2, image_id=...), '"annotations" entry 2 lacks the field "image_id"'),
-        (change(coco(), "annotations", 2, id="x"), '"annotations" entry 2: "id" must be a whole number'),
-        (change(coco(), "annotations", 2, id=2**63), '"annotations" entry 2: "id" must be a whole number'),
-        (change(coco(), "annotations", 2, iscrowd="no"), '"annotations" entry 2: "iscrowd" must be 0 or 1'),
-        (change(coco(), "images", 0, file_name=...), '"images" entry 0 lacks the field "file_name"'),
+        (
+            change(coco(), "annotations", 2, image_id=9),
+            "annotation 102 names an unknown image or category",
+        ),
+        (
+            change(coco(), "annotations", 2, category_id=3),
+            "annotation 102 names an unknown image or category",
+        ),
+        (
+            change(coco(), "annotations", 2, segmentation=...),
+            '"annotations" entry 2 lacks the field "segmentation"',
+        ),
+        (
+            change(coco(), "annotations", 2, image_id=...),
+            '"annotations" entry 2 lacks the field "image_id"',
+        ),
+        (
+            change(coco(), "annotations", 2, id="x"),
+            '"annotations" entry 2: "id" must be a whole number',
+        ),
+        (
+            change(coco(), "annotations", 2, id=2**63),
+            '"annotations" entry 2: "id" must be a whole number',
+        ),
+        (
+            change(coco(), "annotations", 2, iscrowd="no"),
+            '"annotations" entry 2: "iscrowd" must be 0 or 1',
+        ),
+        (
+            change(coco(), "images", 0, file_name=...),
+            '"images" entry 0 lacks the field "file_name"',
+        ),
         (change(coco(), "images", 0, file_name=3), '"images" entry 0: "file_name" must be a text'),
-        (change(coco(), "images", 0, height=None), '"images" entry 0: "height" must be a positive number'),
+        (
+            change(coco(), "images", 0, height=None),
+            '"images" entry 0: "height" must be a positive number',
+        ),
         (change(coco(), "categories", 1, name=...), '"categories" entry 1 lacks the field "name"'),
         (coco() | {"images": [3]}, '"images" entry 0 is not an object'),
         ("", 'has no list "images"; a COCO instances file is expected'),
-        (coco() | {"categories": None}, 'has no list "categories"; a COCO instances file is expected'),
+        (
+            coco() | {"categories": None},
+            'has no list "categories"; a COCO instances file is expected',
+        ),
         ([], 'has no list "images"; a COCO instances file is expected'),
     ],
 )
@@ -275,7 +356,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
     assert not snapshot(tmp_path / "cache")
 
 
-# ------------------------------------------------------------------------------------------------------- one build, shared
+# -------------------------------------------------------------------------------- one build, shared
 
 
 def test_an_index_is_built_once_per_content(tmp_path, builds, settled):
@@ -335,7 +416,9 @@ def test_of_many_processes_one_builds(tmp_path):
     source.write_text("content")
 
     def rank():
-        assert open_store(source, "toy-1", slow_build, tmp_path / "cache").json("content") == "content"
+        assert (
+            open_store(source, "toy-1", slow_build, tmp_path / "cache").json("content") == "content"
+        )
 
     ranks = [FORK.Process(target=rank) for _ in range(5)]
     for process in ranks:
@@ -379,7 +462,11 @@ def test_a_pickle_holds_the_name_of_the_file_only(tmp_path, builds, monkeypatch)
     monkeypatch.setenv("CORES_CACHE", str(tmp_path / "cache"))
     loader = CocoInstances(write_data(tmp_path), "train2017", LoaderOptions(("SEG",)))
     text = ForkingPickler.dumps(loader)
-    assert len(text) < 1500 < (tmp_path / "coco" / "annotations" / "instances_train2017.json").stat().st_size
+    assert (
+        len(text)
+        < 1500
+        < (tmp_path / "coco" / "annotations" / "instances_train2017.json").stat().st_size
+    )
     assert_same(ForkingPickler.loads(text).index, coco(3, 40))
     assert len(builds) == 1
     write_json(loader.source, coco(3, 41))
@@ -403,7 +490,9 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, caplog):
         CocoIndex.open(path)
 
 
-def test_a_cache_filled_by_its_owner_serves_those_who_may_only_read(tmp_path, monkeypatch, builds, caplog):
+def test_a_cache_filled_by_its_owner_serves_those_who_may_only_read(
+    tmp_path, monkeypatch, builds, caplog
+):
     path = write_json(tmp_path / "a.json", coco())
     CocoIndex.open(path, tmp_path / "cache")
     (tmp_path / "tmp").mkdir()
@@ -437,12 +526,15 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store_module.os, "fsync", full)
-    with pytest.raises(DataError, match="a.json cannot be written .No space left on device.; free space or set CORES_CACHE"):
+    with pytest.raises(
+        DataError,
+        match="a.json cannot be written .No space left on device.; free space or set CORES_CACHE",
+    ):
         CocoIndex.open(write_json(tmp_path / "a.json", coco()), tmp_path / "cache")
     assert not snapshot(tmp_path / "cache")
 
 
-# ---------------------------------------------------------------------------------------------------------- damaged stores
+# ----------------------------------------------------------------------------------- damaged stores
 
 
 def damage(path: Path, how: str) -> None:
@@ -451,7 +543,11 @@ def damage(path: Path, how: str) -> None:
         return
     content = path.read_bytes()
     middle = len(content) // 2
-    cut = {"cut": content[:middle], "flip": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :], "empty": b""}
+    cut = {
+        "cut": content[:middle],
+        "flip": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "empty": b"",
+    }
     path.write_bytes(cut[how])
 
 
@@ -484,7 +580,8 @@ def test_a_record_that_stays_damaged_is_no_endless_loop(tmp_path, monkeypatch):
     index = CocoIndex.open(write_json(tmp_path / "a.json", coco(1, 1)), tmp_path / "cache")
     real = store_module.RecordsWriter.add
     monkeypatch.setattr(
-        "dataset.files.store.RecordsWriter.add", lambda self, blob: real(self, blob) or self._sums.append(self._sums.pop() ^ 1)
+        "dataset.files.store.RecordsWriter.add",
+        lambda self, blob: real(self, blob) or self._sums.append(self._sums.pop() ^ 1),
     )
     damage(index._store.folder / "annotations.bin", "flip")
     with pytest.raises(DamagedRecords):
@@ -512,7 +609,7 @@ def test_leftovers_are_no_store(tmp_path):
     assert snapshot(tmp_path / "cache") == clean
 
 
-# ------------------------------------------------------------------------------------------------------------------ kills
+# -------------------------------------------------------------------------------------------- kills
 
 
 def killed_at_sync(path: Path, cache: Path, number: int) -> bool:
@@ -548,7 +645,9 @@ def test_a_killed_build_leaves_no_trace(tmp_path):
     for number in (0, 8, 17):
         cache = tmp_path / str(number)
         assert killed_at_sync(path, cache, number)
-        assert not stores(cache) or any(folder.name.endswith(".partial") for folder in stores(cache))
+        assert not stores(cache) or any(
+            folder.name.endswith(".partial") for folder in stores(cache)
+        )
         assert_recovers(path, cache, clean, coco())
 
 
@@ -589,7 +688,7 @@ def test_builds_killed_at_random_times_leave_no_trace(tmp_path):
     assert unfinished > 5
 
 
-# ---------------------------------------------------------------------------------------------------------- lists of records
+# --------------------------------------------------------------------------------- lists of records
 
 
 def prepare(source: Path, entry: dict, number: int) -> tuple[str, dict]:
@@ -608,6 +707,10 @@ def test_lists_of_records(tmp_path, caplog):
             index[2]
     assert caplog.text.count("index built") == 1
     assert list(ForkingPickler.loads(ForkingPickler.dumps(index))) == list(index)
-    for content, message in (([], "must be a non-empty list"), ({}, "must be a non-empty list"), ([{}], "record 0 has no name")):
+    for content, message in (
+        ([], "must be a non-empty list"),
+        ({}, "must be a non-empty list"),
+        ([{}], "record 0 has no name"),
+    ):
         with pytest.raises(DataError, match=f"a.json: {message}"):
             RecordIndex.open(write_json(path, content), "toy-1", prepare, tmp_path / "cache")

@@ -1,4 +1,5 @@
-"""Masks from files: run lengths and polygons, for any content, against rules that share no code with them."""
+"""Masks from files: run lengths and polygons, for any content, against rules that share no code
+with them."""
 
 import cv2
 import numpy as np
@@ -37,7 +38,8 @@ def test_run_lengths_round_trip(size, seed, density):
 
 @st.composite
 def stars(draw, inside: bool) -> tuple[tuple[int, int], np.ndarray]:
-    """((H, W), points float (n, 2) as (x, y)): a polygon around a centre, so that it never crosses itself.
+    """((H, W), points float (n, 2) as (x, y)): a polygon around a centre, so that it never crosses
+    itself.
 
     ``inside``: all of it is in the picture.
     """
@@ -51,7 +53,8 @@ def stars(draw, inside: bool) -> tuple[tuple[int, int], np.ndarray]:
 
 
 def winding(points: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Whether (x, y) lies inside: the angles under which it sees the edges add up to a full turn."""
+    """Whether (x, y) lies inside: the angles under which it sees the edges add up to a full
+    turn."""
     there = points[:, None, None] - np.stack([x, y], -1)
     seen = np.arctan2(there[..., 1], there[..., 0])
     turns = np.diff(np.concatenate([seen, seen[:1]]), axis=0)
@@ -64,14 +67,17 @@ def distance(points: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     nearest = np.full(x.shape, np.inf)
     for a, b in zip(points, np.roll(points, -1, 0), strict=True):
         along = np.clip(((place - a) @ (b - a)) / max(1e-9, (b - a) @ (b - a)), 0, 1)
-        nearest = np.minimum(nearest, np.linalg.norm(place - a - along[..., None] * (b - a), axis=-1))
+        nearest = np.minimum(
+            nearest, np.linalg.norm(place - a - along[..., None] * (b - a), axis=-1)
+        )
     return nearest
 
 
 @given(star=stars(inside=False))
 @settings(max_examples=60, deadline=None)
 def test_polygons_of_coco(star):
-    """A pixel more than one pixel from every edge is in the mask exactly if its centre is inside."""
+    """A pixel more than one pixel from every edge is in the mask exactly if its centre is
+    inside."""
     size, points = star
     y, x = np.mgrid[: size[0], : size[1]] + 0.5
     clear = distance(points, x, y) > 1
@@ -82,9 +88,11 @@ def test_polygons_of_coco(star):
 @given(star=stars(inside=True))
 @settings(max_examples=60, deadline=None)
 def test_polygons_of_reason_seg(star):
-    """Here coordinates are cut to whole pixels, a pixel is the point of its indices, and the outline belongs to the mask.
+    """Here coordinates are cut to whole pixels, a pixel is the point of its indices, and the
+    outline belongs to the mask.
 
-    Of a polygon that leaves the picture OpenCV draws the outline from where it cuts the border, rounded; that is not tested.
+    Of a polygon that leaves the picture OpenCV draws the outline from where it cuts the border,
+    rounded; that is not tested.
     """
     size, points = star
     points = points.astype(np.int32)
@@ -107,6 +115,8 @@ def is_star(points: np.ndarray) -> bool:
 @given(size=SIZES, seeds=st.lists(st.integers(0, 999), min_size=1, max_size=3))
 @settings(max_examples=40, deadline=None)
 def test_parts_of_a_coco_polygon_are_united(size, seeds):
-    parts = [(np.random.default_rng(seed).random((4, 2)) * size[::-1]).ravel().tolist() for seed in seeds]
+    parts = [
+        (np.random.default_rng(seed).random((4, 2)) * size[::-1]).ravel().tolist() for seed in seeds
+    ]
     alone = [annotation_mask([part], size, "f", "m") for part in parts]
     assert np.array_equal(annotation_mask(parts, size, "f", "m"), np.any(alone, axis=0))

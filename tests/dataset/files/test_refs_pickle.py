@@ -1,4 +1,5 @@
-"""The restricted unpickler: reads plain data of any protocol, runs nothing, and says what it refused."""
+"""The restricted unpickler: reads plain data of any protocol, runs nothing, and says what it
+refused."""
 
 import os
 import pickletools
@@ -12,7 +13,12 @@ from dataset.files.refs_pickle import read_pickle
 from tests.official_layouts import pickled
 
 PLAIN = [
-    {"ref_id": 1, "ann_id": 2**40, "split": "train", "sentences": [{"sent": "the café", "tokens": ["a"], "x": (1.5, None, True)}]}
+    {
+        "ref_id": 1,
+        "ann_id": 2**40,
+        "split": "train",
+        "sentences": [{"sent": "the café", "tokens": ["a"], "x": (1.5, None, True)}],
+    }
 ]
 
 
@@ -23,8 +29,11 @@ def test_plain_data_of_every_protocol(tmp_path, protocol):
 
 
 def test_texts_of_python_2(tmp_path):
-    """Protocol 0 as Python 2 wrote it: byte texts, longs, unicode by an instruction of its own; and a set by name."""
-    (tmp_path / "refs.p").write_bytes(b"(lp0\n(dp1\nS'sent'\np2\nS'caf\\xc3\\xa9'\np3\nsS'id'\nL581857L\nsS'raw'\nVnew\nsa.")
+    """Protocol 0 as Python 2 wrote it: byte texts, longs, unicode by an instruction of its own; and
+    a set by name."""
+    (tmp_path / "refs.p").write_bytes(
+        b"(lp0\n(dp1\nS'sent'\np2\nS'caf\\xc3\\xa9'\np3\nsS'id'\nL581857L\nsS'raw'\nVnew\nsa."
+    )
     assert read_pickle(tmp_path / "refs.p") == [{"sent": "café", "id": 581857, "raw": "new"}]
     (tmp_path / "refs.p").write_bytes(b"c__builtin__\nset\n((lI1\naI2\natR.")
     assert read_pickle(tmp_path / "refs.p") == {1, 2}
@@ -45,7 +54,9 @@ EVIL = {
     "builtins.range": b"cbuiltins\nrange\n(I1000000000\ntR.",
     "builtins.str.format": b"\x80\x04\x8c\x08builtins\x8c\nstr.format\x93.",
     "copy_reg._reconstructor": b"ccopy_reg\n_reconstructor\n(cbuiltins\nobject\nt.",
-    "numpy.core.multiarray.scalar": pickled(np.float64(1), 2).replace(b"numpy._core", b"numpy.core"),
+    "numpy.core.multiarray.scalar": (
+        pickled(np.float64(1), 2).replace(b"numpy._core", b"numpy.core")
+    ),
 }
 
 
@@ -79,8 +90,13 @@ def test_damaged_files_are_one_line(tmp_path):
 def test_a_file_with_wrong_bytes_is_read_or_refused(tmp_path):
     path, whole = tmp_path / "refs.p", pickled(PLAIN * 3, 2)
     generator = np.random.default_rng(0)
-    # not those that take a length of up to 8 bytes: a wrong one reserves gigabytes before it is found out
-    short = [opcode.code for opcode in pickletools.opcodes if opcode.arg is None or opcode.arg.n in (0, 1, 2, -1)]
+    # not those that take a length of up to 8 bytes: a wrong one reserves gigabytes before it is
+    # found out
+    short = [
+        opcode.code
+        for opcode in pickletools.opcodes
+        if opcode.arg is None or opcode.arg.n in (0, 1, 2, -1)
+    ]
     outcomes = Counter()
     for _ in range(400):
         blob = bytearray(whole)

@@ -1,4 +1,5 @@
-"""The client against a real server with real faults: what is sent again, what is not, what is written down."""
+"""The client against a real server with real faults: what is sent again, what is not, what is
+written down."""
 
 import json
 import threading
@@ -11,7 +12,17 @@ import httpx2
 import pytest
 
 from dataset.files.errors import DataError
-from dataset.generate.client import Abort, ChatClient, ChatError, Endpoint, Pacer, Request, Stopped, _judge, _retry_after
+from dataset.generate.client import (
+    Abort,
+    ChatClient,
+    ChatError,
+    Endpoint,
+    Pacer,
+    Request,
+    Stopped,
+    _judge,
+    _retry_after,
+)
 from dataset.generate.journal import Journal, read_answers
 from tests.fake_chat_server import FakeChatServer
 
@@ -69,7 +80,10 @@ def test_a_fault_is_written_down_and_the_request_sent_again(tmp_path, fault, sai
 def test_a_server_that_drips_does_not_hold_us(tmp_path):
     with FakeChatServer(faults=("slow",), slow=5.0, always=True) as server:
         started = time.monotonic()
-        with Client(server.url, tmp_path, timeout=0.3, retries=0) as client, pytest.raises(ChatError, match=r"within 0\.3 s"):
+        with (
+            Client(server.url, tmp_path, timeout=0.3, retries=0) as client,
+            pytest.raises(ChatError, match=r"within 0\.3 s"),
+        ):
             client.ask(request())
         assert time.monotonic() - started < 4  # the server goes on for 5 s
 
@@ -82,7 +96,10 @@ def test_retry_after_is_kept(tmp_path):
 
 
 def test_a_server_that_says_at_once_is_not_stormed(tmp_path):
-    with FakeChatServer(faults=("now",)) as server, Client(server.url, tmp_path, backoff=0.4) as client:
+    with (
+        FakeChatServer(faults=("now",)) as server,
+        Client(server.url, tmp_path, backoff=0.4) as client,
+    ):
         client.ask(request())
         first, second = server.served
     assert second.at - first.at >= 0.2  # 0.4, less a jitter of at most a half
@@ -118,7 +135,10 @@ def test_retry_after_as_number_date_and_nonsense():
     ],
 )
 def test_what_no_attempt_can_heal_ends_the_run_at_once(tmp_path, fault, said):
-    with FakeChatServer(faults=(fault,), always=True) as server, Client(server.url, tmp_path) as client:
+    with (
+        FakeChatServer(faults=(fault,), always=True) as server,
+        Client(server.url, tmp_path) as client,
+    ):
         with pytest.raises(Abort, match=said):
             client.ask(request())
         assert len(server.served) == 1
@@ -143,7 +163,10 @@ def test_attempts_are_counted(tmp_path):
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path):
-    with FakeChatServer(faults=("401",), always=True) as server, Client(server.url, tmp_path, api_key=KEY) as client:
+    with (
+        FakeChatServer(faults=("401",), always=True) as server,
+        Client(server.url, tmp_path, api_key=KEY) as client,
+    ):
         with pytest.raises(Abort) as error:  # the server's message repeats the key
             client.ask(request())
         assert server.served[0].headers["Authorization"] == f"Bearer {KEY}"
@@ -164,7 +187,8 @@ def test_pace_and_concurrency(tmp_path):
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(client.ask, [request(f"thing {i}") for i in range(8)]))
         at = [served.at for served in server.served]
-    assert at[-1] - at[0] >= 0.9 * 7 * 0.05  # 1200 a minute: one every 0.05 s; starts are exact, arrivals a little later
+    # 1200 a minute: one every 0.05 s; starts are exact, arrivals a little later
+    assert at[-1] - at[0] >= 0.9 * 7 * 0.05
     assert 1 < server.most_under_way <= 3
 
 
@@ -190,9 +214,28 @@ def test_a_stopped_run_sends_nothing(tmp_path):
     ("content", "text", "finish"),
     [
         ({"choices": [{"message": {"content": "yes"}, "finish_reason": None}]}, "yes", "stop"),
-        ({"choices": [{"message": {"content": "cut o"}, "finish_reason": "length"}]}, "cut o", "length"),
+        (
+            {"choices": [{"message": {"content": "cut o"}, "finish_reason": "length"}]},
+            "cut o",
+            "length",
+        ),
         ({"choices": [{"message": {"content": None, "refusal": "I will not"}}]}, "", "refusal"),
-        ({"choices": [{"message": {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}}]}, "ab", "stop"),
+        (
+            {
+                "choices": [
+                    {
+                        "message": {
+                            "content": [
+                                {"type": "text", "text": "a"},
+                                {"type": "text", "text": "b"},
+                            ]
+                        }
+                    }
+                ]
+            },
+            "ab",
+            "stop",
+        ),
     ],
 )
 def test_dialects_of_the_reply(content, text, finish):
@@ -200,7 +243,10 @@ def test_dialects_of_the_reply(content, text, finish):
     assert (answer.text, answer.finish, answer.tokens_in) == (text, finish, None)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"choices": []}', '{"choices": [{"message": {"content": 3}}]}', "[" * 10000])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", '{"choices": []}', '{"choices": [{"message": {"content": 3}}]}', "[" * 10000],
+)
 def test_replies_that_are_no_answers(content):
     assert _judge(200, httpx2.Headers(), content).retried
 
@@ -245,5 +291,7 @@ def test_endpoints_that_cannot_be(fields, said):
 
 
 def test_extra_fields_change_the_request_and_null_removes_one():
-    body = Endpoint("http://host/v1", "m", extra={"top_p": 0.9, "temperature": None}).body(request())
+    body = Endpoint("http://host/v1", "m", extra={"top_p": 0.9, "temperature": None}).body(
+        request()
+    )
     assert body["top_p"] == 0.9 and "temperature" not in body

@@ -1,4 +1,5 @@
-"""python -m dataset.generate against a real server: faults, kills, dry runs, and results that training reads."""
+"""python -m dataset.generate against a real server: faults, kills, dry runs, and results that
+training reads."""
 
 import json
 import os
@@ -26,15 +27,28 @@ from tests.fake_chat_server import FAULTS, FakeChatServer
 from tests.generate_toys import SIZE, write_photos
 
 ROOT = Path(__file__).resolve().parents[3]
-QUICK = tuple(fault for fault in FAULTS if fault != "slow")  # that one waits for a timeout; see test_chat_client.py
+# that one waits for a timeout; see test_chat_client.py
+QUICK = tuple(fault for fault in FAULTS if fault != "slow")
 KEY = "sk-very-secret-0123456789"
 
 
 def flags(server: FakeChatServer) -> list[str]:
-    return ["--base_url", server.url, "--model", "fake", "--requests_per_minute", "0", "--backoff", "0.01", "--quiet"]
+    return [
+        "--base_url",
+        server.url,
+        "--model",
+        "fake",
+        "--requests_per_minute",
+        "0",
+        "--backoff",
+        "0.01",
+        "--quiet",
+    ]
 
 
-def questions(root: Path, server: FakeChatServer, *more: str, out: str = "reason_seg/LLM-Seg40K") -> list[str]:
+def questions(
+    root: Path, server: FakeChatServer, *more: str, out: str = "reason_seg/LLM-Seg40K"
+) -> list[str]:
     source = ["--source", "coco", str(root / "instances.json"), str(root / "coco/train2017")]
     return ["questions", *source, "--out", str(root / out), *flags(server), *more]
 
@@ -53,7 +67,9 @@ def undisturbed(tmp_path_factory) -> dict[str, bytes]:
     return files(root / "reason_seg/LLM-Seg40K") | files(root / "reason_seg/LLM-Seg40K.generation")
 
 
-def test_faults_do_not_show_in_the_result_and_training_reads_it(tmp_path, undisturbed, monkeypatch, capsys):
+def test_faults_do_not_show_in_the_result_and_training_reads_it(
+    tmp_path, undisturbed, monkeypatch, capsys
+):
     write_photos(tmp_path, 12)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with FakeChatServer(faults=QUICK, flawed=True) as server:
@@ -63,9 +79,13 @@ def test_faults_do_not_show_in_the_result_and_training_reads_it(tmp_path, undist
         assert main(questions(tmp_path, server)) == 0
         assert len(server.served) == sent, "an answer that is there is not asked for again"
         assert server.served[0].headers["Authorization"] == f"Bearer {KEY}"
-    made = files(tmp_path / "reason_seg/LLM-Seg40K") | files(tmp_path / "reason_seg/LLM-Seg40K.generation")
+    made = files(tmp_path / "reason_seg/LLM-Seg40K") | files(
+        tmp_path / "reason_seg/LLM-Seg40K.generation"
+    )
     journal = made.pop("journal.jsonl")
-    assert made == {name: content for name, content in undisturbed.items() if name != "journal.jsonl"}
+    assert made == {
+        name: content for name, content in undisturbed.items() if name != "journal.jsonl"
+    }
     assert len(journal.splitlines()) == sent
     written = b"".join([*made.values(), journal]).decode() + "".join(capsys.readouterr())
     assert KEY not in written and "data:image" not in written
@@ -73,8 +93,11 @@ def test_faults_do_not_show_in_the_result_and_training_reads_it(tmp_path, undist
 
 
 def check_round_trip(root: Path) -> None:
-    """The loader of training gives every question, with the union of the boxes it was asked about as its mask."""
-    boxes = {entry["id"]: entry["bbox"] for entry in read_json(root / "instances.json")["annotations"]}
+    """The loader of training gives every question, with the union of the boxes it was asked about
+    as its mask."""
+    boxes = {
+        entry["id"]: entry["bbox"] for entry in read_json(root / "instances.json")["annotations"]
+    }
     found = 0
     for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
         content = read_json(root / f"reason_seg/LLM-Seg40K/{name}.json")
@@ -95,9 +118,12 @@ def check_round_trip(root: Path) -> None:
 
 
 def killed_while_asking(argv: list[str], server: FakeChatServer, after: int) -> None:
-    """Runs the command until ``after`` more requests are answered and both of its threads wait for the next; kills it there."""
+    """Runs the command until ``after`` more requests are answered and both of its threads wait for
+    the next; kills it there."""
     server.hold_from = len(server.served) + after
-    process = subprocess.Popen([sys.executable, "-m", "dataset.generate", *argv, "--concurrent", "2"], cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dataset.generate", *argv, "--concurrent", "2"], cwd=ROOT
+    )
     try:
         deadline = time.monotonic() + 300
         while sum(served.outcome == "held" for served in server.served[server.hold_from :]) < 2:
@@ -110,7 +136,9 @@ def killed_while_asking(argv: list[str], server: FakeChatServer, after: int) -> 
     server.hold_from = None
 
 
-@pytest.mark.parametrize("kills", [[9], pytest.param([3, 5, 0, 13], marks=pytest.mark.chaos)], ids=str)
+@pytest.mark.parametrize(
+    "kills", [[9], pytest.param([3, 5, 0, 13], marks=pytest.mark.chaos)], ids=str
+)
 def test_a_run_that_was_killed_goes_on(tmp_path, undisturbed, kills):
     write_photos(tmp_path, 12)
     out = tmp_path / "reason_seg/LLM-Seg40K"
@@ -123,33 +151,52 @@ def test_a_run_that_was_killed_goes_on(tmp_path, undisturbed, kills):
         assert main(questions(tmp_path, server)) == 0
         answers = server.answers()
         assert len(answers) == len(set(answers)), "no request was repeated whose answer had arrived"
-    made = files(out) | {"report.json": (tmp_path / "reason_seg/LLM-Seg40K.generation/report.json").read_bytes()}
-    assert made == {name: content for name, content in undisturbed.items() if name != "journal.jsonl"}
+    made = files(out) | {
+        "report.json": (tmp_path / "reason_seg/LLM-Seg40K.generation/report.json").read_bytes()
+    }
+    assert made == {
+        name: content for name, content in undisturbed.items() if name != "journal.jsonl"
+    }
 
 
 def test_a_dry_run_sends_and_writes_nothing(tmp_path, capsys):
     write_photos(tmp_path, 4)
     before = sorted(tmp_path.rglob("*"))
     with FakeChatServer() as server:
-        argv = questions(tmp_path, server, "--price_in", "2", "--price_out", "10", "--captioner_price_in", "0.5")
+        argv = questions(
+            tmp_path, server, "--price_in", "2", "--price_out", "10", "--captioner_price_in", "0.5"
+        )
         assert main([*argv, "--dry_run"]) == 0
         assert (server.served, sorted(tmp_path.rglob("*"))) == ([], before)
         captions, asked, total = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
-        assert captions[:4] == ["caption", "0", "4", "8"] and asked[:4] == ["questions", "0", "4", "8"]
-        assert float(captions[6]) == pytest.approx((0.5 * int(captions[4]) + 10 * int(captions[5])) / 1e6, abs=1e-4)
-        assert float(asked[6]) == pytest.approx((2 * int(asked[4]) + 10 * int(asked[5])) / 1e6, abs=1e-4)
+        assert captions[:4] == ["caption", "0", "4", "8"] and asked[:4] == [
+            "questions",
+            "0",
+            "4",
+            "8",
+        ]
+        assert float(captions[6]) == pytest.approx(
+            (0.5 * int(captions[4]) + 10 * int(captions[5])) / 1e6, abs=1e-4
+        )
+        assert float(asked[6]) == pytest.approx(
+            (2 * int(asked[4]) + 10 * int(asked[5])) / 1e6, abs=1e-4
+        )
         assert float(total[2]) == pytest.approx(float(captions[6]) + float(asked[6]), abs=2e-4)
         assert main(argv) == 0
         used = read_json(tmp_path / "reason_seg/LLM-Seg40K.generation/report.json")["cost"]
         assert used["questions"]["usd"] < float(asked[6])
         capsys.readouterr()
         assert main([*argv, "--dry_run"]) == 0
-        assert [line.split()[1:3] for line in capsys.readouterr().out.splitlines()[1:3]] == [["4", "0"]] * 2
+        assert [line.split()[1:3] for line in capsys.readouterr().out.splitlines()[1:3]] == [
+            ["4", "0"]
+        ] * 2
 
 
 def test_items_without_an_answer_are_named_and_asked_for_again(tmp_path, capsys):
     write_photos(tmp_path, 4)
-    with FakeChatServer(faults=("400", "answer", "answer", "answer", "answer", "answer", "answer", "answer")) as server:
+    with FakeChatServer(
+        faults=("400", "answer", "answer", "answer", "answer", "answer", "answer", "answer")
+    ) as server:
         assert main(questions(tmp_path, server, "--concurrent", "1")) == 1
         assert "1 of 4 items have no answer" in capsys.readouterr().err
         assert main(questions(tmp_path, server)) == 0
@@ -162,7 +209,15 @@ def test_a_server_that_is_not_there_ends_the_run(tmp_path, capsys):
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
         with FakeChatServer() as server:
-            argv = [*questions(tmp_path, server), "--base_url", url, "--retries", "1", "--give_up_after", "2"]
+            argv = [
+                *questions(tmp_path, server),
+                "--base_url",
+                url,
+                "--retries",
+                "1",
+                "--give_up_after",
+                "2",
+            ]
         assert main(argv) == 1
     assert "2 items in a row got no answer" in capsys.readouterr().err
     assert not (tmp_path / "reason_seg/LLM-Seg40K").exists()
@@ -218,7 +273,12 @@ def test_a_captioner_whose_model_is_missing(tmp_path, capsys):
     write_photos(tmp_path, 2)
     with FakeChatServer() as server:
         argv = questions(
-            tmp_path, server, "--captioner", "utils.precompute.captioner:load", "--captioner_model", str(tmp_path / "none")
+            tmp_path,
+            server,
+            "--captioner",
+            "utils.precompute.captioner:load",
+            "--captioner_model",
+            str(tmp_path / "none"),
         )
         assert main(argv) == 2
     assert "no such folder" in capsys.readouterr().err
@@ -228,7 +288,12 @@ def test_two_sources_must_not_share_names(tmp_path, capsys):
     write_photos(tmp_path, 2)
     with FakeChatServer() as server:
         argv = questions(
-            tmp_path, server, "--source", "ego_objects", str(tmp_path / "instances.json"), str(tmp_path / "coco/train2017")
+            tmp_path,
+            server,
+            "--source",
+            "ego_objects",
+            str(tmp_path / "instances.json"),
+            str(tmp_path / "coco/train2017"),
         )
         assert main(argv) == 2
     assert "two sources hold an image 000000000000.jpg" in capsys.readouterr().err
@@ -239,18 +304,28 @@ def load_captioner(model: str):
 
     def describe(image: np.ndarray, instruction: str) -> str:
         assert image.shape == (*SIZE, 3) and "photograph" in instruction
-        return f"The captioner {model} sees a place whose mean brightness is {'high' if image.mean() > 99 else 'low'} today " * 2
+        return (
+            f"The captioner {model} sees a place whose mean brightness is"
+            f" {'high' if image.mean() > 99 else 'low'} today " * 2
+        )
 
     return describe
 
 
 def test_a_local_captioner(tmp_path):
     write_photos(tmp_path, 3)
-    local = ["--captioner", "tests.dataset.generate.test_generate:load_captioner", "--captioner_model", "toy"]
+    local = [
+        "--captioner",
+        "tests.dataset.generate.test_generate:load_captioner",
+        "--captioner_model",
+        "toy",
+    ]
     with FakeChatServer() as server:
         assert main(questions(tmp_path, server, *local)) == 0
         prompts = [served.body["messages"][1]["content"] for served in server.served]
-        assert len(prompts) == 3 and all("The captioner toy sees a place" in prompt for prompt in prompts)
+        assert len(prompts) == 3 and all(
+            "The captioner toy sees a place" in prompt for prompt in prompts
+        )
         assert main(questions(tmp_path, server, *local)) == 0
         assert len(server.served) == 3
         assert main(questions(tmp_path, server, "--captioner", "none", out="reason_seg/bare")) == 0
@@ -261,15 +336,34 @@ def test_another_host_does_not_get_the_key(tmp_path, monkeypatch):
     write_photos(tmp_path, 1)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with FakeChatServer() as server, FakeChatServer() as other:
-        assert main(questions(tmp_path, server, "--captioner_url", other.url, "--captioner_model", "llava")) == 0
-        assert other.served[0].body["model"] == "llava" and "Authorization" not in other.served[0].headers
+        assert (
+            main(
+                questions(
+                    tmp_path, server, "--captioner_url", other.url, "--captioner_model", "llava"
+                )
+            )
+            == 0
+        )
+        assert (
+            other.served[0].body["model"] == "llava"
+            and "Authorization" not in other.served[0].headers
+        )
         assert "Authorization" in server.served[0].headers
 
 
 def test_exemplars_grow_and_keep_the_demands_of_the_library(tmp_path, capsys):
     out = tmp_path / "exemplars.json"
     with FakeChatServer(faults=QUICK, flawed=True) as server:
-        argv = ["exemplars", "--out", str(out), "--domains", "farm,kitchen", "--per_domain", "5", *flags(server)]
+        argv = [
+            "exemplars",
+            "--out",
+            str(out),
+            "--domains",
+            "farm,kitchen",
+            "--per_domain",
+            "5",
+            *flags(server),
+        ]
         assert main(argv) == 0
         sent = len(server.served)
         first = out.read_bytes()
@@ -292,7 +386,16 @@ def test_rephrased_queries_are_read_by_training(tmp_path, capsys):
     before = files(folder)
     out = tmp_path / "reason_seg/ReasonSeg-rephrased/train"
     with FakeChatServer(faults=QUICK, flawed=True) as server:
-        argv = ["rephrase", "--data", str(folder), "--out", str(out), "--wordings", "3", *flags(server)]
+        argv = [
+            "rephrase",
+            "--data",
+            str(folder),
+            "--out",
+            str(out),
+            "--wordings",
+            "3",
+            *flags(server),
+        ]
         assert main(argv) == 0
         sent, first = len(server.served), files(out)
         assert main(argv) == 0
@@ -300,20 +403,27 @@ def test_rephrased_queries_are_read_by_training(tmp_path, capsys):
         assert main([*argv, "--out", str(folder)]) == 2
     assert "--out is --data" in capsys.readouterr().err
     assert files(folder) == before
-    loader = ReasoningSegmentation(tmp_path, "ReasonSeg-rephrased|train", LoaderOptions(LEVELS, training=False, texts="all"))
+    loader = ReasoningSegmentation(
+        tmp_path, "ReasonSeg-rephrased|train", LoaderOptions(LEVELS, training=False, texts="all")
+    )
     for index, text in enumerate(texts):
         record = read_json(out / f"{index:03d}.json")
         assert record["text"][0] == text and len(record["text"]) == 4
         assert not any("mask" in wording for wording in record["text"])
         assert record | {"text": [text]} == json.loads(before[f"{index:03d}.json"])
         sample = loader.sample(index, np.random.default_rng(0))
-        assert len(sample.conversations) == 4 and sample.conversations[0].masks.sum() == 4 * (index + 1)
+        assert len(sample.conversations) == 4 and sample.conversations[0].masks.sum() == 4 * (
+            index + 1
+        )
 
 
 def test_the_example_of_the_document_runs(tmp_path):
-    """The commands of docs/generate.md, as they stand there, but for the port; the lines that it shows are printed."""
+    """The commands of docs/generate.md, as they stand there, but for the port; the lines that it
+    shows are printed."""
     document = (ROOT / "docs/generate.md").read_text(encoding="utf-8")
-    script, shown = re.search(r"```bash\n(.*?)```.*?```text\n(.*?)```", document, re.DOTALL).groups()
+    script, shown = re.search(
+        r"```bash\n(.*?)```.*?```text\n(.*?)```", document, re.DOTALL
+    ).groups()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

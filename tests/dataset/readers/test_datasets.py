@@ -24,7 +24,8 @@ from dataset.sample import LoaderOptions
 from tests.dataset_toys import SAMPLES, SHARED, square, write_image, write_json, write_reason_seg
 
 GOLDEN = SHARED / "reference" / "utils"
-# The goldens were drawn by an older OpenCV; 4.14 leaves out so many pixels of the outline (measured).
+# The goldens were drawn by an older OpenCV; 4.14 leaves out so many pixels of the outline
+# (measured).
 DRAWN_OTHERWISE = {"cp1252": 1, "flag_dropped": 1, "simple": 1, "out_of_bounds": 26}
 KERNEL = np.ones((5, 5), np.uint8)
 TRAIN = LoaderOptions(("LOC", "SEG"))
@@ -50,7 +51,7 @@ def real(path):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "CMYK", "I;16", "1"])
@@ -59,7 +60,9 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
     if mode == "I;16":
         Image.fromarray(np.full((5, 7), 100 * 257, np.uint16)).save(path)
     else:
-        Image.new("L", (7, 5), 100).convert("RGBA" if mode == "LA" else "L").convert(mode).save(path)
+        Image.new("L", (7, 5), 100).convert("RGBA" if mode == "LA" else "L").convert(mode).save(
+            path
+        )
     image = read_image(path)
     assert image.shape == (5, 7, 3) and image.dtype == np.uint8
     expected = {"1": (0, 255)}.get(mode, (98, 102))
@@ -68,7 +71,10 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
 
 def test_floating_point_pixels_are_refused_and_not_black(tmp_path):
     Image.fromarray(np.full((5, 7), 0.5, np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(DataError, match="a.tiff: cannot be converted to RGB .floating-point pixels have no known range"):
+    with pytest.raises(
+        DataError,
+        match="a.tiff: cannot be converted to RGB .floating-point pixels have no known range",
+    ):
         read_image(tmp_path / "a.tiff")
 
 
@@ -87,13 +93,16 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 def test_channels_are_rgb(tmp_path):
-    cv2.imwrite(str(tmp_path / "a.png"), np.full((2, 2, 3), (1, 2, 3), np.uint8))  # OpenCV writes BGR
+    # OpenCV writes BGR
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((2, 2, 3), (1, 2, 3), np.uint8))
     assert read_image(tmp_path / "a.png")[0, 0].tolist() == [3, 2, 1]
 
 
 def test_broken_pictures_are_named(tmp_path):
     whole = write_image(tmp_path / "whole.jpg", (200, 200))
-    whole.write_bytes(cv2.imencode(".jpg", rng().integers(0, 255, (200, 200, 3)).astype(np.uint8))[1].tobytes())
+    whole.write_bytes(
+        cv2.imencode(".jpg", rng().integers(0, 255, (200, 200, 3)).astype(np.uint8))[1].tobytes()
+    )
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     text = tmp_path / "text.jpg"
@@ -101,7 +110,11 @@ def test_broken_pictures_are_named(tmp_path):
     tail = tmp_path / "tail.jpg"  # a camera's trailer: unusual, but all pixels are there
     tail.write_bytes(whole.read_bytes() + b"\0" * 100)
     probe_images([whole, tail])
-    for path, kind in ((cut, "broken image"), (text, "not a readable image"), (tmp_path / "no.jpg", "does not exist")):
+    for path, kind in (
+        (cut, "broken image"),
+        (text, "not a readable image"),
+        (tmp_path / "no.jpg", "does not exist"),
+    ):
         for read in (read_image, lambda p: probe_images([p])):
             with pytest.raises(DataError, match=f"{path.name}: .*{kind}") as error:
                 read(path)
@@ -132,7 +145,14 @@ def test_names_from_files_stay_inside(tmp_path):
     (inside / "near.jpg").symlink_to(inside / "sub" / "a.jpg")
     assert resolve_inside(inside, "sub/a.jpg") == inside / "sub" / "a.jpg"
     assert resolve_inside(inside, "near.jpg").is_file()
-    for name in ("", "/etc/passwd", "../out/secret.jpg", "sub/../../out/secret.jpg", "link.jpg", "a\0.jpg"):
+    for name in (
+        "",
+        "/etc/passwd",
+        "../out/secret.jpg",
+        "sub/../../out/secret.jpg",
+        "link.jpg",
+        "a\0.jpg",
+    ):
         with pytest.raises(DataError):
             resolve_inside(inside, name)
 
@@ -150,8 +170,17 @@ def test_run_lengths(tmp_path):
     mask = rng().random((5, 7)) > 0.5
     assert (decode_rle(rle(mask), (5, 7), "f", "m") == mask).all()
     runs = {"size": [2, 3], "counts": [1, 2, 3]}  # column by column: 0 11 000
-    assert decode_rle(runs, (2, 3), "f", "m").tolist() == [[False, True, False], [True, False, False]]
-    for bad in (None, {}, {"size": [2, 3]}, {"size": [2, 3], "counts": [1, 2]}, {"size": [3, 2], "counts": [1, 2, 3]}):
+    assert decode_rle(runs, (2, 3), "f", "m").tolist() == [
+        [False, True, False],
+        [True, False, False],
+    ]
+    for bad in (
+        None,
+        {},
+        {"size": [2, 3]},
+        {"size": [2, 3], "counts": [1, 2]},
+        {"size": [3, 2], "counts": [1, 2, 3]},
+    ):
         with pytest.raises(DataError, match='^f: "m"'):
             decode_rle(bad, (2, 3), "f", "m")
     with pytest.raises(DataError, match='^f: "m" is not a valid run-length mask'):
@@ -165,7 +194,7 @@ def test_packed_records_are_a_list():
         records[3]
 
 
-# ------------------------------------------------------------------------------------------------------------ reasoning
+# ---------------------------------------------------------------------------------------- reasoning
 
 
 def test_shapes_by_hand():
@@ -192,7 +221,9 @@ def test_masks_equal_the_published_reader():
         found = target.astype(np.uint8) + 255 * ignore.astype(np.uint8)
         golden = expected[f"json.{path.stem}.mask"]
         wrong, edge = found != golden, cv2.dilate(golden, KERNEL) != cv2.erode(golden, KERNEL)
-        assert wrong.sum() <= DRAWN_OTHERWISE.get(path.stem, 0) and not (wrong & ~edge).any(), path.name
+        assert wrong.sum() <= DRAWN_OTHERWISE.get(path.stem, 0) and not (wrong & ~edge).any(), (
+            path.name
+        )
         assert record["text"] == values[f"json.{path.stem}"]["comments"]
         assert record["is_sentence"] == values[f"json.{path.stem}"]["is_sentence"]
 
@@ -206,10 +237,14 @@ def test_real_reason_seg_pair():
     # two generations of OpenCV draw the same polygons differently
     assert (only.masks.sum(), only.ignore.sum()) in ((43427, 1590), (43377, 1586))
     assert only.turns[0][0].endswith("attracting mates? Please output segmentation mask.")
-    every = ReasoningSegmentation(SAMPLES, "ReasonSeg|train", LoaderOptions(("SEG",), training=False, texts="all"))
+    every = ReasoningSegmentation(
+        SAMPLES, "ReasonSeg|train", LoaderOptions(("SEG",), training=False, texts="all")
+    )
     assert len(every.sample(0, rng()).conversations) == 5
     # asking for explanations reads the real explanatory file; this photo has none
-    keen = ReasoningSegmentation(SAMPLES, "ReasonSeg|train", LoaderOptions(("SEG",), explanatory=1.0))
+    keen = ReasoningSegmentation(
+        SAMPLES, "ReasonSeg|train", LoaderOptions(("SEG",), explanatory=1.0)
+    )
     assert len(keen.sample(0, rng()).conversations) == 3
 
 
@@ -217,14 +252,22 @@ def test_training_draws_and_evaluation_is_canonical(tmp_path):
     write_reason_seg(tmp_path)
     loader = ReasoningSegmentation(tmp_path, "ReasonSeg|train", TRAIN)
     assert len(loader) == 3 and loader.sample(1, rng()).conversations[0].masks.sum() == 8
-    assert {len(loader.sample(0, rng(s)).conversations) for s in range(5)} == {2}, "two texts, three wanted"
+    assert {len(loader.sample(0, rng(s)).conversations) for s in range(5)} == {2}, (
+        "two texts, three wanted"
+    )
     assert len({tuple(questions(loader.sample(0, rng(s)))) for s in range(20)}) > 2
     again = [questions(loader.sample(0, rng(3))) for _ in range(2)]
     assert again[0] == again[1]
     evaluated = ReasoningSegmentation(tmp_path, "ReasonSeg|train", EVAL).sample(2, rng())
     assert questions(evaluated) == ["query 2.0? Please output segmentation mask."]
-    assert answer_text(evaluated.conversations[0].turns[0][1]) == "It appears on [LOC]. It is [SEG]."
-    assert evaluated.id == "002" and evaluated.dataset == "ReasonSeg|train" and evaluated.image.max() == 42
+    assert (
+        answer_text(evaluated.conversations[0].turns[0][1]) == "It appears on [LOC]. It is [SEG]."
+    )
+    assert (
+        evaluated.id == "002"
+        and evaluated.dataset == "ReasonSeg|train"
+        and evaluated.image.max() == 42
+    )
 
 
 def test_a_short_query_is_put_into_a_sentence(tmp_path):
@@ -233,8 +276,12 @@ def test_a_short_query_is_put_into_a_sentence(tmp_path):
         write_image(folder / f"{stem}.jpg")
         write_json(folder / f"{stem}.json", {"text": text, "is_sentence": False, "shapes": []})
     loader = ReasoningSegmentation(tmp_path, "R|val", EVAL)
-    assert questions(loader.sample(0, rng())) == ["What is the dog's nose in this image? Please output segmentation mask."]
-    assert questions(loader.sample(1, rng())) == ["segment the nose. Please output segmentation mask."]
+    assert questions(loader.sample(0, rng())) == [
+        "What is the dog's nose in this image? Please output segmentation mask."
+    ]
+    assert questions(loader.sample(1, rng())) == [
+        "segment the nose. Please output segmentation mask."
+    ]
 
 
 def test_length_splits_and_joined_splits(tmp_path):
@@ -256,7 +303,11 @@ def test_jsons_that_share_an_image_and_exact_masks(tmp_path):
     for number in range(4):
         target = np.zeros((10, 12), bool)
         target[2, 2 : 3 + number] = True
-        record = {"image": "000.jpg", "text": [f"q{number} a?", f"q{number} b?"], "is_sentence": True}
+        record = {
+            "image": "000.jpg",
+            "text": [f"q{number} a?", f"q{number} b?"],
+            "is_sentence": True,
+        }
         record |= {
             "shapes": [square(0, 0, 9, 9), square(2, 2, 3, 5, "ignore")],
             "target_rle": rle(target),
@@ -272,13 +323,21 @@ def test_jsons_that_share_an_image_and_exact_masks(tmp_path):
     training = ReasoningSegmentation(tmp_path, "Synth|train", TRAIN)
     for seed in range(10):
         drawn = [q.split()[0] for q in questions(training.sample(0, rng(seed)))]
-        assert len(drawn) == len(set(drawn)) == 3, "different queries come before other wordings of the same"
-    many = ReasoningSegmentation(tmp_path, "Synth|train", LoaderOptions(("SEG",), num_classes_per_sample=6))
+        assert len(drawn) == len(set(drawn)) == 3, (
+            "different queries come before other wordings of the same"
+        )
+    many = ReasoningSegmentation(
+        tmp_path, "Synth|train", LoaderOptions(("SEG",), num_classes_per_sample=6)
+    )
     assert len(set(" ".join(q.split()[:2]) for q in questions(many.sample(0, rng())))) == 6
 
 
 def test_host_polygons(tmp_path):
-    record = {"shapes": [square(1, 1, 2, 2)], "host_shapes": [square(0, 0, 4, 4, "host")], "text": "q"}
+    record = {
+        "shapes": [square(1, 1, 2, 2)],
+        "host_shapes": [square(0, 0, 4, 4, "host")],
+        "text": "q",
+    }
     target, ignore, host = record_masks(record, (10, 10), tmp_path)
     assert (target.sum(), ignore.sum(), host.sum()) == (4, 0, 25)
 
@@ -297,7 +356,9 @@ def test_explanations_follow_the_tokens(tmp_path):
         assert "expla" in question or "reason" in question
         assert "[SEG]" in reply and reply.endswith(" Because it is red.")
     assert not any(
-        "Because" in reply for probability, index in ((1.0, 0), (0.0, 1), (-1, 1)) for _, reply in replies(probability, index)
+        "Because" in reply
+        for probability, index in ((1.0, 0), (0.0, 1), (-1, 1))
+        for _, reply in replies(probability, index)
     )
     write_json(folder.parent / "explanatory" / "train.json", [{"json": "001.json"}])
     with pytest.raises(DataError, match='entry 0 needs the texts "json" and "outputs"'):
@@ -310,7 +371,10 @@ def test_explanations_follow_the_tokens(tmp_path):
         ({"shapes": None}, '"shapes" must be a list'),
         ({"shapes": [{"points": []}]}, r'"shapes"\[0\] has no text "label"'),
         ({"shapes": [{"label": "target", "points": [1, 2]}]}, r'"shapes"\[0\] needs "points"'),
-        ({"shapes": [{"label": "target", "points": [[1, float("nan")]]}]}, r'"shapes"\[0\] needs "points"'),
+        (
+            {"shapes": [{"label": "target", "points": [[1, float("nan")]]}]},
+            r'"shapes"\[0\] needs "points"',
+        ),
         ({"text": []}, '"text" must be a list'),
         ({"text": ["ok", " "]}, '"text" must be a list'),
         ({"is_sentence": "yes"}, '"is_sentence" must be true or false'),
@@ -353,7 +417,7 @@ def test_bad_folders_are_one_line_each(tmp_path):
     fails("split ReasonSeg|train is empty".replace("|", r"\|"))
 
 
-# ----------------------------------------------------------------------------------------------------------------- coco
+# --------------------------------------------------------------------------------------------- coco
 
 
 def write_coco(root, annotations, split="train2017", images=None):
@@ -366,7 +430,13 @@ def write_coco(root, annotations, split="train2017", images=None):
 
 
 def instance(number, category, segmentation, crowd=0):
-    return {"id": number, "image_id": 1, "category_id": category, "segmentation": segmentation, "iscrowd": crowd}
+    return {
+        "id": number,
+        "image_id": 1,
+        "category_id": category,
+        "segmentation": segmentation,
+        "iscrowd": crowd,
+    }
 
 
 def test_the_dog_is_all_dogs_without_the_crowd(tmp_path):
@@ -393,14 +463,19 @@ def test_the_dog_is_all_dogs_without_the_crowd(tmp_path):
 def test_real_coco_sample():
     real(SAMPLES / "coco")
     loader = CocoInstances(SAMPLES, "train2017", EVAL)
-    content = json.loads((SAMPLES / "coco" / "annotations" / "instances_train2017.json").read_text())
+    content = json.loads(
+        (SAMPLES / "coco" / "annotations" / "instances_train2017.json").read_text()
+    )
     pairs = {(a["image_id"], a["category_id"]) for a in content["annotations"] if not a["iscrowd"]}
     assert len(content["annotations"]) == 939 and len(loader) == len({image for image, _ in pairs})
     counted = sum(
-        len({a["category_id"] for a in loader.index.annotations(i) if not a["iscrowd"]}) for i in loader.positions.tolist()
+        len({a["category_id"] for a in loader.index.annotations(i) if not a["iscrowd"]})
+        for i in loader.positions.tolist()
     )
     assert counted == len(pairs)
-    masks = [c.masks for i in range(0, len(loader), 12) for c in loader.sample(i, rng()).conversations]
+    masks = [
+        c.masks for i in range(0, len(loader), 12) for c in loader.sample(i, rng()).conversations
+    ]
     assert all(mask.any() for mask in masks)
     # a mask's area is the annotated one (measured: within 3 % for large instances)
     single = next(a for a in content["annotations"] if a["image_id"] == 9 and a["area"] > 50_000)
@@ -414,13 +489,17 @@ def test_coco_errors(tmp_path, caplog):
         CocoInstances(tmp_path, "train2017", TRAIN)
     two = [{"id": i, "file_name": f"{i}.jpg", "height": 10, "width": 12} for i in (1, 2)]
     box = [[0, 0, 4, 0, 4, 4]]
-    source = write_coco(tmp_path, [instance(1, 18, box), instance(2, 18, box) | {"image_id": 2}], images=two)
+    source = write_coco(
+        tmp_path, [instance(1, 18, box), instance(2, 18, box) | {"image_id": 2}], images=two
+    )
     with pytest.raises(MissingDataError, match="instances_val2017.json: does not exist"):
         CocoInstances(tmp_path, "val2017", TRAIN)
     (tmp_path / "coco" / "train2017" / "2.jpg").unlink()
     with pytest.raises(MissingDataError, match="1 of 2 images are not in .*, for example 2.jpg"):
         CocoInstances(tmp_path, "train2017", TRAIN)
-    assert len(CocoInstances(tmp_path, "train2017", LoaderOptions(("SEG",), skip_missing=True))) == 1
+    assert (
+        len(CocoInstances(tmp_path, "train2017", LoaderOptions(("SEG",), skip_missing=True))) == 1
+    )
     assert "left out" in caplog.text
     write_coco(tmp_path, [instance(1, 18, [[0, 0, 4, 4]])])
     with pytest.raises(DataError, match='annotation 1 "segmentation" must be polygons'):
@@ -431,10 +510,18 @@ def test_coco_errors(tmp_path, caplog):
     write_coco(tmp_path, [instance(1, 18, box, crowd=1)])
     with pytest.raises(DataError, match="split train2017 is empty"):
         CocoInstances(tmp_path, "train2017", TRAIN)
-    write_coco(tmp_path, [instance(1, 18, box)], images=[{"id": 1, "file_name": "../x.jpg", "height": 10, "width": 12}])
+    write_coco(
+        tmp_path,
+        [instance(1, 18, box)],
+        images=[{"id": 1, "file_name": "../x.jpg", "height": 10, "width": 12}],
+    )
     with pytest.raises(DataError, match="refused"):
         CocoInstances(tmp_path, "train2017", TRAIN)
-    write_coco(tmp_path, [instance(1, 18, box)], images=[{"id": 1, "file_name": "a.jpg", "height": 9, "width": 12}])
+    write_coco(
+        tmp_path,
+        [instance(1, 18, box)],
+        images=[{"id": 1, "file_name": "a.jpg", "height": 9, "width": 12}],
+    )
     with pytest.raises(DataError, match="a.jpg: .* is 9×12 .* but its image is 10×12"):
         CocoInstances(tmp_path, "train2017", TRAIN).sample(0, rng())
     write_json(source, {"images": []})
@@ -442,7 +529,7 @@ def test_coco_errors(tmp_path, caplog):
         CocoInstances(tmp_path, "train2017", TRAIN)
 
 
-# ------------------------------------------------------------------------------------------------------------- semantic
+# ----------------------------------------------------------------------------------------- semantic
 
 
 def write_semantic(root, label, folder="synth_sem", split="train", classes=("dog", "cat")):
@@ -468,36 +555,52 @@ def label_map() -> np.ndarray:
 def test_classes_of_a_label_map(tmp_path, name, folder, split, classes, void):
     write_semantic(tmp_path, label_map(), folder, split)
     sample = SemanticSegmentation(tmp_path, name, EVAL, split).sample(0, rng())
-    assert questions(sample) == [f"What is the {c} in this image? Please output segmentation mask." for c in classes]
+    assert questions(sample) == [
+        f"What is the {c} in this image? Please output segmentation mask." for c in classes
+    ]
     assert [c.masks.sum() for c in sample.conversations] == [24, 60]
     # background of a drawn scene is in no class; an unlabelled pixel of a photo could be anything
-    assert [None if c.ignore is None else c.ignore.sum() for c in sample.conversations] == [void] * 2
+    assert [None if c.ignore is None else c.ignore.sum() for c in sample.conversations] == [
+        void
+    ] * 2
     one = SemanticSegmentation(tmp_path, name, LoaderOptions(("SEG",), num_classes_per_sample=1))
     drawn = [one.sample(0, rng(seed)) for seed in range(40)]
-    assert {len(s.conversations) for s in drawn} == {1} and len({questions(s)[0] for s in drawn}) > 6
+    assert {len(s.conversations) for s in drawn} == {1} and len(
+        {questions(s)[0] for s in drawn}
+    ) > 6
 
 
 def test_real_ade20k_samples():
     real(SAMPLES / "ade20k")
     loader = SemanticSegmentation(SAMPLES, "ade20k", EVAL)
-    expected = [{1, 2, 3, 5, 7, 10, 18}, {1, 2, 3, 5, 14, 18}, {1, 2, 3, 5, 7, 12, 21, 44, 81, 88, 97, 103}]
+    expected = [
+        {1, 2, 3, 5, 7, 10, 18},
+        {1, 2, 3, 5, 14, 18},
+        {1, 2, 3, 5, 7, 12, 21, 44, 81, 88, 97, 103},
+    ]
     names = json.loads(ADE20K_CLASSES.read_text())
     assert len(loader) == 3 and len(names) == len(set(names)) == 150
     assert [names[i] for i in (0, 2, 12, 149)] == ["wall", "sky", "person", "flag"]
     for index, ids in enumerate(expected):
         sample = loader.sample(index, rng())
         assert questions(sample) == [
-            f"What is the {names[i - 1]} in this image? Please output segmentation mask." for i in sorted(ids)
+            f"What is the {names[i - 1]} in this image? Please output segmentation mask."
+            for i in sorted(ids)
         ]
         covered = np.any([c.masks[0] for c in sample.conversations], axis=0)
-        assert (covered ^ sample.conversations[0].ignore).all(), "every pixel is in a class or void, never both"
+        assert (covered ^ sample.conversations[0].ignore).all(), (
+            "every pixel is in a class or void, never both"
+        )
 
 
 def test_semantic_errors(tmp_path):
     def build(name="synthreason"):
         return SemanticSegmentation(tmp_path, name, TRAIN)
 
-    with pytest.raises(ValueError, match="unknown semantic data set 'mars'; known: ade20k, cocostuff, mapillary, synthreason"):
+    with pytest.raises(
+        ValueError,
+        match="unknown semantic data set 'mars'; known: ade20k, cocostuff, mapillary, synthreason",
+    ):
         build("mars")
     with pytest.raises(MissingDataError, match="synth_sem: does not exist"):
         build()
@@ -521,18 +624,25 @@ def test_semantic_errors(tmp_path):
         build()
 
 
-# ------------------------------------------------------------------------------------------------------------------ vqa
+# ---------------------------------------------------------------------------------------------- vqa
 
 
 def write_vqa(root, messages, image="a.jpg"):
     write_image(root / "coco" / "train2017" / "a.jpg")
     spoken = [{"from": speaker, "value": text} for speaker, text in messages]
-    write_json(root / "llava_dataset" / "toy.json", [{"id": "7", "image": image, "conversations": spoken}])
+    write_json(
+        root / "llava_dataset" / "toy.json", [{"id": "7", "image": image, "conversations": spoken}]
+    )
     return VisualQuestionAnswering(root, "toy", TRAIN)
 
 
 def test_turns_of_a_vqa_record(tmp_path):
-    talk = [("human", "What is it?\n<image>"), ("gpt", "A dog."), ("human", "Is <image> a tag?"), ("gpt", "It is.")]
+    talk = [
+        ("human", "What is it?\n<image>"),
+        ("gpt", "A dog."),
+        ("human", "Is <image> a tag?"),
+        ("gpt", "It is."),
+    ]
     sample = write_vqa(tmp_path, talk).sample(0, rng())
     (only,) = sample.conversations
     assert only.turns == [("What is it?", ["A dog."]), ("Is <image> a tag?", ["It is."])]
@@ -541,7 +651,13 @@ def test_turns_of_a_vqa_record(tmp_path):
 
 def test_vqa_errors(tmp_path):
     good = [("human", "q"), ("gpt", "a")]
-    for bad in ([], good[:1], good[::-1], [("human", "<image>"), ("gpt", "a")], [("human", "q"), ("gpt", None)]):
+    for bad in (
+        [],
+        good[:1],
+        good[::-1],
+        [("human", "<image>"), ("gpt", "a")],
+        [("human", "q"), ("gpt", None)],
+    ):
         with pytest.raises(DataError, match="toy.json: record 0: "):
             write_vqa(tmp_path, bad)
     with pytest.raises(MissingDataError, match="1 of 1 images are not in .*, for example b.jpg"):
@@ -558,7 +674,7 @@ def test_the_real_vqa_record_lacks_its_image_and_says_so():
         VisualQuestionAnswering(SAMPLES, "llava_instruct_150k", TRAIN)
 
 
-# ------------------------------------------------------------------------------------------------------------ exemplars
+# ---------------------------------------------------------------------------------------- exemplars
 
 
 def write_library(root, *pairs):

@@ -1,4 +1,5 @@
-"""What real folders and hostile files hold besides: numbers that no polygon has, odd names, linked folders, turned photos."""
+"""What real folders and hostile files hold besides: numbers that no polygon has, odd names, linked
+folders, turned photos."""
 
 import json
 import re
@@ -34,10 +35,12 @@ def open_all(loader) -> int:
     return len(loader)
 
 
-# --------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e9, 1e308, 10**400, None, "4", [4, 5]], ids=str)
+@pytest.mark.parametrize(
+    "bad", [float("nan"), float("inf"), -1e9, 1e308, 10**400, None, "4", [4, 5]], ids=str
+)
 def test_no_coordinate_kills_the_process(bad):
     """pycocotools ends with a segmentation fault for most of these."""
     with pytest.raises(DataError, match="^file: field must be polygons"):
@@ -62,10 +65,12 @@ def test_rates_are_finite(tmp_path, rates):
         TrainMixture(tmp_path, "sem_seg||vqa", rates, LEVELS, 4)
 
 
-# ----------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", ["a" * 300 + ".jpg", "\ud800.jpg", "loop/x.jpg"], ids=["long", "half", "loop"])
+@pytest.mark.parametrize(
+    "name", ["a" * 300 + ".jpg", "\ud800.jpg", "loop/x.jpg"], ids=["long", "half", "loop"]
+)
 def test_what_no_file_can_be_called(tmp_path, name):
     write_table(tmp_path, [{"image": name, "query": "q", "polygons": [FLAT]}])
     (tmp_path / "own/table/loop").symlink_to(tmp_path / "own/table/loop")
@@ -115,7 +120,9 @@ def test_a_file_where_a_folder_is_expected(tmp_path):
 def test_a_user_without_a_home(tmp_path, monkeypatch):
     for name in ("CORES_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(
+        Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory."))
+    )
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert cache_root().is_relative_to(tmp_path)
 
@@ -133,7 +140,10 @@ def test_a_folder_of_ones_own_that_cannot_be_used_hides_no_other_set(tmp_path, c
 
 
 def test_a_report_is_printed_whatever_the_names(tmp_path, capsys):
-    rows = [{"image": name, "query": "q", "polygons": [FLAT]} for name in ("\ud800.jpg", "a\u2028b.jpg", "a\nb.jpg")]
+    rows = [
+        {"image": name, "query": "q", "polygons": [FLAT]}
+        for name in ("\ud800.jpg", "a\u2028b.jpg", "a\nb.jpg")
+    ]
     write_table(tmp_path, rows)
     write_image(tmp_path / "own/table/images/a\nb.jpg", SIZE).write_bytes(b"")
     listed = tmp_path / "bad.jsonl"
@@ -150,15 +160,19 @@ def test_a_skip_list_may_be_written_by_others(tmp_path):
     assert [bad.item for bad in read_skip_list(path)] == ["a\u2028b"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def test_a_line_of_a_table_ends_at_its_end(tmp_path):
     """U+2028 and U+0085 may stand in JSON as they are, and str.splitlines ends a line there."""
-    row = json.dumps({"image": "0.jpg", "query": "one\u2028two\x85three", "polygons": FLAT}, ensure_ascii=False)
+    row = json.dumps(
+        {"image": "0.jpg", "query": "one\u2028two\x85three", "polygons": FLAT}, ensure_ascii=False
+    )
     write_table(tmp_path).write_bytes(f"{row}\r\n".encode())
     loader = OwnData(tmp_path, "table", EVAL)
-    assert "one two three" in loader.sample(0, np.random.default_rng(0)).conversations[0].turns[0][0]
+    assert (
+        "one two three" in loader.sample(0, np.random.default_rng(0)).conversations[0].turns[0][0]
+    )
 
 
 def test_a_cell_of_a_csv_may_be_long(tmp_path):
@@ -171,15 +185,28 @@ def test_a_cell_of_a_csv_may_be_long(tmp_path):
 
 def test_boxes_are_no_empty_targets(tmp_path):
     """As exports of data made for detectors have them."""
-    box = {"id": 1, "image_id": 1, "category_id": 0, "segmentation": [], "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
+    box = {
+        "id": 1,
+        "image_id": 1,
+        "category_id": 0,
+        "segmentation": [],
+        "bbox": [1, 1, 4, 4],
+        "area": 16,
+        "iscrowd": 0,
+    }
     write_coco(tmp_path, annotations=[box])
     with pytest.raises(DataError, match='annotation 1: has a "bbox" but an empty "segmentation"'):
         OwnData(tmp_path, "coco", EVAL)
     write_coco(tmp_path, annotations=[box | {"bbox": [0, 0, 0, 0]}])
-    assert not OwnData(tmp_path, "coco", EVAL).sample(0, np.random.default_rng(0)).conversations[0].masks.any()
+    assert (
+        not OwnData(tmp_path, "coco", EVAL)
+        .sample(0, np.random.default_rng(0))
+        .conversations[0]
+        .masks.any()
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- photos
+# ------------------------------------------------------------------------------------------- photos
 
 
 def turn_by_exif(path: Path) -> None:
@@ -189,7 +216,9 @@ def turn_by_exif(path: Path) -> None:
     picture.save(path, exif=exif)
 
 
-@pytest.mark.parametrize("spec", ["ade20k|training", "coco|train2017", "paco_lvis|train", "refcoco|unc|train"])
+@pytest.mark.parametrize(
+    "spec", ["ade20k|training", "coco|train2017", "paco_lvis|train", "refcoco|unc|train"]
+)
 def test_photos_that_were_annotated_lying_are_shown_so(tmp_path, spec):
     """A camera's note in EXIF, which the annotators' tool did not know."""
     layout = official.write_everything(tmp_path)[spec]
@@ -198,7 +227,9 @@ def test_photos_that_were_annotated_lying_are_shown_so(tmp_path, spec):
     sample = loader.sample(0, np.random.default_rng(0))
     masks = [expected.mask for expected in layout[sample.id]]
     assert sample.image.shape[:2] == masks[0].shape and len(masks) == len(sample.conversations)
-    assert np.array_equal(read_image(loader.path(0)), np.rot90(sample.image, -1)), "elsewhere it is turned"
+    assert np.array_equal(read_image(loader.path(0)), np.rot90(sample.image, -1)), (
+        "elsewhere it is turned"
+    )
 
 
 @pytest.mark.parametrize("name", ["ade20k", "cocostuff", "mapillary"])
@@ -222,12 +253,17 @@ def test_photos_of_partimagenet_in_folders_by_split(tmp_path):
     assert open_all(open_evaluation(tmp_path, "partimagenet|train", EVAL)) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------- --exclude_val
+# ------------------------------------------------------------------------------------ --exclude_val
 
 
 def test_ones_own_photos_of_coco_are_excluded_too(tmp_path, caplog):
     """By COCO's name of them, in any of its forms."""
-    names = [f"{official.TRAIN:012d}.jpg", f"{official.VAL:012d}.jpg", f"COCO_train2014_{official.TEST_G:012d}.jpg", "mine.jpg"]
+    names = [
+        f"{official.TRAIN:012d}.jpg",
+        f"{official.VAL:012d}.jpg",
+        f"COCO_train2014_{official.TEST_G:012d}.jpg",
+        "mine.jpg",
+    ]
     write_table(tmp_path, [{"image": name, "query": "q", "polygons": [FLAT]} for name in names])
     for name in names:
         write_image(tmp_path / "own/table/images" / name, SIZE)
@@ -236,7 +272,10 @@ def test_ones_own_photos_of_coco_are_excluded_too(tmp_path, caplog):
         write_json(tmp_path / f"reason_seg/Mine/train/{Path(name).stem}.json", record)
     options = LoaderOptions(LEVELS, excluded_coco=frozenset(official.EXCLUDED))
     with caplog.at_level("INFO"):
-        for loader in (OwnData(tmp_path, "table", options), reasoning_loader(tmp_path, "Mine|train", options)):
+        for loader in (
+            OwnData(tmp_path, "table", options),
+            reasoning_loader(tmp_path, "Mine|train", options),
+        ):
             kept = {loader.sample(i, np.random.default_rng(0)).id for i in range(len(loader))}
             assert kept == {f"{official.TRAIN:012d}", "mine"}
     assert caplog.text.count("2 of 4 entries are left out") == 2

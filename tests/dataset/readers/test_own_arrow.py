@@ -1,4 +1,5 @@
-"""Tables of Hugging Face datasets and Parquet as own data: where they lie, what a row may hold, pictures inside them, bad ones."""
+"""Tables of Hugging Face datasets and Parquet as own data: where they lie, what a row may hold,
+pictures inside them, bad ones."""
 
 import io
 import json
@@ -51,7 +52,9 @@ def as_table(rows: list[dict]) -> object:
     """A pyarrow.Table; what some rows lack is null there."""
     import pyarrow
 
-    return pyarrow.Table.from_pylist([dict.fromkeys(name for other in rows for name in other) | row for row in rows])
+    return pyarrow.Table.from_pylist(
+        [dict.fromkeys(name for other in rows for name in other) | row for row in rows]
+    )
 
 
 def write_parquet(path: Path, rows: list[dict]) -> Path:
@@ -73,7 +76,9 @@ def write_saved(folder: Path, rows: list[dict], files: int = 1) -> Path:
         with pyarrow.ipc.new_stream(str(folder / name), table.schema) as stream:
             stream.write_table(part)
     (folder / "dataset_info.json").write_text("{}")
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names]})
+    )
     return folder
 
 
@@ -86,14 +91,20 @@ def samples(root: Path, spec: str, options: LoaderOptions = EVAL) -> list:
 
 
 def asked(sample) -> list[str]:
-    return [c.turns[0][0].split(" in this image")[0].removeprefix("What is ") for c in sample.conversations]
+    return [
+        c.turns[0][0].split(" in this image")[0].removeprefix("What is ")
+        for c in sample.conversations
+    ]
 
 
 def test_without_pyarrow_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=rf"^{tmp_path}/own/a.parquet: is read with pyarrow, .*: pip install {PYARROW}$"):
+    with pytest.raises(
+        DataError,
+        match=rf"^{tmp_path}/own/a.parquet: is read with pyarrow, .*: pip install {PYARROW}$",
+    ):
         OwnData(tmp_path, "a", EVAL)
     (finding,), _ = check.inspect_all(tmp_path, None)
     assert finding.name == "own:a|all" and f"pip install {PYARROW}" in finding.line()
@@ -104,7 +115,13 @@ def test_without_pyarrow_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     [
         (lambda own, rows: write_parquet(own / "a.parquet", rows), "a"),
         (lambda own, rows: write_parquet(own / "a" / "train.parquet", rows), "a|train"),
-        (lambda own, rows: [write_parquet(own / "a" / f"val-{n:05d}-of-00002.parquet", rows[n::2]) for n in (0, 1)], "a|val"),
+        (
+            lambda own, rows: [
+                write_parquet(own / "a" / f"val-{n:05d}-of-00002.parquet", rows[n::2])
+                for n in (0, 1)
+            ],
+            "a|val",
+        ),
         (lambda own, rows: write_saved(own / "a", rows), "a|all"),
         (lambda own, rows: write_saved(own / "a" / "val", rows, files=2), "a|val"),
         (
@@ -118,10 +135,15 @@ def test_without_pyarrow_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     ids=["one file", "split", "pieces", "saved", "saved in two files", "saved splits"],
 )
 def test_every_place_gives_the_same(tmp_path, arrow, write, spec):
-    rows = [DOG | {"image": photo(60 + n, f"{n}.png"), "query": [f"dog {n}", "an animal"]} for n in range(4)]
+    rows = [
+        DOG | {"image": photo(60 + n, f"{n}.png"), "query": [f"dog {n}", "an animal"]}
+        for n in range(4)
+    ]
     write(tmp_path / "own", rows)
     found = samples(tmp_path, spec)
-    assert sorted((s.id, s.image[0, 0, 0], *asked(s)) for s in found) == [(str(n), 60 + n, f"dog {n}") for n in range(4)]
+    assert sorted((s.id, s.image[0, 0, 0], *asked(s)) for s in found) == [
+        (str(n), 60 + n, f"dog {n}") for n in range(4)
+    ]
     assert all((s.conversations[0].masks == box(2, 2, 6, 5)).all() for s in found)
     (finding,), _ = check.inspect_all(tmp_path, None)
     assert (finding.images, finding.opened, finding.bad, finding.error) == (4, 4, [], "")
@@ -147,14 +169,18 @@ def test_a_target_is_exact_however_it_is_written(tmp_path, arrow, shape, expecte
     if expected is None:
         codec = pytest.importorskip("pycocotools.mask")
         shape, expected = {"rle": codec.encode(np.asfortranarray(MASK, np.uint8))}, MASK
-    write_parquet(tmp_path / "own" / "a" / "train.parquet", [{"image": photo(), "query": "it"} | shape])
+    write_parquet(
+        tmp_path / "own" / "a" / "train.parquet", [{"image": photo(), "query": "it"} | shape]
+    )
     ((conversation,),) = (s.conversations for s in samples(tmp_path, "a"))
     assert (conversation.masks == expected[None]).all()
     assert (conversation.ignore is not None) == ("ignore" in shape)
 
 
 def test_rows_about_the_same_picture_are_one_sample(tmp_path, arrow):
-    rows = [{"image": photo(), "query": query, "mask": mask()} for query in ("a", "b")] + [DOG | {"image": photo(9)}]
+    rows = [{"image": photo(), "query": query, "mask": mask()} for query in ("a", "b")] + [
+        DOG | {"image": photo(9)}
+    ]
     write_saved(tmp_path / "own" / "a", rows)
     assert sorted(map(asked, samples(tmp_path, "a"))) == [["a", "b"], ["the dog"]]
 
@@ -169,14 +195,21 @@ def test_pictures_may_be_files_beside_the_table(tmp_path, arrow):
         file.rename(tmp_path / "own" / "a" / "val" / file.name)
     (tmp_path / "own" / "a" / "val.new").rmdir()
     (tmp_path / "own" / "a" / "train.new").rename(tmp_path / "own" / "a" / "train")
-    assert [Path(s.image_path).name for split in ("train", "val") for s in samples(tmp_path, f"a|{split}")] == ["0.jpg", "1.jpg"]
+    assert [
+        Path(s.image_path).name
+        for split in ("train", "val")
+        for s in samples(tmp_path, f"a|{split}")
+    ] == ["0.jpg", "1.jpg"]
 
 
 def test_what_holds_for_files_holds_inside(tmp_path, arrow):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90°
     turned = encoded(np.zeros((*SIZE[::-1], 3), np.uint8), "JPEG", exif=exif)
-    rows = [DOG | {"image": {"bytes": turned, "path": "/home/me/000000000009.jpg"}}, DOG | {"image": photo(name="C:\\x\\b.png")}]
+    rows = [
+        DOG | {"image": {"bytes": turned, "path": "/home/me/000000000009.jpg"}},
+        DOG | {"image": photo(name="C:\\x\\b.png")},
+    ]
     write_parquet(tmp_path / "own" / "a.parquet", rows)
     first, second = samples(tmp_path, "a")
     assert first.image.shape == (*SIZE, 3)
@@ -188,30 +221,76 @@ def test_what_holds_for_files_holds_inside(tmp_path, arrow):
 def bomb() -> bytes:
     """A PNG of a few bytes that claims 10,000 × 10,000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 10000, 10000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\x0aIDAT"
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + b"\0\0\0\x0aIDAT"
+    )
 
 
 CUT = encoded(np.random.default_rng(0).integers(0, 255, (*SIZE, 3), np.uint8), "JPEG")[:-40]
 BAD_ROWS = {
     "no image": ({"image": None}, ":row 1", '"image"|needs "image"|name of an image'),
     "no query": ({"query": None}, ":row 1", '"query" must be a text'),
-    "no shape": ({"polygons": None}, ":row 1", "needs one of mask, rle and polygons, none is given"),
+    "no shape": (
+        {"polygons": None},
+        ":row 1",
+        "needs one of mask, rle and polygons, none is given",
+    ),
     "two shapes": ({"mask": mask()}, ":row 1", "mask and polygons are given"),
-    "mask is no picture": ({"polygons": None, "mask": {"bytes": b"x", "path": None}}, ":row 1", '"mask" is no PNG'),
+    "mask is no picture": (
+        {"polygons": None, "mask": {"bytes": b"x", "path": None}},
+        ":row 1",
+        '"mask" is no PNG',
+    ),
     "mask is a JPEG": ({"polygons": None, "mask": mask(form="JPEG")}, ":row 1", '"mask" is no PNG'),
-    "broken mask": ({"polygons": None, "mask": {"bytes": b"\x89PNGx", "path": None}}, ":row 1", "row 1/mask/row 1: not a readable"),
-    "mask of another size": ({"polygons": None, "mask": mask(MASK[:5])}, ":row 1", "row 1/mask/row 1: the mask is 5×12"),
-    "ignore is no picture": ({"ignore": {"bytes": b"x", "path": None}}, ":row 1", '"ignore" is no PNG'),
-    "two points": ({"polygons": [[1.0, 2.0, 3.0, 4.0]]}, ":row 1", "polygon 0 needs at least three points"),
+    "broken mask": (
+        {"polygons": None, "mask": {"bytes": b"\x89PNGx", "path": None}},
+        ":row 1",
+        "row 1/mask/row 1: not a readable",
+    ),
+    "mask of another size": (
+        {"polygons": None, "mask": mask(MASK[:5])},
+        ":row 1",
+        "row 1/mask/row 1: the mask is 5×12",
+    ),
+    "ignore is no picture": (
+        {"ignore": {"bytes": b"x", "path": None}},
+        ":row 1",
+        '"ignore" is no PNG',
+    ),
+    "two points": (
+        {"polygons": [[1.0, 2.0, 3.0, 4.0]]},
+        ":row 1",
+        "polygon 0 needs at least three points",
+    ),
     "image is no picture": (
         {"image": {"bytes": b"x", "path": "b.jpg"}},
         ":row 1/image/b.jpg",
         "not a readable image .unknown format",
     ),
-    "image is cut off": ({"image": {"bytes": CUT, "path": "b.jpg"}}, ":row 1/image/b.jpg", "broken image"),
-    "bomb": ({"image": {"bytes": bomb(), "path": None}}, ":row 1/image/row 1", "exceeds limit of 89478485 pixels"),
-    "leaves the folder": ({"image": {"bytes": None, "path": "../../x.png"}}, ":row 1", "is not a file name inside this folder"),
-    "absolute": ({"image": {"bytes": None, "path": "/etc/passwd"}}, ":row 1", "is not a file name inside this folder"),
+    "image is cut off": (
+        {"image": {"bytes": CUT, "path": "b.jpg"}},
+        ":row 1/image/b.jpg",
+        "broken image",
+    ),
+    "bomb": (
+        {"image": {"bytes": bomb(), "path": None}},
+        ":row 1/image/row 1",
+        "exceeds limit of 89478485 pixels",
+    ),
+    "leaves the folder": (
+        {"image": {"bytes": None, "path": "../../x.png"}},
+        ":row 1",
+        "is not a file name inside this folder",
+    ),
+    "absolute": (
+        {"image": {"bytes": None, "path": "/etc/passwd"}},
+        ":row 1",
+        "is not a file name inside this folder",
+    ),
     "not there": ({"image": {"bytes": None, "path": "x.png"}}, ":row 1", "x.png is not there"),
     "repeated": ({"image": photo(60)}, ":row 1", "repeats row 0 of train.parquet"),
 }
@@ -220,14 +299,28 @@ BAD_ROWS = {
 @pytest.mark.parametrize(("change", "item", "message"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
 def test_a_bad_row_is_named_and_can_be_left_out(tmp_path, arrow, change, item, message):
     good = [DOG | {"image": photo(60)}, DOG | {"image": photo(200)}]
-    table = write_parquet(tmp_path / "own" / "a" / "train.parquet", [good[0], DOG | {"image": photo(7)} | change, good[1]])
+    table = write_parquet(
+        tmp_path / "own" / "a" / "train.parquet",
+        [good[0], DOG | {"image": photo(7)} | change, good[1]],
+    )
     with pytest.raises(DataError, match=message) as error:
         samples(tmp_path, "a")
-    assert f"{table}:row 1" in str(error.value) and "\n" not in str(error.value) and "0x" not in str(error.value)
-    assert check.main(["--dataset_dir", str(tmp_path), "--all", "--fix-list", str(tmp_path / "bad.jsonl")]) == 1
+    assert (
+        f"{table}:row 1" in str(error.value)
+        and "\n" not in str(error.value)
+        and "0x" not in str(error.value)
+    )
+    assert (
+        check.main(
+            ["--dataset_dir", str(tmp_path), "--all", "--fix-list", str(tmp_path / "bad.jsonl")]
+        )
+        == 1
+    )
     listed = read_skip_list(tmp_path / "bad.jsonl")
     assert [bad.item for bad in listed] == [f"own/a/train.parquet{item}"]
-    found = samples(tmp_path, "a", LoaderOptions(LEVELS, training=False, faults=Faults(tmp_path, skip=listed)))
+    found = samples(
+        tmp_path, "a", LoaderOptions(LEVELS, training=False, faults=Faults(tmp_path, skip=listed))
+    )
     sound = [s for s in found if s.conversations]
     assert sorted(s.image[0, 0, 0] for s in sound) == [60, 200]
 
@@ -239,13 +332,27 @@ def test_leaving_out_a_row_renames_no_picture(tmp_path, arrow):
     write_parquet(tmp_path / "own" / "a" / "train.parquet", rows)
     check.main(["--dataset_dir", str(tmp_path), "--all", "--fix-list", str(tmp_path / "bad.jsonl")])
     listed = read_skip_list(tmp_path / "bad.jsonl")
-    assert [bad.item for bad in listed] == [f"own/a/train.parquet:row 0{rest}" for rest in ("", "/image/row 0")]
-    assert len(samples(tmp_path, "a", LoaderOptions(LEVELS, training=False, faults=Faults(tmp_path, skip=listed)))) == 1
+    assert [bad.item for bad in listed] == [
+        f"own/a/train.parquet:row 0{rest}" for rest in ("", "/image/row 0")
+    ]
+    assert (
+        len(
+            samples(
+                tmp_path,
+                "a",
+                LoaderOptions(LEVELS, training=False, faults=Faults(tmp_path, skip=listed)),
+            )
+        )
+        == 1
+    )
 
 
 def test_a_text_is_never_taken_for_a_picture_inside(tmp_path, arrow):
     write_parquet(tmp_path / "elsewhere.parquet", [DOG | {"image": photo()}])
-    write_parquet(tmp_path / "own" / "a.parquet", [DOG | {"image": f"{tmp_path}/elsewhere.parquet:row 0/image/x"}])
+    write_parquet(
+        tmp_path / "own" / "a.parquet",
+        [DOG | {"image": f"{tmp_path}/elsewhere.parquet:row 0/image/x"}],
+    )
     with pytest.raises(DataError, match="absolute names and '..' are refused"):
         samples(tmp_path, "a")
 
@@ -258,20 +365,35 @@ def spoil(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda own: spoil(write_parquet(own / "a.parquet", [DOG | {"image": photo()}])), "a.parquet: not a readable table"),
         (
-            lambda own: spoil(write_saved(own / "a", [DOG | {"image": photo()}]) / "data-00000-of-00001.arrow"),
+            lambda own: spoil(write_parquet(own / "a.parquet", [DOG | {"image": photo()}])),
+            "a.parquet: not a readable table",
+        ),
+        (
+            lambda own: spoil(
+                write_saved(own / "a", [DOG | {"image": photo()}]) / "data-00000-of-00001.arrow"
+            ),
             "own/a: not a readable",
         ),
         (lambda own: write_parquet(own / "a.parquet", [DOG]), 'a.parquet: has no column "image"'),
-        (lambda own: write_parquet(own / "a.parquet", [{"image": photo(), "mask": mask()}]), 'has no column "query"'),
-        (lambda own: (write_saved(own / "a", [DOG]) / "state.json").write_text("{}"), 'must name the "_data_files"'),
         (
-            lambda own: (write_saved(own / "a", [DOG]) / "state.json").write_text('{"_data_files": [{"filename": "../b.arrow"}]}'),
+            lambda own: write_parquet(own / "a.parquet", [{"image": photo(), "mask": mask()}]),
+            'has no column "query"',
+        ),
+        (
+            lambda own: (write_saved(own / "a", [DOG]) / "state.json").write_text("{}"),
+            'must name the "_data_files"',
+        ),
+        (
+            lambda own: (write_saved(own / "a", [DOG]) / "state.json").write_text(
+                '{"_data_files": [{"filename": "../b.arrow"}]}'
+            ),
             r"'\.\./b.arrow' is not a file name inside this folder",
         ),
         (
-            lambda own: (write_saved(own / "a" / "b", [DOG]).parent / "dataset_dict.json").write_text('{"splits": 3}'),
+            lambda own: (
+                write_saved(own / "a" / "b", [DOG]).parent / "dataset_dict.json"
+            ).write_text('{"splits": 3}'),
             'dataset_dict.json: must name the "splits"',
         ),
         (
@@ -289,7 +411,9 @@ def test_a_bad_table_is_one_line(tmp_path, arrow, write, message):
 
 
 def test_a_table_that_was_replaced_is_noticed(tmp_path, arrow):
-    path = write_parquet(tmp_path / "own" / "a.parquet", [DOG | {"image": photo(60 + n)} for n in range(2)])
+    path = write_parquet(
+        tmp_path / "own" / "a.parquet", [DOG | {"image": photo(60 + n)} for n in range(2)]
+    )
     loader = OwnData(tmp_path, "a", EVAL)
     write_parquet(path, [DOG | {"image": photo()}])
     with pytest.raises(DataError, match="is not the table it was when its rows were read"):
@@ -300,7 +424,9 @@ def test_a_table_that_was_replaced_is_noticed(tmp_path, arrow):
 
 
 def test_the_example_of_the_guide(tmp_path, monkeypatch, arrow):
-    pytest.importorskip("datasets", reason="the example writes with datasets (requirements-optional.txt)")
+    pytest.importorskip(
+        "datasets", reason="the example writes with datasets (requirements-optional.txt)"
+    )
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     guide = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     run_block("python", guide.split("```py\n")[1].split("```")[0], tmp_path)

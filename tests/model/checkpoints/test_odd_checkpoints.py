@@ -1,4 +1,5 @@
-"""Checkpoints as people have them: damaged, with too few rows or files, with a tokenizer of its own."""
+"""Checkpoints as people have them: damaged, with too few rows or files, with a tokenizer of its
+own."""
 
 import json
 import shutil
@@ -18,12 +19,15 @@ from tests.helpers import LEVELS, backbones
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A copy of the tiny LLaVA in transformers' layout, under a name with a space and a letter beyond ASCII."""
+    """A copy of the tiny LLaVA in transformers' layout, under a name with a space and a letter
+    beyond ASCII."""
     return Path(shutil.copytree(backbones()[0], tmp_path / "mein Ordner ü"))
 
 
 def build(folder: Path):
-    return CoresForReasoningSegmentation.from_backbones(str(folder), backbones()[1], LEVELS, template="tiny")
+    return CoresForReasoningSegmentation.from_backbones(
+        str(folder), backbones()[1], LEVELS, template="tiny"
+    )
 
 
 def truncate(file: Path) -> None:
@@ -106,7 +110,9 @@ def test_every_row_that_a_token_lacked_starts_as_the_mean(folder, extra):
     rows = model.get_input_embeddings().weight
     assert len(rows) == len(tokenizer) + len({"[LOC]", "[SEG]"} - set(extra))
     assert torch.equal(rows[: len(old)], old)
-    assert torch.allclose(rows[len(old) :], old[known].mean(0).expand(len(rows) - len(old), -1), atol=1e-6)
+    assert torch.allclose(
+        rows[len(old) :], old[known].mean(0).expand(len(rows) - len(old), -1), atol=1e-6
+    )
 
 
 def test_no_code_in_a_pickle_is_run(tmp_path, folder):

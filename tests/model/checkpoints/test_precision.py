@@ -1,4 +1,5 @@
-"""Weights in 4 and 8 bits, the choice of attention: through the model, training, chat and merging."""
+"""Weights in 4 and 8 bits, the choice of attention: through the model, training, chat and
+merging."""
 
 import importlib.util
 import json
@@ -14,7 +15,9 @@ from model.checkpoints.precision import choose_attention, quantization, quantize
 from tests.backbone_toys import flags, toys, trained_run
 from tests.helpers import conversation, sample, tiny_model
 
-needs_bitsandbytes = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
+needs_bitsandbytes = pytest.mark.skipif(
+    not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +33,20 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_only_the_language_model_is_held_in_few_bits(saved, bits):
     config = quantization(bits, torch.float32)
-    model = CoresForReasoningSegmentation.from_pretrained(saved, dtype=torch.float32, quantization_config=config)
+    model = CoresForReasoningSegmentation.from_pretrained(
+        saved, dtype=torch.float32, quantization_config=config
+    )
     assert quantized_bits(model) == bits
-    kinds = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    few = {name for name, kind in kinds.items() if kind != "Linear" and "NonDynamicallyQuantizable" not in kind}
+    kinds = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    few = {
+        name
+        for name, kind in kinds.items()
+        if kind != "Linear" and "NonDynamicallyQuantizable" not in kind
+    }
     layers = "reasoning.llava.model.language_model.layers."
     assert few == {name for name in kinds if name.startswith(layers)}
     assert {p.dtype for p in model.segmenting.parameters()} == {torch.float32}
@@ -49,7 +62,9 @@ def test_eight_bits_change_the_answer_little(saved):
     processor = CoresProcessor.from_pretrained(saved)
     batch = collate([sample(conversation())], processor, processor.levels, processor.conversation)
     full = CoresForReasoningSegmentation.from_pretrained(saved).eval()
-    few = CoresForReasoningSegmentation.from_pretrained(saved, dtype=torch.float32, quantization_config=quantization(8)).eval()
+    few = CoresForReasoningSegmentation.from_pretrained(
+        saved, dtype=torch.float32, quantization_config=quantization(8)
+    ).eval()
     a, b = full(batch).low_res[0], few(batch).low_res[0]
     assert 0 < (a - b).abs().max() < 0.2 * a.abs().max()
 
@@ -58,12 +73,21 @@ def test_eight_bits_change_the_answer_little(saved):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_training_on_few_bits_is_merged_into_full_weights(bits, tmp_path):
     name = f"few{bits}"
-    argv = flags(toys(), exp_name=name, epochs=1, lora_r=2, no_eval="true", **{f"load_in_{bits}bit": "true"})
+    argv = flags(
+        toys(), exp_name=name, epochs=1, lora_r=2, no_eval="true", **{f"load_in_{bits}bit": "true"}
+    )
     assert train_ds.main(argv) == 0
     run = toys() / "runs" / name
-    losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (run / "log.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
     assert len(losses) == 3 and all(loss == loss for loss in losses)
-    assert merge.main(["--run", str(run), "--which", "last", "--save_path", str(tmp_path / "model")]) == 0
+    assert (
+        merge.main(["--run", str(run), "--which", "last", "--save_path", str(tmp_path / "model")])
+        == 0
+    )
     assert quantized_bits(CoresForReasoningSegmentation.from_pretrained(tmp_path / "model")) is None
 
 
@@ -84,7 +108,9 @@ def test_chat_with_four_bits(tmp_path, capsys):
         "--prompt",
         "the bright thing",
     ]
-    code = chat.main([*argv, "--json", "--vis_save_path", str(tmp_path / "out"), "--max_new_tokens", "4"])
+    code = chat.main(
+        [*argv, "--json", "--vis_save_path", str(tmp_path / "out"), "--max_new_tokens", "4"]
+    )
     report = json.loads(capsys.readouterr().out)
     assert code == (0 if report["masks"] else 1)
 
@@ -109,13 +135,18 @@ def test_bits_that_cannot_be_had_are_named(monkeypatch):
         ("flash_attention_2", torch.float16, "cuda", True, "flash_attention_2"),
     ],
 )
-def test_attention_is_chosen_and_explained(monkeypatch, requested, dtype, device, installed, expected):
+def test_attention_is_chosen_and_explained(
+    monkeypatch, requested, dtype, device, installed, expected
+):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     name, reason = choose_attention(requested, dtype, device)
     assert name == expected and reason
 
 
-@pytest.mark.parametrize(("dtype", "device", "words"), [(torch.bfloat16, "cpu", "NVIDIA"), (torch.float32, "cuda", "flash|bf16")])
+@pytest.mark.parametrize(
+    ("dtype", "device", "words"),
+    [(torch.bfloat16, "cpu", "NVIDIA"), (torch.float32, "cuda", "flash|bf16")],
+)
 def test_attention_that_cannot_run_is_refused(dtype, device, words):
     with pytest.raises(ValueError, match=words):
         choose_attention("flash_attention_2", dtype, device)

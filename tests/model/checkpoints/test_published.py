@@ -1,4 +1,5 @@
-"""Published layouts: LLaVA's, LISA's and CoReS's own checkpoints, in and out; parity with recorded runs of their code."""
+"""Published layouts: LLaVA's, LISA's and CoReS's own checkpoints, in and out; parity with recorded
+runs of their code."""
 
 import json
 import re
@@ -24,10 +25,14 @@ from tests.helpers import LEVELS, backbones, conversation, randomise, sample, ti
 from tests.parity import __main__ as parity
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
-needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"the golden numbers are not at {REFERENCE}")
+needs_reference = pytest.mark.skipif(
+    not REFERENCE.is_dir(), reason=f"the golden numbers are not at {REFERENCE}"
+)
 
 
-def publish_llava(folder: Path, linear: bool, shards: bool = False, torch_files: bool = False) -> Path:
+def publish_llava(
+    folder: Path, linear: bool, shards: bool = False, torch_files: bool = False
+) -> Path:
     """The toy LLaVA as its authors would publish it: CLIP beside it, old constants left in."""
     source = load_llava(backbones()[0])
     llava = source.model
@@ -47,7 +52,11 @@ def publish_llava(folder: Path, linear: bool, shards: bool = False, torch_files:
         for part, members in parts.items():
             file = f"pytorch_model{part}.bin" if torch_files else f"model{part}.safetensors"
             content = {name: weights[name] for name in members}
-            torch.save(content, folder / file) if torch_files else save_file(content, folder / file, metadata={"format": "pt"})
+            (
+                torch.save(content, folder / file)
+                if torch_files
+                else save_file(content, folder / file, metadata={"format": "pt"})
+            )
             index |= dict.fromkeys(members, file)
         if shards:
             name = "pytorch_model.bin.index.json" if torch_files else "model.safetensors.index.json"
@@ -64,23 +73,31 @@ def publish_llava(folder: Path, linear: bool, shards: bool = False, torch_files:
     return folder
 
 
-@pytest.mark.parametrize(("shards", "torch_files"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("shards", "torch_files"), [(False, False), (True, False), (False, True), (True, True)]
+)
 def test_llava_of_its_authors_equals_the_converted_one(tmp_path, shards, torch_files):
     ours = load_llava(backbones()[0]).model.state_dict()
-    theirs = load_llava(str(publish_llava(tmp_path / "llava", False, shards, torch_files))).model.state_dict()
+    theirs = load_llava(
+        str(publish_llava(tmp_path / "llava", False, shards, torch_files))
+    ).model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_linear_projector_is_one_layer(tmp_path):
     folder = publish_llava(tmp_path / "llava", linear=True)
-    model, processor = CoresForReasoningSegmentation.from_backbones(str(folder), backbones()[1], LEVELS, template="tiny")
+    model, processor = CoresForReasoningSegmentation.from_backbones(
+        str(folder), backbones()[1], LEVELS, template="tiny"
+    )
     assert "reasoning.llava.model.multi_modal_projector.linear_2.weight" not in model.state_dict()
     assert processor.strip_at_tokens and processor.image_marks is None
     model.save_pretrained(tmp_path / "ours")
     processor.save_pretrained(tmp_path / "ours")
     again = CoresForReasoningSegmentation.from_pretrained(tmp_path / "ours")
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )
     assert CoresProcessor.from_pretrained(tmp_path / "ours").conversation == processor.conversation
 
 
@@ -96,7 +113,10 @@ def damage(folder: Path, change) -> None:
         (lambda w: w.pop("model.norm.weight"), r"missing: model\.language_model\.norm\.weight"),
         (lambda w: w.update({"model.extra": torch.zeros(1)}), r"unexpected: .*extra"),
         (lambda w: w.update({"model.norm.weight": torch.zeros(3)}), r"wrong shape: .*norm\.weight"),
-        (lambda w: w.pop("model.embed_tokens.weight"), r"has no weight 'model\.embed_tokens\.weight'"),
+        (
+            lambda w: w.pop("model.embed_tokens.weight"),
+            r"has no weight 'model\.embed_tokens\.weight'",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, change, words):
@@ -139,17 +159,24 @@ def test_a_shard_cannot_leave_its_folder(tmp_path, name):
         load_llava(str(folder))
 
 
-# ---------------------------------------------------------------------------------------------------------- whole models
+# ------------------------------------------------------------------------------------- whole models
 
 
 def answers(model, processor):
     from dataset.collate import collate
 
-    batch = collate([sample(conversation(levels=processor.levels))], processor, processor.levels, processor.conversation)
+    batch = collate(
+        [sample(conversation(levels=processor.levels))],
+        processor,
+        processor.levels,
+        processor.conversation,
+    )
     return model.segment(batch)[0].masks, model(batch).low_res[0]
 
 
-@pytest.mark.parametrize(("levels", "refiner"), [(("SEG",), "none"), (LEVELS, "none"), (LEVELS, "attention+norm")])
+@pytest.mark.parametrize(
+    ("levels", "refiner"), [(("SEG",), "none"), (LEVELS, "none"), (LEVELS, "attention+norm")]
+)
 def test_lisas_layout_there_and_back_keeps_every_bit(tmp_path, levels, refiner):
     released = {"kind": refiner, "pooling": "released"} if refiner != "none" else {"kind": "none"}
     model, processor = tiny_model(levels, refiner=released)
@@ -167,8 +194,12 @@ def test_lisas_layout_there_and_back_keeps_every_bit(tmp_path, levels, refiner):
     assert torch.equal(answers(model, processor)[1], answers(again.eval(), processor_again)[1])
     save_published(again, processor_again, tmp_path / "b")
     first, second = read_all(tmp_path / "a"), read_all(tmp_path / "b")
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    assert json.loads((tmp_path / "a" / "config.json").read_text()) == json.loads((tmp_path / "b" / "config.json").read_text())
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+    assert json.loads((tmp_path / "a" / "config.json").read_text()) == json.loads(
+        (tmp_path / "b" / "config.json").read_text()
+    )
 
 
 def test_a_lisa_without_our_files_loads_from_what_its_authors_publish(tmp_path):
@@ -177,8 +208,12 @@ def test_a_lisa_without_our_files_loads_from_what_its_authors_publish(tmp_path):
     (tmp_path / "cores_processor.json").unlink()
     found = CoresProcessor.from_pretrained(tmp_path, template="llava_v1")
     assert (found.levels, found.image_token_count, found.image_size) == (["SEG"], 4, 64)
-    assert found.strip_at_tokens and found.conversation.system.startswith("A chat between a curious human")
-    assert CoresForReasoningSegmentation.from_pretrained(tmp_path, dtype="auto").dtype == torch.float32
+    assert found.strip_at_tokens and found.conversation.system.startswith(
+        "A chat between a curious human"
+    )
+    assert (
+        CoresForReasoningSegmentation.from_pretrained(tmp_path, dtype="auto").dtype == torch.float32
+    )
 
 
 def test_what_lisas_layout_cannot_hold_is_refused(tmp_path):
@@ -208,7 +243,12 @@ assert type(loaded).__name__ == "CoresForReasoningSegmentation" and type(process
 assert GenerationConfig.from_pretrained({str(tmp_path)!r}).eos_token_id == processor.tokenizer.eos_token_id
 print(answers(loaded.eval(), processor)[1].sum().item())
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[3],
+    )
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.split()[-1]) == pytest.approx(expected, abs=1e-4)
 
@@ -217,26 +257,38 @@ def test_model_and_processor_are_pushed_with_all_their_files(tmp_path, monkeypat
     from transformers.utils.hub import PushToHubMixin
 
     pushed: set[str] = set()
-    keep = lambda self, folder, *args, **kwargs: pushed.update(p.name for p in Path(folder).rglob("*"))  # noqa: E731
+    keep = lambda self, folder, *args, **kwargs: pushed.update(
+        p.name for p in Path(folder).rglob("*")
+    )  # noqa: E731
     monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", keep)
     monkeypatch.setattr(
         "transformers.utils.hub.hf_api",
-        lambda: type("Api", (), {"create_repo": lambda *a, **k: type("R", (), {"repo_id": "me/it"})}),
+        lambda: type(
+            "Api", (), {"create_repo": lambda *a, **k: type("R", (), {"repo_id": "me/it"})}
+        ),
     )
     monkeypatch.setattr(
-        "transformers.utils.hub.create_and_tag_model_card", lambda *a, **k: type("Card", (), {"save": lambda *a: None})()
+        "transformers.utils.hub.create_and_tag_model_card",
+        lambda *a, **k: type("Card", (), {"save": lambda *a: None})(),
     )
     model, processor = tiny_model()
     model.push_to_hub("me/it")
     processor.push_to_hub("me/it")
-    assert {"config.json", "model.safetensors", "generation_config.json", "cores_processor.json", "tokenizer.json"} <= pushed
+    assert {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "cores_processor.json",
+        "tokenizer.json",
+    } <= pushed
 
 
-# --------------------------------------------------------------------------------------------- real shapes, no weights
+# -------------------------------------------------------------------------- real shapes, no weights
 
 
 @pytest.mark.parametrize(
-    ("size", "rows", "pixels", "mlp"), [("7b", 32003, 224, False), ("13b", 32003, 336, True), ("7b", 32000, 336, True)]
+    ("size", "rows", "pixels", "mlp"),
+    [("7b", 32003, 224, False), ("13b", 32003, 336, True), ("7b", 32000, 336, True)],
 )
 def test_real_sizes_have_the_published_names_and_shapes(size, rows, pixels, mlp):
     llama = facts.LLAMA[size]
@@ -248,13 +300,23 @@ def test_real_sizes_have_the_published_names_and_shapes(size, rows, pixels, mlp)
         "mm_projector_type": "mlp2x_gelu" if mlp else "linear",
     }
     vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=pixels, patch_size=14
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=pixels,
+        patch_size=14,
     )
     llava = published.llava_config(config, vision, rows, rows)
-    full = CoresConfig(llava=llava, sam=vars(PRESETS["vit_h"]), levels=["SEG"], level_token_ids=[rows - 1])
+    full = CoresConfig(
+        llava=llava, sam=vars(PRESETS["vit_h"]), levels=["SEG"], level_token_ids=[rows - 1]
+    )
     with torch.device("meta"):
         model = CoresForReasoningSegmentation(full)
-    found = {published.their_name(name, not mlp): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {
+        published.their_name(name, not mlp): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+    }
     assert found == facts.lisa(size, rows, pixels, mlp)
 
 
@@ -264,14 +326,18 @@ def test_sam_has_the_published_names_and_shapes(kind):
 
     with torch.device("meta"):
         sam = build_sam(PRESETS[kind])
-    assert {name: tuple(tensor.shape) for name, tensor in sam.state_dict().items()} == facts.sam(kind)
+    assert {name: tuple(tensor.shape) for name, tensor in sam.state_dict().items()} == facts.sam(
+        kind
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------- parity
+# ------------------------------------------------------------------------------------------- parity
 
 
 @needs_reference
-@pytest.mark.parametrize("case", ["lisa_256", "cores_256", "collate_LISA", "collate_CoReS", "utils"])
+@pytest.mark.parametrize(
+    "case", ["lisa_256", "cores_256", "collate_LISA", "collate_CoReS", "utils"]
+)
 def test_recorded_runs_of_the_published_code_agree(case, capsys):
     assert parity.main([str(REFERENCE / case)]) == 0, capsys.readouterr().out
 
@@ -283,7 +349,10 @@ def test_the_released_refiner_agrees(capsys):
 
 
 @needs_reference
-@pytest.mark.parametrize(("case", "name"), [("lisa_256", "infer0.pred_masks.0"), ("collate_LISA", "llava_v1.single.labels")])
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [("lisa_256", "infer0.pred_masks.0"), ("collate_LISA", "llava_v1.single.labels")],
+)
 def test_parity_notices_one_wrong_value(tmp_path, case, name, capsys):
     shutil.copytree(REFERENCE / case, tmp_path / case)
     for path in (tmp_path / case, *(tmp_path / case).rglob("*")):
@@ -307,14 +376,20 @@ def test_parity_reads_a_case_that_is_smaller_renamed_and_without_noise(tmp_path,
     case = copy_of("lisa_256", tmp_path / "another name ü")
     for name in ("inputs", "outputs"):
         tensors = load_file(case / f"{name}.safetensors")
-        kept = {key: t for key, t in tensors.items() if not key.startswith(("train", "infer1", "eval_stop", "lora_train"))}
+        kept = {
+            key: t
+            for key, t in tensors.items()
+            if not key.startswith(("train", "infer1", "eval_stop", "lora_train"))
+        }
         save_file(kept, case / f"{name}.safetensors")
     outputs = load_file(case / "outputs.safetensors")
     save_file(outputs | {"infer0.unheard_of": torch.zeros(1)}, case / "outputs.safetensors")
     (case / "noise.json").unlink()
     assert parity.main([str(case)]) == 0
     shown = capsys.readouterr().out
-    assert "left out: infer0.unheard_of" in shown and re.search(r"infer0 +\d+  [\d.e-]+ +[\d.e-]+ +infer0\.", shown)
+    assert "left out: infer0.unheard_of" in shown and re.search(
+        r"infer0 +\d+  [\d.e-]+ +[\d.e-]+ +infer0\.", shown
+    )
     (case / "lora.safetensors").unlink()  # lora_infer0 is recorded, so the file has to be there
     assert parity.main([str(case)]) == 2
     assert "lora.safetensors: not found" in capsys.readouterr().err
@@ -324,7 +399,8 @@ def test_parity_reads_a_case_that_is_smaller_renamed_and_without_noise(tmp_path,
 def test_parity_of_a_model_that_answers_otherwise_is_a_table_that_fails(tmp_path, capsys):
     folder = copy_of("cores_256", tmp_path / "case")
     weights = load_file(folder / "weights.safetensors")
-    weights["lm_head.weight"] = weights["lm_head.weight"].roll(3, 0)  # another word everywhere, and no [SEG]
+    # another word everywhere, and no [SEG]
+    weights["lm_head.weight"] = weights["lm_head.weight"].roll(3, 0)
     save_file(weights, folder / "weights.safetensors", metadata={"format": "pt"})
     assert parity.main([str(folder)]) == 1
     assert "FAIL eval" in capsys.readouterr().out
@@ -357,7 +433,9 @@ def test_parity_refuses_what_is_no_case(tmp_path, capsys):
 
 
 def test_clip_towers_are_named_as_this_transformers_does():
-    small = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    small = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
     names = CLIPVisionModel(small).state_dict()
     assert all(name.startswith(published.clip_prefix()) for name in names)
 
@@ -368,9 +446,21 @@ def test_a_model_that_another_transformers_saved_loads_and_is_saved_again(tmp_pa
     processor.save_pretrained(tmp_path / "a")
     weights = load_file(tmp_path / "a" / "model.safetensors")
     there = any(".vision_tower.vision_model." in name for name in weights)
-    swap = (".vision_tower.vision_model.", ".vision_tower.") if there else (".vision_tower.", ".vision_tower.vision_model.")
-    damage(tmp_path / "a", lambda w: [w.update({name.replace(*swap): w.pop(name)}) for name in list(w) if swap[0] in name])
+    swap = (
+        (".vision_tower.vision_model.", ".vision_tower.")
+        if there
+        else (".vision_tower.", ".vision_tower.vision_model.")
+    )
+    damage(
+        tmp_path / "a",
+        lambda w: [
+            w.update({name.replace(*swap): w.pop(name)}) for name in list(w) if swap[0] in name
+        ],
+    )
     for number in range(2):  # what is loaded can be saved, and loaded again
         model_again = CoresForReasoningSegmentation.from_pretrained(tmp_path / "a")
-        assert all(torch.equal(tensor, model_again.state_dict()[name]) for name, tensor in model.state_dict().items()), number
+        assert all(
+            torch.equal(tensor, model_again.state_dict()[name])
+            for name, tensor in model.state_dict().items()
+        ), number
         model_again.save_pretrained(tmp_path / "a")

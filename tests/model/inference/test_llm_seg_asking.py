@@ -1,4 +1,5 @@
-"""LLM-Seg wherever a finished model is asked: sessions, chat, the page, free evaluation, export; on a model of fixed answers."""
+"""LLM-Seg wherever a finished model is asked: sessions, chat, the page, free evaluation, export; on
+a model of fixed answers."""
 
 import json
 import shutil
@@ -63,7 +64,9 @@ def test_a_conversation_looks_at_its_picture_once(segmenter, calls):
     alone = segmenter(picture(), "where is the dog?")
     assert np.array_equal(alone.masks[0].mask, first.masks[0].mask)
     found = segmenter.processor.proposals(picture(), "picture")
-    assert any(np.array_equal(first.masks[0].mask, union([m], found.size)) for m in found.masks), "one of the proposals"
+    assert any(np.array_equal(first.masks[0].mask, union([m], found.size)) for m in found.masks), (
+        "one of the proposals"
+    )
     assert list(first.masks[0].levels) == ["SEG"] and not first.masks[0].coarse
 
 
@@ -75,7 +78,9 @@ def test_answers_with_no_one_and_several_masks(segmenter, calls):
     for question, together in zip(questions, found, strict=True):
         alone = segmenter(picture(), question)
         assert alone.text == together.text
-        assert all(np.array_equal(a.mask, b.mask) for a, b in zip(alone.masks, together.masks, strict=True))
+        assert all(
+            np.array_equal(a.mask, b.mask) for a, b in zip(alone.masks, together.masks, strict=True)
+        )
     assert calls["dinov2"] == 3, "not for the one without a mask"
 
 
@@ -83,7 +88,17 @@ def test_chat_keeps_proposals(tmp_path, capsys, monkeypatch):
     image, store = tmp_path / "a.png", tmp_path / "store"
     Image.fromarray(picture()).save(image)
     model = str(scripted_model(selecting=True))
-    argv = ["--version", model, "--image", str(image), "--prompt", "where?", "--json", "--vis_save_path", str(tmp_path / "vis")]
+    argv = [
+        "--version",
+        model,
+        "--image",
+        str(image),
+        "--prompt",
+        "where?",
+        "--json",
+        "--vis_save_path",
+        str(tmp_path / "vis"),
+    ]
     argv += ["--proposals", str(store)]
     reports = []
     for _ in range(2):
@@ -106,18 +121,36 @@ def test_the_page_shows_the_selected_mask(segmenter):
 
 
 def test_the_layout_of_lisa_has_no_place_for_it(tmp_path, capsys):
-    argv = ["--merged", str(scripted_model(selecting=True)), "--layout", "lisa", "--save_path", str(tmp_path / "lisa")]
+    argv = [
+        "--merged",
+        str(scripted_model(selecting=True)),
+        "--layout",
+        "lisa",
+        "--save_path",
+        str(tmp_path / "lisa"),
+    ]
     assert merge.main(argv) == 2
     assert "no place for a selector" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert merge.main([*argv[:2], *argv[4:]]) == 0
-    ours, theirs = (ReasoningSegmenter.from_pretrained(p)(picture(), "where?") for p in (argv[1], tmp_path / "lisa"))
+    ours, theirs = (
+        ReasoningSegmenter.from_pretrained(p)(picture(), "where?")
+        for p in (argv[1], tmp_path / "lisa")
+    )
     assert np.array_equal(ours.masks[0].mask, theirs.masks[0].mask)
 
 
 def test_free_evaluation_with_its_ceiling(tmp_path):
     data = toys() / "data"
-    argv = [str(scripted_model(selecting=True)), "--dataset_dir", str(data), "--val_dataset", "Toy|val", "--max_new_tokens", "8"]
+    argv = [
+        str(scripted_model(selecting=True)),
+        "--dataset_dir",
+        str(data),
+        "--val_dataset",
+        "Toy|val",
+        "--max_new_tokens",
+        "8",
+    ]
     argv += ["--proposals", str(tmp_path / "store"), "--val_batch_size", "2"]
     metrics = {}
     for rule in ("similarity", "similarity+iop"):
@@ -132,7 +165,15 @@ def test_free_evaluation_with_its_ceiling(tmp_path):
 
 
 def test_a_cache_of_what_is_never_looked_at_is_refused(tmp_path):
-    argv = ["--eval_only", "--version", str(scripted_model(selecting=True)), "--precision", "fp32", "--sam_cache", str(tmp_path)]
+    argv = [
+        "--eval_only",
+        "--version",
+        str(scripted_model(selecting=True)),
+        "--precision",
+        "fp32",
+        "--sam_cache",
+        str(tmp_path),
+    ]
     with pytest.raises(UsageError, match="looks at DINOv2's features"):
         build.load_for_evaluation(parse(argv))
 
@@ -142,11 +183,17 @@ def test_a_model_saved_before_there_were_selectors_loads_unchanged(tmp_path):
     config = json.loads((tmp_path / "old" / "config.json").read_text())
     assert config.pop("selector") is None
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
-    old, new = (CoresForReasoningSegmentation.from_pretrained(p).state_dict() for p in (tmp_path / "old", scripted_model()))
+    old, new = (
+        CoresForReasoningSegmentation.from_pretrained(p).state_dict()
+        for p in (tmp_path / "old", scripted_model())
+    )
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
 
 
 def test_a_segmenter_of_a_new_model_finds_its_own_proposals():
-    model, processor = tiny_model(("SEG",), selector={k: v for k, v in SELECTOR.items() if k != "dinov2"} | {"features": "sam"})
+    model, processor = tiny_model(
+        ("SEG",),
+        selector={k: v for k, v in SELECTOR.items() if k != "dinov2"} | {"features": "sam"},
+    )
     assert processor.proposals is None
     assert len(ReasoningSegmenter(model, processor).open(picture())._scene.proposals[0]) > 0

@@ -1,4 +1,5 @@
-"""ReasoningSegmenter and its sessions, on a model that answers by rule (tests/scripted.py) and on random ones."""
+"""ReasoningSegmenter and its sessions, on a model that answers by rule (tests/scripted.py) and on
+random ones."""
 
 import io
 import json
@@ -38,10 +39,12 @@ def picture(seed: int = 0, size: tuple[int, int] = (50, 40)) -> np.ndarray:
 
 
 def same(a, b) -> bool:
-    return a.text == b.text and all(np.array_equal(x.mask, y.mask) for x, y in zip(a.masks, b.masks, strict=True))
+    return a.text == b.text and all(
+        np.array_equal(x.mask, y.mask) for x, y in zip(a.masks, b.masks, strict=True)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- answers
+# ------------------------------------------------------------------------------------------ answers
 
 
 def test_an_answer_has_text_masks_and_numbers(segmenter):
@@ -53,7 +56,12 @@ def test_an_answer_has_text_masks_and_numbers(segmenter):
     assert 0 < found.area == found.mask.sum() < found.mask.size
     x0, y0, x1, y1 = found.box
     assert found.mask[y0:y1, x0:x1].sum() == found.area
-    assert found.mask[y0].any() and found.mask[y1 - 1].any() and found.mask[:, x0].any() and found.mask[:, x1 - 1].any()
+    assert (
+        found.mask[y0].any()
+        and found.mask[y1 - 1].any()
+        and found.mask[:, x0].any()
+        and found.mask[:, x1 - 1].any()
+    )
     assert np.array_equal(decode_rle(found.rle, (50, 40), "answer", "rle"), found.mask)
     assert found.predicted_iou == found.ious["SEG"]
 
@@ -69,7 +77,9 @@ def test_no_token_no_mask_and_several_tokens_several_masks(segmenter):
 
 
 def test_masks_are_those_of_the_model(segmenter):
-    batch = collate_prompts([sample(conversation(0, question="where?"))], segmenter.processor, ["LOC", "SEG"], "tiny")
+    batch = collate_prompts(
+        [sample(conversation(0, question="where?"))], segmenter.processor, ["LOC", "SEG"], "tiny"
+    )
     expected = segmenter.model.generate(batch, segmenter.processor.tokenizer)[0]
     result = segmenter(picture(), "where?")
     assert np.array_equal(result.masks[0].levels["LOC"], expected.masks[0, 0].numpy())
@@ -87,7 +97,9 @@ def test_overlay_marks_the_mask_and_with_coarse_the_chain(segmenter):
 def test_what_is_saved_is_the_answer(segmenter, tmp_path):
     result = segmenter(picture(), "the wheel")
     first, second = result.save(tmp_path / "out"), result.save(tmp_path / "out")
-    assert len(list((tmp_path / "out").iterdir())) == 10, "two masks of two levels and the overlay, twice"
+    assert len(list((tmp_path / "out").iterdir())) == 10, (
+        "two masks of two levels and the overlay, twice"
+    )
     for files, found in zip(first["masks"], result.masks, strict=True):
         for level, mask in found.levels.items():
             assert np.array_equal(np.array(Image.open(files[level])), 255 * mask.astype(np.uint8))
@@ -118,7 +130,7 @@ def test_coco_is_read_by_pycocotools(segmenter, tmp_path, capsys):
     assert coco.loadCats(1)[0]["name"] == "where is the dog?"
 
 
-# -------------------------------------------------------------------------------------------- several pictures, streams
+# ------------------------------------------------------------------------ several pictures, streams
 
 
 def test_lists_answer_as_single_calls_do(segmenter):
@@ -149,25 +161,36 @@ def test_a_stream_joins_to_the_answer(segmenter, question):
 def test_kinds_of_images(segmenter, tmp_path):
     Image.fromarray(picture()).save(tmp_path / "a.png")
     results = [
-        segmenter(p, "where?") for p in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png"), picture())
+        segmenter(p, "where?")
+        for p in (
+            tmp_path / "a.png",
+            str(tmp_path / "a.png"),
+            Image.open(tmp_path / "a.png"),
+            picture(),
+        )
     ]
     assert all(same(results[0], other) for other in results[1:])
     assert [r.name for r in results] == [str(tmp_path / "a.png")] * 3 + ["image"]
 
 
-# ------------------------------------------------------------------------------------------------------------ sessions
+# ----------------------------------------------------------------------------------------- sessions
 
 
 def test_a_session_answers_as_the_whole_conversation_read_anew(random_segmenter):
     """Cached or not: the same. What was said before changes the answer."""
-    cached, questions = random_segmenter.open(picture()), ["where is the dog?", "a b c", "what is red?", "Please segment a dog"]
+    cached, questions = (
+        random_segmenter.open(picture()),
+        ["where is the dog?", "a b c", "what is red?", "Please segment a dog"],
+    )
     for number, question in enumerate(questions):
         fresh = Session(random_segmenter, picture(), "image")
         fresh.turns = list(cached.turns)
         expected, found = fresh.ask(question), cached.ask(question)
         assert same(expected, found)
         assert len(cached.turns) == number + 1
-        assert torch.allclose(fresh._context.cache.layers[1].keys, cached._context.cache.layers[1].keys, atol=1e-5)
+        assert torch.allclose(
+            fresh._context.cache.layers[1].keys, cached._context.cache.layers[1].keys, atol=1e-5
+        )
     alone = random_segmenter(picture(), questions[-1])
     assert alone.text != found.text, "the history is read"
 
@@ -185,8 +208,12 @@ def test_a_further_question_reads_its_own_tokens_only(segmenter):
     llava = model.reasoning.llava.model
     handles = [
         llava.vision_tower.register_forward_hook(count("clip", lambda k: 1), with_kwargs=True),
-        model.segmenting.sam.image_encoder.register_forward_hook(count("sam", lambda k: 1), with_kwargs=True),
-        llava.language_model.register_forward_hook(count("tokens", lambda k: k["inputs_embeds"].shape[1]), with_kwargs=True),
+        model.segmenting.sam.image_encoder.register_forward_hook(
+            count("sam", lambda k: 1), with_kwargs=True
+        ),
+        llava.language_model.register_forward_hook(
+            count("tokens", lambda k: k["inputs_embeds"].shape[1]), with_kwargs=True
+        ),
     ]
     try:
         session.ask("where?")
@@ -196,7 +223,23 @@ def test_a_further_question_reads_its_own_tokens_only(segmenter):
         for handle in handles:
             handle.remove()
     assert (seen["clip"], seen["sam"]) == (0, 0), "both were read when the picture was opened"
-    own = ["</s>", "USER", ":", "where", "is", "the", "dog", "?", "ASSISTANT", ":", "It", "is", "[LOC]", "on", "[SEG]"]
+    own = [
+        "</s>",
+        "USER",
+        ":",
+        "where",
+        "is",
+        "the",
+        "dog",
+        "?",
+        "ASSISTANT",
+        ":",
+        "It",
+        "is",
+        "[LOC]",
+        "on",
+        "[SEG]",
+    ]
     assert seen["tokens"] - first["tokens"] == len(own)
 
 
@@ -211,7 +254,8 @@ def test_undo_and_reset(random_segmenter):
     assert [session.undo(), session.undo()] == ["where is the dog?", None]
 
 
-@pytest.mark.parametrize(("drafted", "passes"), [(0, (0, 1, 3)), (8, (0, 1))])  # with drafts this answer takes two passes
+# with drafts this answer takes two passes
+@pytest.mark.parametrize(("drafted", "passes"), [(0, (0, 1, 3)), (8, (0, 1))])
 def test_an_interrupted_answer_changes_nothing(random_segmenter, monkeypatch, drafted, passes):
     decoding = replace(random_segmenter.decoding, prompt_lookup_num_tokens=drafted)
     monkeypatch.setattr(random_segmenter, "decoding", decoding)
@@ -277,11 +321,18 @@ def test_weights_have_the_dtype_that_was_asked_for(dtype):
 def test_half_precision_answers_too():
     half = ReasoningSegmenter(*tiny_model(dtype=torch.bfloat16), max_new_tokens=8)
     session = half.open(picture())
-    assert session.ask("where is the dog?").text == half(picture(), ["where is the dog?", "a b c"])[0].text
-    assert session._scene.embeddings.dtype == session._context.cache.layers[0].keys.dtype == torch.bfloat16
+    assert (
+        session.ask("where is the dog?").text
+        == half(picture(), ["where is the dog?", "a b c"])[0].text
+    )
+    assert (
+        session._scene.embeddings.dtype
+        == session._context.cache.layers[0].keys.dtype
+        == torch.bfloat16
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -303,7 +354,9 @@ def test_odd_questions_are_text(segmenter, question):
         assert session.ask(question).text == ANSWER
     special = {segmenter.processor.image_token_id, *segmenter.model.config.level_token_ids}
     ids = session._encode(clean_question(question), [])
-    assert sum(i in special for i in ids) == segmenter.processor.image_token_count, "the picture's own and no other"
+    assert sum(i in special for i in ids) == segmenter.processor.image_token_count, (
+        "the picture's own and no other"
+    )
 
 
 @pytest.mark.parametrize("question", ["", "  \n", "\x00\x1b", None, 7])
@@ -354,7 +407,11 @@ def test_queries_that_are_refused(segmenter, query, words):
 @pytest.mark.parametrize(
     ("images", "query", "words"),
     [
-        (2, None, "query: give a text for all images or a list with an entry for each, got NoneType"),
+        (
+            2,
+            None,
+            "query: give a text for all images or a list with an entry for each, got NoneType",
+        ),
         (2, ["where?", None], r"query\[1\]: give a text or a list of texts, got NoneType"),
         (2, ["where?", ["where?", 1.5]], r"query\[1\]: a question must be a text, got float 1.5"),
         (1, ["a", "b"], "1 images but 2 entries"),
@@ -380,7 +437,9 @@ def test_a_view_of_an_array_is_a_picture(segmenter):
     pixels = np.array(picture())
     pixels.setflags(write=False)
     copy = np.ascontiguousarray(pixels[:, ::-1])
-    assert np.array_equal(segmenter(pixels[:, ::-1], "where?").masks[0].mask, segmenter(copy, "where?").masks[0].mask)
+    assert np.array_equal(
+        segmenter(pixels[:, ::-1], "where?").masks[0].mask, segmenter(copy, "where?").masks[0].mask
+    )
 
 
 def test_a_decompression_bomb_is_refused_with_the_limit(tmp_path):
@@ -408,7 +467,9 @@ def test_damaged_files_are_read_or_refused(tmp_path, kind):
         data = bytearray(whole.getvalue())
         for place in rng.integers(0, min(len(data), 400), rng.integers(1, 8)):
             data[place] = rng.integers(0, 256)
-        (tmp_path / "damaged").write_bytes(data[: rng.integers(0, len(data)) if rng.random() < 0.2 else None])
+        (tmp_path / "damaged").write_bytes(
+            data[: rng.integers(0, len(data)) if rng.random() < 0.2 else None]
+        )
         try:
             load_image(tmp_path / "damaged")
         except ValueError as error:
@@ -420,11 +481,16 @@ def test_damaged_files_are_read_or_refused(tmp_path, kind):
 def test_files_of_every_mode(tmp_path):
     grey = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (32, 1))
     colour = np.stack([grey, 255 - grey, grey // 2], -1)
-    alpha = np.dstack([colour, np.where(np.arange(64) < 32, 255, 0).astype(np.uint8)[None].repeat(32, 0)])
+    alpha = np.dstack(
+        [colour, np.where(np.arange(64) < 32, 255, 0).astype(np.uint8)[None].repeat(32, 0)]
+    )
     kinds = {
         "grey.png": (Image.fromarray(grey), np.stack([grey] * 3, -1)),
         "deep.png": (Image.fromarray(grey.astype(np.uint16) * 257), np.stack([grey] * 3, -1)),
-        "alpha.png": (Image.fromarray(alpha), np.where(np.arange(64)[None, :, None] < 32, colour, 255)),
+        "alpha.png": (
+            Image.fromarray(alpha),
+            np.where(np.arange(64)[None, :, None] < 32, colour, 255),
+        ),
         "cmyk.tif": (Image.fromarray(colour).convert("CMYK"), colour),
     }
     for name, (image, expected) in kinds.items():

@@ -1,4 +1,5 @@
-"""Free answers: groups of tokens, the key-value cache, hidden states, and masks like those of teacher forcing."""
+"""Free answers: groups of tokens, the key-value cache, hidden states, and masks like those of
+teacher forcing."""
 
 from functools import cache
 
@@ -31,18 +32,29 @@ class Say(LogitsProcessor):
 
 @pytest.fixture(scope="module")
 def scene():
-    """A model, its processor and two pictures with questions of three lengths. Not to be changed."""
+    """A model, its processor and two pictures with questions of three lengths. Not to be
+    changed."""
     model, processor = tiny_model()
     randomise(model.segmenting.refiner, seed=7, scale=0.2)
     samples = [
-        sample(conversation(1), conversation(2, question="Please segment the red wheel. what is the dog?"), name="0"),
-        sample(conversation(1, question="a b c? the dog", size=(30, 60)), name="1", size=(30, 60), seed=2),
+        sample(
+            conversation(1),
+            conversation(2, question="Please segment the red wheel. what is the dog?"),
+            name="0",
+        ),
+        sample(
+            conversation(1, question="a b c? the dog", size=(30, 60)),
+            name="1",
+            size=(30, 60),
+            seed=2,
+        ),
     ]
     return model, processor, samples
 
 
 def prompts_and_answers(scene):
-    """The prompts of the scene, its teacher-forced batch, and the ids of its answers without the end token."""
+    """The prompts of the scene, its teacher-forced batch, and the ids of its answers without the
+    end token."""
     _, processor, samples = scene
     prompts = collate_prompts(samples, processor, LEVELS, TEMPLATE)
     batch = collate(samples, processor, LEVELS, TEMPLATE)
@@ -79,13 +91,24 @@ def test_groups_of_one_and_three_levels():
 
 
 def test_forced_answers_give_the_masks_of_teacher_forcing(scene):
-    """Left-padded prompts of three lengths against right-padded full sequences: same masks, texts and estimates."""
+    """Left-padded prompts of three lengths against right-padded full sequences: same masks, texts
+    and estimates."""
     model, processor, _ = scene
     prompts, batch, answers = prompts_and_answers(scene)
     results = model.generate(prompts, processor.tokenizer, logits_processor=say(processor, answers))
     expected = model.segment(batch)
     assert [len(r.masks) for r in results] == [1, 2, 1]
-    assert results[0].text.split() == ["It", "appears", "on", "[LOC]", ".", "It", "is", "[SEG]", "."]
+    assert results[0].text.split() == [
+        "It",
+        "appears",
+        "on",
+        "[LOC]",
+        ".",
+        "It",
+        "is",
+        "[SEG]",
+        ".",
+    ]
     for result, truth, ids in zip(results, expected, answers, strict=True):
         assert result.emitted and result.finished
         assert result.token_ids == ids
@@ -99,14 +122,21 @@ def spoken(model, prompts, processor, **options):
     """(ids (N, M), states (N, M, d)) of free answers, before any mask is made."""
     features = model.reasoning.image_features(prompts.clip_pixels)
     context, hidden = read_prompts(model.reasoning, prompts, features)
-    steps = speak(context, hidden, processor.tokenizer.eos_token_id, Decoding.of(**options), prompts_of(prompts))
+    steps = speak(
+        context,
+        hidden,
+        processor.tokenizer.eos_token_id,
+        Decoding.of(**options),
+        prompts_of(prompts),
+    )
     ids, states = zip(*steps, strict=True)
     return torch.stack(ids, 1), torch.stack(states, 1)
 
 
 @torch.no_grad()
 def test_states_equal_those_of_one_pass(scene):
-    """Step by step with the cache, or over the whole sequence at once: the same hidden states. Measured: 1e-6."""
+    """Step by step with the cache, or over the whole sequence at once: the same hidden states.
+    Measured: 1e-6."""
     model, processor, _ = scene
     prompts, batch, answers = prompts_and_answers(scene)
     ids, states = spoken(model, prompts, processor, logits_processor=say(processor, answers))
@@ -115,8 +145,12 @@ def test_states_equal_those_of_one_pass(scene):
     for row, answer in enumerate(answers):
         end = int(batch.attention_mask[row].sum()) - 1  # of the end token
         start = end - len(answer)
-        assert batch.input_ids[row, start:end].tolist() == ids[row, : len(answer)].tolist() == answer
-        assert torch.allclose(states[row, : len(answer) + 1], hidden[row, start - 1 : end], atol=1e-5)
+        assert (
+            batch.input_ids[row, start:end].tolist() == ids[row, : len(answer)].tolist() == answer
+        )
+        assert torch.allclose(
+            states[row, : len(answer) + 1], hidden[row, start - 1 : end], atol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -130,8 +164,12 @@ def test_cache_and_shared_prefix_change_nothing(scene):
     for row, image in enumerate(prompts.image_index.tolist()):
         text = prompts.input_ids[row, prompts.attention_mask[row].bool()].tolist()
         for step, token in enumerate(ids[row].tolist()):
-            embeddings = model.reasoning.embed(torch.tensor([text]), features, torch.tensor([image]))
-            last = model.reasoning.hidden_states(embeddings, torch.ones(1, len(text), dtype=torch.int64))[0, -1]
+            embeddings = model.reasoning.embed(
+                torch.tensor([text]), features, torch.tensor([image])
+            )
+            last = model.reasoning.hidden_states(
+                embeddings, torch.ones(1, len(text), dtype=torch.int64)
+            )[0, -1]
             assert torch.allclose(states[row, step], last, atol=1e-5)
             assert int(model.reasoning.llava.lm_head(last).argmax()) == token
             if token == processor.tokenizer.eos_token_id:
@@ -140,18 +178,25 @@ def test_cache_and_shared_prefix_change_nothing(scene):
 
 
 def test_vision_runs_once_and_steps_are_short(scene):
-    """One pass of CLIP over the pictures, one of the language model over what questions of an image share, one over the
-    rest, then one position a step."""
+    """One pass of CLIP over the pictures, one of the language model over what questions of an image
+    share, one over the rest, then one position a step."""
     model, processor, _ = scene
     prompts, _, answers = prompts_and_answers(scene)
     vision, language = [], []  # the shape of each output
     llava = model.reasoning.llava.model
     handles = [
-        part.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output.last_hidden_state.shape))
+        part.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output.last_hidden_state.shape)
+        )
         for part, seen in ((llava.vision_tower, vision), (llava.language_model, language))
     ]
     try:
-        model.generate(prompts, processor.tokenizer, logits_processor=say(processor, answers), prompt_lookup_num_tokens=0)
+        model.generate(
+            prompts,
+            processor.tokenizer,
+            logits_processor=say(processor, answers),
+            prompt_lookup_num_tokens=0,
+        )
     finally:
         for handle in handles:
             handle.remove()
@@ -160,41 +205,59 @@ def test_vision_runs_once_and_steps_are_short(scene):
     assert [tuple(shape[:2]) for shape in vision] == [(2, 5)]
     assert [shape[0] for shape in language] == [2, 3] + [3] * steps
     assert [shape[1] for shape in language[2:]] == [1] * steps
-    assert shared > 4 and shared + rest == prompts.input_ids.shape[1], "the picture is in the shared part"
+    assert shared > 4 and shared + rest == prompts.input_ids.shape[1], (
+        "the picture is in the shared part"
+    )
 
 
 def passes_of(model, run):
     """(what ``run()`` returns, how many positions each pass of the language model read)."""
     lengths = []
     language = model.reasoning.llava.model.language_model
-    handle = language.register_forward_hook(lambda module, args, output: lengths.append(output.last_hidden_state.shape[1]))
+    handle = language.register_forward_hook(
+        lambda module, args, output: lengths.append(output.last_hidden_state.shape[1])
+    )
     try:
         return run(), lengths
     finally:
         handle.remove()
 
 
-# An answer that repeats its question; one that leaves it after five words; one of a row that ends before the others; one that
-# repeats itself and hits the limit of 12 in a draft.
-WORDS = [[[5, 6, 7, 8, 9, 10, 11]], [[5, 6, 7, 8, 9, 20, 21, 22]], [[5, 6], [5, 6, 7, 8, 9, 10, 11]], [[30, 31] * 10]]
+# An answer that repeats its question; one that leaves it after five words; one of a row that ends
+# before the others; one that repeats itself and hits the limit of 12 in a draft.
+WORDS = [
+    [[5, 6, 7, 8, 9, 10, 11]],
+    [[5, 6, 7, 8, 9, 20, 21, 22]],
+    [[5, 6], [5, 6, 7, 8, 9, 10, 11]],
+    [[30, 31] * 10],
+]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("answers", WORDS)
 @pytest.mark.parametrize("known", [[5, 6, 7, 8, 9, 10, 11], [6, 7, 5, 6, 20]])
 def test_drafts_change_nothing_but_the_number_of_passes(scene, answers, known):
-    """Tokens, states and what the context keeps, with drafts that are right, right at first, and wrong."""
+    """Tokens, states and what the context keeps, with drafts that are right, right at first, and
+    wrong."""
     model, processor, _ = scene
     reasoning, end = model.reasoning, processor.tokenizer.eos_token_id
     ids = torch.tensor([[1, *known, 2]] * len(answers))
     found = {}
     for count in (0, 1, 4, 8):
-        decoding = Decoding(12, prompt_lookup_num_tokens=count, logits_processor=(Say(answers, end),))
+        decoding = Decoding(
+            12, prompt_lookup_num_tokens=count, logits_processor=(Say(answers, end),)
+        )
         context = Context(reasoning)
-        hidden = context.read(reasoning.llava.get_input_embeddings()(ids), torch.ones_like(ids))[:, -1]
-        steps, lengths = passes_of(model, lambda c=context, h=hidden, d=decoding: list(speak(c, h, end, d, ids.tolist())))
+        hidden = context.read(reasoning.llava.get_input_embeddings()(ids), torch.ones_like(ids))[
+            :, -1
+        ]
+        steps, lengths = passes_of(
+            model, lambda c=context, h=hidden, d=decoding: list(speak(c, h, end, d, ids.tolist()))
+        )
         tokens, states = (torch.stack(part, dim=1) for part in zip(*steps, strict=True))
-        keys = [layer.keys[:, :, : ids.shape[1] + tokens.shape[1] - 1] for layer in context.cache.layers]
+        keys = [
+            layer.keys[:, :, : ids.shape[1] + tokens.shape[1] - 1] for layer in context.cache.layers
+        ]
         found[count] = tokens, states, torch.stack(keys), len(lengths)
     tokens, states, keys, passes = found[0]
     assert passes == tokens.shape[1] - 1
@@ -211,7 +274,8 @@ def test_drafts_change_nothing_but_the_number_of_passes(scene, answers, known):
 
 
 class Favour:
-    """Keeps state: every call makes another word likelier, in place. ``calls``: the shapes of what was said by then."""
+    """Keeps state: every call makes another word likelier, in place. ``calls``: the shapes of what
+    was said by then."""
 
     def __init__(self):
         self.calls: list[tuple[int, ...]] = []
@@ -232,16 +296,22 @@ def speaker():
 FEW = st.integers(4, 5)  # two words, so that everything was said before
 
 
-@settings(max_examples=40, deadline=None, phases=(Phase.generate,))  # a failure is short enough as it is
+# a failure is short enough as it is
+@settings(max_examples=40, deadline=None, phases=(Phase.generate,))
 @given(st.lists(st.lists(FEW, min_size=8, max_size=16), min_size=1, max_size=2), st.data())
 @torch.no_grad()
 def test_whatever_is_read_and_said_drafts_change_nothing(prompts, data):
-    """Rows of other lengths that end at other steps, scripted or drawn at random, cut at any length, drafts of any length."""
+    """Rows of other lengths that end at other steps, scripted or drawn at random, cut at any
+    length, drafts of any length."""
     reasoning, end = speaker()
     width, draw = max(map(len, prompts)), data.draw
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    answers = None if draw(st.booleans()) else [draw(st.lists(FEW, min_size=4, max_size=12)) for _ in prompts]
+    answers = (
+        None
+        if draw(st.booleans())
+        else [draw(st.lists(FEW, min_size=4, max_size=12)) for _ in prompts]
+    )
     limit, count, found = draw(st.integers(5, 14)), draw(st.integers(1, 20)), []
     for drafted in (0, count):
         torch.manual_seed(0)
@@ -250,7 +320,10 @@ def test_whatever_is_read_and_said_drafts_change_nothing(prompts, data):
         decoding = Decoding(limit, answers is None, 0.5, 0.9, drafted, processors)
         context = Context(reasoning)
         hidden = context.read(reasoning.llava.get_input_embeddings()(ids), mask)[:, -1]
-        tokens, states = (torch.stack(part, 1) for part in zip(*speak(context, hidden, end, decoding, prompts), strict=True))
+        tokens, states = (
+            torch.stack(part, 1)
+            for part in zip(*speak(context, hidden, end, decoding, prompts), strict=True)
+        )
         assert context.length < width + limit, "nothing is read beyond the longest answer"
         found.append((tokens, states, favour.calls))
     (tokens, states, calls), (tokens_, states_, calls_) = found
@@ -267,7 +340,12 @@ def test_sampling_with_drafts_draws_the_same(scene):
     for count in (0, 8):
         torch.manual_seed(0)
         run = lambda n=count: model.generate(  # noqa: E731
-            prompts, processor.tokenizer, max_new_tokens=24, do_sample=True, temperature=0.3, prompt_lookup_num_tokens=n
+            prompts,
+            processor.tokenizer,
+            max_new_tokens=24,
+            do_sample=True,
+            temperature=0.3,
+            prompt_lookup_num_tokens=n,
         )
         drawn.append(passes_of(model, run))
     assert [r.token_ids for r in drawn[0][0]] == [r.token_ids for r in drawn[1][0]]
@@ -295,7 +373,8 @@ def test_a_draft_is_what_followed_before(ids, expected):
 
 @torch.no_grad()
 def test_a_picture_is_never_drafted(scene, monkeypatch):
-    """The words before it, said again: its tokens stand beyond the table of embeddings in a published LLaVA."""
+    """The words before it, said again: its tokens stand beyond the table of embeddings in a
+    published LLaVA."""
     model, processor, _ = scene
     reasoning, end = model.reasoning, processor.tokenizer.eos_token_id
     embed = reasoning.llava.get_input_embeddings()
@@ -306,7 +385,10 @@ def test_a_picture_is_never_drafted(scene, monkeypatch):
     read = torch.tensor([[1, 5, 6, 7, 8, 2, 2, 4]])
     hidden = context.read(embed(read), torch.ones_like(read))[:, -1]
     decoding = Decoding(8, logits_processor=(Say(answers, end),))
-    said = [int(token) for token, _ in speak(context, hidden, end, decoding, [[1, 5, 6, 7, 8, image, image, 4]])]
+    said = [
+        int(token)
+        for token, _ in speak(context, hidden, end, decoding, [[1, 5, 6, 7, 8, image, image, 4]])
+    ]
     assert said == [*answers[0], end]
 
 
@@ -314,9 +396,13 @@ def test_masks_need_one_pass_of_sam(scene):
     model, processor, _ = scene
     prompts, _, answers = prompts_and_answers(scene)
     shapes = []
-    handle = model.segmenting.sam.image_encoder.register_forward_hook(lambda module, args, output: shapes.append(len(output)))
+    handle = model.segmenting.sam.image_encoder.register_forward_hook(
+        lambda module, args, output: shapes.append(len(output))
+    )
     try:
-        model.generate(prompts, processor.tokenizer, logits_processor=say(processor, [[7], [7], [7]]))
+        model.generate(
+            prompts, processor.tokenizer, logits_processor=say(processor, [[7], [7], [7]])
+        )
         assert shapes == [], "nothing to segment"
         model.generate(prompts, processor.tokenizer, logits_processor=say(processor, answers))
         assert shapes == [2]
@@ -328,22 +414,35 @@ def test_rows_answer_alone_as_together(scene):
     model, processor, samples = scene
     prompts, _, _ = prompts_and_answers(scene)
     together = model.generate(prompts, processor.tokenizer, max_new_tokens=8)
-    alone = model.generate(collate_prompts(samples[1:], processor, LEVELS, TEMPLATE), processor.tokenizer, max_new_tokens=8)
+    alone = model.generate(
+        collate_prompts(samples[1:], processor, LEVELS, TEMPLATE),
+        processor.tokenizer,
+        max_new_tokens=8,
+    )
     assert alone[0].token_ids == together[2].token_ids
 
 
 def test_incomplete_answers_have_no_masks(scene):
-    """[SEG] without [LOC], [LOC] without [SEG] and no token at all count as not emitted, beside a row with a mask."""
+    """[SEG] without [LOC], [LOC] without [SEG] and no token at all count as not emitted, beside a
+    row with a mask."""
     model, processor, samples = scene
     loc, seg = model.config.level_token_ids
     prompts, _, _ = prompts_and_answers(scene)
     results = model.generate(
-        prompts, processor.tokenizer, logits_processor=say(processor, [[6, seg], [loc, 6, seg, seg], [6, loc]])
+        prompts,
+        processor.tokenizer,
+        logits_processor=say(processor, [[6, seg], [loc, 6, seg, seg], [6, loc]]),
     )
     assert [r.emitted for r in results] == [False, True, False]
-    assert [tuple(r.masks.shape) for r in results] == [(0, 2, 50, 40), (1, 2, 50, 40), (0, 2, 30, 60)]
+    assert [tuple(r.masks.shape) for r in results] == [
+        (0, 2, 50, 40),
+        (1, 2, 50, 40),
+        (0, 2, 30, 60),
+    ]
     assert [tuple(r.iou.shape) for r in results] == [(0, 2), (1, 2), (0, 2)]
-    nothing = model.generate(prompts, processor.tokenizer, logits_processor=say(processor, [[], [6], [7, 8]]))
+    nothing = model.generate(
+        prompts, processor.tokenizer, logits_processor=say(processor, [[], [6], [7, 8]])
+    )
     assert [r.emitted for r in nothing] == [False] * 3
     assert [r.token_ids for r in nothing] == [[], [6], [7, 8]]
     assert nothing[0].text == ""
@@ -352,7 +451,9 @@ def test_incomplete_answers_have_no_masks(scene):
 def test_answers_stop_at_the_limit(scene):
     model, processor, _ = scene
     prompts, _, answers = prompts_and_answers(scene)
-    results = model.generate(prompts, processor.tokenizer, max_new_tokens=4, logits_processor=say(processor, answers))
+    results = model.generate(
+        prompts, processor.tokenizer, max_new_tokens=4, logits_processor=say(processor, answers)
+    )
     assert [r.token_ids for r in results] == [a[:4] for a in answers]
     assert not any(r.finished for r in results)
 
@@ -363,7 +464,9 @@ def test_sampling_follows_the_seed(scene):
     answers = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        results = model.generate(prompts, processor.tokenizer, max_new_tokens=12, do_sample=True, temperature=2.0)
+        results = model.generate(
+            prompts, processor.tokenizer, max_new_tokens=12, do_sample=True, temperature=2.0
+        )
         answers.append([r.token_ids for r in results])
     assert answers[0] == answers[1] != answers[2]
 

@@ -1,4 +1,5 @@
-"""Prefix sharing changes nothing but the time: losses, hidden states and gradients equal those of separate rows."""
+"""Prefix sharing changes nothing but the time: losses, hidden states and gradients equal those of
+separate rows."""
 
 import logging
 
@@ -17,8 +18,11 @@ QUESTIONS = ("where is the dog?", "Please segment the red wheel", "what is a?")
 
 
 def two_images(processor, exemplars=EXEMPLARS):
-    """Three conversations of one image, one with two targets and one of text only, and one of another image."""
-    first = sample(*(conversation(k, question=q) for k, q in zip((1, 2, 0), QUESTIONS, strict=True)), name="0")
+    """Three conversations of one image, one with two targets and one of text only, and one of
+    another image."""
+    first = sample(
+        *(conversation(k, question=q) for k, q in zip((1, 2, 0), QUESTIONS, strict=True)), name="0"
+    )
     second = sample(conversation(1, question="b"), name="1", seed=1)
     first.exemplars = second.exemplars = exemplars
     return collate([first, second], processor, LEVELS, TEMPLATE)
@@ -44,12 +48,15 @@ def results(model, batch, sharing: PrefixSharing):
 def largest_difference(one: dict, other: dict) -> float:
     """Of two sets of gradients, relative to the largest entry of each tensor.
 
-    Tensors of rounding noise, such as the gradient of a bias on keys, which softmax cannot feel, are measured against a
-    thousandth of the largest gradient instead.
+    Tensors of rounding noise, such as the gradient of a bias on keys, which softmax cannot feel,
+    are measured against a thousandth of the largest gradient instead.
     """
     assert one.keys() == other.keys()
     floor = max(float(g.abs().max()) for g in other.values()) / 1000
-    return max(float((one[k] - other[k]).abs().max()) / max(float(other[k].abs().max()), floor) for k in one)
+    return max(
+        float((one[k] - other[k]).abs().max()) / max(float(other[k].abs().max()), floor)
+        for k in one
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 5e-7), (torch.float32, 1e-5)])
@@ -66,7 +73,10 @@ def test_losses_and_gradients_equal_separate_rows(attention, row_tokens, dtype, 
         assert torch.allclose(shared.losses[name], value, rtol=tolerance, atol=0), name
     for mine, theirs in zip(shared.low_res, plain.low_res, strict=True):
         assert torch.allclose(mine, theirs, atol=tolerance)
-    assert "reasoning.llava.model.language_model.layers.0.self_attn.q_proj.lora_A.default.weight" in found
+    assert (
+        "reasoning.llava.model.language_model.layers.0.self_attn.q_proj.lora_A.default.weight"
+        in found
+    )
     assert largest_difference(found, expected) < tolerance
 
 
@@ -82,7 +92,9 @@ def test_hidden_states_equal_where_there_are_tokens():
 
 
 def plan(batch, **options):
-    return PrefixSharing(**options).plan(batch.input_ids, batch.attention_mask, batch.image_index, "sdpa")
+    return PrefixSharing(**options).plan(
+        batch.input_ids, batch.attention_mask, batch.image_index, "sdpa"
+    )
 
 
 def test_the_prefix_is_read_once():
@@ -94,15 +106,20 @@ def test_the_prefix_is_read_once():
     image_end = int((ids[0] == processor.image_token_id).nonzero().max())
     assert shared > image_end
     lengths = batch.attention_mask.sum(1).tolist()
-    assert int((packing.image >= 0).sum()) == shared + sum(n - shared for n in lengths[:3]) + lengths[3]
+    assert (
+        int((packing.image >= 0).sum())
+        == shared + sum(n - shared for n in lengths[:3]) + lengths[3]
+    )
     flat = batch.input_ids.flatten()
     assert torch.equal(
-        flat[packing.source].flatten()[packing.place][batch.attention_mask > 0], batch.input_ids[batch.attention_mask > 0]
+        flat[packing.source].flatten()[packing.place][batch.attention_mask > 0],
+        batch.input_ids[batch.attention_mask > 0],
     )
 
 
 def test_every_token_sees_what_it_saw_alone():
-    """The mask against its definition: the tokens of one's own conversation up to oneself, each once and in order."""
+    """The mask against its definition: the tokens of one's own conversation up to oneself, each
+    once and in order."""
     _, processor = tiny_model()
     batch = two_images(processor)
     for row_tokens in (0, 10_000):
@@ -112,22 +129,33 @@ def test_every_token_sees_what_it_saw_alone():
             for position in range(length):
                 where = int(packing.place[row, position])
                 seen = mask[where // width, where % width].nonzero()[:, 0]
-                assert (seen + where // width * width).tolist() == packing.place[row, : position + 1].tolist()
+                assert (seen + where // width * width).tolist() == packing.place[
+                    row, : position + 1
+                ].tolist()
                 assert packing.positions[where // width, seen].tolist() == list(range(position + 1))
         assert mask.any(-1).all(), "a query that sees nothing gives NaN"
 
 
 def test_other_exemplars_are_not_shared():
-    """What begins differently is compared by its ids: the image stands in each suffix and the result is still right."""
+    """What begins differently is compared by its ids: the image stands in each suffix and the
+    result is still right."""
     model, processor = trained()
-    parts = [two_images(processor, [exemplar]) for exemplar in (("hello there", "a."), ("what is b?", "It is the dog."))]
+    parts = [
+        two_images(processor, [exemplar])
+        for exemplar in (("hello there", "a."), ("what is b?", "It is the dog."))
+    ]
     first, other = (part.to(dtype=torch.float64) for part in parts)
     length = max(first.input_ids.shape[1], other.input_ids.shape[1])
     for batch in (first, other):
         for name, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
             table = getattr(batch, name)
-            setattr(batch, name, torch.nn.functional.pad(table, (0, length - table.shape[1]), value=fill))
-    for name in ("input_ids", "labels", "attention_mask"):  # row 1 with another exemplar than rows 0 and 2
+            setattr(
+                batch,
+                name,
+                torch.nn.functional.pad(table, (0, length - table.shape[1]), value=fill),
+            )
+    # row 1 with another exemplar than rows 0 and 2
+    for name in ("input_ids", "labels", "attention_mask"):
         getattr(first, name)[1] = getattr(other, name)[1]
     image_start = int((first.input_ids[0] == processor.image_token_id).nonzero().min())
     packing = plan(first)
@@ -142,7 +170,9 @@ def test_equal_conversations_and_nothing_to_share():
     _, processor = tiny_model()
     twice = collate([sample(conversation(), conversation())], processor, LEVELS, TEMPLATE)
     assert int((plan(twice).image >= 0).sum()) == int(twice.attention_mask[0].sum())
-    alone = collate([sample(conversation()), sample(conversation(), name="1")], processor, LEVELS, TEMPLATE)
+    alone = collate(
+        [sample(conversation()), sample(conversation(), name="1")], processor, LEVELS, TEMPLATE
+    )
     assert plan(alone) is None
     assert plan(two_images(processor), enabled=False) is None
 
@@ -159,11 +189,21 @@ def test_attention_without_masks_falls_back_with_a_message(caplog):
     prefix_sharing._said.clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert PrefixSharing().plan(batch.input_ids, batch.attention_mask, batch.image_index, "flash_attention_2") is None
+            assert (
+                PrefixSharing().plan(
+                    batch.input_ids, batch.attention_mask, batch.image_index, "flash_attention_2"
+                )
+                is None
+            )
     assert [record.message for record in caplog.records] == [
         "prefix sharing is off: flash_attention_2 cannot use its mask here; sdpa can"
     ]
-    assert PrefixSharing().plan(batch.input_ids, batch.attention_mask, batch.image_index, "flex_attention") is None
+    assert (
+        PrefixSharing().plan(
+            batch.input_ids, batch.attention_mask, batch.image_index, "flex_attention"
+        )
+        is None
+    )
 
 
 def test_the_mask_of_flex_attention_is_the_same():
@@ -173,7 +213,9 @@ def test_the_mask_of_flex_attention_is_the_same():
     packing = plan(two_images(processor), row_tokens=10_000)
     block = packing.block_mask()
     rows, length = packing.source.shape
-    assert torch.equal(create_mask(block.mask_mod, rows, 1, length, length, device="cpu"), packing.mask())
+    assert torch.equal(
+        create_mask(block.mask_mod, rows, 1, length, length, device="cpu"), packing.mask()
+    )
 
 
 def test_gradient_checkpointing_and_sharing_go_together():
@@ -188,14 +230,19 @@ def test_gradient_checkpointing_and_sharing_go_together():
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_last_layer_works_only_where_it_is_read(enabled):
-    """Losses and gradients equal those of a whole last layer, and its MLP sees the supervised positions only."""
+    """Losses and gradients equal those of a whole last layer, and its MLP sees the supervised
+    positions only."""
     model, processor = trained()
     batch = two_images(processor).to(dtype=torch.float64)
     last = model.reasoning.llava.model.language_model.layers[-1]
     seen: list[int] = []
-    last.mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:-1].numel()))
+    last.mlp.register_forward_hook(
+        lambda module, args, output: seen.append(args[0].shape[:-1].numel())
+    )
     inner: list[int] = []
-    last.mlp.gate_proj.register_forward_hook(lambda module, args, output: inner.append(args[0].shape[:-1].numel()))
+    last.mlp.gate_proj.register_forward_hook(
+        lambda module, args, output: inner.append(args[0].shape[:-1].numel())
+    )
     found, gradients = results(model, batch, PrefixSharing(enabled))
     whole = model._hidden
     model._hidden = lambda batch, wanted=None: whole(batch)

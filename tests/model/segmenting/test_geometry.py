@@ -15,8 +15,22 @@ from model.checkpoints.sam import PRESETS, detect_dims, load_sam, save_sam
 from model.checkpoints.weights import load_strict
 from model.config import RefinerConfig, SamDims
 from model.segmenting.chain import SegmentingChain
-from model.segmenting.frames import PIXEL_MEAN, preprocess, resize_longest_side, resized_size, to_grid, to_original, valid_cells
-from model.segmenting.sam import build_sam, decode_masks, mask_prompt, no_mask_prompt, position_encoding
+from model.segmenting.frames import (
+    PIXEL_MEAN,
+    preprocess,
+    resize_longest_side,
+    resized_size,
+    to_grid,
+    to_original,
+    valid_cells,
+)
+from model.segmenting.sam import (
+    build_sam,
+    decode_masks,
+    mask_prompt,
+    no_mask_prompt,
+    position_encoding,
+)
 from tests.helpers import SAM_DIMS, backbones, randomise, rectangle
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
@@ -31,12 +45,17 @@ def tiny():
     return sam.eval()
 
 
-# --------------------------------------------------------------------------------------------------------------- frames
+# ------------------------------------------------------------------------------------------- frames
 
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((480, 640), (768, 1024)), ((640, 480), (1024, 768)), ((1024, 1024), (1024, 1024)), ((150, 100), (1024, 683))],
+    [
+        ((480, 640), (768, 1024)),
+        ((640, 480), (1024, 768)),
+        ((1024, 1024), (1024, 1024)),
+        ((150, 100), (1024, 683)),
+    ],
 )
 def test_resized_size(size, expected):
     assert resized_size(*size, 1024) == expected
@@ -70,11 +89,17 @@ def test_preprocess_equals_segment_anything(tiny):
 
 
 def test_preprocess_is_the_formula_to_the_last_bit():
-    """Every value in every channel, with padding on either side: what is done in place changes no bit."""
-    values = np.stack([np.arange(256), np.arange(256)[::-1], np.roll(np.arange(256), 7)], -1).astype(np.uint8)
+    """Every value in every channel, with padding on either side: what is done in place changes no
+    bit."""
+    values = np.stack(
+        [np.arange(256), np.arange(256)[::-1], np.roll(np.arange(256), 7)], -1
+    ).astype(np.uint8)
     for shape in ((8, 32, 3), (32, 8, 3), (16, 16, 3)):
         image = values.reshape(shape)
-        mean, std = torch.tensor(PIXEL_MEAN)[:, None, None], torch.tensor((58.395, 57.12, 57.375))[:, None, None]
+        mean, std = (
+            torch.tensor(PIXEL_MEAN)[:, None, None],
+            torch.tensor((58.395, 57.12, 57.375))[:, None, None],
+        )
         expected = (torch.from_numpy(image.copy()).permute(2, 0, 1).float() - mean) / std
         height, width = shape[:2]
         side = max(height, width)
@@ -92,7 +117,8 @@ def test_to_original_equals_segment_anything(tiny):
 
 
 def test_to_original_cuts_the_padding_off():
-    """Left half of the frame image, right half padding: what is drawn in the padding does not come through."""
+    """Left half of the frame image, right half padding: what is drawn in the padding does not come
+    through."""
     low_res = torch.full((1, 16, 16), -5.0)
     low_res[..., 9:] = 50.0  # one cell clear of the border, which interpolation mixes
     assert (to_original(low_res, (64, 32), (20, 10), 64) < 0).all()
@@ -103,11 +129,18 @@ def test_to_original_cuts_the_padding_off():
 def test_mask_to_frame_and_back(size, box):
     """A box drawn in the original frame, carried to the low-res frame, comes back where it was.
 
-    The low-res frame has two cells per ten pixels at most, so a border may move by a cell; measured IoU is above 0.70.
+    The low-res frame has two cells per ten pixels at most, so a border may move by a cell; measured
+    IoU is above 0.70.
     """
     height, width = size
     top, left, tall, wide = box
-    mask = rectangle(size, int(top * height), int(left * width), int((top + tall) * height) + 1, int((left + wide) * width) + 1)
+    mask = rectangle(
+        size,
+        int(top * height),
+        int(left * width),
+        int((top + tall) * height) + 1,
+        int((left + wide) * width) + 1,
+    )
     resized = resized_size(height, width, 64)
     share = to_grid(torch.from_numpy(mask)[None], resized, 64, 32)
     back = to_original(share - 0.5, resized, size, 64)[0].numpy() > 0
@@ -117,7 +150,8 @@ def test_mask_to_frame_and_back(size, box):
 @given(size=SIZES, seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_grid_keeps_the_area(size, seed):
-    """The share of the picture that a mask covers is the same in both frames, up to rounding of the resized size."""
+    """The share of the picture that a mask covers is the same in both frames, up to rounding of the
+    resized size."""
     mask = np.random.default_rng(seed).random(size) > 0.5
     resized = resized_size(*size, 64)
     share = to_grid(torch.from_numpy(mask)[None], resized, 64, 4)
@@ -127,10 +161,12 @@ def test_grid_keeps_the_area(size, seed):
 
 
 def test_grid_by_hand():
-    """A 4×2 picture at 8 pixels, so 8×4, on a 2×2 grid: only the left column of cells is picture."""
+    """A 4×2 picture at 8 pixels, so 8×4, on a 2×2 grid: only the left column of cells is
+    picture."""
     masks = torch.zeros(2, 4, 2, dtype=torch.bool)
     masks[0, :2] = True  # upper half
-    masks[1, 3, 1] = True  # one pixel of eight, 2×2 pixels of the frame, in the lower left cell of 16
+    # one pixel of eight, 2×2 pixels of the frame, in the lower left cell of 16
+    masks[1, 3, 1] = True
     assert to_grid(masks, (8, 4), 8, 2).tolist() == [[[1, 0], [0, 0]], [[0, 0], [0.25, 0]]]
     assert valid_cells((8, 4), 8, 2).tolist() == [[1, 0], [1, 0]]
     assert valid_cells((8, 6), 8, 2).tolist() == [[1, 0.5], [1, 0.5]]
@@ -140,9 +176,11 @@ def test_grid_by_hand():
 @given(size=SIZES, columns=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_to_original_keeps_places(size, columns):
-    """Logits that say where they are in the padded frame say in the original frame where their pixel's centre came from.
+    """Logits that say where they are in the padded frame say in the original frame where their
+    pixel's centre came from.
 
-    Both steps are linear inside; within two and a half pixels of an end they repeat the last value. Measured: 4e-5 pixels.
+    Both steps are linear inside; within two and a half pixels of an end they repeat the last value.
+    Measured: 4e-5 pixels.
     """
     resized = resized_size(*size, 64)
     axis = 1 if columns else 0
@@ -158,14 +196,15 @@ def test_to_original_keeps_places(size, columns):
 
 @given(size=SIZES, side=st.sampled_from([64, 256, 1024]))
 def test_resized_frame_by_its_definition(size, side):
-    """The longer side is the frame's, the other one is in proportion up to rounding, and both are pixels of the padded frame."""
+    """The longer side is the frame's, the other one is in proportion up to rounding, and both are
+    pixels of the padded frame."""
     resized = resized_size(*size, side)
     assert max(resized) == side and min(resized) >= 1
     assert abs(min(resized) - side * min(size) / max(size)) <= 0.5 + 1e-9
     assert resized_size(*size[::-1], side) == resized[::-1]
 
 
-# -------------------------------------------------------------------------------------------------------------- decoder
+# ------------------------------------------------------------------------------------------ decoder
 
 
 def test_position_encoding_is_sams(tiny):
@@ -181,10 +220,14 @@ def test_prompts_are_sams(tiny):
 
 
 def test_one_call_for_several_images_equals_sams_decoder(tiny):
-    """Three targets, two images, two prompt tokens each, against segment-anything image by image. Measured: 1e-6."""
+    """Three targets, two images, two prompt tokens each, against segment-anything image by image.
+    Measured: 1e-6."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 32, 4, 4, generator=generator)
-    sparse, dense = torch.randn(3, 2, 32, generator=generator), torch.randn(3, 32, 4, 4, generator=generator)
+    sparse, dense = (
+        torch.randn(3, 2, 32, generator=generator),
+        torch.randn(3, 32, 4, 4, generator=generator),
+    )
     index = torch.tensor([0, 1, 1])
     masks, iou = decode_masks(tiny, images[index], sparse, dense)
     for image, rows in ((0, slice(0, 1)), (1, slice(1, 3))):
@@ -202,15 +245,19 @@ def test_one_call_for_several_images_equals_sams_decoder(tiny):
 def test_half_precision_decodes():
     half = build_sam(SAM_DIMS).bfloat16()
     embeddings = half.image_encoder(torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16))
-    masks, iou = decode_masks(half, embeddings, torch.zeros(1, 1, 32).bfloat16(), no_mask_prompt(half, 1))
+    masks, iou = decode_masks(
+        half, embeddings, torch.zeros(1, 1, 32).bfloat16(), no_mask_prompt(half, 1)
+    )
     assert masks.dtype == iou.dtype == torch.bfloat16
     assert masks.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------ sizes and checkpoints
+# ---------------------------------------------------------------------------- sizes and checkpoints
 
 
-@pytest.mark.parametrize(("name", "millions"), [("vit_b", 93.7), ("vit_l", 312.3), ("vit_h", 641.1)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("vit_b", 93.7), ("vit_l", 312.3), ("vit_h", 641.1)]
+)
 def test_presets_have_the_published_sizes(name, millions):
     with torch.device("meta"):
         sam = build_sam(PRESETS[name])
@@ -246,13 +293,16 @@ def test_half_precision_folder_loads_as_float32(tiny, tmp_path):
     save_sam(half.half(), SAM_DIMS, tmp_path)
     loaded, _ = load_sam(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    assert torch.allclose(loaded.mask_decoder.mask_tokens.weight, tiny.mask_decoder.mask_tokens.weight, rtol=1e-3)
+    assert torch.allclose(
+        loaded.mask_decoder.mask_tokens.weight, tiny.mask_decoder.mask_tokens.weight, rtol=1e-3
+    )
 
 
 def test_original_checkpoint_is_recognised(tiny, tmp_path):
     torch.save(tiny.state_dict(), tmp_path / "sam.pth")
     loaded, dims = load_sam(tmp_path / "sam.pth")
-    assert dims == replace(SAM_DIMS, decoder_heads=8)  # heads leave no trace in the shapes: SAM's number is taken
+    # heads leave no trace in the shapes: SAM's number is taken
+    assert dims == replace(SAM_DIMS, decoder_heads=8)
     assert torch.equal(loaded.mask_decoder.mask_tokens.weight, tiny.mask_decoder.mask_tokens.weight)
 
 
@@ -311,27 +361,39 @@ def test_shipped_layout_loads():
     assert sam.image_encoder.img_size == 64
 
 
-# ------------------------------------------------------------------------------------------- against the published code
+# ----------------------------------------------------------------------- against the published code
 
 
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"the golden numbers are not at {REFERENCE}")
 @pytest.mark.parametrize(("case", "levels"), [("lisa_256", 1), ("cores_256", 2)])
 def test_chain_equals_the_published_code(case, levels):
-    """Image to logits with the published code's weights. Measured 3e-5; between its own thread settings it has 7e-5."""
-    weights, inputs, golden = (load_file(REFERENCE / case / f"{name}.safetensors") for name in ("weights", "inputs", "outputs"))
+    """Image to logits with the published code's weights. Measured 3e-5; between its own thread
+    settings it has 7e-5."""
+    weights, inputs, golden = (
+        load_file(REFERENCE / case / f"{name}.safetensors")
+        for name in ("weights", "inputs", "outputs")
+    )
     dims = SamDims(image_size=256, embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,))
     prefix = "model.visual_model."
     sam = build_sam(dims)
-    load_strict(sam, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, case)
+    load_strict(
+        sam, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, case
+    )
     pixels, resized = preprocess(inputs["image0.orig_u8_hwc"].numpy(), 256)
     assert torch.equal(pixels, golden["image0.sam_input"])
     chain = SegmentingChain(sam, RefinerConfig(kind="none"))
-    tokens = torch.stack([golden[f"infer0.prompt_text_embeds.{level}"][:, 0] for level in range(levels)], dim=1)
+    tokens = torch.stack(
+        [golden[f"infer0.prompt_text_embeds.{level}"][:, 0] for level in range(levels)], dim=1
+    )
     index = torch.zeros(len(tokens), dtype=torch.long)
     with torch.no_grad():
-        low_res, iou = chain(tokens, chain.embed(pixels[None]), index, valid_cells(resized, 256, 16)[None])
+        low_res, iou = chain(
+            tokens, chain.embed(pixels[None]), index, valid_cells(resized, 256, 16)[None]
+        )
     for level in range(levels):
-        assert torch.allclose(low_res[:, level], golden[f"infer0.low_res_masks.{level}"][:, 0], atol=1e-4)
+        assert torch.allclose(
+            low_res[:, level], golden[f"infer0.low_res_masks.{level}"][:, 0], atol=1e-4
+        )
         assert torch.allclose(iou[:, level], golden[f"infer0.iou_pred.{level}"][:, 0], atol=1e-5)
     final = to_original(low_res[:, -1], resized, (120, 160), 256)
     assert torch.allclose(final, golden["infer0.pred_masks.0"], atol=1e-4)

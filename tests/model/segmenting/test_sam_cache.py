@@ -1,4 +1,5 @@
-"""SAM's embeddings on disk: exact names, stated errors, a limit that holds, no half-written entry."""
+"""SAM's embeddings on disk: exact names, stated errors, a limit that holds, no half-written
+entry."""
 
 import multiprocessing
 import os
@@ -34,7 +35,9 @@ def test_what_is_kept_is_what_is_loaded_within_the_stated_error(tmp_path, dtype)
     assert torch.equal(kept, cache.load("abc"))
     assert torch.equal(kept, SamCache(tmp_path, "name", dtype).load("abc"))
     largest = values.abs().amax(dim=(1, 2), keepdim=True)
-    allowed = values.abs() * 2**-11 if dtype == "fp16" else (largest / 254 * 1.001).expand_as(values)
+    allowed = (
+        values.abs() * 2**-11 if dtype == "fp16" else (largest / 254 * 1.001).expand_as(values)
+    )
     assert ((kept - values).abs() <= allowed).all()
     assert not torch.equal(kept, values), "the rounding is seen when it is fresh, too"
 
@@ -65,7 +68,9 @@ def test_names_follow_content(tmp_path):
 
 def test_the_limit_holds_for_all_writers_together(tmp_path, caplog):
     size = len(embeddings.save(encode(embedding(), "fp16")))
-    first, second = (SamCache(tmp_path, name, limit_gb=(3.5 * size) / 1e9) for name in ("one", "two"))
+    first, second = (
+        SamCache(tmp_path, name, limit_gb=(3.5 * size) / 1e9) for name in ("one", "two")
+    )
     for i in range(3):
         (first, second)[i % 2].keep(f"a{i}", embedding(i))
     assert first.used() == 3 * size
@@ -113,24 +118,31 @@ def test_a_disk_that_cannot_be_written_stops_the_cache_only(tmp_path, monkeypatc
     assert not list(tmp_path.glob("*/*/*"))
 
 
-@pytest.mark.parametrize(("options", "words"), [({"dtype": "fp8"}, "fp16, int8"), ({"limit_gb": -1}, "not be negative")])
+@pytest.mark.parametrize(
+    ("options", "words"), [({"dtype": "fp8"}, "fp16, int8"), ({"limit_gb": -1}, "not be negative")]
+)
 def test_mistakes(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         SamCache(tmp_path, "name", **options)
 
 
-# --------------------------------------------------------------------------------------------------------- in the model
+# ------------------------------------------------------------------------------------- in the model
 
 
 def counted(model):
     """The sizes of the batches that SAM's encoder sees from now on."""
     calls: list[int] = []
-    model.segmenting.sam.image_encoder.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    model.segmenting.sam.image_encoder.register_forward_hook(
+        lambda module, args, output: calls.append(len(args[0]))
+    )
     return calls
 
 
 def samples():
-    return [sample(conversation(1), conversation(2), name="0"), sample(conversation(1), name="1", seed=1)]
+    return [
+        sample(conversation(1), conversation(2), name="0"),
+        sample(conversation(1), name="1", seed=1),
+    ]
 
 
 @pytest.mark.parametrize("dtype", embeddings.DTYPES)
@@ -148,7 +160,9 @@ def test_masks_with_a_cache_deviate_by_its_rounding_only(tmp_path, dtype):
     assert calls == [1, 1], "nothing is computed twice"
     assert batch.sam_pixels.shape == (0, 3, 64, 64)
     assert torch.equal(first.loss, again.loss), "what the cache held makes no difference"
-    assert abs(float((again.loss - expected.loss).detach())) < {"fp16": 1e-3, "int8": 1e-2}[dtype] * float(expected.loss.detach())
+    assert abs(float((again.loss - expected.loss).detach())) < {"fp16": 1e-3, "int8": 1e-2}[
+        dtype
+    ] * float(expected.loss.detach())
     assert [a.masks.shape for a in model.segment(batch)] == [p.masks.shape for p in plain]
     prompts = collate_prompts(samples(), processor, LEVELS, TEMPLATE)
     model.generate(prompts, processor.tokenizer, max_new_tokens=2)
@@ -174,24 +188,29 @@ def test_free_answers_get_the_same_masks_from_what_is_cached(tmp_path):
 
     def masks(samples):
         prompts = collate_prompts(samples, processor, LEVELS, TEMPLATE)
-        return [found.masks for found in model.generate(prompts, processor.tokenizer, max_new_tokens=8)]
+        return [
+            found.masks for found in model.generate(prompts, processor.tokenizer, max_new_tokens=8)
+        ]
 
     plain = masks(asked)
     assert all(len(m) == 1 for m in plain)
     processor.sam_cache = SamCache(tmp_path, "name")
     model.segmenting.keep = processor.sam_cache.keep
     calls = counted(model)
-    for samples, seen in ((asked[1:], [1]), (asked, [1, 1]), (asked, [1, 1])):  # nothing cached, the second, both
+    # nothing cached, the second, both
+    for samples, seen in ((asked[1:], [1]), (asked, [1, 1]), (asked, [1, 1])):
         for found, expected in zip(masks(samples), plain[-len(samples) :], strict=True):
             assert (found != expected).float().mean() < 0.01  # fp16
         assert calls == seen
 
 
-# -------------------------------------------------------------------------------------------------------------- filling
+# ------------------------------------------------------------------------------------------ filling
 
 
 def fill(folder, **changes) -> tuple[int, list[str]]:
-    return sam_cache.main(flags(toys(), sam_cache=folder, **changes)), sorted(p.name for p in folder.glob("*/*/*.safetensors"))
+    return sam_cache.main(flags(toys(), sam_cache=folder, **changes)), sorted(
+        p.name for p in folder.glob("*/*/*.safetensors")
+    )
 
 
 def test_filling_covers_training_and_validation_and_resumes(tmp_path, capsys):
@@ -258,4 +277,6 @@ def test_killed_writers_leave_whole_entries(tmp_path):
             writer.join()
         cache = SamCache(tmp_path, "name")
         for file in cache.folder.glob("*/*.safetensors"):
-            assert torch.equal(cache.load(file.stem), decode(encode(embedding(int(file.stem)), "fp16")))
+            assert torch.equal(
+                cache.load(file.stem), decode(encode(embedding(int(file.stem)), "fp16"))
+            )

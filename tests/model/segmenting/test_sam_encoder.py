@@ -20,9 +20,16 @@ SIZES = {  # windows that fit the grid, that do not, and none
 
 def encoder(**fields):
     dims = SamDims(
-        image_size=128, patch_size=16, embed_dim=24, depth=3, num_heads=3, global_attn_indexes=(1,), prompt_dim=16,
-        decoder_heads=2, **fields,
-    )  # fmt: skip
+        image_size=128,
+        patch_size=16,
+        embed_dim=24,
+        depth=3,
+        num_heads=3,
+        global_attn_indexes=(1,),
+        prompt_dim=16,
+        decoder_heads=2,
+        **fields,
+    )
     torch.manual_seed(0)
     module = build_sam(dims).image_encoder.double().eval()
     randomise(module, scale=0.3)  # relative positions start at zero
@@ -38,7 +45,8 @@ def both(module, pixels):
 @pytest.mark.parametrize("pieces", ["whole", "pieces in the cache", "pieces for SDPA"])
 def test_equal_to_segment_anything(name, pieces, monkeypatch):
     if pieces != "whole":
-        monkeypatch.setattr(sam_encoder, "CPU_SCORES", 64 * 7 if "cache" in pieces else 1 << 30)  # 7 does not divide 64
+        # 7 does not divide 64
+        monkeypatch.setattr(sam_encoder, "CPU_SCORES", 64 * 7 if "cache" in pieces else 1 << 30)
         monkeypatch.setattr(sam_encoder, "SDPA_SCORES", 6 * 64 * 7)
     module = encoder(**SIZES[name])
     fast, stock = both(module, torch.randn(2, 3, 128, 128, dtype=torch.float64))

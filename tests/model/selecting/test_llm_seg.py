@@ -1,4 +1,5 @@
-"""LLM-Seg in miniature: pooling, losses, selection, batches with and without targets, saving, and the scripts end to end."""
+"""LLM-Seg in miniature: pooling, losses, selection, batches with and without targets, saving, and
+the scripts end to end."""
 
 import json
 import os
@@ -31,21 +32,36 @@ from model.segmenting.frames import PIXEL_MEAN, PIXEL_STD, preprocess
 from model.selecting.selector import Scores, Selector, dinov2_pixels, pool, united
 from model.selecting.targets import iop_loss, similarity_loss, truth_of
 from tests.backbone_toys import flags, toys
-from tests.helpers import TEMPLATE, conversation, gradient_orders, randomise, rectangle, sample, tiny_model
+from tests.helpers import (
+    TEMPLATE,
+    conversation,
+    gradient_orders,
+    randomise,
+    rectangle,
+    sample,
+    tiny_model,
+)
 from utils.precompute import proposals as precompute_proposals
 
 SEG = ("SEG",)
 SMALL = {
-    "features": "sam", "heads": 4, "mlp_dim": 16, "iou_hidden": 16, "pool_size": 16, "feature_size": 56,
+    "features": "sam",
+    "heads": 4,
+    "mlp_dim": 16,
+    "iou_hidden": 16,
+    "pool_size": 16,
+    "feature_size": 56,
     "proposals": {"points_per_side": 4, "predicted_iou": 0, "stability": 0, "nms": 1},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dinov2")
     torch.manual_seed(3)
-    config = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
     Dinov2Model(config).save_pretrained(folder)
     return str(folder)
 
@@ -62,7 +78,12 @@ def model_with(proposals: int | None = None, **changes):
 
 def two_pictures():
     """Rows with 0, 2 and 1 targets; the pictures have other sizes."""
-    first = sample(conversation(0), conversation(2, SEG, question="what is red?", ignore=True), name="0", seed=1)
+    first = sample(
+        conversation(0),
+        conversation(2, SEG, question="what is red?", ignore=True),
+        name="0",
+        seed=1,
+    )
     return [first, sample(conversation(1, SEG, (30, 60)), name="1", size=(30, 60), seed=2)]
 
 
@@ -70,7 +91,7 @@ def few(proposals: Proposals, count: int) -> Proposals:
     return Proposals(proposals.size, proposals.masks[:count], proposals.weights[:count])
 
 
-# ---------------------------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def test_pooling_equals_convolution_resizing_and_mean():
@@ -88,7 +109,8 @@ def test_losses_by_hand():
     present = torch.tensor([[True, True, False], [False, False, False]])
     similarity = torch.tensor([[0.1, 0.0, 9.0], [1.0, 1.0, 1.0]], requires_grad=True)
     iou = torch.tensor([[0.0, 0.1, 0.0], [0.0, 0.0, 0.0]])
-    p, q = torch.tensor([0.0, 1.0]).softmax(0), torch.tensor([1.0, 0.0]).softmax(0)  # 0.1 / 0.1 apart, both ways
+    # 0.1 / 0.1 apart, both ways
+    p, q = torch.tensor([0.0, 1.0]).softmax(0), torch.tensor([1.0, 0.0]).softmax(0)
     loss = similarity_loss(similarity, iou, present, 0.1)
     assert loss.tolist() == pytest.approx([float((p * (p / q).log()).sum()), 0.0])
     loss.sum().backward()
@@ -111,16 +133,23 @@ def test_losses_by_hand():
 )
 def test_rules(rule, expected):
     present = torch.tensor([[True] * 6 + [False], [True] * 2 + [False] * 5, [False] * 7])
-    similarity = torch.tensor([[0.9, 0.8, -0.9, 0.7, 0.6, 0.5, 1.0], [0.1, 0.2, 1, 1, 1, 1, 1], [1.0] * 7])
-    iop = torch.tensor([[0.1, 0.6, 0.7, 0.2, 0.2, 0.2, 0.9], [0.2, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9], [0.9] * 7])
+    similarity = torch.tensor(
+        [[0.9, 0.8, -0.9, 0.7, 0.6, 0.5, 1.0], [0.1, 0.2, 1, 1, 1, 1, 1], [1.0] * 7]
+    )
+    iop = torch.tensor(
+        [[0.1, 0.6, 0.7, 0.2, 0.2, 0.2, 0.9], [0.2, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9], [0.9] * 7]
+    )
     selector = Selector(SelectorConfig(features="sam", rule=rule), 16)
     assert selector.choose(Scores(similarity, iop, present)).int().tolist() == expected
 
 
 def test_the_chain_is_verified():
-    """The last column is the chain's: surest of all, less sure than two, than one of half, and alone."""
+    """The last column is the chain's: surest of all, less sure than two, than one of half, and
+    alone."""
     present = torch.tensor([[True] * 4, [True] * 4, [True] * 4, [False] * 3 + [True]])
-    iop = torch.tensor([[0.6, 0.7, 0.1, 0.8], [0.6, 0.7, 0.1, 0.3], [0.5, 0.1, 0.1, 0.3], [0.9, 0.9, 0.9, 0.0]])
+    iop = torch.tensor(
+        [[0.6, 0.7, 0.1, 0.8], [0.6, 0.7, 0.1, 0.3], [0.5, 0.1, 0.1, 0.3], [0.9, 0.9, 0.9, 0.0]]
+    )
     selector = Selector(SelectorConfig(features="sam", rule="verified", chain=True), 16)
     chosen = selector.choose(Scores(torch.zeros(4, 4), iop, present)).int().tolist()
     assert chosen == [[0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]]
@@ -131,12 +160,14 @@ def test_the_chain_is_verified():
 def test_a_union_returns_to_the_original_frame():
     masks = np.stack([rectangle((10, 20), 0, 0, 5, 5), rectangle((10, 20), 5, 5, 10, 10)])
     proposals = Proposals((10, 20), runs(masks), pooling_weights(runs(masks), (10, 20), 4))
-    chosen = torch.tensor([[True, False, False], [True, True, False], [False, False, False]])  # the third is padding
+    # the third is padding
+    chosen = torch.tensor([[True, False, False], [True, True, False], [False, False, False]])
     same = united(chosen, proposals, (10, 20))
     assert same.shape == (3, 1, 10, 20)
     assert (same[1, 0].numpy() == masks.any(0)).all() and not same[2].any()
     large = united(chosen, proposals, (30, 60))
-    assert (large[0, 0].numpy() ^ rectangle((30, 60), 0, 0, 15, 15)).sum() <= 1  # the corner is rounded
+    # the corner is rounded
+    assert (large[0, 0].numpy() ^ rectangle((30, 60), 0, 0, 15, 15)).sum() <= 1
     assert united(chosen[:0], proposals, (30, 60)).shape == (0, 1, 30, 60)
 
 
@@ -153,7 +184,14 @@ def test_dinov2_sees_the_same_frame():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("features", "clip"), ("rule", "best"), ("ranking", "size"), ("count", 0), ("temperature", 0), ("proposals", {"nms": 2})],
+    [
+        ("features", "clip"),
+        ("rule", "best"),
+        ("ranking", "size"),
+        ("count", 0),
+        ("temperature", 0),
+        ("proposals", {"nms": 2}),
+    ],
 )
 def test_contradictions_are_refused(field, value):
     with pytest.raises(ValueError, match="nms" if field == "proposals" else field):
@@ -172,10 +210,12 @@ def test_what_does_not_fit_is_refused():
         model(collate(two_pictures(), processor, SEG, TEMPLATE))
 
 
-# --------------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
-@pytest.mark.parametrize("changes", [{}, {"place": True}, {"features": "dinov2"}], ids=["sam", "place", "dinov2"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"place": True}, {"features": "dinov2"}], ids=["sam", "place", "dinov2"]
+)
 def test_a_mixed_batch_trains_everything_but_the_encoders(changes, dinov2):
     model, processor = model_with(features_pretrained=dinov2, **changes)
     batch = collate(two_pictures(), processor, SEG, TEMPLATE)
@@ -222,7 +262,9 @@ def test_company_changes_nothing():
     with torch.no_grad():
         scores = []
         for b in (batch, alone):
-            scores.append(Scene.of(model, b).score(*model._tokens(model._hidden(b), b), b.image_index))
+            scores.append(
+                Scene.of(model, b).score(*model._tokens(model._hidden(b), b), b.image_index)
+            )
     assert scores[0].present.sum(1).tolist() == [48, 48, 7]
     for name in ("similarity", "iop"):
         together, single = getattr(scores[0], name)[2, :7], getattr(scores[1], name)[0]
@@ -244,26 +286,36 @@ def test_masks_are_unions_of_proposals_and_truth_knows_ignored_pixels():
 
 def test_free_answers_bring_their_own_proposals():
     model, processor = model_with()
-    prompts = collate_prompts([replace(s, conversations=s.conversations[:1]) for s in two_pictures()], processor, SEG, TEMPLATE)
+    prompts = collate_prompts(
+        [replace(s, conversations=s.conversations[:1]) for s in two_pictures()],
+        processor,
+        SEG,
+        TEMPLATE,
+    )
     assert [len(p) for p in prompts.proposals] == [48, 48]
     answers = model.generate(prompts, processor.tokenizer, max_new_tokens=4)
     for answer, size in zip(answers, prompts.original_sizes, strict=True):
         assert answer.masks.shape[1:] == (1, *size)
 
 
-@pytest.mark.parametrize("changes", [{"features": "dinov2"}, {"place": True}], ids=["dinov2", "place"])
+@pytest.mark.parametrize(
+    "changes", [{"features": "dinov2"}, {"place": True}], ids=["dinov2", "place"]
+)
 def test_half_precision_scores_alike(changes, dinov2):
     model, processor = model_with(features_pretrained=dinov2, **changes)
     batch = collate(two_pictures(), processor, SEG, TEMPLATE)
     full = model(batch).losses
     half = model.bfloat16()(batch.to(dtype=torch.bfloat16)).losses
     for name, value in full.items():
-        assert half[name].item() == pytest.approx(value.item(), rel=0.03), name  # measured: below 0.006
+        # measured: below 0.006
+        assert half[name].item() == pytest.approx(value.item(), rel=0.03), name
 
 
 @pytest.mark.parametrize("features", ["sam", "dinov2"])
 def test_saving_keeps_every_mask(tmp_path, features, dinov2):
-    model, processor = model_with(features=features, features_pretrained=dinov2, rule="similarity+iop")
+    model, processor = model_with(
+        features=features, features_pretrained=dinov2, rule="similarity+iop"
+    )
     model.save_pretrained(tmp_path)
     again = CoresForReasoningSegmentation.from_pretrained(tmp_path).eval()
     batch = collate(two_pictures(), processor, SEG, TEMPLATE)
@@ -273,12 +325,19 @@ def test_saving_keeps_every_mask(tmp_path, features, dinov2):
 
 
 def test_it_learns_to_tell_two_targets_apart():
-    """Two questions about one picture, three proposals: after a few steps each question selects its own."""
+    """Two questions about one picture, three proposals: after a few steps each question selects its
+    own."""
     model, processor = tiny_model(SEG, selector=SMALL | {"place": True})
     size = (50, 40)
-    masks = np.stack([rectangle(size, 0, 0, 20, 20), rectangle(size, 30, 20, 50, 40), np.ones(size, dtype=bool)])
-    questions = [conversation(1, SEG, size, question=q) for q in ("where is the dog?", "what is red?")]
-    asked = sample(*(replace(c, masks=masks[i : i + 1]) for i, c in enumerate(questions)), size=size)
+    masks = np.stack(
+        [rectangle(size, 0, 0, 20, 20), rectangle(size, 30, 20, 50, 40), np.ones(size, dtype=bool)]
+    )
+    questions = [
+        conversation(1, SEG, size, question=q) for q in ("where is the dog?", "what is red?")
+    ]
+    asked = sample(
+        *(replace(c, masks=masks[i : i + 1]) for i, c in enumerate(questions)), size=size
+    )
     batch = collate([asked], processor, SEG, TEMPLATE)
     batch.proposals = [Proposals(size, runs(masks), pooling_weights(runs(masks), size, 16))]
     set_trainable(model, lora=False)
@@ -291,15 +350,23 @@ def test_it_learns_to_tell_two_targets_apart():
         assert (found.masks[0, 0].numpy() == masks[i]).all()
 
 
-# --------------------------------------------------------------------------------------------------------------- scripts
+# ------------------------------------------------------------------------------------------ scripts
 
 
 def toy_flags(**changes) -> list[str]:
     selecting = {
-        "method": "llm_seg", "features": "sam", "pool_size": 16, "proposals": toys() / "proposals", "proposal_points": 4,
-        "proposal_iou": 0.0, "proposal_stability": 0.0, "log_base_dir": toys() / "runs", "epochs": 1, "val_batch_size": 2,
+        "method": "llm_seg",
+        "features": "sam",
+        "pool_size": 16,
+        "proposals": toys() / "proposals",
+        "proposal_points": 4,
+        "proposal_iou": 0.0,
+        "proposal_stability": 0.0,
+        "log_base_dir": toys() / "runs",
+        "epochs": 1,
+        "val_batch_size": 2,
         "workers": 1,
-    }  # fmt: skip
+    }
     return flags(toys(), **(selecting | changes))
 
 
@@ -322,8 +389,11 @@ def test_the_scripts_end_to_end(tmp_path, capsys):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["baselines"]["oracle_union"]["giou"] >= metrics["teacher_forced"]["giou"] - 1e-9
     assert merge.main(["--run", str(run), "--save_path", str(out)]) == 0
-    evaluated = toy_flags(exp_name="selecting-again", version=out, proposals="", method="cores", refiner="none")
-    assert train_ds.main([*evaluated, "--eval_only"]) == 0  # a merged model knows its method; proposals are made on the fly
+    evaluated = toy_flags(
+        exp_name="selecting-again", version=out, proposals="", method="cores", refiner="none"
+    )
+    # a merged model knows its method; proposals are made on the fly
+    assert train_ds.main([*evaluated, "--eval_only"]) == 0
     again = json.loads((toys() / "runs" / "selecting-again" / "metrics.json").read_text())
     assert again["teacher_forced"] == metrics["teacher_forced"] and again["free"] == metrics["free"]
     assert train_ds.main(toy_flags(exp_name="mismatch", version=out, method="lisa")) == 2
@@ -331,7 +401,18 @@ def test_the_scripts_end_to_end(tmp_path, capsys):
 
     image = next((toys() / "data" / "reason_seg" / "Toy" / "val").glob("*.jpg"))
     asked = ["--version", str(out), "--image", str(image), "--prompt", "the bright thing", "--json"]
-    assert chat.main([*asked, "--vis_save_path", str(tmp_path / "vis"), "--proposals", str(tmp_path / "store")]) == 0
+    assert (
+        chat.main(
+            [
+                *asked,
+                "--vis_save_path",
+                str(tmp_path / "vis"),
+                "--proposals",
+                str(tmp_path / "store"),
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["image"] == str(image)
     assert len(list((tmp_path / "store").rglob("*.json"))) == 1
 
@@ -351,15 +432,22 @@ def test_precompute_refuses_what_it_cannot_do(capsys):
 @pytest.mark.slow
 def test_two_processes_leave_what_one_leaves(tmp_path):
     for jobs in ("1", "2"):
-        assert precompute_proposals.main([*toy_flags(proposals=tmp_path / jobs), "--jobs", jobs]) == 0
-    one, two = ({p.relative_to(tmp_path / jobs): p.read_text() for p in (tmp_path / jobs).rglob("*.json")} for jobs in "12")
+        assert (
+            precompute_proposals.main([*toy_flags(proposals=tmp_path / jobs), "--jobs", jobs]) == 0
+        )
+    one, two = (
+        {p.relative_to(tmp_path / jobs): p.read_text() for p in (tmp_path / jobs).rglob("*.json")}
+        for jobs in "12"
+    )
     assert one == two
 
 
 @pytest.mark.chaos
 def test_a_killed_command_leaves_whole_files_and_no_process(tmp_path):
     argv = [*toy_flags(proposals=tmp_path, steps_per_epoch=2000, proposal_points=16), "--jobs", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "utils.precompute_proposals", *argv], start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "utils.precompute_proposals", *argv], start_new_session=True
+    )
     try:
         wait_until(lambda: any(tmp_path.rglob("*.json")))
         os.kill(process.pid, signal.SIGKILL)
@@ -389,7 +477,8 @@ def wait_until(condition, limit: float = 120.0) -> None:
 
 
 def test_the_chain_among_the_proposals():
-    """The target is the left half; the mask of the chain is right, the only proposal is the right half."""
+    """The target is the left half; the mask of the chain is right, the only proposal is the right
+    half."""
     size = (8, 8)
     target, other = rectangle(size, 0, 0, 8, 4), rectangle(size, 0, 4, 8, 8)
     proposals = Proposals(size, runs(other[None]), pooling_weights(runs(other[None]), size, 4))

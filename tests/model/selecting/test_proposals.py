@@ -1,4 +1,5 @@
-"""Proposals: run lengths, ranking, the store on disk, where a collator gets them from, the generator, the ceiling."""
+"""Proposals: run lengths, ranking, the store on disk, where a collator gets them from, the
+generator, the ceiling."""
 
 import copy
 
@@ -9,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.files.errors import DataError
-from dataset.proposals import Found, ProposalSource, ProposalStore, encode, overlaps, pooling_weights, runs, union
+from dataset.proposals import (
+    Found,
+    ProposalSource,
+    ProposalStore,
+    encode,
+    overlaps,
+    pooling_weights,
+    runs,
+    union,
+)
 from model.config import ProposalConfig
 from model.segmenting.sam import build_sam
 from model.selecting.proposals import fingerprint, make_generator
@@ -29,16 +39,23 @@ FOUND = Found((4, 6), encode(masks_of(1, 3, (4, 6))), [5, 9, 7], [0.9, 0.5, 0.7]
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 4), st.integers(1, 9), st.integers(1, 9), st.booleans())
+@given(
+    st.integers(0, 10**6), st.integers(0, 4), st.integers(1, 9), st.integers(1, 9), st.booleans()
+)
 def test_overlaps_are_those_of_the_pixels(seed, count, height, width, ignored):
-    proposals, targets = masks_of(seed, count, (height, width)), masks_of(seed + 1, 2, (height, width))
+    proposals, targets = (
+        masks_of(seed, count, (height, width)),
+        masks_of(seed + 1, 2, (height, width)),
+    )
     ignore = masks_of(seed + 2, 1, (height, width))[0] if ignored else None
     iou, iop = overlaps(runs(proposals) if count else [], targets, ignore)
     assert iou.shape == iop.shape == (2, count)
     keep = np.ones((height, width), dtype=bool) if ignore is None else ~ignore
     for t, target in enumerate(targets):
         for k, proposal in enumerate(proposals):
-            both, either, own = ((m & keep).sum() for m in (proposal & target, proposal | target, proposal))
+            both, either, own = (
+                (m & keep).sum() for m in (proposal & target, proposal | target, proposal)
+            )
             assert iou[t, k] == pytest.approx(both / either if either else 0, abs=1e-6)
             assert iop[t, k] == pytest.approx(both / own if own else 0, abs=1e-6)
     assert (union(runs(proposals) if count else [], (height, width)) == proposals.any(0)).all()
@@ -74,7 +91,10 @@ def test_the_store_is_addressed_by_pixels_and_settings(tmp_path):
     assert [p.suffix for p in tmp_path.rglob("*") if p.is_file()] == [".json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"size": [1, 2]}', '{"size": 3, "masks": [], "areas": [], "quality": []}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"size": [1, 2]}', '{"size": 3, "masks": [], "areas": [], "quality": []}'],
+)
 def test_a_broken_file_is_named(tmp_path, text):
     store = ProposalStore(tmp_path, "a")
     store.write(picture(), FOUND)
@@ -94,7 +114,11 @@ def test_a_source_reads_before_it_computes(tmp_path):
     source = ProposalSource("area", 2, 4, ProposalStore(tmp_path, "a"), generate)
     first, second = source(picture(), "x"), source(picture(), "x")
     assert len(calls) == 1
-    assert len(first) == 2 and first.masks == second.masks and torch.equal(first.weights, second.weights)
+    assert (
+        len(first) == 2
+        and first.masks == second.masks
+        and torch.equal(first.weights, second.weights)
+    )
     assert [mask["counts"] for mask in first.masks] == [FOUND.masks[1], FOUND.masks[2]]
     reader = ProposalSource("area", 2, 4, ProposalStore(tmp_path, "a"))
     assert reader(picture(), "x").masks == first.masks
@@ -117,14 +141,22 @@ LOOSE = ProposalConfig(points_per_side=3, predicted_iou=0, stability=0, nms=1, l
 
 def test_the_generator_finds_masks_in_the_frame_of_the_image(sam):
     image = picture(3, (30, 60))
-    three, one = (make_generator(sam, c)(image) for c in (LOOSE, ProposalConfig(**(vars(LOOSE) | {"multimask": False}))))
+    three, one = (
+        make_generator(sam, c)(image)
+        for c in (LOOSE, ProposalConfig(**(vars(LOOSE) | {"multimask": False})))
+    )
     assert three.size == one.size == (20, 40)  # the longer side is limited
     assert 9 < len(three.masks) <= 27
     assert 0 < len(one.masks) <= 9
     for found in (three, one):
-        assert [int(union([{"size": list(found.size), "counts": m}], found.size).sum()) for m in found.masks] == found.areas
+        assert [
+            int(union([{"size": list(found.size), "counts": m}], found.size).sum())
+            for m in found.masks
+        ] == found.areas
     assert make_generator(sam, LOOSE)(image) == three  # nothing random
-    strict = make_generator(sam, ProposalConfig(points_per_side=3, predicted_iou=1, stability=1))(image)
+    strict = make_generator(sam, ProposalConfig(points_per_side=3, predicted_iou=1, stability=1))(
+        image
+    )
     assert strict.masks == [] and strict.size == (30, 60)
 
 
@@ -146,7 +178,13 @@ def test_a_fingerprint_tells_weights_and_settings_but_not_precision(sam):
 
 
 def test_wrong_settings_are_refused():
-    for field, value in (("points_per_side", 0), ("long_side", 0), ("predicted_iou", 1.1), ("stability", -0.1), ("nms", 2)):
+    for field, value in (
+        ("points_per_side", 0),
+        ("long_side", 0),
+        ("predicted_iou", 1.1),
+        ("stability", -0.1),
+        ("nms", 2),
+    ):
         with pytest.raises(ValueError, match=f"proposals.{field}"):
             ProposalConfig(**{field: value})
 
@@ -154,7 +192,11 @@ def test_wrong_settings_are_refused():
 def test_oracles_choose_what_helps():
     size = (10, 10)
     target = rectangle(size, 0, 0, 4, 10)  # 40 pixels
-    left, right, whole = rectangle(size, 0, 0, 4, 5), rectangle(size, 0, 5, 4, 9), rectangle(size, 0, 0, 10, 10)
+    left, right, whole = (
+        rectangle(size, 0, 0, 4, 5),
+        rectangle(size, 0, 5, 4, 9),
+        rectangle(size, 0, 0, 10, 10),
+    )
     found = oracle_masks(np.stack([left, right, whole]), target)
     assert (found["oracle_best_proposal"] == left).all()
     assert (found["oracle_iop"] == (left | right)).all()
@@ -164,4 +206,6 @@ def test_oracles_choose_what_helps():
     assert (only["oracle_union"] == whole).all()
     ignoring = oracle_masks(whole[None], target, ignore=rectangle(size, 4, 0, 10, 10))
     assert (ignoring["oracle_iop"] == whole).all()
-    assert not any(mask.any() for mask in oracle_masks(np.zeros((0, *size), dtype=bool), target).values())
+    assert not any(
+        mask.any() for mask in oracle_masks(np.zeros((0, *size), dtype=bool), target).values()
+    )

@@ -14,8 +14,20 @@ REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "util
 
 
 def row(inter: int, union: int, **fields) -> TargetScore:
-    known = {"dataset": "d", "id": "0", "conversation": 0, "target": 0, "query": "q", "is_sentence": None}
-    known |= {"iou": float(metrics.iou(inter, union)), "emitted": True, "surplus": 0, "target_area": union}
+    known = {
+        "dataset": "d",
+        "id": "0",
+        "conversation": 0,
+        "target": 0,
+        "query": "q",
+        "is_sentence": None,
+    }
+    known |= {
+        "iou": float(metrics.iou(inter, union)),
+        "emitted": True,
+        "surplus": 0,
+        "target_area": union,
+    }
     return TargetScore(**known | {"inter": inter, "union": union} | fields)
 
 
@@ -29,7 +41,10 @@ def mask(*pixels: tuple[int, int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("as_kind", [torch.as_tensor, np.asarray])
 def test_ignored_pixels_leave_both_counts(as_kind):
-    prediction, target = as_kind(mask((0, 0), (0, 1), (0, 2))), as_kind(mask((0, 1), (0, 2), (0, 3)))
+    prediction, target = (
+        as_kind(mask((0, 0), (0, 1), (0, 2))),
+        as_kind(mask((0, 1), (0, 2), (0, 3))),
+    )
     assert tuple(map(int, metrics.intersection_and_union(prediction, target))) == (2, 4)
     ignore = as_kind(mask((0, 0), (0, 1)))
     assert tuple(map(int, metrics.intersection_and_union(prediction, target, ignore))) == (1, 2)
@@ -71,8 +86,16 @@ def test_no_target_is_an_error_with_a_reason():
 
 def test_a_missing_mask_counts_as_zero_unless_nothing_was_meant():
     found = metrics.score_target(None, mask((0, 0), (1, 1)), mask((1, 1)), None)
-    assert found == {"inter": 0, "union": 1, "iou": 0.0, "emitted": False, "target_area": 1, "image_area": 16}
-    assert metrics.score_target(None, mask((1, 1)), mask((1, 1)), None)["iou"] == 0.0  # something was, but not for the score
+    assert found == {
+        "inter": 0,
+        "union": 1,
+        "iou": 0.0,
+        "emitted": False,
+        "target_area": 1,
+        "image_area": 16,
+    }
+    # something was, but not for the score
+    assert metrics.score_target(None, mask((1, 1)), mask((1, 1)), None)["iou"] == 0.0
     assert metrics.score_target(None, mask(), None, None)["iou"] == 1.0
 
 
@@ -84,7 +107,9 @@ def test_levels_and_host_are_measured_apart():
     assert found["first_iou"] == 0.0
     assert found["first_host_iou"] == 0.5
     assert found["inside_host"] == pytest.approx(1 / 3)
-    assert metrics.summarise([row(1, 3, inside_host=found["inside_host"])])["wrong_host_rate"] == 1.0
+    assert (
+        metrics.summarise([row(1, 3, inside_host=found["inside_host"])])["wrong_host_rate"] == 1.0
+    )
     ignored = metrics.score_target(torch.stack([first, final]), target, mask((2, 2), (3, 3)), host)
     assert (ignored["iou"], ignored["inside_host"]) == (1.0, 1.0)
 
@@ -125,7 +150,9 @@ def test_bootstrap_draws_the_targets_of_one_image_together():
     inter, union = np.array([0, 4] * 50), np.full(100, 4)
     scores = inter / union
     apart = metrics.bootstrap(inter, union, scores)["giou"]
-    together = metrics.bootstrap(inter, union, scores, groups=["hit" if s else "miss" for s in scores])["giou"]
+    together = metrics.bootstrap(
+        inter, union, scores, groups=["hit" if s else "miss" for s in scores]
+    )["giou"]
     alike = metrics.bootstrap(inter, union, scores, groups=[i // 2 for i in range(100)])["giou"]
     assert together == [0.0, 1.0]  # two images only: both may be the same one
     assert 0.3 < apart[0] < apart[1] < 0.7
@@ -140,7 +167,9 @@ def reference_tensors(name: str) -> dict:
     return load_file(REFERENCE / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("case", ["random", "ignore", "perfect", "empty_target", "both_empty", "all_ignore"])
+@pytest.mark.parametrize(
+    "case", ["random", "ignore", "perfect", "empty_target", "both_empty", "all_ignore"]
+)
 def test_counts_of_the_published_code(case):
     inputs, outputs = reference_tensors("inputs"), reference_tensors("outputs")
     prediction, target = inputs[f"iou.{case}.output"], inputs[f"iou.{case}.target"]

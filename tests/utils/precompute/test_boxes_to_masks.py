@@ -25,13 +25,16 @@ ASSETS = Path(__file__).resolve().parents[3] / "assets/tiny"
 
 
 def ego_objects(root: Path, count: int = 3) -> tuple[Path, Path]:
-    """Annotations as those of EgoObjects: boxes, and names under "url"; one image is not on the disk."""
+    """Annotations as those of EgoObjects: boxes, and names under "url"; one image is not on the
+    disk."""
     annotations, images = write_photos(root, count, "ego_objects/images")
     content = read_json(annotations)
     for image in content["images"]:
         image["url"] = image.pop("file_name")
     content["images"].append({"id": 1, "url": "gone.jpg", "height": 9, "width": 9})
-    content["annotations"].append({"id": 999, "image_id": 1, "category_id": 1, "bbox": [1, 1, 3, 3]})
+    content["annotations"].append(
+        {"id": 999, "image_id": 1, "category_id": 1, "bbox": [1, 1, 3, 3]}
+    )
     for entry in content["annotations"]:
         entry.pop("segmentation", None)
     return write_json(annotations, content), images
@@ -62,13 +65,18 @@ def test_masks_are_those_of_the_predictor_and_scenes_can_be_read(tmp_path, capsy
     for entry in after["annotations"][:5]:
         x, y, w, h = entry["bbox"]
         predictor.set_image(read_image(images / names[entry["image_id"]]))
-        expected, _, _ = predictor.predict(box=np.array([x, y, x + w, y + h], dtype=np.float32), multimask_output=False)
+        expected, _, _ = predictor.predict(
+            box=np.array([x, y, x + w, y + h], dtype=np.float32), multimask_output=False
+        )
         found = decode_rle(entry["segmentation"], SIZE, out, "segmentation")
-        assert (found != expected[0]).mean() < 0.01  # measured: 0; other batch sizes may round differently
+        # measured: 0; other batch sizes may round differently
+        assert (found != expected[0]).mean() < 0.01
         assert entry["area"] == found.sum()
     assert "segmentation" not in after["annotations"][-1]
     scenes = read_scenes(Source("ego_objects", out, images), 0)
-    assert [scene.name for scene in scenes] == sorted(names[number] for number in names if number != 1)
+    assert [scene.name for scene in scenes] == sorted(
+        names[number] for number in names if number != 1
+    )
     assert all(len(scene.objects()) >= 2 for scene in scenes)
 
 
@@ -81,7 +89,10 @@ def test_a_killed_run_goes_on_and_other_input_is_refused(tmp_path, capsys):
     missing["bbox"] = [5000, 5000, 1, 1]  # stops the run in its last image
     write_json(annotations, content)
     assert main(command(annotations, images, out)) == 2
-    assert f'annotation {missing["id"]}: "bbox" [5000, 5000, 1, 1] has no area' in capsys.readouterr().err
+    assert (
+        f'annotation {missing["id"]}: "bbox" [5000, 5000, 1, 1] has no area'
+        in capsys.readouterr().err
+    )
     header, first, *others = partial.read_bytes().splitlines(keepends=True)
     assert len(others) == 1 and not out.exists()
     missing["bbox"] = good
@@ -93,9 +104,13 @@ def test_a_killed_run_goes_on_and_other_input_is_refused(tmp_path, capsys):
     assert main(command(annotations, images, out)) == 0
     whole = out.read_bytes()
     image, masks = json.loads(first)
-    marked = masks | {number: masks[next(iter(masks))] for number in masks}  # a trace that these were not computed again
+    # a trace that these were not computed again
+    marked = masks | {number: masks[next(iter(masks))] for number in masks}
     identity = json.loads(header).rsplit(" ", 1)[0]
-    header = json.dumps(f"{identity} {hashlib.sha256(annotations.read_bytes()).hexdigest()}").encode() + b"\n"
+    header = (
+        json.dumps(f"{identity} {hashlib.sha256(annotations.read_bytes()).hexdigest()}").encode()
+        + b"\n"
+    )
     partial.write_bytes(header + json.dumps([image, marked]).encode() + b"\n" + b'[101, {"cut o')
     assert main(command(annotations, images, out)) == 0
     found = {entry["id"]: entry for entry in read_json(out)["annotations"]}
@@ -107,7 +122,10 @@ def test_a_killed_run_goes_on_and_other_input_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), '"bbox" must be [x, y, width, height]'),
+        (
+            lambda c: c["annotations"][0].update(bbox=[1, 2, 3]),
+            '"bbox" must be [x, y, width, height]',
+        ),
         (lambda c: c.pop("images"), 'needs the lists "images" and "annotations"'),
         (lambda c: c["images"][0].update(height=7), "7×64"),
     ],
@@ -130,13 +148,17 @@ def test_the_local_captioner_speaks_the_most_likely_words(monkeypatch):
 
     backbone = load_llava(str(ASSETS / "llava"))
     llava, tokenizer = backbone.model, backbone.tokenizer
-    pixels = backbone.image_processor(images=image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    pixels = backbone.image_processor(
+        images=image, return_tensors="pt", input_data_format="channels_last"
+    )["pixel_values"]
     count = llava.get_image_features(pixel_values=pixels).pooler_output[0].shape[0]
     prompt = encode_prompt("what is this?", [], [], tokenizer, "tiny", "<image>", count, [])
     ids = torch.tensor([prompt])
     for _ in range(4):
         with torch.inference_mode():
-            logits = llava.eval()(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
+            logits = llava.eval()(
+                input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)
+            ).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
         if ids[0, -1] == tokenizer.eos_token_id:
             break

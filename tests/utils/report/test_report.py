@@ -1,4 +1,5 @@
-"""What an evaluation leaves behind: the page, the rows, the pictures, comparisons, and masks of other systems."""
+"""What an evaluation leaves behind: the page, the rows, the pictures, comparisons, and masks of
+other systems."""
 
 import csv
 import dataclasses
@@ -27,12 +28,30 @@ from utils.metrics import TargetScore, breakdown, paired_bootstrap
 from utils.report import gallery, html
 from utils.report.compare import NotComparable, compare, read_targets
 
-HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>\u202e\x00\ud800 & done"
+HOSTILE = (
+    "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>\u202e\x00\ud800"
+    " & done"
+)
 
 
 def score(iou: float, image: int = 0, union: int = 100, **fields) -> TargetScore:
-    known = {"dataset": "d", "id": str(image), "conversation": 0, "target": 0, "query": "q", "is_sentence": None, "surplus": 0}
-    known |= {"inter": round(iou * union), "union": union, "iou": iou, "emitted": True, "target_area": union, "image_area": 1000}
+    known = {
+        "dataset": "d",
+        "id": str(image),
+        "conversation": 0,
+        "target": 0,
+        "query": "q",
+        "is_sentence": None,
+        "surplus": 0,
+    }
+    known |= {
+        "inter": round(iou * union),
+        "union": union,
+        "iou": iou,
+        "emitted": True,
+        "target_area": union,
+        "image_area": 1000,
+    }
     return TargetScore(**known | fields)
 
 
@@ -61,17 +80,24 @@ def check_self_contained(page: Page) -> None:
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.attributes("src"))
     assert not page.attributes("href")
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
-    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attrs["content"]
+        for tag, attrs in page.tags
+        if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
     assert "default-src 'none'" in policy
 
 
-# ------------------------------------------------------------------------------------------------------------ the files
+# ---------------------------------------------------------------------------------------- the files
 
 
 def written(root: Path, *, silent=("001",), **options) -> Path:
     """The folder of a whole evaluation in both modes."""
     data = toy_data(root / "data", count=4)
-    reports = [run(FirstRow(silent=silent), data, mode, examples=1, gallery=2) for mode in ("free", "teacher_forced")]
+    reports = [
+        run(FirstRow(silent=silent), data, mode, examples=1, gallery=2)
+        for mode in ("free", "teacher_forced")
+    ]
     write_reports(reports, data, root / "run", {"lr": 0.1}, seconds=1.0, **options)
     return root / "run"
 
@@ -81,7 +107,15 @@ def test_the_page_tells_what_the_numbers_say(tmp_path):
     check_self_contained(page)
     assert "toy on ReasonSeg|val" in page.words
     assert "39.6" in page.words  # (1 + 0 + 1/3 + 1/4) / 4
-    for words in ("Free generation", "Teacher forced", "Worst answers", "Best answers", "Random answers", "whole image", "lr: 0.1"):
+    for words in (
+        "Free generation",
+        "Teacher forced",
+        "Worst answers",
+        "Best answers",
+        "Random answers",
+        "whole image",
+        "lr: 0.1",
+    ):
         assert words in page.words, words
     # two modes × (worst, random, best of 2 and one without a mask), four tiles each
     assert len(page.attributes("src")) == 2 * (2 + 2 + 2 + 1) * 4
@@ -94,14 +128,27 @@ def test_text_of_data_and_models_stays_text(tmp_path, capsys):
     file = tmp_path / "data" / "reason_seg" / "ReasonSeg" / "val" / "000.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"text": [HOSTILE]}))
     answers = write_rles(tmp_path / "p.json", first_rows(1), answer=HOSTILE)
-    argv = ["score", "--predictions", str(answers), "--dataset_dir", str(tmp_path / "data"), "--val_dataset", "ReasonSeg|val"]
+    argv = [
+        "score",
+        "--predictions",
+        str(answers),
+        "--dataset_dir",
+        str(tmp_path / "data"),
+        "--val_dataset",
+        "ReasonSeg|val",
+    ]
     assert evaluation_cli.main([*argv, "--name", HOSTILE, "--out", str(tmp_path / "run")]) == 0
     page = Page(tmp_path / "run" / "report.html")
     check_self_contained(page)
     assert page.words.count("<script>alert(1)</script>") >= 4  # title, heading, question, answer
     row = next(csv.DictReader((tmp_path / "run" / "targets-free.csv").open(encoding="utf-8")))
     assert "<script>" in row["query"] and "\x00" not in row["query"]
-    assert evaluation_cli.main(["compare", *[str(tmp_path / "run")] * 2, "--html", str(tmp_path / "c.html")]) == 0
+    assert (
+        evaluation_cli.main(
+            ["compare", *[str(tmp_path / "run")] * 2, "--html", str(tmp_path / "c.html")]
+        )
+        == 0
+    )
     check_self_contained(Page(tmp_path / "c.html"))
     assert not set("\x00\u202e") & set(capsys.readouterr().out)
 
@@ -123,26 +170,37 @@ def test_elements_escape_whatever_is_not_markup():
 
 
 def test_groups_have_their_members_and_no_others():
-    scores = [score(1.0, 0, target_area=5), score(0.5, 1, target_area=10), score(0.0, 2, target_area=0, query="a " * 30)]
+    scores = [
+        score(1.0, 0, target_area=5),
+        score(0.5, 1, target_area=10),
+        score(0.0, 2, target_area=0, query="a " * 30),
+    ]
     found = breakdown(scores)
     sizes = {name: row["n"] for name, row in found["target_size"].items()}
     assert sizes == {"no target": 1, "under 1 % of the image": 1, "1–5 % of the image": 1}
-    assert {name: row["giou"] for name, row in found["query_length"].items()} == {"1–8 words": 0.75, "25 words and more": 0.0}
+    assert {name: row["giou"] for name, row in found["query_length"].items()} == {
+        "1–8 words": 0.75,
+        "25 words and more": 0.0,
+    }
     assert found["query_kind"] == {}
     assert breakdown([score(1.0, image_area=None)])["target_size"] == {}
 
 
-# -------------------------------------------------------------------------------------------------------------- gallery
+# ------------------------------------------------------------------------------------------ gallery
 
 
 def test_a_gallery_keeps_the_extremes_and_draws_little(monkeypatch):
     drawn = []
-    monkeypatch.setattr(gallery, "draw", lambda example, s: drawn.append(s.id) or gallery.Picture(s, []))
+    monkeypatch.setattr(
+        gallery, "draw", lambda example, s: drawn.append(s.id) or gallery.Picture(s, [])
+    )
     kept = gallery.Gallery(3, seed=1)
     order = np.random.default_rng(0).permutation(1000)
     for i in order:
         kept.offer((int(i), 0, 0), score(i / 1000, int(i), emitted=bool(i % 10)), lambda: None)
-    ids = {kind: [picture.score.id for picture in pictures] for kind, pictures in kept.pictures.items()}
+    ids = {
+        kind: [picture.score.id for picture in pictures] for kind, pictures in kept.pictures.items()
+    }
     assert (ids["worst"], ids["best"]) == (["1", "2", "3"], ["999", "998", "997"])
     assert all(int(i) % 10 == 0 for i in ids["silent"])
     assert len(set(ids["random"])) == 3
@@ -166,7 +224,7 @@ def test_the_choice_does_not_depend_on_the_order_or_the_ranks(monkeypatch):
     assert gallery.Gallery(0).pictures == {}
 
 
-# ---------------------------------------------------------------------------------------------------------- comparisons
+# -------------------------------------------------------------------------------------- comparisons
 
 
 def test_paired_intervals_are_of_the_difference():
@@ -176,7 +234,8 @@ def test_paired_intervals_are_of_the_difference():
     b = [score(float(x) + 0.1, i) for i, x in enumerate(easy)]
     found = paired_bootstrap(a, b)["giou"]
     assert found["difference"] == pytest.approx(0.1)
-    assert found["ci95"] == pytest.approx([0.1, 0.1])  # every image differs by the same, so chance has no part in it
+    # every image differs by the same, so chance has no part in it
+    assert found["ci95"] == pytest.approx([0.1, 0.1])
     assert found["share_above_zero"] == 1.0
     same = paired_bootstrap(a, a)
     assert (same["giou"]["ci95"], same["ciou"]["difference"]) == ([0.0, 0.0], 0.0)
@@ -188,14 +247,26 @@ def test_paired_intervals_are_of_the_difference():
 
 
 def test_two_systems_are_compared_target_by_target(tmp_path, capsys):
-    a, b = written(tmp_path / "a", silent=("000",), name="A<b>"), written(tmp_path / "b", silent=("003",), name="other")
+    a, b = (
+        written(tmp_path / "a", silent=("000",), name="A<b>"),
+        written(tmp_path / "b", silent=("003",), name="other"),
+    )
     out = tmp_path / "out" / "compare.html"
-    argv = ["compare", str(a / "targets-free.json"), str(b / "targets-free.json"), "--html", str(out), "--top", "1"]
+    argv = [
+        "compare",
+        str(a / "targets-free.json"),
+        str(b / "targets-free.json"),
+        "--html",
+        str(out),
+        "--top",
+        "1",
+    ]
     capsys.readouterr()
     assert evaluation_cli.main(argv) == 0
     said = capsys.readouterr().out
     assert "4 pairs of 4 images" in said
-    assert "39.6" not in said and "27.1" in said and "45.8" in said  # (1/2 + 1/3 + 1/4) / 4 and (1 + 1/2 + 1/3) / 4
+    # (1/2 + 1/3 + 1/4) / 4 and (1 + 1/2 + 1/3) / 4
+    assert "39.6" not in said and "27.1" in said and "45.8" in said
     assert re.search(r"gained most:\n +\+100.0 +no mask → +100.0  000: ", said)
     assert re.search(r"lost most:\n +−25.0 +25.0 → +no mask  003: ", said)
     assert "B better on 1, worse on 1, equal on 2" in said
@@ -216,13 +287,19 @@ def changed(path: Path, out: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "ReasonSeg|test"}, "data set is 'ReasonSeg|val' in one, 'ReasonSeg|test' in the other"),
+        (
+            {"dataset": "ReasonSeg|test"},
+            "data set is 'ReasonSeg|val' in one, 'ReasonSeg|test' in the other",
+        ),
         ({"mode": "teacher_forced"}, "mode is 'free'"),
         ({"texts": "all"}, "wordings is 'first'"),
         ({"targets": lambda t: t[:2]}, "has 2 targets that .* has not, such as ReasonSeg|val 002"),
         ({"targets": lambda t: t[:3] + t[:1]}, "has 1 targets"),
         ({"targets": lambda t: t + t[:1]}, "holds a target twice"),
-        ({"targets": lambda t: [t[0] | {"target_area": 99}, *t[1:]]}, "000.* has the target area 4 in one, 99 in the other"),
+        (
+            {"targets": lambda t: [t[0] | {"target_area": 99}, *t[1:]]},
+            "000.* has the target area 4 in one, 99 in the other",
+        ),
         ({"targets": lambda t: [t[0] | {"query": "else"}, *t[1:]]}, "has the query"),
     ],
     ids=["dataset", "mode", "texts", "fewer", "other", "twice", "area", "query"],
@@ -239,7 +316,10 @@ def test_what_answers_other_questions_is_not_compared(tmp_path, changes, message
     [
         ("{}", 'no list "targets"'),
         ('{"targets": [1], "dataset": "d", "texts": "first"}', 'no "mode"'),
-        ('{"targets": [{"id": 1}], "dataset": "d", "texts": "first", "mode": "free"}', r"targets\[0\] has no conversation"),
+        (
+            '{"targets": [{"id": 1}], "dataset": "d", "texts": "first", "mode": "free"}',
+            r"targets\[0\] has no conversation",
+        ),
         ("[", "not valid JSON"),
     ],
 )
@@ -264,13 +344,15 @@ def test_a_row_with_another_kind_of_value_is_named(tmp_path, field, value):
 
 def test_a_folder_stands_for_its_only_file(tmp_path):
     folder = written(tmp_path)
-    with pytest.raises(DataError, match="holds 2 files.*targets-free.json, targets-teacher_forced.json"):
+    with pytest.raises(
+        DataError, match="holds 2 files.*targets-free.json, targets-teacher_forced.json"
+    ):
         read_targets(folder)
     (folder / "targets-teacher_forced.json").unlink()
     assert read_targets(folder).path == folder / "targets-free.json"
 
 
-# -------------------------------------------------------------------------------------------------- masks of others
+# ---------------------------------------------------------------------------------- masks of others
 
 
 def first_rows(count: int) -> dict[str, np.ndarray]:
@@ -288,9 +370,13 @@ def write_pngs(folder: Path, masks: dict[str, np.ndarray], value: int = 255) -> 
 
 
 def write_rles(path: Path, masks: dict[str, np.ndarray], **fields) -> Path:
-    rles = {name: rle_codec.encode(np.asfortranarray(mask.astype(np.uint8))) for name, mask in masks.items()}
+    rles = {
+        name: rle_codec.encode(np.asfortranarray(mask.astype(np.uint8)))
+        for name, mask in masks.items()
+    }
     entries = [
-        {"image_id": name, "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()}} | fields
+        {"image_id": name, "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()}}
+        | fields
         for name, rle in rles.items()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -311,7 +397,10 @@ def test_masks_of_another_system_score_as_ours_do(tmp_path, kind):
     assert [(s.id, s.inter, s.union, s.iou, s.target_area, s.query) for s in theirs.scores] == [
         (s.id, s.inter, s.union, s.iou, s.target_area, s.query) for s in ours.scores
     ]
-    assert (theirs.summary["giou_ci95"], theirs.summary["ciou"]) == (ours.summary["giou_ci95"], ours.summary["ciou"])
+    assert (theirs.summary["giou_ci95"], theirs.summary["ciou"]) == (
+        ours.summary["giou_ci95"],
+        ours.summary["ciou"],
+    )
     assert theirs.mode == "free"
 
 
@@ -319,7 +408,13 @@ def test_scores_of_predictions_are_written_and_compared(tmp_path, capsys):
     ours = written(tmp_path, silent=())
     masks = first_rows(3)
     masks |= {"unheard-of": masks["000"]}
-    argv = ["score", "--predictions", str(write_pngs(tmp_path / "p", masks)), "--dataset_dir", str(tmp_path / "data")]
+    argv = [
+        "score",
+        "--predictions",
+        str(write_pngs(tmp_path / "p", masks)),
+        "--dataset_dir",
+        str(tmp_path / "data"),
+    ]
     argv += ["--val_dataset", "ReasonSeg|val", "--out", str(tmp_path / "theirs"), "--name", "they"]
     capsys.readouterr()
     assert evaluation_cli.main(argv) == 0
@@ -327,33 +422,48 @@ def test_scores_of_predictions_are_written_and_compared(tmp_path, capsys):
     assert "1 without a prediction, scored as no mask: 003" in said
     assert "1 predictions that belong to no target, left out: unheard-of" in said
     metrics = json.loads((tmp_path / "theirs" / "metrics.json").read_text())
-    assert (metrics["missing_predictions"], metrics["unused_predictions"]) == (["003"], ["unheard-of"])
+    assert (metrics["missing_predictions"], metrics["unused_predictions"]) == (
+        ["003"],
+        ["unheard-of"],
+    )
     assert metrics["free"]["giou"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 4)
     assert metrics["free"]["emission_rate"] == 0.75
     assert {path.name for path in (tmp_path / "theirs").iterdir()} == {
         "metrics.json", "report.html", "examples.png", "targets-free.json", "targets-free.csv",
     }  # fmt: skip
     assert "[prediction]" in Page(tmp_path / "theirs" / "report.html").words
-    assert evaluation_cli.main(["compare", str(ours / "targets-free.json"), str(tmp_path / "theirs")]) == 0
+    assert (
+        evaluation_cli.main(["compare", str(ours / "targets-free.json"), str(tmp_path / "theirs")])
+        == 0
+    )
     assert "−6.2" in capsys.readouterr().out  # a quarter of 1/4
 
 
 def test_every_wording_has_its_own_prediction(tmp_path):
     data, mask = toy_data(tmp_path / "data", count=1, texts="all"), first_rows(1)["000"]
-    predictions = Predictions.read(write_pngs(tmp_path / "p", {"000": mask, "000.1": ~mask, "000.1.1": mask}))
+    predictions = Predictions.read(
+        write_pngs(tmp_path / "p", {"000": mask, "000.1": ~mask, "000.1.1": mask})
+    )
     report = score_predictions(predictions, data)
     assert [(s.conversation, s.iou, s.surplus) for s in report.scores] == [(0, 1.0, 0), (1, 0.0, 1)]
     assert (predictions.missing, predictions.unused) == ([], [])
     entries = write_rles(tmp_path / "q.json", {"000": ~mask}, conversation=1, answer="there")
     report = score_predictions(Predictions.read(entries), data)
-    assert [(s.iou, s.emitted, s.answer) for s in report.scores] == [(0.0, False, ""), (0.0, True, "there")]
+    assert [(s.iou, s.emitted, s.answer) for s in report.scores] == [
+        (0.0, False, ""),
+        (0.0, True, "there"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
         ("000.png", lambda p: write_image(p, (10, 13), 255), "000.png: .*"),
-        ("000.png", lambda p: cv2.imwrite(str(p), np.zeros((10, 13), np.uint8)), "000.png: the mask is 10×13 .* image is 10×12"),
+        (
+            "000.png",
+            lambda p: cv2.imwrite(str(p), np.zeros((10, 13), np.uint8)),
+            "000.png: the mask is 10×13 .* image is 10×12",
+        ),
         (
             "000.png",
             lambda p: cv2.imwrite(str(p), np.arange(120, dtype=np.uint8).reshape(10, 12)),
@@ -388,16 +498,38 @@ def renamed(root: Path, *names: str) -> EvalDataset:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["a.0"], r"a\.0\.png may be the prediction for a\.0 \(.*a\.0\.jpg\) and for a \(.*a\.jpg\); give a JSON list"),
-        (["a", "a.0"], r"a\.0\.png and a\.png are both predictions for a; keep one, or give a JSON list"),
-        (["a", "a.0.1"], r"a\.0\.1\.png may be the prediction for a\.0\.1\.0 \(.*a\.0\.jpg\) and for a\.0\.1 \(.*a\.jpg\)"),
+        (
+            ["a.0"],
+            (
+                r"a\.0\.png may be the prediction for a\.0 \(.*a\.0\.jpg\) and for a \(.*a\.jpg\);"
+                r" give a JSON list"
+            ),
+        ),
+        (
+            ["a", "a.0"],
+            r"a\.0\.png and a\.png are both predictions for a; keep one, or give a JSON list",
+        ),
+        (
+            ["a", "a.0.1"],
+            (
+                r"a\.0\.1\.png may be the prediction for a\.0\.1\.0 \(.*a\.0\.jpg\) and for a\.0\.1"
+                r" \(.*a\.jpg\)"
+            ),
+        ),
     ],
 )
 def test_a_file_that_two_images_may_claim_is_refused(tmp_path, capsys, files, message):
     renamed(tmp_path / "data", "a", "a.0")
     write_pngs(tmp_path / "p", dict.fromkeys(files, first_rows(1)["000"]))
     argv = ["score", "--predictions", str(tmp_path / "p"), "--dataset_dir", str(tmp_path / "data")]
-    argv += ["--val_dataset", "ReasonSeg|val", "--eval_texts", "all", "--out", str(tmp_path / "out")]
+    argv += [
+        "--val_dataset",
+        "ReasonSeg|val",
+        "--eval_texts",
+        "all",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert evaluation_cli.main(argv) == 2
     assert re.fullmatch(f"error: .*/p: {message}.*\n", capsys.readouterr().err)
 
@@ -405,23 +537,38 @@ def test_a_file_that_two_images_may_claim_is_refused(tmp_path, capsys, files, me
 def test_results_that_cannot_be_written_are_said_before_the_work(tmp_path, monkeypatch, capsys):
     toy_data(tmp_path / "data")
     monkeypatch.setattr(evaluation_cli, "score_predictions", None)
-    argv = ["score", "--predictions", str(write_pngs(tmp_path / "p", first_rows(1))), "--dataset_dir", str(tmp_path / "data")]
+    argv = [
+        "score",
+        "--predictions",
+        str(write_pngs(tmp_path / "p", first_rows(1))),
+        "--dataset_dir",
+        str(tmp_path / "data"),
+    ]
     assert evaluation_cli.main([*argv, "--val_dataset", "ReasonSeg|val", "--out", "/dev/null"]) == 2
     said = capsys.readouterr().err
-    assert said == "error: --out /dev/null: results cannot be written there (File exists); give another folder\n"
+    assert (
+        said
+        == "error: --out /dev/null: results cannot be written there (File exists); give another"
+        " folder\n"
+    )
 
 
 def test_a_list_tells_such_images_apart(tmp_path):
     data, mask = renamed(tmp_path / "data", "a", "a.0"), first_rows(1)["000"]
     predictions = Predictions.read(write_rles(tmp_path / "p.json", {"a": mask, "a.0": ~mask}))
-    assert [(s.id, s.iou > 0.1) for s in score_predictions(predictions, data).scores] == [("a.0", False), ("a", True)]
+    assert [(s.id, s.iou > 0.1) for s in score_predictions(predictions, data).scores] == [
+        ("a.0", False),
+        ("a", True),
+    ]
     assert (predictions.missing, predictions.unused) == ([], [])
 
 
 def test_files_that_differ_in_the_ending_are_refused(tmp_path):
     data, folder = toy_data(tmp_path / "data"), write_pngs(tmp_path / "p", first_rows(1))
     (folder / "000.png").with_suffix(".PNG").write_bytes((folder / "000.png").read_bytes())
-    with pytest.raises(DataError, match=r"000\.PNG and 000\.png are predictions for the same target; keep one"):
+    with pytest.raises(
+        DataError, match=r"000\.PNG and 000\.png are predictions for the same target; keep one"
+    ):
         score_predictions(Predictions.read(folder), data)
 
 
@@ -433,9 +580,18 @@ def test_files_that_differ_in_the_ending_are_refused(tmp_path):
         ([{"segmentation": {}}], r'\[0\] has no "image_id"'),
         ([{"image_id": "000", "segmentation": {}, "target": -1}], "whole numbers from 0"),
         ([{"image_id": "000", "segmentation": {}}] * 2, r"\[1\] is the second prediction for 000"),
-        ([{"image_id": "000", "segmentation": {"size": [9, 9], "counts": "1"}}], r"\[0\].segmentation.* is 9×9"),
-        ([{"image_id": "000", "segmentation": {"size": ["10", "12"], "counts": "1"}}], r'\[0\].segmentation" must be {"size"'),
-        ([{"image_id": "none", "segmentation": {}}], r"no prediction belongs to ReasonSeg\|val; found none, expected .*000, 001"),
+        (
+            [{"image_id": "000", "segmentation": {"size": [9, 9], "counts": "1"}}],
+            r"\[0\].segmentation.* is 9×9",
+        ),
+        (
+            [{"image_id": "000", "segmentation": {"size": ["10", "12"], "counts": "1"}}],
+            r'\[0\].segmentation" must be {"size"',
+        ),
+        (
+            [{"image_id": "none", "segmentation": {}}],
+            r"no prediction belongs to ReasonSeg\|val; found none, expected .*000, 001",
+        ),
     ],
 )
 def test_a_wrong_list_of_predictions_is_named(tmp_path, content, message):
@@ -457,7 +613,7 @@ def test_a_mask_may_be_a_palette_or_one_bit(tmp_path):
         assert np.array_equal(read_mask(tmp_path / name, (10, 12)), mask)
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def test_a_run_is_measured_by_its_folder(tmp_path, capsys):
@@ -481,7 +637,11 @@ def test_a_run_is_measured_by_its_folder(tmp_path, capsys):
     ]
     assert after["name"] == str(trained_run())
     assert (tmp_path / "out" / "report.html").is_file()
-    argv = ["compare", str(trained_run() / "targets-free.json"), str(tmp_path / "out" / "targets-free.json")]
+    argv = [
+        "compare",
+        str(trained_run() / "targets-free.json"),
+        str(tmp_path / "out" / "targets-free.json"),
+    ]
     assert evaluation_cli.main(argv) == 2
     assert "wordings is 'first' in one, 'all' in the other" in capsys.readouterr().err
 
@@ -492,12 +652,22 @@ def test_a_limit_holds_for_an_evaluation_only_where_it_is_typed(tmp_path):
     (tmp_path / "c.yaml").write_text("eval_limit: 3\n")
     flags = ["--config", str(tmp_path / "c.yaml")]
     assert parse(flags).eval_limit == 3
-    assert parse(["--eval_only", *flags]).eval_limit == 0, "as it is that of the evaluations between epochs"
+    assert parse(["--eval_only", *flags]).eval_limit == 0, (
+        "as it is that of the evaluations between epochs"
+    )
     assert parse(["--eval_only", *flags, "--eval_limit", "2"]).eval_limit == 2
 
 
 def test_a_limited_evaluation_measures_its_baselines_on_the_same_images(tmp_path):
-    argv = [str(trained_run()), "--out", str(tmp_path / "out"), "--eval_mode", "teacher_forced", "--eval_limit", "1"]
+    argv = [
+        str(trained_run()),
+        "--out",
+        str(tmp_path / "out"),
+        "--eval_mode",
+        "teacher_forced",
+        "--eval_limit",
+        "1",
+    ]
     assert evaluation_cli.main(argv) == 0
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     rows = json.loads((tmp_path / "out" / "targets-teacher_forced.json").read_text())["targets"]
@@ -519,7 +689,10 @@ def test_the_results_of_a_run_lie_in_it_by_default():
         ([], "model"),
         (["compare", "/nowhere.json", "b"], "/nowhere.json"),
         (["compare", "a", "b", "--top", "-1"], "must not be negative"),
-        (["score", "--predictions", "/nowhere", "--val_dataset", "x|y", "--dataset_dir", "."], "/nowhere: does not exist"),
+        (
+            ["score", "--predictions", "/nowhere", "--val_dataset", "x|y", "--dataset_dir", "."],
+            "/nowhere: does not exist",
+        ),
         (["score"], "--predictions"),
     ],
 )
@@ -534,8 +707,19 @@ def test_mistakes_are_one_line(argv, words, capsys):
 def test_two_real_ranks_write_what_one_writes(tmp_path):
     flags = [str(trained_run()), "--eval_mode", "free", "--max_new_tokens", "8", "--out"]
     assert evaluation_cli.main([*flags, str(tmp_path / "one")]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "utils.evaluation"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        "-m",
+        "utils.evaluation",
+    ]
     found = launch(*launcher, *flags, tmp_path / "two")
     assert found.returncode == 0, found.stderr
-    one, two = (json.loads((tmp_path / name / "targets-free.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "targets-free.json").read_text()) for name in ("one", "two")
+    )
     assert one["targets"] == two["targets"]

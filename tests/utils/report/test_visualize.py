@@ -1,4 +1,5 @@
-"""Pictures: the right pixels are tinted, texts fit, and a sheet can be drawn for whatever an evaluation meets."""
+"""Pictures: the right pixels are tinted, texts fit, and a sheet can be drawn for whatever an
+evaluation meets."""
 
 import numpy as np
 import pytest
@@ -15,7 +16,13 @@ def example(size=(40, 60), levels=("LOC", "SEG"), emitted=True, **changes) -> Ex
     target = np.zeros(size, dtype=bool)
     target[10:20, 10:30] = True
     masks = np.stack([target] * len(levels)) if emitted else None
-    fields = {"image": image, "query": "the wheel of the bus", "answer": "It is [SEG].", "levels": list(levels), "masks": masks}
+    fields = {
+        "image": image,
+        "query": "the wheel of the bus",
+        "answer": "It is [SEG].",
+        "levels": list(levels),
+        "masks": masks,
+    }
     return Example(**fields | {"target": target, "ignore": None, "name": "toy 1"} | changes)
 
 
@@ -101,7 +108,11 @@ def test_ignored_pixels_are_shown_grey():
 
 
 def test_contact_sheet_holds_every_example(tmp_path):
-    examples = [example(), example(size=(500, 300), emitted=False), example(query="long " * 100, levels=("LOC", "PART", "SEG"))]
+    examples = [
+        example(),
+        example(size=(500, 300), emitted=False),
+        example(query="long " * 100, levels=("LOC", "PART", "SEG")),
+    ]
     path = contact_sheet(examples, tmp_path / "new" / "sheet.png", "a title " * 40, tile=64)
     sheet = Image.open(path)
     assert sheet.format == "PNG"
@@ -110,7 +121,10 @@ def test_contact_sheet_holds_every_example(tmp_path):
     assert sheet.height > sum(row.height for row in rows)
     pixels = np.asarray(sheet)
     top = sheet.height - rows[-1].height - visualize.MARGIN
-    assert (pixels[top : top + rows[-1].height, visualize.MARGIN : -visualize.MARGIN] == np.asarray(rows[-1])).all()
+    assert (
+        pixels[top : top + rows[-1].height, visualize.MARGIN : -visualize.MARGIN]
+        == np.asarray(rows[-1])
+    ).all()
     assert [p.name for p in path.parent.iterdir()] == ["sheet.png"]
 
 

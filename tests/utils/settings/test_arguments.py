@@ -31,10 +31,33 @@ def test_every_shipped_config_parses(path):
 
 def test_the_published_schedule():
     s = parse(["--config", str(CONFIGS[0].parent / "cores-7b.yaml")])
-    assert (s.lr, s.beta1, s.beta2, s.weight_decay, s.warmup_steps, s.max_grad_norm) == (3e-4, 0.9, 0.95, 0.0, 100, 1.0)
-    assert (s.batch_size, s.grad_accumulation_steps, s.steps_per_epoch, s.num_classes_per_sample) == (2, 10, 500, 3)
-    assert (s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_target_modules) == (8, 16, 0.05, "q_proj,v_proj")
-    assert (s.ce_loss_weight, s.bce_loss_weight, s.dice_loss_weight, s.bce_balance, s.pointing_weight) == (
+    assert (s.lr, s.beta1, s.beta2, s.weight_decay, s.warmup_steps, s.max_grad_norm) == (
+        3e-4,
+        0.9,
+        0.95,
+        0.0,
+        100,
+        1.0,
+    )
+    assert (
+        s.batch_size,
+        s.grad_accumulation_steps,
+        s.steps_per_epoch,
+        s.num_classes_per_sample,
+    ) == (2, 10, 500, 3)
+    assert (s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_target_modules) == (
+        8,
+        16,
+        0.05,
+        "q_proj,v_proj",
+    )
+    assert (
+        s.ce_loss_weight,
+        s.bce_loss_weight,
+        s.dice_loss_weight,
+        s.bce_balance,
+        s.pointing_weight,
+    ) == (
         1,
         2,
         0.5,
@@ -104,9 +127,21 @@ LISA = """--local_rank=1 --version llava --vision_pretrained sam.pth --dataset_d
 def test_the_command_line_of_lisa():
     argv = LISA.split()
     s = parse(argv)
-    assert (s.lora_r, s.lora_alpha, s.epochs, s.sample_rates, s.no_eval, s.eval_only) == (4, 8, 3, "9,3,3,1", True, True)
-    assert s.exclude_val and s.refer_seg_data == parse([]).refer_seg_data and not parse([]).exclude_val
-    assert s.facts == {"image_size": 1024, "out_dim": 256} and s.vision_tower == "openai/clip-vit-large-patch14"
+    assert (s.lora_r, s.lora_alpha, s.epochs, s.sample_rates, s.no_eval, s.eval_only) == (
+        4,
+        8,
+        3,
+        "9,3,3,1",
+        True,
+        True,
+    )
+    assert (
+        s.exclude_val and s.refer_seg_data == parse([]).refer_seg_data and not parse([]).exclude_val
+    )
+    assert (
+        s.facts == {"image_size": 1024, "out_dim": 256}
+        and s.vision_tower == "openai/clip-vit-large-patch14"
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,12 +173,19 @@ def test_what_cannot_be_honoured_is_one_clear_line(argv, words):
 
 def test_lisa_is_a_value_of_method():
     s = parse(["--method", "lisa", "--level_loss_weights", "0.5,1"])
-    assert (s.level_list, s.refiner, s.exemplar_count, s.level_loss_weights) == (["SEG"], "none", 0, "")
+    assert (s.level_list, s.refiner, s.exemplar_count, s.level_loss_weights) == (
+        ["SEG"],
+        "none",
+        0,
+        "",
+    )
 
 
 def facts_model():
     vision = SimpleNamespace(hidden_size=1024, patch_size=14, image_size=224)
-    config = SimpleNamespace(sam={"image_size": 1024, "prompt_dim": 256}, llava=SimpleNamespace(vision_config=vision))
+    config = SimpleNamespace(
+        sam={"image_size": 1024, "prompt_dim": 256}, llava=SimpleNamespace(vision_config=vision)
+    )
     return SimpleNamespace(config=config)
 
 

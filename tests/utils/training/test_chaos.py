@@ -1,6 +1,8 @@
-"""Kills: at random times and at every kind of place where something could be left half done. The same command continues.
+"""Kills: at random times and at every kind of place where something could be left half done. The
+same command continues.
 
-A run that was killed any number of times must end as one that was not: the same weights, scores and log, bit for bit.
+A run that was killed any number of times must end as one that was not: the same weights, scores and
+log, bit for bit.
 """
 
 import random
@@ -15,7 +17,8 @@ from utils.training import checkpoint
 
 
 def assert_nothing_lost(run: Path, reference: Path, saved: int) -> int:
-    """After a kill: a whole checkpoint that is not older than step ``saved``, in line with the uninterrupted run; its step."""
+    """After a kill: a whole checkpoint that is not older than step ``saved``, in line with the
+    uninterrupted run; its step."""
     last = run / "ckpt" / "last"
     last = last if last.is_dir() else last.with_name("last.old")
     if not last.is_dir():
@@ -31,7 +34,8 @@ def assert_nothing_lost(run: Path, reference: Path, saved: int) -> int:
 
 
 def survive(name: str, kills: list[int | float], reference: Path, **job: object) -> int:
-    """Starts the run ``name`` once for each of ``kills``, an event (int) or a time in seconds (float), then to its end.
+    """Starts the run ``name`` once for each of ``kills``, an event (int) or a time in seconds
+    (float), then to its end.
 
     Returns how many kills met a running process.
     """
@@ -54,17 +58,36 @@ def survive(name: str, kills: list[int | float], reference: Path, **job: object)
 
 
 def test_kills_change_nothing():
-    """Between the two renames of a replacement, in a half written checkpoint and in a half written row of the log."""
+    """Between the two renames of a replacement, in a half written checkpoint and in a half written
+    row of the log."""
     reference, trial, _ = whole()
     events = trial.events
-    renames = [i for i, event in enumerate(events) if event == "rename" and i > events.index("step")]
+    renames = [
+        i for i, event in enumerate(events) if event == "rename" and i > events.index("step")
+    ]
     away, anew = renames[1:3]
     assert anew == away + 1, "the second save replaces the first"
-    assert survive("few", [anew, events.index("half save"), events.index("half row")], reference) == 3
+    assert (
+        survive("few", [anew, events.index("half save"), events.index("half row")], reference) == 3
+    )
 
 
-KINDS = ["step", "step done", "row", "half row", "mkdir", "save", "half save", "fsync", "rename", "replace", "unlink", "rmdir",
-         "copy", "half copy"]  # fmt: skip
+KINDS = [
+    "step",
+    "step done",
+    "row",
+    "half row",
+    "mkdir",
+    "save",
+    "half save",
+    "fsync",
+    "rename",
+    "replace",
+    "unlink",
+    "rmdir",
+    "copy",
+    "half copy",
+]
 
 
 @pytest.mark.chaos
@@ -75,7 +98,8 @@ def test_killed_at_any_kind_of_event(kind):
     draw = random.Random(kind)
     first = draw.choice([i for i, event in enumerate(trial.events) if event == kind])
     second, third = draw.randrange(len(trial.events) // 4), draw.randrange(10)
-    assert survive(f"at-{kind}", [first, second, third], reference) >= 2  # the second may find a run that is almost done
+    # the second may find a run that is almost done
+    assert survive(f"at-{kind}", [first, second, third], reference) >= 2
 
 
 @pytest.mark.chaos
@@ -87,7 +111,8 @@ def test_killed_at_any_time(seed):
     while met < 5:
         kills = [draw.uniform(0.1, 0.9) * seconds for _ in range(5 - met)]
         found = survive(f"timed-{seed}-{attempts}", kills, reference)
-        if found < len(kills):  # runs have become faster since the one that was timed: other work on the machine has ended
+        # runs have become faster since the one that was timed: other work on the machine has ended
+        if found < len(kills):
             seconds *= 0.7
         met += found
         attempts += 1
@@ -122,7 +147,11 @@ def test_killed_while_an_index_is_built(tmp_path):
     assert survive("index", kills, reference, env=cache) == 7
 
     def content(folder: str) -> dict[str, bytes]:
-        paths = (p for p in (tmp_path / folder / "index").rglob("*") if p.is_file() and "stamps" not in p.parts)
+        paths = (
+            p
+            for p in (tmp_path / folder / "index").rglob("*")
+            if p.is_file() and "stamps" not in p.parts
+        )
         return {str(p.relative_to(tmp_path / folder)): p.read_bytes() for p in paths}
 
     assert content("killed") == content("clean")
@@ -134,7 +163,10 @@ def test_killed_while_the_cache_is_filled(tmp_path):
         return [*command("unused"), "--sam_cache", str(tmp_path / name)]
 
     def entries(name: str) -> dict[str, bytes]:
-        return {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*.safetensors")}
+        return {
+            str(p.relative_to(tmp_path / name)): p.read_bytes()
+            for p in (tmp_path / name).rglob("*.safetensors")
+        }
 
     started = time.perf_counter()
     trial = server().run("utils.sam_cache", argv("clean"))
@@ -165,7 +197,9 @@ def test_a_killed_rank_ends_the_others_and_nothing_is_lost():
     reference, *_ = whole(ranks=2)
     for number, (rank, step) in enumerate([(0, 2), (1, 4), (1, 6)]):
         started = time.perf_counter()
-        trial = server().run("train_ds", command("ranks"), ranks=2, faults={"die_at_step": [step, rank]})
+        trial = server().run(
+            "train_ds", command("ranks"), ranks=2, faults={"die_at_step": [step, rank]}
+        )
         assert trial.codes[rank] == -9
         assert trial.codes[1 - rank] == 4, trial.output
         assert "another rank is gone" in trial.output

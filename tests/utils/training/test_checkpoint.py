@@ -30,7 +30,9 @@ def weights_of(run, which="last"):
 
 def test_frozen_weights_of_a_consolidated_file_load_too(tmp_path):
     model = Small()
-    checkpoint.put_weights(model, {"a.weight": torch.eye(2), "frozen.weight": 2 * torch.eye(2)}, tmp_path)
+    checkpoint.put_weights(
+        model, {"a.weight": torch.eye(2), "frozen.weight": 2 * torch.eye(2)}, tmp_path
+    )
     assert torch.equal(model.frozen.weight, 2 * torch.eye(2))
 
 
@@ -47,7 +49,10 @@ def test_exactly_the_trainable_weights_load(tmp_path):
     [
         ({}, "missing: a.weight"),
         ({"a.weight": torch.eye(2), "b.weight": torch.eye(2)}, "unexpected: b.weight"),
-        ({"a.weight": torch.eye(2), "constant": torch.zeros(1), "a.bias": torch.eye(2)}, "unexpected: a.bias"),
+        (
+            {"a.weight": torch.eye(2), "constant": torch.zeros(1), "a.bias": torch.eye(2)},
+            "unexpected: a.bias",
+        ),
         ({"a.weight": torch.eye(3)}, "wrong shape: a.weight"),
     ],
 )

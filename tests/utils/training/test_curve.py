@@ -11,9 +11,14 @@ from utils.training import curve
 
 def write(folder, values, scores=(), **more):
     folder.mkdir()
-    rows = [{"kind": "train", "step": 10 * i, "loss": v, "text": v / 2, **more} for i, v in enumerate(values, 1)]
+    rows = [
+        {"kind": "train", "step": 10 * i, "loss": v, "text": v / 2, **more}
+        for i, v in enumerate(values, 1)
+    ]
     rows += [{"kind": "val", "step": 20 * i, "giou": score} for i, score in enumerate(scores, 1)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tr')  # still being written
+    (folder / "log.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tr'
+    )  # still being written
     return folder
 
 
@@ -33,14 +38,22 @@ def test_a_picture_of_one_run_and_of_two(tmp_path, capsys):
     a, b = write(tmp_path / "a", [3, 2, 1], [0.2, 0.5]), write(tmp_path / "b", [4, 3, 3])
     assert curve.main([str(a)]) == 0
     assert capsys.readouterr().out == f"{a / 'curve.png'}\n"
-    assert curve.main([str(a), str(b), "--out", str(tmp_path / "deep" / "both.png"), "--loss", "loss,text"]) == 0
+    assert (
+        curve.main(
+            [str(a), str(b), "--out", str(tmp_path / "deep" / "both.png"), "--loss", "loss,text"]
+        )
+        == 0
+    )
     shapes = [cv2.imread(str(p)).shape for p in (a / "curve.png", tmp_path / "deep" / "both.png")]
     assert shapes == [(340, 960, 3)] * 2
     assert ink(tmp_path / "deep" / "both.png") > 1.5 * ink(a / "curve.png") > 500
 
 
 def test_without_validations_there_is_one_panel_and_spikes_are_marked(tmp_path):
-    plain, marked = write(tmp_path / "a", [3, 2, 1]), write(tmp_path / "b", [3, 2, 1], median=1.0, samples=["x 1"])
+    plain, marked = (
+        write(tmp_path / "a", [3, 2, 1]),
+        write(tmp_path / "b", [3, 2, 1], median=1.0, samples=["x 1"]),
+    )
     for run in (plain, marked):
         assert curve.main([str(run)]) == 0
     assert cv2.imread(str(plain / "curve.png")).shape == (340, 480, 3)
@@ -51,7 +64,10 @@ def test_without_validations_there_is_one_panel_and_spikes_are_marked(tmp_path):
     ("argv", "words"),
     [
         (["nowhere"], "nowhere: not found; give run folders"),
-        (["a", "--loss", "dice"], "'dice' is in no train row of these runs; choose from loss, text"),
+        (
+            ["a", "--loss", "dice"],
+            "'dice' is in no train row of these runs; choose from loss, text",
+        ),
         (["a", "--score", "x"], "'x' is in no val row"),
         (["empty"], "has no rows yet"),
         ([], "runs"),

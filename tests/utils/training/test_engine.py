@@ -34,11 +34,15 @@ def losses(run: Path) -> list[float]:
 def test_schedule_by_hand():
     s = parse(["--epochs", "2", "--steps_per_epoch", "4", "--warmup_steps", "2"])
     factor = learning_rate_factor(s)
-    assert [factor(i) for i in range(9)] == pytest.approx([1 / 2, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
+    assert [factor(i) for i in range(9)] == pytest.approx(
+        [1 / 2, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
+    )
 
 
 def test_start_epoch_enters_the_schedule_there():
-    s = parse(["--epochs", "2", "--steps_per_epoch", "4", "--warmup_steps", "2", "--start_epoch", "1"])
+    s = parse(
+        ["--epochs", "2", "--steps_per_epoch", "4", "--warmup_steps", "2", "--start_epoch", "1"]
+    )
     assert learning_rate_factor(s)(0) == pytest.approx(4 / 6)
 
 
@@ -70,7 +74,11 @@ def test_training_lowers_the_loss_and_moves_every_group():
     before = load_file(toys() / "sam" / "sam.safetensors")
     decoder = {k: v for k, v in weights.items() if "mask_decoder" in k}
     assert decoder
-    changed = [k for k, v in decoder.items() if not torch.equal(v, before[k.removeprefix("segmenting.sam.")])]
+    changed = [
+        k
+        for k, v in decoder.items()
+        if not torch.equal(v, before[k.removeprefix("segmenting.sam.")])
+    ]
     assert len(changed) > 0.9 * len(decoder)
     assert any(v.abs().sum() > 0 for k, v in weights.items() if "lora_B" in k)
     assert any(v.abs().sum() > 0 for k, v in weights.items() if "refiner" in k and "out_proj" in k)
@@ -142,7 +150,9 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_samples(monkeypat
     assert torch.equal(seen["before"], seen["model"].reasoning.llava.lm_head.weight)
 
 
-@pytest.mark.parametrize("changes", [{"zero_stage": 0}, {"zero_stage": 3}, {"precision": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"zero_stage": 0}, {"zero_stage": 3}, {"precision": "bf16"}], ids=str
+)
 def test_other_stages_and_formats_train_and_load(changes):
     name = "-".join(map(str, *changes.items()))
     argv = flags(toys(), exp_name=name, epochs=1, steps_per_epoch=2, no_eval="true", **changes)
@@ -166,8 +176,15 @@ def test_gradient_checkpointing_changes_nothing():
         "lora_dropout": 0,
     }
     assert train_ds.main(flags(toys(), **changes)) == 0
-    assert train_ds.main(flags(toys(), **changes | {"exp_name": "keep", "gradient_checkpointing": "false"})) == 0
-    assert losses(toys() / "runs" / "recompute") == pytest.approx(losses(toys() / "runs" / "keep"), abs=1e-5)  # measured: 0
+    assert (
+        train_ds.main(
+            flags(toys(), **changes | {"exp_name": "keep", "gradient_checkpointing": "false"})
+        )
+        == 0
+    )
+    assert losses(toys() / "runs" / "recompute") == pytest.approx(
+        losses(toys() / "runs" / "keep"), abs=1e-5
+    )  # measured: 0
 
 
 def clean_environment() -> dict[str, str]:
@@ -180,7 +197,9 @@ def clean_environment() -> dict[str, str]:
 def launch(*command: object) -> subprocess.CompletedProcess:
     """Runs as a user would."""
     words = [str(c) for c in command]
-    return subprocess.run(words, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        words, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=240
+    )
 
 
 def free_port() -> int:
@@ -189,20 +208,33 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("world", [{}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}])
+@pytest.mark.parametrize(
+    "world", [{}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}]
+)
 def test_a_world_of_one_needs_no_port(world):
     """Two runs on one machine, or any program that listens where the process group would."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        code = "from utils import distributed as d; d.start(); print(d.gather_lists([d.world_size()])); d.barrier(); d.stop()"
+        code = (
+            "from utils import distributed as d; d.start();"
+            " print(d.gather_lists([d.world_size()])); d.barrier(); d.stop()"
+        )
         env = clean_environment() | world | {"MASTER_PORT": str(taken.getsockname()[1])}
-        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
     assert result.stdout == "[1]\n", result.stderr
 
 
 def test_two_ranks_equal_one_rank_with_accumulation():
-    """The same four samples per step, dropout off: 2 ranks × 2 images against 1 rank × 2 images × 2 micro steps."""
+    """The same four samples per step, dropout off: 2 ranks × 2 images against 1 rank × 2 images × 2
+    micro steps."""
     common = {"lora_dropout": 0, "global_batch_size": 4, "epochs": 1, "eval_mode": "teacher_forced"}
     deepspeed = Path(sys.executable).with_name("deepspeed")
     launcher = [deepspeed, "--num_gpus", 2, "--master_port", free_port()]
@@ -211,13 +243,19 @@ def test_two_ranks_equal_one_rank_with_accumulation():
     assert train_ds.main(flags(toys(), exp_name="one", **common)) == 0
     one, two = toys() / "runs" / "one", toys() / "runs" / "two"
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)  # measured: 5e-7
-    weights = [checkpoint.read_weights(run / "ckpt" / "last") for run in (one, two)]  # from one shard and from two
+    # from one shard and from two
+    weights = [checkpoint.read_weights(run / "ckpt" / "last") for run in (one, two)]
     assert weights[0].keys() == weights[1].keys()
-    metrics = [json.loads((run / "metrics.json").read_text())["teacher_forced"] for run in (one, two)]
+    metrics = [
+        json.loads((run / "metrics.json").read_text())["teacher_forced"] for run in (one, two)
+    ]
     assert metrics[0]["n"] == metrics[1]["n"] == 3  # odd: no image is counted twice
 
 
 def test_a_global_batch_that_the_ranks_do_not_divide(capsys):
     assert train_ds.main(flags(toys(), exp_name="odd", global_batch_size=3)) == 2
-    assert "--global_batch_size 3 is not divisible by 1 ranks × --batch_size 2" in capsys.readouterr().err
+    assert (
+        "--global_batch_size 3 is not divisible by 1 ranks × --batch_size 2"
+        in capsys.readouterr().err
+    )
     assert not (toys() / "runs" / "odd").exists()

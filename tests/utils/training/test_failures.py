@@ -1,4 +1,5 @@
-"""What goes wrong around a training run ends in one line that says how to go on; the last checkpoint is whole, and goes on."""
+"""What goes wrong around a training run ends in one line that says how to go on; the last
+checkpoint is whole, and goes on."""
 
 import json
 import os
@@ -42,7 +43,7 @@ def assert_goes_on(name: str, ranks: int = 1) -> None:
     assert_same(run_of(name), reference)
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 @pytest.mark.parametrize("stage", [0, 2])  # without and with a gradient norm from DeepSpeed
@@ -61,7 +62,10 @@ def test_a_loss_far_above_the_others_is_logged_with_its_samples(caplog):
     long = {"epochs": 1, "steps_per_epoch": 12, "print_freq": 100, "no_eval": "true"}
     assert train_ds.main(flags(toys(), exp_name="spikes", spike_factor=0.5, **long)) == 0
     log = read_log(toys() / "runs" / "spikes" / "log.jsonl")
-    assert [row["step"] for row in log] == [11, 12], "ten losses before it, and there is something to compare with"
+    assert [row["step"] for row in log] == [
+        11,
+        12,
+    ], "ten losses before it, and there is something to compare with"
     assert all(name.startswith("Toy|train 00") for row in log for name in row["samples"])
     assert log[0]["loss"] > 0.5 * log[0]["median"]
     assert "step 11: loss" in caplog.text
@@ -69,14 +73,18 @@ def test_a_loss_far_above_the_others_is_logged_with_its_samples(caplog):
     assert [row["step"] for row in read_log(toys() / "runs" / "calm" / "log.jsonl")] == [12]
 
 
-# --------------------------------------------------------------------------------------------------------------- disks
+# -------------------------------------------------------------------------------------------- disks
 
 
 def test_a_full_disk_leaves_the_last_checkpoint():
     line = fail("full", 2, full_disk_at_save=[3])
     assert str(run_of("full") / "ckpt" / "last.partial") in line
-    assert "the disk seems to be full" in line and "free space, and the same command continues" in line
-    assert not (run_of("full") / "ckpt" / "last.partial").exists(), "what was written of it is removed"
+    assert (
+        "the disk seems to be full" in line and "free space, and the same command continues" in line
+    )
+    assert not (run_of("full") / "ckpt" / "last.partial").exists(), (
+        "what was written of it is removed"
+    )
     assert checkpoint.faults(run_of("full") / "ckpt" / "last") == []
     assert_goes_on("full")
 
@@ -99,7 +107,9 @@ def test_a_row_that_cannot_be_written(tmp_path):
 @pytest.mark.slow
 def test_a_disk_that_is_really_full(tmp_path):
     """A file system of 1.5 MB holds one checkpoint of 0.5 MB with its copy, but not a third."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "none", tmp_path], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "none", tmp_path], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting a file system is not permitted here")
     try:
@@ -119,11 +129,13 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train_ds.main(flags(toys(), log_base_dir=tmp_path / "file")) == 2
     line = capsys.readouterr().err
-    assert f"{tmp_path / 'file' / 'run'}: the run folder cannot be written (Not a directory)" in line
+    assert (
+        f"{tmp_path / 'file' / 'run'}: the run folder cannot be written (Not a directory)" in line
+    )
     assert "--log_base_dir" in line and line.count("\n") == 1
 
 
-# ---------------------------------------------------------------------------------------------------- workers and ranks
+# -------------------------------------------------------------------------------- workers and ranks
 
 
 def test_a_data_worker_that_dies():
@@ -140,7 +152,9 @@ def test_a_data_worker_that_dies():
 
 def test_an_item_that_breaks_in_a_data_worker_is_one_line(tmp_path):
     shutil.copytree(toys() / "data", tmp_path / "data")
-    argv = flags(toys(), exp_name="bad-item", dataset_dir=tmp_path / "data", workers=1, no_eval="true")
+    argv = flags(
+        toys(), exp_name="bad-item", dataset_dir=tmp_path / "data", workers=1, no_eval="true"
+    )
     line = error_of(server().run("train_ds", argv, faults={"images_lost": [1, str(tmp_path)]}))
     assert line.startswith(f"error: {tmp_path}/data/reason_seg/Toy/train/00")
     assert line.endswith("replace or remove the file")
@@ -148,13 +162,18 @@ def test_an_item_that_breaks_in_a_data_worker_is_one_line(tmp_path):
 
 def test_words_of_errors():
     assert one_line(ValueError("a\n b")) == "a b"
-    assert one_line(ValueError("a\x1b[2J\udcffb")) == "a [2J b", "nothing steers the terminal or fails to be printed"
+    assert one_line(ValueError("a\x1b[2J\udcffb")) == "a [2J b", (
+        "nothing steers the terminal or fails to be printed"
+    )
     assert one_line(MemoryError()) == "MemoryError"
-    caught = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback:\n  x\na.b.DataError: f: 3"
+    caught = (
+        "Caught DataError in DataLoader worker process 0.\nOriginal Traceback:\n  x\na.b.DataError:"
+        " f: 3"
+    )
     assert one_line(ValueError(caught)) == "f: 3"
 
 
-# -------------------------------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 
 
 LATE = [pytest.param(moment, marks=pytest.mark.chaos) for moment in ("save", "twice")]
@@ -175,7 +194,9 @@ def test_sigterm_at_a_bad_moment(moment):
 
 @pytest.mark.slow
 def test_sigterm_for_one_of_two_ranks_stops_both():
-    trial = server().run("train_ds", command("one-of-two"), ranks=2, faults={"stop_at_step": [2, 1]})
+    trial = server().run(
+        "train_ds", command("one-of-two"), ranks=2, faults={"stop_at_step": [2, 1]}
+    )
     assert trial.codes == [130, 130], trial.output
     assert_goes_on("one-of-two", ranks=2)
 
@@ -186,7 +207,8 @@ LONG = {"steps_per_epoch": 60, "epochs": 1, "save_every": 0, "workers": 1}
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["python", "deepspeed", "torchrun"])
 def test_sigterm_to_a_launcher(launcher):
-    """The launcher signals data workers, too; the state is there within 30 s, and the run ends as if nothing had happened."""
+    """The launcher signals data workers, too; the state is there within 30 s, and the run ends as
+    if nothing had happened."""
     ranks, name = 1 if launcher == "python" else 2, f"launched-{launcher}"
     bin_ = Path(sys.executable).parent
     start = {
@@ -198,15 +220,24 @@ def test_sigterm_to_a_launcher(launcher):
     env = {k: v for k, v in os.environ.items() if k not in ours} | {"OMP_NUM_THREADS": "1"}
     env["PATH"] = f"{bin_}{os.pathsep}{env['PATH']}"
     run = run_of(name)
-    process = subprocess.Popen([*start, "train_ds.py", *command(name, **LONG)], cwd=ROOT, env=env, start_new_session=True)
+    process = subprocess.Popen(
+        [*start, "train_ds.py", *command(name, **LONG)], cwd=ROOT, env=env, start_new_session=True
+    )
     try:
-        wait_for(lambda: (run / "log.jsonl").is_file() and len(read_log(run / "log.jsonl")) >= 5, 180)
+        wait_for(
+            lambda: (run / "log.jsonl").is_file() and len(read_log(run / "log.jsonl")) >= 5, 180
+        )
         stopped = time.perf_counter()
         if launcher == "torchrun":
             process.terminate()
-        else:  # as a terminal or a batch system does, data workers included; `deepspeed` itself passes nothing on
+        # as a terminal or a batch system does, data workers included; `deepspeed` itself passes
+        # nothing on
+        else:
             os.killpg(process.pid, signal.SIGTERM)
-        wait_for(lambda: checkpoint.read_progress(run / "ckpt" / "last"), 30 - (time.perf_counter() - stopped))
+        wait_for(
+            lambda: checkpoint.read_progress(run / "ckpt" / "last"),
+            30 - (time.perf_counter() - stopped),
+        )
         process.wait(60)
     finally:
         if process.poll() is None:
@@ -225,7 +256,7 @@ def wait_for(condition, seconds: float) -> None:
         time.sleep(0.02)
 
 
-# -------------------------------------------------------------------------------------------------- damaged checkpoints
+# ------------------------------------------------------------------------------ damaged checkpoints
 
 
 @pytest.fixture
@@ -269,8 +300,13 @@ def test_a_damaged_checkpoint_is_named_with_the_way_on(run, capsys, file, damage
     assert again(run) == 2
     line = capsys.readouterr().err
     assert line.startswith(f"error: {last / file}: {words}") and line.count("\n") == 1
-    assert f"best is whole: the same command with --resume {run / 'ckpt' / 'best'} continues from epoch 1" in line
-    assert len(before) - len(sorted(last.rglob("*"))) == (damage is Path.unlink), "nothing else is touched"
+    assert (
+        f"best is whole: the same command with --resume {run / 'ckpt' / 'best'} continues from"
+        " epoch 1" in line
+    )
+    assert len(before) - len(sorted(last.rglob("*"))) == (damage is Path.unlink), (
+        "nothing else is touched"
+    )
 
 
 def test_the_way_on_leads_to_the_same_end(run):
@@ -278,7 +314,14 @@ def test_the_way_on_leads_to_the_same_end(run):
     assert again(run, "--resume", str(run / "ckpt" / "best")) == 0
     ours, theirs = (checkpoint.read_weights(r / "ckpt" / "last") for r in (run, trained_run()))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [row["step"] for row in read_log(run / "log.jsonl") if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in read_log(run / "log.jsonl") if row["kind"] == "train"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
 def test_a_lost_last_checkpoint_does_not_start_over_in_silence(run, capsys):
@@ -308,19 +351,25 @@ def test_a_best_checkpoint_whose_copy_was_killed_is_copied_by_the_next_process(r
 
 
 def test_a_kill_in_the_copy_to_best_keeps_one(run):
-    """Between the two renames only ``best.old`` is whole: the next copy must not begin by removing it."""
+    """Between the two renames only ``best.old`` is whole: the next copy must not begin by removing
+    it."""
     best = run / "ckpt" / "best"
     best.rename(run / "ckpt" / "best.old")
     checkpoint.copy(run / "ckpt" / "last", best)
     assert checkpoint.faults(best) == [] and not (run / "ckpt" / "best.old").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------------ log
+# ---------------------------------------------------------------------------------------------- log
 
 
 def test_a_log_continues_where_the_checkpoint_is(tmp_path):
-    rows = [{"kind": "train", "step": step} for step in (1, 2, 3, 4)] + [{"kind": "val", "step": 2}, {"kind": "val", "step": 3}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "st')
+    rows = [{"kind": "train", "step": step} for step in (1, 2, 3, 4)] + [
+        {"kind": "val", "step": 2},
+        {"kind": "val", "step": 3},
+    ]
+    (tmp_path / "log.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "st'
+    )
     log = RunLog(tmp_path, {"train": 3, "val": 2})
     log.write({"step": 4, "loss": 0.5}, "train")
     log.close()

@@ -1,4 +1,5 @@
-"""Losses by global counts: ranks, batches and accumulation share a step in any way, and it is the same step."""
+"""Losses by global counts: ranks, batches and accumulation share a step in any way, and it is the
+same step."""
 
 import sys
 from functools import cache
@@ -18,24 +19,39 @@ from utils.training import checkpoint, normalisation
 from utils.training.loader import make_loader
 from utils.training.trainer import Trainer
 
-TEXTS = ["the bright thing", "what is in this image, the dog or the wheel of a red bus?", "where", "a kettle", "the spout"]
+TEXTS = [
+    "the bright thing",
+    "what is in this image, the dog or the wheel of a red bus?",
+    "where",
+    "a kettle",
+    "the spout",
+]
 LOSS_TOLERANCE = 1e-5  # losses of about 9; measured: 1.7e-6
-WEIGHT_TOLERANCE = 2e-5  # after three steps of up to 1e-3; measured: 2.6e-6, and 3e-3 with means of micro batches
+# after three steps of up to 1e-3; measured: 2.6e-6, and 3e-3 with means of micro batches
+WEIGHT_TOLERANCE = 2e-5
 
 
 @cache
 def uneven() -> Path:
-    """A data set whose images have one to five queries, and text-only answers of two lengths: no two micro batches count alike."""
+    """A data set whose images have one to five queries, and text-only answers of two lengths: no
+    two micro batches count alike."""
     root = toys() / "uneven"
     for i in range(5):
         folder = root / "reason_seg" / "Toy" / "train"
         write_image(folder / f"{i:03d}.jpg", size=(24, 32), value=40 * i)
-        record = {"text": TEXTS[: i + 1], "is_sentence": False, "shapes": [square(2 + i, 2, 12 + i, 9 + i)]}
+        record = {
+            "text": TEXTS[: i + 1],
+            "is_sentence": False,
+            "shapes": [square(2 + i, 2, 12 + i, 9 + i)],
+        }
         write_json(folder / f"{i:03d}.json", record)
     spoken = []
     for i in range(2):
         write_image(root / "coco" / "train2017" / f"{i}.jpg", size=(24, 32), value=60)
-        turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "It is a red bus. " * (1 + 3 * i)}]
+        turns = [
+            {"from": "human", "value": "<image>\nwhat is it?"},
+            {"from": "gpt", "value": "It is a red bus. " * (1 + 3 * i)},
+        ]
         spoken.append({"id": str(i), "image": f"{i}.jpg", "conversations": turns})
     write_json(root / "llava_dataset" / "llava_instruct_150k.json", spoken)
     return root
@@ -70,7 +86,13 @@ def train(name: str, batch: int, accumulation: int, **changes: object) -> Path:
 
 
 def train_on_two(name: str, batch: int, accumulation: int, **changes: object) -> Path:
-    torchrun = [Path(sys.executable).with_name("torchrun"), "--nproc_per_node", 2, "--master_port", free_port()]
+    torchrun = [
+        Path(sys.executable).with_name("torchrun"),
+        "--nproc_per_node",
+        2,
+        "--master_port",
+        free_port(),
+    ]
     result = launch(*torchrun, "train_ds.py", *arguments(name, batch, accumulation, **changes))
     assert result.returncode == 0, result.stdout + result.stderr
     return toys() / "runs" / name
@@ -84,7 +106,9 @@ def differences(one: Path, two: Path, steps: int = 3) -> tuple[float, float]:
     loss = max(abs(a[key] - b[key]) for a, b in zip(*rows, strict=True) for key in keys)
     weights = [checkpoint.read_weights(run / "ckpt" / "last") for run in (one, two)]
     assert weights[0].keys() == weights[1].keys()
-    return loss, max(float((weights[0][k] - weights[1][k]).detach().abs().max()) for k in weights[0])
+    return loss, max(
+        float((weights[0][k] - weights[1][k]).detach().abs().max()) for k in weights[0]
+    )
 
 
 @cache
@@ -98,7 +122,8 @@ def the_same(one: Path, two: Path, steps: int = 3) -> bool:
 
 
 def test_factors_by_hand(monkeypatch):
-    """Two ranks × two micro steps: this rank has 3 and 1 supervised tokens, 0 and 2 targets, the other 4 and 3."""
+    """Two ranks × two micro steps: this rank has 3 and 1 supervised tokens, 0 and 2 targets, the
+    other 4 and 3."""
     own = {"a": (3, 0), "b": (1, 2)}
     monkeypatch.setattr(normalisation, "counts", own.get)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -130,7 +155,8 @@ def test_separate_prefixes_change_nothing():
 
 
 def test_means_of_micro_batches_are_something_else():
-    """The published arithmetic: right for one micro batch, otherwise each token's weight depends on its neighbours."""
+    """The published arithmetic: right for one micro batch, otherwise each token's weight depends on
+    its neighbours."""
     assert the_same(whole(), train("micro", 4, 1, loss_normalisation="micro"))
     loss, weight = differences(whole(), train("micro-2x2", 2, 2, loss_normalisation="micro"))
     assert loss > 0.5 and weight > 1e-3
@@ -150,12 +176,16 @@ def test_two_ranks_with_accumulation_change_nothing(stage):
 
 @pytest.mark.slow
 def test_two_ranks_change_nothing_for_two_mask_branches():
-    """A rank without a target brings the gradients of chain and selector in the order of the others."""
+    """A rank without a target brings the gradients of chain and selector in the order of the
+    others."""
     selecting = {"method": "cores+select", "features": "sam", "pool_size": 16}
     selecting |= {"proposal_points": 4, "proposal_iou": 0.0, "proposal_stability": 0.0}
-    loss, weight = differences(train("select", 4, 1, **selecting), train_on_two("select-1x2", 1, 2, **selecting))
+    loss, weight = differences(
+        train("select", 4, 1, **selecting), train_on_two("select-1x2", 1, 2, **selecting)
+    )
     assert loss < LOSS_TOLERANCE
-    assert weight < 1e-4  # measured: 2.1e-5, where the gradient is almost 0, and as much with accumulation on one rank
+    # measured: 2.1e-5, where the gradient is almost 0, and as much with accumulation on one rank
+    assert weight < 1e-4
 
 
 def test_zero_3_alone_changes_nothing():
@@ -166,7 +196,10 @@ def test_zero_3_alone_changes_nothing():
 def test_zero_3_on_two_ranks_changes_nothing():
     """Without text-only answers, which it refuses."""
     targets = {"dataset": "reason_seg", "sample_rates": "1"}
-    assert the_same(train("targets", 4, 1, **targets), train_on_two("targets-zero3", 1, 2, zero_stage=3, **targets))
+    assert the_same(
+        train("targets", 4, 1, **targets),
+        train_on_two("targets-zero3", 1, 2, zero_stage=3, **targets),
+    )
 
 
 def test_zero_3_on_several_ranks_needs_targets(monkeypatch):

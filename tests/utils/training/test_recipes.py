@@ -1,4 +1,5 @@
-"""Recipes: their configs parse and keep their word; torchrun, several nodes, offloading and evaluation on several ranks."""
+"""Recipes: their configs parse and keep their word; torchrun, several nodes, offloading and
+evaluation on several ranks."""
 
 import json
 import re
@@ -18,8 +19,19 @@ from utils.settings.flags import UsageError
 
 RECIPES = ROOT / "configs" / "recipes"
 TORCHRUN = Path(sys.executable).with_name("torchrun")
-PAPER = {"lr": 3e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.0, "warmup_steps": 100, "max_grad_norm": 1.0, "lora_r": 8,
-         "lora_alpha": 16, "epochs": 10, "steps_per_epoch": 500, "num_classes_per_sample": 3}  # fmt: skip
+PAPER = {
+    "lr": 3e-4,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "weight_decay": 0.0,
+    "warmup_steps": 100,
+    "max_grad_norm": 1.0,
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "epochs": 10,
+    "steps_per_epoch": 500,
+    "num_classes_per_sample": 3,
+}
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -73,7 +85,14 @@ def test_two_nodes_are_two_ranks():
     for node in (0, 1):
         where = [str(TORCHRUN), "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(node)]
         where += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-        agents.append(subprocess.Popen([*where, "train_ds.py", *argv], cwd=ROOT, env=clean_environment(), stderr=subprocess.PIPE))
+        agents.append(
+            subprocess.Popen(
+                [*where, "train_ds.py", *argv],
+                cwd=ROOT,
+                env=clean_environment(),
+                stderr=subprocess.PIPE,
+            )
+        )
     errors = [agent.communicate(timeout=240)[1].decode() for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], errors
     assert the_same(whole(), toys() / "runs" / "nodes")
@@ -86,7 +105,15 @@ def test_evaluation_on_two_ranks_gives_the_same_tables():
     argv = {n: flags(toys(), exp_name=f"evaluated-{n}", **common) for n in (1, 2)}
     found = []
     for ranks in (1, 2):
-        result = launch(TORCHRUN, "--nproc_per_node", ranks, "--master_port", free_port(), "train_ds.py", *argv[ranks])
+        result = launch(
+            TORCHRUN,
+            "--nproc_per_node",
+            ranks,
+            "--master_port",
+            free_port(),
+            "train_ds.py",
+            *argv[ranks],
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         run = toys() / "runs" / f"evaluated-{ranks}"
         metrics = json.loads((run / "metrics.json").read_text())

@@ -53,11 +53,21 @@ def test_padding_may_be_left_out():
 def test_random_states_of_new_ranks(tmp_path):
     """Kept where there is one, otherwise new, different and the same every time."""
     for rank in (0, 1):
-        torch.save({"torch": torch.Generator().manual_seed(rank).get_state()}, tmp_path / f"random_{rank}.pt")
-    states = [[reshard.random_state(tmp_path, 2, rank)["torch"] for rank in range(5)] for _ in range(2)]
+        torch.save(
+            {"torch": torch.Generator().manual_seed(rank).get_state()},
+            tmp_path / f"random_{rank}.pt",
+        )
+    states = [
+        [reshard.random_state(tmp_path, 2, rank)["torch"] for rank in range(5)] for _ in range(2)
+    ]
     assert all(map(torch.equal, *states))
-    assert all(torch.equal(states[0][rank], torch.Generator().manual_seed(rank).get_state()) for rank in (0, 1))
-    draws = [float(torch.rand((), generator=torch.Generator().set_state(state))) for state in states[0]]
+    assert all(
+        torch.equal(states[0][rank], torch.Generator().manual_seed(rank).get_state())
+        for rank in (0, 1)
+    )
+    draws = [
+        float(torch.rand((), generator=torch.Generator().set_state(state))) for state in states[0]
+    ]
     assert len(set(draws)) == 5
 
 
@@ -75,15 +85,23 @@ def test_the_images_of_a_step_must_stay_as_many(world, monkeypatch, tmp_path):
     reshard.refuse(tmp_path, progress, fitting, earlier)
     with pytest.raises(UsageError, match="24 images .* add --global_batch_size 24"):
         reshard.refuse(tmp_path, progress, earlier, earlier)
-    with pytest.raises(UsageError, match="24 images"):  # another process may have saved its settings since, but no checkpoint
-        reshard.refuse(tmp_path, progress | {"images_per_step": 24}, earlier, settings(grad_accumulation_steps=1))
+    # another process may have saved its settings since, but no checkpoint
+    with pytest.raises(UsageError, match="24 images"):
+        reshard.refuse(
+            tmp_path,
+            progress | {"images_per_step": 24},
+            earlier,
+            settings(grad_accumulation_steps=1),
+        )
 
 
 def test_means_of_micro_batches_need_their_size(tmp_path):
     larger = {"batch_size": 4, "grad_accumulation_steps": 3}
     settings(**larger).refuse_changes(settings(), tmp_path)
     with pytest.raises(UsageError, match="batch_size was 2 and is now 4"):
-        settings(**larger, loss_normalisation="micro").refuse_changes(settings(loss_normalisation="micro"), tmp_path)
+        settings(**larger, loss_normalisation="micro").refuse_changes(
+            settings(loss_normalisation="micro"), tmp_path
+        )
 
 
 def test_zero_3_keeps_its_ranks(tmp_path):
@@ -94,12 +112,22 @@ def test_zero_3_keeps_its_ranks(tmp_path):
 
 
 def write_as(folder: Path, world: int) -> None:
-    """Makes the ZeRO checkpoint ``folder`` of one rank one of ``world`` ranks, as DeepSpeed would have written it."""
+    """Makes the ZeRO checkpoint ``folder`` of one rank one of ``world`` ranks, as DeepSpeed would
+    have written it."""
     saved = reshard._read_parts(folder, 1)[0]
-    saved = {k: v for k, v in saved.items() if k not in ("loss_scaler", "zero_stage", "param_slice_mappings")}
-    weights, base = saved["single_partition_of_fp32_groups"][0].detach(), saved["base_optimizer_state"]
+    saved = {
+        k: v
+        for k, v in saved.items()
+        if k not in ("loss_scaler", "zero_stage", "param_slice_mappings")
+    }
+    weights, base = (
+        saved["single_partition_of_fp32_groups"][0].detach(),
+        saved["base_optimizer_state"],
+    )
     total = len(weights)
-    moments = {k: cut([v], total, world) if v.dim() else [v] * world for k, v in base["state"][0].items()}
+    moments = {
+        k: cut([v], total, world) if v.dim() else [v] * world for k, v in base["state"][0].items()
+    }
     weights = cut([weights], total, world)
     (folder / "state" / SHARD.format(0)).unlink()
     for rank, part in enumerate(weights):
@@ -115,13 +143,16 @@ def write_as(folder: Path, world: int) -> None:
 
 
 def test_one_rank_goes_on_for_three_bit_for_bit(monkeypatch):
-    """Also with dropout, as rank 0 keeps its random state; and the checkpoint says who saved it until it is replaced."""
+    """Also with dropout, as rank 0 keeps its random state; and the checkpoint says who saved it
+    until it is replaced."""
     with monkeypatch.context() as patch:
         Stop(patch, 2)
         assert train_ds.main(flags(toys(), exp_name="three")) == 130
     run = toys() / "runs" / "three"
     write_as(run / "ckpt" / "last", 3)
-    checkpoint.write_progress(run / "ckpt" / "last", checkpoint.read_progress(run / "ckpt" / "last") | {"world_size": 1})
+    checkpoint.write_progress(
+        run / "ckpt" / "last", checkpoint.read_progress(run / "ckpt" / "last") | {"world_size": 1}
+    )
     assert checkpoint.read_progress(run / "ckpt" / "last")["world_size"] == 3
     assert train_ds.main(flags(toys(), exp_name="three", global_batch_size=2)) == 0
     assert losses(run) == losses(trained_run())
@@ -131,11 +162,12 @@ def test_one_rank_goes_on_for_three_bit_for_bit(monkeypatch):
     assert checkpoint.read_progress(run / "ckpt" / "last")["world_size"] == 1
 
 
-# ---------------------------------------------------------------------------------------------------------- real ranks
+# --------------------------------------------------------------------------------------- real ranks
 
 
 def run_on(name: str, *parts: tuple[int, int], **changes: object) -> Path:
-    """Trains in ``parts``: numbers of ranks, each with the step after which it is stopped, 0 for the end."""
+    """Trains in ``parts``: numbers of ranks, each with the step after which it is stopped, 0 for
+    the end."""
     data = {"dataset": "reason_seg", "sample_rates": "1"}
     argv = arguments(name, 1, 1, global_batch_size=4, steps_per_epoch=4, **data, **changes)
     for ranks, stop in parts:
@@ -155,12 +187,16 @@ def whole(stage: int) -> Path:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_other_ranks_go_on_as_one_rank_would(stage, parts):
     name = "-".join(str(ranks) for ranks, _ in parts)
-    assert the_same(whole(stage), run_on(f"reshard-{stage}-{name}", *parts, zero_stage=stage), steps=4)
+    assert the_same(
+        whole(stage), run_on(f"reshard-{stage}-{name}", *parts, zero_stage=stage), steps=4
+    )
 
 
 @pytest.mark.slow
 def test_many_changes():
-    assert the_same(whole(2), run_on("reshard-many", (2, 1), (1, 2), (4, 3), (2, 0), zero_stage=2), steps=4)
+    assert the_same(
+        whole(2), run_on("reshard-many", (2, 1), (1, 2), (4, 3), (2, 0), zero_stage=2), steps=4
+    )
 
 
 @pytest.mark.slow
@@ -168,5 +204,8 @@ def test_many_changes():
 def test_bf16_goes_on(stage):
     """The float32 weights behind it, too: the losses stay those of one rank up to its rounding."""
     changes = {"zero_stage": stage, "precision": "bf16"}
-    alone, changed = run_on(f"bf16-{stage}", (1, 0), **changes), run_on(f"bf16-{stage}-2-1", (2, 2), (1, 0), **changes)
+    alone, changed = (
+        run_on(f"bf16-{stage}", (1, 0), **changes),
+        run_on(f"bf16-{stage}-2-1", (2, 2), (1, 0), **changes),
+    )
     assert losses(changed) == pytest.approx(losses(alone), abs=0.05)

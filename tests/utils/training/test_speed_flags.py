@@ -15,11 +15,15 @@ def curve(**changes) -> list[dict]:
     torch.manual_seed(0)
     model, processor = build.build_model(settings)
     build.make_trainable(model, settings)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=settings.lr
+    )
     data = build.build_mixture(settings, processor)
     rows = []
     for first in range(0, 6, 2):
-        batch = collate([data[first], data[first + 1]], processor, processor.levels, processor.template)
+        batch = collate(
+            [data[first], data[first + 1]], processor, processor.levels, processor.template
+        )
         output = model.train()(batch)
         optimizer.zero_grad()
         output.loss.backward()
@@ -47,7 +51,15 @@ def test_a_cache_changes_the_curve_by_its_rounding_whatever_it_held_before(tmp_p
 
 def test_flags_reach_the_model(tmp_path):
     model, processor = build.build_model(
-        parse(flags(toys(), prefix_sharing="false", pack_tokens=99, attn_implementation="eager", sam_cache=tmp_path))
+        parse(
+            flags(
+                toys(),
+                prefix_sharing="false",
+                pack_tokens=99,
+                attn_implementation="eager",
+                sam_cache=tmp_path,
+            )
+        )
     )
     assert (model.reasoning.sharing.enabled, model.reasoning.sharing.row_tokens) == (False, 99)
     assert model.reasoning.llava.model.language_model.config._attn_implementation == "eager"
