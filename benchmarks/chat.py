@@ -17,7 +17,7 @@ evaluation       free generation for --queries questions about one picture, text
 
 Weights are random and seeded. All but follow_up_alike say --tokens tokens, [LOC] and [SEG] at fixed
 places and greedy in between, but no word twice: a random model repeats itself, and here repetitions
-are drafted (model/reasoning/drafts.py). So no draft helps there; only trained models, which
+are drafted (model/reasoning/generation.py). So no draft helps there; only trained models, which
 follow_up_alike stands for, answer as they did before. Every follow-up question is a new one.
 """
 
@@ -60,8 +60,7 @@ from model import (
     ReasoningSegmenter,
 )
 from model.config import SamDims
-from model.masks import Scene
-from model.reasoning.generation import Context, speak
+from model.reasoning.generation import KVCache, decode
 
 RESULTS = ROOT / "benchmarks" / "results" / "chat.json"
 LEVELS = ["LOC", "SEG"]
@@ -183,7 +182,7 @@ class Published:
         self.model, self.processor, self.decoding = model, processor, decoding
 
     @torch.no_grad()
-    def speak(
+    def generate(
         self, prompt: list[int], features: Tensor | None, clip_pixels: Tensor
     ) -> tuple[list[int], Tensor]:
         """(token ids, states (M, d)); CLIP runs for every token unless its ``features`` (1, P, d)
@@ -213,12 +212,13 @@ class Published:
     def answer(self, image: np.ndarray, prompt: list[int]) -> tuple[list[int], np.ndarray]:
         """(token ids, masks bool (K, T, H, W)) of one question; the picture is read from its pixels
         on."""
-        sam_pixels, resized = self.processor.sam(image)
-        clip_pixels = self.processor.clip(image)[None]
-        said, states = self.speak(prompt, None, clip_pixels)
-        scene = Scene(self.model, clip_pixels, sam_pixels[None], [image.shape[:2]], [resized])
-        found = scene.segment([states], [said], torch.zeros(1, dtype=torch.int64))[0]
-        return said, found.masks.numpy()
+        batch = ReasoningSegmenter(self.model, self.processor).collate([(image, "image", ["?"])])
+        generated, states = self.generate(prompt, None, batch.clip_pixels)
+        prompts, counts = self.model.group_prompts([states], [generated])
+        (found,) = self.model.mask_branch.segment(
+            prompts, counts, batch.image_index, self.model.encode_images(batch)
+        )
+        return generated, found.masks.numpy()
 
 
 class Comparison:
@@ -264,13 +264,13 @@ class Comparison:
 
         @torch.no_grad()
         def ours() -> list[int]:
-            context, ids = Context(reasoning), torch.tensor([prompt])
+            cache, ids = KVCache(reasoning), torch.tensor([prompt])
             embeddings = reasoning.embed(ids, features, torch.zeros(1, dtype=torch.int64))
-            hidden = context.read(embeddings, torch.ones_like(ids))[:, -1]
-            return [int(token) for token, _ in speak(context, hidden, self.end, free, [prompt])]
+            hidden = cache.extend(embeddings, torch.ones_like(ids))[:, -1]
+            return [int(token) for token, _ in decode(cache, hidden, self.end, free, [prompt])]
 
         def published() -> list[int]:
-            return Published(self.model, self.processor, free).speak(prompt, features, pixels)[0]
+            return Published(self.model, self.processor, free).generate(prompt, features, pixels)[0]
 
         return ours, published
 

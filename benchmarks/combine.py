@@ -32,7 +32,7 @@ from dataset.conversation.turns import Conversation
 from dataset.mixture import EvalDataset
 from dataset.proposals import Proposals, pooling_weights, runs, union
 from dataset.sample import Sample
-from model.masks import Scene
+from model.masks import MaskBranch
 from model.selecting.selector import Scores
 from utils.build import build_eval, build_trained
 from utils.metrics import ciou, giou, intersection_and_union, iou
@@ -98,10 +98,12 @@ class Selecting:
     def score(self, batch: Batch, proposals: Proposals, target: int) -> Scores:
         """Of one target of the only conversation in ``batch``."""
         scored = dataclasses.replace(batch, proposals=[proposals])
-        tokens, counts = self.model._tokens(self.model._hidden(scored), scored)
-        return of_one(
-            Scene.of(self.model, scored).score(tokens, counts, scored.image_index), target
+        asked = (
+            *self.model.prompt_tokens(self.model.hidden_states(scored), scored),
+            scored.image_index,
         )
+        images = self.model.encode_images(scored)
+        return of_one(self.model.mask_branch.score(*asked, images), target)
 
 
 def of_one(scores: Scores, target: int) -> Scores:
@@ -153,14 +155,16 @@ def joint(run: Path) -> dict[str, dict[str, float]]:
     for index in tqdm(range(len(data)), unit="image"):
         sample = data[index]
         batch = collate([sample], processor, processor.levels, processor.conversation)
-        scene = Scene.of(model, batch)
-        asked = *model._tokens(model._hidden(batch), batch), batch.image_index
-        own = [found.masks[:, -1] for found in scene.chain(*asked)]
-        alone, among, masks = scene.score(*asked), scene.score(*asked, own), torch.cat(own).numpy()
+        images, branch = model.encode_images(batch), model.mask_branch
+        asked = *model.prompt_tokens(model.hidden_states(batch), batch), batch.image_index, images
+        chain = MaskBranch(model.config, model.segmenting, None).segment(*asked)
+        last = [found.masks[:, -1] for found in chain]
+        alone, among = branch.score(*asked), branch.score(*asked, last)
+        masks = torch.cat(last).numpy()
         targets = [(target, c.ignore) for c in sample.conversations for target in c.masks]
         for k, (target, ignore) in enumerate(targets):
             rows = candidates(
-                masks[k], scene.proposals[0], of_one(alone, k), of_one(among, k), target
+                masks[k], batch.proposals[0], of_one(alone, k), of_one(among, k), target
             )
             for name, found in rows.items():
                 scores.setdefault(name, []).append(intersection_and_union(found, target, ignore))

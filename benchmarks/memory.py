@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.chat_memory import GIB, PRECISIONS, show
 from benchmarks.train_step import LEVEL_IDS, SIZES, Size, build_batch, build_model
 from model import losses
-from model.cores import CoresForReasoningSegmentation, _pieces
+from model.cores import CoresForReasoningSegmentation
 
 LLAMA_13B = {
     "hidden_size": 5120,
@@ -170,11 +170,8 @@ def activations(
         truth = torch.zeros(count, *size.original, dtype=torch.bool, device="meta")
         parts = []
         for image, own in zip(low_res.chunk(size.images), truth.chunk(size.images), strict=True):
-            pieces = _pieces(len(own), size.original)
-            parts += [
-                model._frame_losses(image[p], own[p], None, batch.resized_sizes[0]) for p in pieces
-            ]
-        return torch.stack([part for pair in parts for part in pair])
+            parts += model.objective.bce_and_dice(image, own, None, batch.resized_sizes[0])
+        return torch.stack(parts)
 
     def vocabulary() -> Tensor:
         labels = torch.zeros(words, dtype=torch.int64, device="meta")

@@ -60,7 +60,7 @@ def _forward(model: CoresForReasoningSegmentation, batch: Batch) -> dict[str, Te
     counts = [len(masks) for masks in batch.target_masks]
     tokens = torch.cat(reasoning.token_states(projected, batch.labels, batch.info, counts))
     parts |= _mask_losses(model, batch, tokens, counts)
-    return {"loss": model.total(parts)} | parts
+    return {"loss": model.objective.total(parts)} | parts
 
 
 def _mask_losses(

@@ -4,9 +4,9 @@ from model.config import CoresConfig, RefinerConfig
 from model.cores import CoresForReasoningSegmentation, CoresOutput
 from model.inference.results import AnswerMask, Result, Stream
 from model.inference.segmenter import ReasoningSegmenter, Session
-from model.masks import Segmentation
+from model.masks import Generation, Segmentation
 from model.processor import CoresProcessor
-from model.reasoning.generation import Decoding, Generation
+from model.reasoning.generation import Decoding
 
 __all__ = [
     "AnswerMask",

@@ -1,7 +1,8 @@
 """CoReS: a chain of reasoning in a multimodal language model prompts a chain of segmenting in SAM.
 
     image, question ─► ReasoningChain ─► "It appears on [LOC]. It is [SEG]."
-                            └─► hidden states h⁰…hᵀ ─► text_projection ─► SegmentingChain ─► one mask per token
+                            └─► hidden states h⁰…hᵀ ─► text_projection ─► SegmentingChain
+                                                                             └─► one mask per token
 
 B images · N conversations · L tokens · K targets · T levels · C prompt width · (H, W) an image in
 the original frame.
@@ -13,6 +14,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     Dinov2Model,
@@ -32,8 +33,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dataset.collate import Batch
-from dataset.proposals import ProposalSource, ProposalStore
-from model import losses
+from dataset.proposals import ProposalSource
 from model.checkpoints import published
 from model.checkpoints.llava import (
     add_image_token,
@@ -46,21 +46,25 @@ from model.checkpoints.llava import (
 from model.checkpoints.precision import quantized_bits
 from model.checkpoints.sam import load_sam
 from model.checkpoints.weights import find_file, read_all, read_json_file, refuse_bad_loading
-from model.config import CoresConfig, ProposalConfig, SelectorConfig
-from model.masks import Scene, Segmentation
+from model.config import CoresConfig, SelectorConfig
+from model.masks import (
+    EncodedImages,
+    Generation,
+    MaskBranch,
+    Segmentation,
+    group_states,
+    no_masks,
+)
+from model.objective import Objective
 from model.processor import CoresProcessor
 from model.reasoning.chain import ReasoningChain
-from model.reasoning.generation import Decoding, Generation, generate
+from model.reasoning.generation import Decoding, decode, prefill, unpadded_prompts
 from model.reasoning.lora import has_lora
 from model.segmenting.chain import SegmentingChain, TokenRefiner
-from model.segmenting.frames import PIXEL_MEAN, PIXEL_STD, to_grid, to_original
-from model.segmenting.sam import build_sam, position_encoding
-from model.selecting.proposals import fingerprint, make_generator
-from model.selecting.selector import Selector, dinov2_pixels, required
-from model.selecting.targets import overlap, truth_of
-
-# pixels of the original frame that the mask losses hold at a time: 16 MB a copy
-MASK_PIXELS = 1 << 22
+from model.segmenting.frames import PIXEL_MEAN, PIXEL_STD, valid_cells
+from model.segmenting.sam import build_sam
+from model.selecting.proposals import proposal_source
+from model.selecting.selector import Selector
 
 
 @dataclass
@@ -142,8 +146,6 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         if isinstance(module, Sam):
             module.pixel_mean.copy_(torch.tensor(PIXEL_MEAN)[:, None, None])
             module.pixel_std.copy_(torch.tensor(PIXEL_STD)[:, None, None])
-
-    # ------------------------------------------------------------------------------------- assembly
 
     @classmethod
     def from_backbones(
@@ -320,311 +322,62 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         self.reasoning.llava.model.vision_tower.eval()
         return self
 
-    # -------------------------------------------------------------------------------------- forward
+    @property
+    def mask_branch(self) -> MaskBranch:
+        """What turns prompt tokens into masks."""
+        return MaskBranch(self.config, self.segmenting, self.selecting)
+
+    @property
+    def objective(self) -> Objective:
+        """What training minimises."""
+        return Objective(self.config, self.segmenting, self.selecting)
+
+    def proposal_source(
+        self, folder: str | Path | None, generate: bool = True
+    ) -> ProposalSource | None:
+        """Where ``collate`` gets proposals for this model; set it as ``processor.proposals``. None
+        for a model that selects nothing; arguments as of model.selecting.proposals."""
+        selector = self.config.selector_config
+        if selector is None:
+            return None
+        return proposal_source(self.segmenting, selector, folder, generate)
 
     def forward(self, batch: Batch) -> CoresOutput:
         """Text loss and mask losses of a batch with its answers in it (training, teacher-forced
         evaluation)."""
-        hidden = self._hidden(batch, wanted=_supervised(batch))
-        tokens, expected = self._tokens(hidden, batch)
+        objective, branch = self.objective, self.mask_branch
+        hidden = self.hidden_states(batch, wanted=_predicting(batch))
+        prompts, counts = self.prompt_tokens(hidden, batch)
         parts = {"text": self.reasoning.text_loss(hidden, batch.labels)}
-        scene = Scene.of(self, batch)
-        if not self.config.decodes:
-            parts |= self._selection_losses(tokens, batch, expected, scene)
-            return CoresOutput(self.total(parts), parts, [], [])
-        low_res, iou = scene.decode(tokens, expected, batch.image_index)
-        parts |= self._mask_losses(low_res, tokens, batch, expected)
-        if self.selecting is not None:
-            parts |= self._selection_losses(tokens, batch, expected, scene, low_res[:, -1])
-        return CoresOutput(
-            self.total(parts), parts, list(low_res.split(expected)), list(iou.split(expected))
-        )
+        side, index = self.config.sam_dims.low_res, batch.image_index
+        logits = prompts.new_zeros((0, len(self.config.levels), side, side))
+        iou = logits.new_zeros(logits.shape[:2])
+        if not sum(counts):
+            parts |= objective.without_targets(prompts)
+        else:
+            images, chain_masks = self.encode_images(batch), None
+            if self.config.decodes:
+                logits, iou = branch.decode(prompts, counts, index, images)
+                parts |= objective.mask_losses(logits, prompts, batch, counts)
+            if self.selecting is not None:
+                if self.config.decodes:  # No gradient flows into the chain through its own mask.
+                    last = branch.to_masks(logits[:, -1:].detach(), counts, index, images)
+                    chain_masks = [mask[:, 0] for mask in last]
+                scores = branch.score(prompts, counts, index, images, chain_masks)
+                parts |= objective.selection_losses(scores, prompts, batch, counts, chain_masks)
+        decoded = [list(t.split(counts)) if self.config.decodes else [] for t in (logits, iou)]
+        return CoresOutput(objective.total(parts), parts, *decoded)
 
     @torch.no_grad()
     def segment(self, batch: Batch) -> list[Segmentation]:
         """Teacher-forced masks: the answers, with their tokens, are in the batch. One Segmentation
         per conversation."""
-        return Scene.of(self, batch).masks(
-            *self._tokens(self._hidden(batch, _supervised(batch)), batch), batch.image_index
-        )
-
-    @torch.no_grad()
-    def mask_features(
-        self,
-        pixels: Tensor,
-        resized: list[tuple[int, int]],
-        cached: tuple[list[Tensor | None], list[str]] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What the mask branch sees of B images: SAM's embedding (B, C, G, G), and what a selector
-        pools, (B, c, G', G'): the same, or features of its DINOv2. None for what this model does
-        not look at.
-
-        pixels (B', 3, S, S), ``resized`` B × (height, width), and ``cached`` embeddings with their
-        names, as in a Batch.
-        """
-        own = self.selecting is not None and self.selecting.encoder is not None
-        embedding = None
-        if self.config.decodes or not own:
-            embedding = (
-                self.segmenting.embed(pixels)
-                if cached is None
-                else self.segmenting.embed_missing(*cached, pixels)
-            )
-        if not own:
-            return embedding, None if self.selecting is None else embedding
-        sam, size = self.segmenting.sam, self.selecting.config.feature_size
-        return embedding, self.selecting.encode(
-            dinov2_pixels(pixels, resized, size, sam.pixel_mean, sam.pixel_std)
-        )
-
-    def _tokens(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, list[int]]:
-        """The projected answer tokens (K, T, C) of all conversations, and how many targets each
-        has.
-
-        With a gradient and without targets: one that means nothing, for ``_stand_in``.
-        """
-        expected = [len(m) for m in batch.target_masks]
-        states = torch.cat(self.reasoning.token_states(hidden, batch.labels, batch.info, expected))
-        if torch.is_grad_enabled() and not len(states):
-            states = hidden[:1, :1].expand(1, states.shape[1], -1)
-        return self.text_projection(states), expected
-
-    def _hidden(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
-        """Last hidden states (N, L, d); ``wanted`` bool (N, L): what is needed of them, None for
-        all."""
-        with torch.no_grad():
-            features = self.reasoning.image_features(batch.clip_pixels)
-        return self.reasoning.read(
-            batch.input_ids, batch.attention_mask, batch.image_index, features, wanted
-        )
-
-    # ------------------------------------------------------------------------------------ selection
-
-    def proposal_source(
-        self, folder: str | Path | None, generate: bool = True
-    ) -> ProposalSource | None:
-        """Where ``collate`` gets proposals for this model, or None if it selects nothing; set as
-        ``processor.proposals``.
-
-        ``folder``: of the store, None for none. ``generate``: compute what it lacks, with the
-        model's own SAM, which is copied at the first image where its weights are half precision.
-        """
-        c = self.config.selector_config
-        if c is None:
-            return None
-        settings, find = ProposalConfig(**c.proposals), None
-
-        def compute(image: np.ndarray):
-            nonlocal find
-            find = find or make_generator(self.segmenting.proposer, settings)
-            return find(image)
-
-        store = (
-            None
-            if folder is None
-            else ProposalStore(folder, fingerprint(self.segmenting.proposer, settings))
-        )
-        return ProposalSource(c.ranking, c.count, c.pool_size, store, compute if generate else None)
-
-    def _selection_losses(
-        self,
-        tokens: Tensor,
-        batch: Batch,
-        counts: list[int],
-        scene: Scene,
-        chain: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """``chain``: the last low-res logits (K, 4G, 4G) of the targets, whose masks stand among
-        the proposals; no gradient goes into them from here."""
-        pointing = self.config.pointing_weight and chain is None  # else a mask loss already
-        if not sum(counts):
-            required(batch.proposals)
-            names = ["similarity", "iop", "pointing"] if pointing else ["similarity", "iop"]
-            return dict.fromkeys(names, self._stand_in_selection(tokens))
-        own = None
-        if chain is not None:
-            logits = zip(
-                chain.detach()[:, None].split(counts), batch.image_index.tolist(), strict=True
-            )
-            own = [scene.in_frame(low_res, image)[:, 0] for low_res, image in logits]
-        scores = scene.score(tokens, counts, batch.image_index, own)
-        truth = [torch.zeros(scores.iop.shape, device=tokens.device) for _ in range(2)]
-        rows = torch.arange(len(tokens)).split(counts)
-        for n, (row, found) in enumerate(
-            zip(rows, truth_of(batch, self.config.ignore_in_loss), strict=True)
-        ):
-            for table, values in zip(truth, found, strict=True):
-                table[row, : values.shape[1]] = torch.from_numpy(values).to(table)
-            if own is not None:
-                ignore = batch.ignore_masks[n] if self.config.ignore_in_loss else None
-                for table, values in zip(
-                    truth, overlap(own[n], batch.target_masks[n], ignore), strict=True
-                ):
-                    table[row, -1] = values
-        parts = self.selecting.losses(scores, *truth)
-        if pointing:
-            parts["pointing"] = self._pointing(tokens, batch, counts)
-        return parts
-
-    def _pointing(self, tokens: Tensor, batch: Batch, counts: list[int]) -> Tensor:
-        """Mean pointing loss of tokens (K, 1, C) at their targets."""
-        total = tokens.float().sum() * 0.0
-        for image, rows in _rows_per_image(batch.image_index, counts).items():
-            index = torch.cat(
-                [torch.arange(s.start, s.stop, device=tokens.device) for _, s in rows]
-            )
-            targets = torch.cat([batch.target_masks[row] for row, _ in rows])
-            hosts = _stack_hosts(batch, rows, batch.original_sizes[image])
-            total = total + self._point(
-                tokens[index], targets, *hosts, batch.resized_sizes[image]
-            ) / len(tokens)
-        return total
-
-    # --------------------------------------------------------------------------------------- losses
-
-    def total(self, parts: dict[str, Tensor]) -> Tensor:
-        """The loss () of its unweighted parts, each ()."""
-        c, branches = self.config, []
-        if c.decodes:
-            branches.append(c.bce_weight * parts["bce"] + c.dice_weight * parts["dice"])
-        if self.selecting is not None:
-            s = self.selecting.config
-            branches.append(s.similarity_weight * parts["similarity"] + s.iop_weight * parts["iop"])
-        loss = c.text_weight * parts["text"] + c.mask_weight * sum(branches)
-        return loss + c.pointing_weight * parts["pointing"] if "pointing" in parts else loss
-
-    def _stand_in(self, tokens: Tensor) -> Tensor:
-        """(), 0: a pass of some token (1, T, C) through the chain, for a batch without targets; of
-        none without a gradient.
-
-        ZeRO-2 puts gradients into its buckets as they come: a rank without targets must bring the
-        same ones in the same order as the others, or sums of gradients of different weights come
-        out.
-        """
-        if not len(tokens):
-            return tokens.float().sum()
-        dims, image_index = (
-            self.config.sam_dims,
-            torch.zeros(1, dtype=torch.int64, device=tokens.device),
-        )
-        embedding = tokens.new_zeros((1, dims.prompt_dim, dims.grid, dims.grid))
-        low_res, _ = self.segmenting(
-            tokens, embedding, image_index, tokens.new_ones((1, dims.grid, dims.grid))
-        )
-        return (low_res.float().sum() + tokens.float().sum()) * 0.0
-
-    def _stand_in_selection(self, tokens: Tensor) -> Tensor:
-        """Likewise, through the selector."""
-        if not len(tokens):
-            return tokens.float().sum()
-        image_index = torch.zeros(1, dtype=torch.int64, device=tokens.device)
-        scores = self.selecting.stand_in(
-            tokens[:, -1], image_index, position_encoding(self.segmenting.sam)
-        )
-        return (scores.similarity.sum() + scores.iop.sum() + tokens.float().sum()) * 0.0
-
-    def _mask_losses(
-        self, low_res: Tensor, tokens: Tensor, batch: Batch, counts: list[int]
-    ) -> dict[str, Tensor]:
-        """Sums over masks, divided by the number of masks of the batch."""
-        if not sum(counts):
-            names = ["bce", "dice", "pointing"] if self.config.pointing_weight else ["bce", "dice"]
-            return dict.fromkeys(names, self._stand_in(tokens))
-        totals: dict[str, Tensor] = {}
-        for image, rows in _rows_per_image(batch.image_index, counts).items():
-            for name, value in self._image_losses(low_res, tokens, batch, image, rows).items():
-                totals[name] = totals.get(name, 0.0) + value / len(low_res)
-        return totals
-
-    def _image_losses(
-        self,
-        low_res: Tensor,
-        tokens: Tensor,
-        batch: Batch,
-        image: int,
-        rows: list[tuple[int, slice]],
-    ) -> dict[str, Tensor]:
-        """Sums over the masks of one image. ``rows``: its conversations, each with the slice of its
-        targets."""
-        resized, original = batch.resized_sizes[image], batch.original_sizes[image]
-        index = torch.cat([torch.arange(s.start, s.stop, device=low_res.device) for _, s in rows])
-        targets = torch.cat([batch.target_masks[row] for row, _ in rows])
-        ignore = _stack_ignore(batch, rows, original) if self.config.ignore_in_loss else None
-        hosts, has_host = _stack_hosts(batch, rows, original)
-        sums: dict[str, Tensor] = {
-            "bce": low_res.new_zeros(()).float(),
-            "dice": low_res.new_zeros(()).float(),
-        }
-        last = len(self.config.levels) - 1
-        for level, weight in enumerate(self.config.level_loss_weights):
-            if not weight:
-                continue
-            chosen = index if level == last else index[has_host]
-            truth = targets if level == last else hosts[has_host]
-            hidden = ignore if ignore is None or level == last else ignore[has_host]
-            for some in _pieces(len(chosen), original):
-                left_out = None if hidden is None else hidden[some]
-                bce, dice = self._frame_losses(
-                    low_res[chosen[some], level], truth[some], left_out, resized
-                )
-                sums["bce"] = sums["bce"] + weight * bce
-                sums["dice"] = sums["dice"] + weight * dice
-        if self.config.pointing_weight:
-            sums["pointing"] = self._point(tokens[index], targets, hosts, has_host, resized)
-        return sums
-
-    def _frame_losses(
-        self, low_res: Tensor, truth: Tensor, ignore: Tensor | None, resized: tuple[int, int]
-    ):
-        """Sums of BCE and of DICE, each (): low-res logits (K, h, w), truth and ignore bool (K, H,
-        W).
-
-        With a gradient, masks of the original frame are computed again in the backward pass instead
-        of kept: only the low-res ones stay.
-        """
-
-        def compare(low_res: Tensor) -> tuple[Tensor, Tensor]:
-            logits = to_original(
-                low_res, resized, tuple(truth.shape[1:]), self.config.sam["image_size"]
-            )
-            target = truth.float()
-            bce = losses.bce_per_mask(logits, target, ignore, self.config.bce_balance)
-            return bce.sum(), losses.dice_per_mask(logits, target, ignore).sum()
-
-        if torch.is_grad_enabled() and low_res.requires_grad:
-            return checkpoint(compare, low_res, use_reentrant=False, preserve_rng_state=False)
-        return compare(low_res)
-
-    def _point(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        hosts: Tensor,
-        has_host: Tensor,
-        resized: tuple[int, int],
-    ) -> Tensor:
-        """Pointing loss of tokens (K, T, C): the last level at the target; with pointing_host,
-        others at the host."""
-        dims = self.config.sam_dims
-        position = position_encoding(self.segmenting.sam)[0].flatten(1).T
-        area = to_grid(targets, resized, dims.image_size, dims.grid).flatten(1)
-        total = losses.pointing_per_token(tokens[:, -1].float(), position, area).sum()
-        if self.config.pointing_host and has_host.any():
-            area = to_grid(hosts[has_host], resized, dims.image_size, dims.grid).flatten(1)
-            for level in range(tokens.shape[1] - 1):
-                total = (
-                    total
-                    + losses.pointing_per_token(
-                        tokens[has_host, level].float(), position, area
-                    ).sum()
-                )
-        return total
-
-    # ----------------------------------------------------------------------------------- generation
+        hidden = self.hidden_states(batch, wanted=_predicting(batch))
+        return self._masks(*self.prompt_tokens(hidden, batch), batch)
 
     @torch.no_grad()
     def generate(
-        self, batch: Batch, tokenizer, max_new_tokens: int = 64, **decoding: Any
+        self, batch: Batch, tokenizer: Any, max_new_tokens: int = 64, **decoding: Any
     ) -> list[Generation]:
         """Free answers to left-padded prompts (``collate_prompts``), with masks for every complete
         group of tokens.
@@ -636,9 +389,85 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         """
         if self.training:
             raise ValueError("generate needs a model in evaluation mode: call `model.eval()` first")
-        return generate(
-            self, batch, tokenizer, Decoding.of(max_new_tokens=max_new_tokens, **decoding)
+        options, end = (
+            Decoding.of(max_new_tokens=max_new_tokens, **decoding),
+            tokenizer.eos_token_id,
         )
+        features = self.reasoning.image_features(batch.clip_pixels)
+        cache, hidden = prefill(self.reasoning, batch, features)
+        steps = list(decode(cache, hidden, end, options, unpadded_prompts(batch)))
+        del cache  # Keys and values make room for SAM.
+        ids, states = (torch.stack(part, dim=1) for part in zip(*steps, strict=True))
+        answers = [list(takewhile(lambda token: token != end, row)) for row in ids.tolist()]
+        before_end = [row[: len(a)] for row, a in zip(states, answers, strict=True)]
+        found = self._masks(*self.group_prompts(before_end, answers), batch)
+        return [
+            Generation(
+                f.masks, f.iou, answer, tokenizer.decode(answer).strip(), len(answer) < ids.shape[1]
+            )
+            for f, answer in zip(found, answers, strict=True)
+        ]
+
+    def hidden_states(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+        """Last hidden states (N, L, d); ``wanted`` bool (N, L): what is needed of them, None for
+        all."""
+        with torch.no_grad():
+            features = self.reasoning.image_features(batch.clip_pixels)
+        return self.reasoning(
+            batch.input_ids, batch.attention_mask, batch.image_index, features, wanted
+        )
+
+    def prompt_tokens(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, list[int]]:
+        """The projected answer tokens (K, T, C) of all conversations, and how many targets each
+        has. With a gradient and without targets there is one, (1, T, C), which means nothing."""
+        counts = [len(masks) for masks in batch.target_masks]
+        states = torch.cat(self.reasoning.token_states(hidden, batch.labels, batch.info, counts))
+        if torch.is_grad_enabled() and not len(states):
+            states = hidden[:1, :1].expand(1, states.shape[1], -1)
+        return self.text_projection(states), counts
+
+    def group_prompts(
+        self, states: Sequence[Tensor], answers: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, list[int]]:
+        """The projected tokens (K, T, C) of every complete group in free answers, and how many
+        groups each has; arguments as of model.masks.group_states."""
+        chosen, counts = group_states(states, answers, self.config.level_token_ids)
+        return self.text_projection(chosen), counts
+
+    @torch.no_grad()
+    def encode_images(self, batch: Batch) -> EncodedImages:
+        """Runs the frozen encoders of the mask branch on the B images of a batch: SAM's where its
+        embedding is used, and the DINOv2 of a selector that has one."""
+        if self.selecting is not None and batch.proposals is None:
+            raise ValueError(
+                "the batch has no proposals; set `processor.proposals ="
+                " model.proposal_source(folder)` before collate"
+            )
+        pixels, dims = batch.sam_pixels, self.config.sam_dims
+        separate = self.selecting is not None and self.selecting.encoder is not None
+        embeddings = features = None
+        if self.config.decodes or not separate:
+            embeddings = features = self.segmenting.embed(pixels, batch.cached)
+        if separate:
+            features = self.selecting.encode(pixels)
+        valid = [
+            valid_cells(s, dims.image_size, dims.grid, pixels.device) for s in batch.resized_sizes
+        ]
+        return EncodedImages(
+            embeddings,
+            features,
+            torch.stack(valid),
+            batch.original_sizes,
+            batch.resized_sizes,
+            batch.proposals,
+        )
+
+    def _masks(self, prompts: Tensor, counts: list[int], batch: Batch) -> list[Segmentation]:
+        if not len(prompts):  # SAM's encoder is the most expensive part, and nothing needs it here.
+            sizes = [batch.original_sizes[image] for image in batch.image_index.tolist()]
+            return [no_masks(len(self.config.levels), size, prompts.device) for size in sizes]
+        images = self.encode_images(batch)
+        return self.mask_branch.segment(prompts, counts, batch.image_index, images)
 
 
 def answer_defaults(config: CoresConfig) -> GenerationConfig:
@@ -692,58 +521,9 @@ def _image_tokens(llava: LlavaForConditionalGeneration) -> int:
     return patches if llava.config.vision_feature_select_strategy == "default" else patches + 1
 
 
-def _supervised(batch: Batch) -> Tensor:
+def _predicting(batch: Batch) -> Tensor:
     """bool (N, L): the positions that predict a supervised token."""
     return F.pad(batch.labels[:, 1:] >= 0, (0, 1))
-
-
-def _rows_per_image(image_index: Tensor, counts: list[int]) -> dict[int, list[tuple[int, slice]]]:
-    """image -> [(conversation, slice of its targets in the batch)], conversations without targets
-    left out."""
-    out: dict[int, list[tuple[int, slice]]] = {}
-    start = 0
-    for row, (image, count) in enumerate(zip(image_index.tolist(), counts, strict=True)):
-        if count:
-            out.setdefault(image, []).append((row, slice(start, start + count)))
-        start += count
-    return out
-
-
-def _pieces(count: int, size: tuple[int, int]) -> list[slice]:
-    """``count`` masks of (H, W) = ``size``, as many at a time as MASK_PIXELS allow."""
-    step = max(1, MASK_PIXELS // (size[0] * size[1]))
-    return [slice(start, start + step) for start in range(0, count, step)]
-
-
-def _stack_ignore(
-    batch: Batch, rows: list[tuple[int, slice]], size: tuple[int, int]
-) -> Tensor | None:
-    """bool (K, H, W), or None where no conversation of the image ignores anything."""
-    if all(batch.ignore_masks[row] is None for row, _ in rows):
-        return None
-    device = batch.input_ids.device
-    nothing = torch.zeros(size, dtype=torch.bool, device=device)
-    per_row = [
-        nothing if batch.ignore_masks[row] is None else batch.ignore_masks[row] for row, _ in rows
-    ]
-    return torch.cat(
-        [mask.expand(s.stop - s.start, *size) for mask, (_, s) in zip(per_row, rows, strict=True)]
-    )
-
-
-def _stack_hosts(
-    batch: Batch, rows: list[tuple[int, slice]], size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Host masks bool (K, H, W), empty where unknown, and bool (K,): whether a host is known."""
-    device = batch.input_ids.device
-    masks, known = [], []
-    for row, targets in rows:
-        count, host = targets.stop - targets.start, batch.host_masks[row]
-        masks.append(
-            torch.zeros((count, *size), dtype=torch.bool, device=device) if host is None else host
-        )
-        known += [host is not None] * count
-    return torch.cat(masks), torch.tensor(known, device=device)
 
 
 AutoModel.register(CoresConfig, CoresForReasoningSegmentation)

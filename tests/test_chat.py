@@ -332,12 +332,12 @@ SLOW = """
 import sys, time
 import chat
 from model.inference import segmenter as pipeline
-speak = pipeline.speak
+decode = pipeline.decode
 def slow(*arguments):
-    for step in speak(*arguments):
+    for step in decode(*arguments):
         time.sleep(0.3)
         yield step
-pipeline.speak = slow
+pipeline.decode = slow
 sys.exit(chat.main())
 """
 
@@ -375,7 +375,7 @@ def test_ctrl_c_ends_a_single_question_quietly(photo, tmp_path, monkeypatch, cap
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("model.inference.segmenter.speak", interrupted)
+    monkeypatch.setattr("model.inference.segmenter.decode", interrupted)
     assert chat.main(flags(tmp_path / "out", "--image", photo, "--prompt", "where?")) == 130
     assert capsys.readouterr().err == ""
 

@@ -4,7 +4,7 @@
     result = segmenter("dog.jpg", "the part that lets the dog smell")
     result.text, result.masks[0].mask, result.overlay(), result.save("out")
 
-    session = segmenter.open("dog.jpg")  # the picture is read once; what was said before is remembered
+    session = segmenter.open("dog.jpg")  # reads the picture once and remembers earlier turns
     session.ask("Where is the dog?")
     session.ask("And what does it hear with?")
 
@@ -14,6 +14,7 @@ H, W a picture in the original frame · K masks of an answer · T levels.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,27 +22,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataset.collate import collate_prompts
+from dataset.collate import Batch, collate_prompts
 from dataset.conversation import exemplars
 from dataset.conversation.encoding import encode_prompt
 from dataset.conversation.turns import Conversation, Turn, answer_from_ids, text_from_ids
 from dataset.files.errors import DataError
-from dataset.proposals import Proposals
 from dataset.sample import Sample
 from model.cores import CoresForReasoningSegmentation
 from model.inference.inputs import ImageLike, clean_question, clean_questions, load_image
 from model.inference.results import AnswerMask, Result, Stream
-from model.masks import Scene
+from model.masks import EncodedImages, Generation, no_masks
 from model.processor import CoresProcessor
-from model.reasoning.generation import Context, Decoding, Generation, common_prefix, speak
+from model.reasoning.generation import Decoding, KVCache, common_prefix, decode
 
-Named = tuple[str, ImageLike]  # with what messages call it
-
-
-CONVERSATIONS_PER_PASS = 8  # of one picture; more take several passes
-
-
-# ----------------------------------------------------------------------------------------- pipeline
+Named = tuple[str, ImageLike]  # The text is what messages call the picture.
+CONVERSATIONS_PER_PASS = 8  # Further questions about one picture take further passes.
 
 
 class ReasoningSegmenter:
@@ -58,8 +53,7 @@ class ReasoningSegmenter:
         max_new_tokens: int = 64,
         seed: int = 0,
     ):
-        # refuses a wrong number before anything is changed
-        self.decoding = Decoding(max_new_tokens)
+        self.decoding = Decoding(max_new_tokens)  # It refuses a wrong number before any change.
         self.model, self.processor = model.eval(), processor
         if processor.proposals is None:
             processor.proposals = model.proposal_source(None)
@@ -92,7 +86,7 @@ class ReasoningSegmenter:
         model = CoresForReasoningSegmentation.from_pretrained(
             str(path), dtype=dtype, vision_tower=vision_tower, **kwargs
         )
-        # quantised weights are on their device already
+        # Quantised weights are on their device already.
         if kwargs.get("quantization_config") is None:
             model = model.to(
                 ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -156,56 +150,39 @@ class ReasoningSegmenter:
             for index, questions in enumerate(queries)
             for start in range(0, len(questions), CONVERSATIONS_PER_PASS)
         )
-        while batch := list(islice(parts, batch_size)):
-            for (index, _), found in zip(
-                batch,
-                self._one_pass([(images[i], questions) for i, questions in batch]),
-                strict=True,
-            ):
-                answers[index] += found
+        while some := list(islice(parts, batch_size)):
+            loaded = [(*load_image(images[i][1], images[i][0]), asked) for i, asked in some]
+            batch, tokenizer = self.collate(loaded), self.processor.tokenizer
+            generated = iter(self.model.generate(batch, tokenizer, **vars(self.decoding)))
+            for (index, _), (pixels, name, asked) in zip(some, loaded, strict=True):
+                for question in asked:
+                    answers[index].append(self.result(pixels, name, question, next(generated)))
         return answers
 
-    def _one_pass(self, parts: list[tuple[Named, list[str]]]) -> list[list[Result]]:
-        samples = [
-            self._sample(*load_image(image, argument), questions)
-            for (argument, image), questions in parts
-        ]
-        batch = collate_prompts(
-            samples, self.processor, self.processor.levels, self.processor.conversation
-        )
-        batch = batch.to(self.model.device, self.model.dtype)
-        found = iter(self.model.generate(batch, self.processor.tokenizer, **vars(self.decoding)))
-        return [
-            [
-                self._result(s.image, s.image_path, talk.turns[0][0], next(found))
-                for talk in s.conversations
-            ]
-            for s in samples
-        ]
+    def collate(self, images: list[tuple[np.ndarray, str, list[str]]]) -> Batch:
+        """A batch of prompts on the model's device; ``images``: pixels uint8 (H, W, 3) RGB, name
+        and questions of each."""
+        samples = []
+        for pixels, name, questions in images:
+            nothing = np.zeros((0, *pixels.shape[:2]), dtype=bool)
+            asked = [Conversation([(question, [])], nothing) for question in questions]
+            identity = "chat", "chat", Path(name).name
+            samples.append(Sample(pixels, name, asked, *identity, self.exemplars))
+        p = self.processor
+        batch = collate_prompts(samples, p, p.levels, p.conversation)
+        return batch.to(self.model.device, self.model.dtype)
 
-    def _result(
-        self, image: np.ndarray, name: str, question: str, spoken: Generation, forgotten: int = 0
+    def result(
+        self, image: np.ndarray, name: str, question: str, answer: Generation, forgotten: int = 0
     ) -> Result:
+        """The Result of a generated answer; ``forgotten``: turns that were left out for it."""
         levels = self.processor.levels
         masks = [
             AnswerMask(dict(zip(levels, group, strict=True)), dict(zip(levels, ious, strict=True)))
-            for group, ious in zip(spoken.masks.cpu().numpy(), spoken.iou.tolist(), strict=True)
+            for group, ious in zip(answer.masks.cpu().numpy(), answer.iou.tolist(), strict=True)
         ]
-        return Result(
-            image,
-            name,
-            question,
-            self.text(spoken.token_ids),
-            masks,
-            spoken.token_ids,
-            spoken.finished,
-            forgotten,
-        )
-
-    def _sample(self, pixels: np.ndarray, name: str, questions: list[str]) -> Sample:
-        nothing = np.zeros((0, *pixels.shape[:2]), dtype=bool)
-        talks = [Conversation([(question, [])], nothing) for question in questions]
-        return Sample(pixels, name, talks, "chat", "chat", Path(name).name, self.exemplars)
+        text, ids = self.text(answer.token_ids), answer.token_ids
+        return Result(image, name, question, text, masks, ids, answer.finished, forgotten)
 
     def text(self, ids: Sequence[int]) -> str:
         """Generated ids as people read them."""
@@ -213,9 +190,9 @@ class ReasoningSegmenter:
 
 
 class Session:
-    """A conversation about one picture. It keeps SAM's embedding (or what a selector looks at, and
-    the proposals), CLIP's features and the keys and values of what was read, so that a further
-    question costs its own tokens only.
+    """A conversation about one picture. It keeps the image embedding (or what a selector looks at,
+    and the proposals), CLIP's features and the KV cache, so that a further question costs its own
+    tokens only.
 
     ``turns`` are the (question, answer) pairs that the next question will see. An answer that is
     interrupted leaves the conversation as it was.
@@ -224,20 +201,14 @@ class Session:
     @torch.no_grad()
     def __init__(self, segmenter: ReasoningSegmenter, image: np.ndarray, name: str):
         """image: uint8 (H, W, 3) RGB; see ReasoningSegmenter.open."""
-        model, processor = segmenter.model, segmenter.processor
         self.segmenter, self.image, self.name = segmenter, image, name
         self.turns: list[Turn] = []
-        sam_pixels, resized = processor.sam(image)
-        clip_pixels, sam_pixels = (
-            pixels[None].to(model.device, model.dtype)
-            for pixels in (processor.clip(image), sam_pixels)
-        )
-        self._scene = Scene(
-            model, clip_pixels, sam_pixels, [image.shape[:2]], [resized], self._proposals
-        )
-        self._context = Context(model.reasoning)
-        self._read: list[int] = []
-        """Token ids that the context holds."""
+        reasoning = segmenter.model.reasoning
+        self._batch: Batch | None = segmenter.collate([(image, name, ["?"])])
+        self._features = reasoning.image_features(self._batch.clip_pixels)
+        self._cache = KVCache(reasoning)
+        self._cached_ids: list[int] = []
+        """Token ids that the KV cache holds."""
         self._running: Stream | None = None
 
     def ask(self, question: str) -> Result:
@@ -276,27 +247,22 @@ class Session:
         the masks."""
         ids = self._encode("?", [])
         last = len(ids) - 1 - ids[::-1].index(self.segmenter.processor.image_token_id)
-        self._read_up_to(ids[: last + 1])
-        self._scene.look()
+        self._prefill(ids[: last + 1])
+        _ = self._images
 
-    def _proposals(self) -> list[Proposals]:
-        return [
-            self.segmenter.processor.proposals(self.image, self.name).to(
-                self.segmenter.model.device
-            )
-        ]
+    @cached_property
+    def _images(self) -> EncodedImages:
+        """The picture as the mask branch needs it: encoded for the first mask, or by read_ahead."""
+        assert self._batch is not None
+        images = self.segmenter.model.encode_images(self._batch)
+        self._batch = None  # Its pixels, 12 MB, are not needed again.
+        return images
 
     def _encode(self, question: str, history: Sequence[Turn]) -> list[int]:
-        p = self.segmenter.processor
+        p, exemplars = self.segmenter.processor, self.segmenter.exemplars
+        image = p.image_token, p.image_token_count
         return encode_prompt(
-            question,
-            history,
-            self.segmenter.exemplars,
-            p.tokenizer,
-            p.conversation,
-            p.image_token,
-            p.image_token_count,
-            p.levels,
+            question, history, exemplars, p.tokenizer, p.conversation, *image, p.levels
         )
 
     def _fit(self, question: str) -> tuple[list[Turn], list[int]]:
@@ -314,48 +280,53 @@ class Session:
             " shorten it"
         )
 
-    def _read_up_to(self, ids: list[int]) -> torch.Tensor:
-        """Hidden states (1, d) at the end of ``ids``. What the context holds of them is not read
+    def _prefill(self, ids: list[int]) -> torch.Tensor:
+        """Hidden states (1, d) at the end of ``ids``. What the KV cache holds of them is not read
         again."""
         reasoning = self.segmenter.model.reasoning
-        shared = min(common_prefix(self._read, ids), len(ids) - 1)
-        self._read = self._read[:shared]
-        self._context.keep(shared)
-        tokens = torch.tensor([ids], device=self._scene.features.device)
-        embeddings = reasoning.embed(tokens, self._scene.features, torch.zeros_like(tokens[:, 0]))
-        hidden = self._context.read(embeddings[:, shared:], torch.ones_like(tokens[:, shared:]))
-        self._read = list(ids)
+        shared = min(common_prefix(self._cached_ids, ids), len(ids) - 1)
+        self._cached_ids = self._cached_ids[:shared]
+        self._cache.crop(shared)
+        tokens = torch.tensor([ids], device=self._features.device)
+        embeddings = reasoning.embed(tokens, self._features, torch.zeros_like(tokens[:, 0]))
+        hidden = self._cache.extend(embeddings[:, shared:], torch.ones_like(tokens[:, shared:]))
+        self._cached_ids = list(ids)
         return hidden[:, -1]
 
     @torch.no_grad()
     def _answer(self, question: str) -> Generator[str, None, Result]:
-        segmenter, end = self.segmenter, self.segmenter.processor.tokenizer.eos_token_id
+        segmenter, model = self.segmenter, self.segmenter.model
+        p, end = segmenter.processor, segmenter.processor.tokenizer.eos_token_id
         question = clean_question(question)
         history, ids = self._fit(question)
-        hidden = self._read_up_to(ids)
-        said: list[int] = []
+        hidden = self._prefill(ids)
+        generated: list[int] = []
         states = [hidden[:0]]
         shown, finished = "", False
-        for token, state in speak(self._context, hidden, end, segmenter.decoding, [ids]):
-            self._read = ids + said  # every token is read before the next one is chosen
+        for token, state in decode(self._cache, hidden, end, segmenter.decoding, [ids]):
+            self._cached_ids = ids + generated  # Every token is read before the next is chosen.
             finished = int(token) == end
             if finished:
                 break
-            said.append(int(token))
+            generated.append(int(token))
             states.append(state)
-            ready = segmenter.text(said).rstrip("\ufffd")  # a character may take several tokens
+            # A character may take several tokens.
+            ready = segmenter.text(generated).rstrip("\ufffd")
             if ready.startswith(shown) and ready != shown:
                 yield ready[len(shown) :]
                 shown = ready
-        text = segmenter.text(said)
+        text = segmenter.text(generated)
         if text != shown:
             yield text[common_prefix(text, shown) :]
-        index = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-        found = self._scene.segment([torch.cat(states)], [said], index)[0]
-        spoken = Generation(found.masks, found.iou, said, text, finished)
-        result = segmenter._result(
-            self.image, self.name, question, spoken, len(self.turns) - len(history)
-        )
-        reply = answer_from_ids(said, segmenter.processor.tokenizer, segmenter.processor.levels)
+        prompts, counts = model.group_prompts([torch.cat(states)], [generated])
+        if len(prompts):
+            index = torch.zeros(1, dtype=torch.int64, device=prompts.device)
+            (found,) = model.mask_branch.segment(prompts, counts, index, self._images)
+        else:
+            found = no_masks(len(p.levels), self.image.shape[:2], prompts.device)
+        answer = Generation(found.masks, found.iou, generated, text, finished)
+        forgotten = len(self.turns) - len(history)
+        result = segmenter.result(self.image, self.name, question, answer, forgotten)
+        reply = answer_from_ids(generated, p.tokenizer, p.levels)
         self.turns = [*history, (question, reply)] if text else history
         return result

@@ -1,8 +1,8 @@
-"""The chain of reasoning: the multimodal language model that reads image and question, answers, and
-yields one hidden state per answer token.
+"""The chain of reasoning: the multimodal language model reads image and question, answers, and
+gives one hidden state per answer token.
 
-B images · N conversations · L tokens · P image tokens per image · d hidden size · K targets · T
-levels.
+B images · N conversations · L tokens · P image tokens per image · d hidden size · K targets of one
+conversation · T levels · V words.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ReasoningChain(nn.Module):
             places[..., None], features[image_index].to(embeddings.dtype)
         )
 
-    def read(
+    def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -83,15 +83,11 @@ class ReasoningChain(nn.Module):
         packed = embeddings.flatten(0, 1)[packing.source]
         mask = packing.attention_mask(implementation, packed.dtype)
         if wanted is not None:
-            wanted = (
-                torch.zeros_like(packing.source, dtype=torch.bool)
-                .view(-1)
-                .index_fill_(0, packing.place[wanted], True)
-            )
-            wanted = wanted.view_as(packing.source)
-        return self.hidden_states(packed, mask, packing.positions, wanted).flatten(0, 1)[
-            packing.place
-        ]
+            wanted_places = torch.zeros_like(packing.source, dtype=torch.bool)
+            wanted_places.view(-1)[packing.place[wanted]] = True
+            wanted = wanted_places
+        hidden = self.hidden_states(packed, mask, packing.positions, wanted)
+        return hidden.flatten(0, 1)[packing.place]
 
     def hidden_states(
         self,
@@ -104,49 +100,35 @@ class ReasoningChain(nn.Module):
         them are the logits.
 
         ``attention_mask``: (N, L), or what each token sees as (N, 1, L, L); ``positions`` (N, L),
-        None: 0, 1, 2, …; ``wanted`` as in ``read``.
+        None: 0, 1, 2, …; ``wanted`` as in ``forward``.
         """
         language_model = self.llava.model.language_model
+        inputs = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
         with _last_layer_only_at(wanted, language_model.layers[-1]):
-            out = language_model(
-                inputs_embeds=embeddings,
-                attention_mask=attention_mask,
-                position_ids=positions,
-                use_cache=False,
-            )
+            out = language_model(**inputs, position_ids=positions, use_cache=False)
         return out.last_hidden_state
 
-    def read_on(
+    def forward_cached(
         self, embeddings: Tensor, attention_mask: Tensor, positions: Tensor, cache: Cache
     ) -> Tensor:
-        """Hidden states of l further tokens after what ``cache`` holds, which grows by them: (N, l,
-        d) -> (N, l, d).
+        """Hidden states of l further tokens after what the KV ``cache`` holds, which grows by them:
+        (N, l, d) -> (N, l, d).
 
-        attention_mask (N, length in the cache + l), positions int64 (N, l) within each row's own
+        attention_mask (N, length of the cache + l), positions int64 (N, l) within each row's own
         tokens.
         """
+        inputs = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
         out = self.llava.model.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
+            **inputs, position_ids=positions, past_key_values=cache, use_cache=True
         )
         return out.last_hidden_state
 
-    def supervised_logits(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Vocabulary logits (n, V) and labels (n,) where there is a label: no other position meets
-        the vocabulary."""
-        chosen = labels[:, 1:] >= 0
-        return self.llava.lm_head(hidden[:, :-1][chosen]), labels[:, 1:][chosen]
-
     def text_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy (), float32, of hidden (N, L, d) at the labels (N, L); logits of a few
-        tokens at a time.
+        """Mean cross-entropy (), float32, of hidden (N, L, d) at the labels (N, L).
 
-        A position's logits are as wide as the vocabulary, and the loss needs them three times:
-        where there are many positions, each piece is computed again in the backward pass instead of
-        kept.
+        Only positions with a label meet the vocabulary. Their logits are V wide, and the loss needs
+        them three times, so where there are many, each piece is computed again in the backward pass
+        instead of kept.
         """
         chosen = labels[:, 1:] >= 0
         states, wanted = hidden[:, :-1][chosen], labels[:, 1:][chosen]
@@ -157,7 +139,8 @@ class ReasoningChain(nn.Module):
             return losses.text_loss(self.llava.lm_head(states), wanted) * len(wanted)
 
         pieces = zip(states.split(TEXT_CHUNK), wanted.split(TEXT_CHUNK), strict=True)
-        return sum(checkpoint(piece, *pair, use_reentrant=False) for pair in pieces) / len(wanted)
+        sums = [checkpoint(piece, *pair, use_reentrant=False) for pair in pieces]
+        return torch.stack(sums).sum() / len(wanted)
 
     def token_states(
         self, hidden: Tensor, token_ids: Tensor, info: list[dict], expected: list[int]
@@ -171,8 +154,8 @@ class ReasoningChain(nn.Module):
         out = []
         for row, (ids, count) in enumerate(zip(token_ids, expected, strict=True)):
             per_level = [(ids == token).nonzero()[:, 0] for token in self.level_token_ids]
-            counts = [len(p) for p in per_level]
-            if any(c != count for c in counts):
+            counts = [len(positions) for positions in per_level]
+            if any(found != count for found in counts):
                 where = f"{info[row]['dataset']} {info[row]['id']} ({info[row]['image_path']})"
                 raise ValueError(
                     f"{where}: {counts} answer tokens per level but {count} target masks (row"
@@ -186,14 +169,12 @@ class ReasoningChain(nn.Module):
 def enable_checkpointing(llava: LlavaForConditionalGeneration) -> None:
     """Recomputes the language model's activations in the backward pass, but for the last layer.
 
-    Its backward pass comes first: recomputed or kept, it is the only layer whose activations are
-    there by then.
+    The backward pass comes to the last layer first, when no other layer's activations have been
+    recomputed yet, so keeping them does not raise the peak.
     """
-    # what transformers calls it since 5.23, or its name until then
-    enable = (
-        getattr(llava, "activation_checkpointing_enable", None)
-        or llava.gradient_checkpointing_enable
-    )
+    # transformers renamed the method in 5.23.
+    enable = getattr(llava, "activation_checkpointing_enable", None)
+    enable = enable or llava.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     llava.enable_input_require_grads()
     llava.model.language_model.layers[-1].gradient_checkpointing = False
@@ -201,34 +182,28 @@ def enable_checkpointing(llava: LlavaForConditionalGeneration) -> None:
 
 @contextmanager
 def _last_layer_only_at(wanted: Tensor | None, layer: nn.Module) -> Iterator[None]:
-    """Lets the row-wise parts of a decoder layer work on the ``wanted`` (N, L) positions only;
-    others get zeros.
+    """Lets the row-wise parts of the last decoder layer work on the ``wanted`` (N, L) positions
+    only; the others get zeros.
 
-    Nothing reads the last layer's output elsewhere, and only its keys and values are needed of
-    every position. A layer that is computed again in the backward pass, after this context, is left
-    alone.
+    Nothing reads the last layer's output elsewhere, and of the other positions only its keys and
+    values are needed. A layer whose activations are recomputed in the backward pass, which is after
+    this context, is left alone.
     """
+    recomputed = getattr(layer, "gradient_checkpointing", False) and layer.training
+    if wanted is None or recomputed or not wanted.any():
+        yield
+        return
+    index = wanted.flatten().nonzero()[:, 0]
     attention = getattr(layer, "self_attn", None)
-    parts = [
-        getattr(attention, "q_proj", None),
-        getattr(attention, "o_proj", None),
-        getattr(layer, "mlp", None),
-    ]
-    again = getattr(layer, "gradient_checkpointing", False) and layer.training
-    if wanted is None or again or not wanted.any():
-        parts = []
-    index = None if wanted is None else wanted.flatten().nonzero()[:, 0]
-    patched = [part for part in parts if part is not None]
+    parts = getattr(attention, "q_proj", None), getattr(attention, "o_proj", None)
+    patched = [part for part in (*parts, getattr(layer, "mlp", None)) if part is not None]
 
     def only_there(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def compute(x: Tensor) -> Tensor:
             rows = index.to(x.device)
             some = forward(x.flatten(0, 1)[rows])
-            return (
-                some.new_zeros(x.shape[0] * x.shape[1], some.shape[-1])
-                .index_copy(0, rows, some)
-                .unflatten(0, x.shape[:2])
-            )
+            everywhere = some.new_zeros(x.shape[0] * x.shape[1], some.shape[-1])
+            return everywhere.index_copy(0, rows, some).unflatten(0, x.shape[:2])
 
         return compute
 
@@ -238,4 +213,4 @@ def _last_layer_only_at(wanted: Tensor | None, layer: nn.Module) -> Iterator[Non
         yield
     finally:
         for part in patched:
-            del part.forward  # the class's own is there again
+            del part.forward  # The forward of the class is visible again.

@@ -1,6 +1,6 @@
-"""Free answers: read each image's prompt once, then speak token by token.
+"""Free answers: prefill the KV cache with each image's prompt once, then decode token by token.
 
-B images · N conversations · L tokens of a prompt · M new tokens · d hidden size.
+B images · N conversations · L tokens of a prompt · M generated tokens · d hidden size · V words.
 """
 
 from __future__ import annotations
@@ -8,39 +8,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from dataset.collate import Batch
-from model.masks import Scene, Segmentation
 from model.reasoning.chain import ReasoningChain
-from model.reasoning.drafts import draft
 
-if TYPE_CHECKING:
-    from model.cores import CoresForReasoningSegmentation
-
-
-@dataclass
-class Generation(Segmentation):
-    """A free answer, with the masks of every complete group of its answer tokens."""
-
-    token_ids: list[int]
-    """Without the end token."""
-    text: str
-    """The answer as people read it, answer tokens included."""
-    finished: bool = True
-    """False: the answer was cut at the limit of new tokens."""
-
-    @property
-    def emitted(self) -> bool:
-        """Whether the answer holds at least one complete group of answer tokens, [LOC] … [SEG] in
-        order."""
-        return len(self.masks) > 0
+ROOM = 256  # positions by which the buffers of the KV cache grow
+SHORTEST_MATCH, LONGEST_MATCH = 3, 6  # ids in a row: fewer predict too little, more no better
 
 
 @dataclass(frozen=True)
@@ -56,12 +41,12 @@ class Decoding:
     """Draw from the likeliest tokens that together have this probability; only with
     ``do_sample``."""
     prompt_lookup_num_tokens: int = 8
-    """The most tokens of a draft (model/reasoning/drafts.py), read at once and kept as far as they
-    are what is chosen; 0: no drafts."""
+    """The most tokens of a draft, which are read in one pass and kept as far as they are what the
+    model chooses; 0: no drafts."""
     logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
-    """transformers' processors: (ids said so far (N, M), logits (N, V)) -> logits (N, V)."""
+    """transformers' processors: (generated ids (N, M), logits (N, V)) -> logits (N, V)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if self.prompt_lookup_num_tokens < 0:
@@ -79,8 +64,8 @@ class Decoding:
 
     @classmethod
     def of(cls, **options: Any) -> Decoding:
-        """Raises ValueError for an option that is not here. Beams are not: they reorder rows while
-        states are kept."""
+        """Raises ValueError for an option that is not a field. Beam search is none, because it
+        would reorder rows whose hidden states are kept."""
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := options.keys() - set(known):
             raise ValueError(
@@ -89,79 +74,77 @@ class Decoding:
             )
         return cls(**options)
 
-    def choose(self, said: Tensor, logits: Tensor) -> Tensor:
-        """The next token of each row: said int64 (N, M), logits (N, V) -> int64 (N,)."""
+    def choose(self, generated: Tensor, logits: Tensor) -> Tensor:
+        """The next token of each row: generated int64 (N, M), logits (N, V) -> int64 (N,)."""
         processors = LogitsProcessorList(self.logits_processor)
         if not self.do_sample:
-            return processors(said, logits.float()).argmax(-1)
+            return processors(generated, logits.float()).argmax(-1)
         processors += [TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p)]
-        return torch.multinomial(processors(said, logits.float()).softmax(-1), 1)[:, 0]
+        probabilities = processors(generated, logits.float()).softmax(-1)
+        return torch.multinomial(probabilities, 1)[:, 0]
 
 
-# ------------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------------------------- KV cache
 
 
-class _Layer(DynamicLayer):
-    """Keys and values in buffers with room to spare: a further token is written, where transformers
-    copies all of them."""
+class _BufferedLayer(DynamicLayer):
+    """Keys and values of one layer in buffers with room to spare. A further token is written into
+    them, where transformers' own layer copies all tokens for each one."""
 
-    ROOM = 256  # tokens by which a buffer grows
+    _buffers: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
-        self._buffers: tuple[Tensor, Tensor] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As DynamicLayer.update: (N, heads, l, width) each, returns everything so far."""
+        """As DynamicLayer.update: takes (N, heads, l, width) each, returns all positions so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
         if self._buffers is None or self._buffers[0].shape[-2] < end:
-            self._buffers = (
-                _with_room(self.keys, end + self.ROOM),
-                _with_room(self.values, end + self.ROOM),
-            )
+            self._buffers = self._enlarged(self.keys, end), self._enlarged(self.values, end)
         keys, values = self._buffers
         keys[..., start:end, :], values[..., start:end, :] = key_states, value_states
         self.keys, self.values = keys[..., :end, :], values[..., :end, :]
         return self.keys, self.values
 
-    def keep(self, length: int) -> None:
+    @staticmethod
+    def _enlarged(old: Tensor, length: int) -> Tensor:
+        new = old.new_empty((*old.shape[:-2], length + ROOM, old.shape[-1]))
+        new[..., : old.shape[-2], :] = old
+        return new
+
+    def crop(self, max_length: int) -> None:
         if self.is_initialized:
-            self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
+            self.keys = self.keys[..., :max_length, :]
+            self.values = self.values[..., :max_length, :]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._buffers = None  # of the old rows
+        self._buffers = None  # They hold the rows from before the selection.
 
 
-def _with_room(old: Tensor, length: int) -> Tensor:
-    new = old.new_empty((*old.shape[:-2], length, old.shape[-1]))
-    new[..., : old.shape[-2], :] = old
-    return new
-
-
-class Context:
-    """What the language model has read: keys and values of every layer, and which positions are
-    tokens."""
+class KVCache:
+    """Keys and values, in every layer, of all tokens that the language model has read, and which
+    positions are tokens rather than padding."""
 
     def __init__(self, reasoning: ReasoningChain):
         self.reasoning = reasoning
-        self.cache = Cache(layer_class_to_replicate=_Layer)
+        self.cache = Cache(layer_class_to_replicate=_BufferedLayer)
         self.mask: Tensor | None = None
         """int64 (N, length): 0 where a position is padding; None before anything is read."""
 
-    def read(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def extend(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """Reads on: embeddings (N, l, d), mask (N, l) -> last-layer hidden states (N, l, d)."""
-        everything = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
-        # padding takes up no position
-        positions = (everything.cumsum(1) - 1).clamp(min=0)[:, -mask.shape[1] :]
-        hidden = self.reasoning.read_on(embeddings, everything, positions, self.cache)
-        self.mask = everything
+        full = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        # Padding takes up no position.
+        positions = (full.cumsum(1) - 1).clamp(min=0)[:, -mask.shape[1] :]
+        hidden = self.reasoning.forward_cached(embeddings, full, positions, self.cache)
+        self.mask = full
         return hidden
 
     @property
@@ -169,144 +152,143 @@ class Context:
         """Positions read so far, padding included."""
         return 0 if self.mask is None else self.mask.shape[1]
 
-    def select(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """Row n becomes a copy of what is now row ``rows[n]``, int64 (N,)."""
+        assert self.mask is not None, "nothing was read yet"
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
 
-    def keep(self, length: int) -> None:
-        """Forgets all but the first ``length`` positions; also after a reading that was interrupted
+    def crop(self, length: int) -> None:
+        """Forgets all but the first ``length`` positions, also where a reading was interrupted
         between two layers."""
         for layer in self.cache.layers:
-            layer.keep(length)
+            layer.crop(length)
         if self.mask is not None:
             self.mask = self.mask[:, :length]
 
 
-def read_prompts(
-    reasoning: ReasoningChain, batch: Batch, features: Tensor
-) -> tuple[Context, Tensor]:
-    """Reads left-padded prompts; what the conversations of an image have in common is read once per
-    image.
+# ------------------------------------------------------------------------------------------ prefill
 
-    features (B, P, d). Returns the context, with one row per conversation, and the last hidden
-    states (N, d).
+
+def prefill(reasoning: ReasoningChain, batch: Batch, features: Tensor) -> tuple[KVCache, Tensor]:
+    """Reads left-padded prompts, and once per image what its conversations have in common.
+
+    features (B, P, d). Returns the cache, with one row per conversation, and the last hidden states
+    (N, d).
     """
     embeddings = reasoning.embed(batch.input_ids, features, batch.image_index)
-    context = Context(reasoning)
+    cache = KVCache(reasoning)
     images, image_of_row = batch.image_index.unique(return_inverse=True)
     if len(images) == len(embeddings):
-        return context, context.read(embeddings, batch.attention_mask)[:, -1]
-    prompts, width = prompts_of(batch), batch.input_ids.shape[1]
+        return cache, cache.extend(embeddings, batch.attention_mask)[:, -1]
+    prompts, width = unpadded_prompts(batch), batch.input_ids.shape[1]
     starts = [width - len(prompt) for prompt in prompts]
     index = image_of_row.tolist()
     firsts = [index.index(image) for image in range(len(images))]
-    # never a whole prompt: each still has its last token to read
+    # The last token of a prompt is never shared: its hidden state predicts the first answer token.
     shared = min(
-        min(common_prefix(p, prompts[firsts[i]]), len(p) - 1)
-        for p, i in zip(prompts, index, strict=True)
+        min(common_prefix(prompt, prompts[firsts[i]]), len(prompt) - 1)
+        for prompt, i in zip(prompts, index, strict=True)
     )
     begin = torch.stack([embeddings[n, starts[n] : starts[n] + shared] for n in firsts])
-    context.read(begin, torch.ones_like(batch.attention_mask)[: len(begin), :shared])
-    context.select(image_of_row)
+    cache.extend(begin, torch.ones_like(batch.attention_mask)[: len(begin), :shared])
+    cache.select_rows(image_of_row)
     start = min(starts) + shared
-    rest = (
-        torch.arange(start, width, device=embeddings.device)
-        >= torch.tensor(starts, device=embeddings.device)[:, None] + shared
-    )
-    return context, context.read(embeddings[:, start:], rest.long())[:, -1]
+    own_start = torch.tensor(starts, device=embeddings.device)[:, None] + shared
+    rest = torch.arange(start, width, device=embeddings.device) >= own_start
+    return cache, cache.extend(embeddings[:, start:], rest.long())[:, -1]
 
 
-def prompts_of(batch: Batch) -> list[list[int]]:
+def unpadded_prompts(batch: Batch) -> list[list[int]]:
     """N × token ids without the padding on their left."""
     lengths = batch.attention_mask.sum(1).tolist()
-    return [
-        row[len(row) - length :]
-        for row, length in zip(batch.input_ids.tolist(), lengths, strict=True)
-    ]
+    rows = zip(batch.input_ids.tolist(), lengths, strict=True)
+    return [row[len(row) - length :] for row, length in rows]
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids the two begin with in common."""
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+def common_prefix(a: Sequence, b: Sequence) -> int:
+    """How many items the two begin with in common."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
-# ----------------------------------------------------------------------------------------- speaking
+# ------------------------------------------------------------------------------------------- decode
 
 
-def speak(
-    context: Context, hidden: Tensor, end: int, decoding: Decoding, read: Sequence[Sequence[int]]
+def decode(
+    cache: KVCache, hidden: Tensor, end: int, decoding: Decoding, prompts: Sequence[Sequence[int]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Goes on from the last hidden states (N, d) of what was ``read``, N × token ids.
+    """Generates after ``prompts``, N × token ids, whose last hidden states are (N, d).
 
     Yields the tokens int64 (N,), ``end`` for a row that has ended, and the states (N, d) that
-    predicted them. Each token is read before the next one is chosen, the last one never. Tokens of
-    a draft are read ahead; whoever reads on after stopping in the middle has to ``keep`` what was
-    said.
+    predicted them. Each token is read before the next one is yielded, the last one never.
+
+    A draft of what may follow is read in the same pass as the token before it, and rolled back from
+    the cache where the model chooses otherwise. With the draft "on", "[LOC]", "." after "appears"::
+
+        pass reads   appears on [LOC] .        the states predict   on  [LOC]  and  …
+        chosen       on   as drafted, kept     [LOC]   as drafted, kept     and   not "."
+        roll back    the cache keeps "appears on [LOC]"; the next pass reads "and" and its draft
+
+    That is three tokens in one pass, where there would be three passes without a draft. Whoever
+    stops in the middle has to ``crop`` the cache, which may hold tokens of a draft by then.
     """
-    llava = context.reasoning.llava
+    llava = cache.reasoning.llava
     embed = llava.get_input_embeddings()
-    known = [list(ids) for ids in read]
-    # nobody reads on after the one, the other may have no row in the table
-    stops = end, context.reasoning.image_token_id
-    said = torch.zeros((len(hidden), 0), dtype=torch.int64, device=hidden.device)
+    known = [list(ids) for ids in prompts]
+    # Never draft EOS (decoding ends there) or the image token (it may have no embedding row).
+    never = end, cache.reasoning.image_token_id
+    generated = torch.zeros((len(hidden), 0), dtype=torch.int64, device=hidden.device)
     ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-    drafted, states = said, hidden[:, None]
+    drafted, states = generated, hidden[:, None]
     while True:
         logits = llava.lm_head(states)
         for place in range(states.shape[1]):
-            token = decoding.choose(said, logits[:, place]).masked_fill(ended, end)
+            token = decoding.choose(generated, logits[:, place]).masked_fill(ended, end)
             yield token, states[:, place]
-            said, ended = torch.cat([said, token[:, None]], dim=1), ended | (token == end)
+            generated, ended = torch.cat([generated, token[:, None]], dim=1), ended | (token == end)
             for ids, chosen in zip(known, token.tolist(), strict=True):
                 ids.append(chosen)
-            if said.shape[1] == decoding.max_new_tokens or ended.all():
+            if generated.shape[1] == decoding.max_new_tokens or ended.all():
                 return
             if place < drafted.shape[1] and ((token != drafted[:, place]) & ~ended).any():
                 break
-        context.keep(context.length - drafted.shape[1] + place)
-        room = min(decoding.prompt_lookup_num_tokens, decoding.max_new_tokens - said.shape[1] - 1)
-        drafted = _drafts(known, ended.tolist(), room, stops).to(token.device)
+        cache.crop(cache.length - drafted.shape[1] + place)
+        left = decoding.max_new_tokens - generated.shape[1] - 1
+        count = min(decoding.prompt_lookup_num_tokens, left)
+        # All rows advance together, so the shortest draft of those that go on counts.
+        drafts = [
+            [0] * count if over else draft(ids, count, never)
+            for ids, over in zip(known, ended.tolist(), strict=True)
+        ]
+        shortest = min(map(len, drafts))
+        drafted = torch.tensor([d[:shortest] for d in drafts], dtype=torch.int64).to(token.device)
         tokens = torch.cat([token[:, None], drafted], dim=1)
-        states = context.read(embed(tokens), torch.ones_like(tokens))
+        states = cache.extend(embed(tokens), torch.ones_like(tokens))
 
 
-def _drafts(
-    known: list[list[int]], ended: list[bool], count: int, stops: tuple[int, ...]
-) -> Tensor:
-    """int64 (N, n): a draft for every row, as long as the shortest of the rows that have not ended;
-    n ≤ ``count``."""
-    guesses = [
-        [0] * count if over else draft(ids, count, stops)
-        for ids, over in zip(known, ended, strict=True)
-    ]
-    shortest = min(map(len, guesses))
-    return torch.tensor([guess[:shortest] for guess in guesses], dtype=torch.int64)
+def draft(ids: Sequence[int], count: int, never: Sequence[int]) -> list[int]:
+    """At most ``count`` ids that may follow ``ids`` (prompt lookup decoding): what followed the
+    last ids the last time that they occurred.
 
+    The answers of one conversation are alike ("It appears on [LOC]. It is [SEG]."), so an earlier
+    answer predicts the next. A draft is only a guess and changes nothing but the time, up to
+    rounding: several tokens in one pass are rounded otherwise than one, so of two words that are
+    equally likely to the last bit the other may be chosen.
 
-def generate(
-    model: CoresForReasoningSegmentation, batch: Batch, tokenizer, decoding: Decoding
-) -> list[Generation]:
-    """See CoresForReasoningSegmentation.generate."""
-    scene = Scene.of(model, batch)
-    context, hidden = read_prompts(model.reasoning, batch, scene.features)
-    steps = list(speak(context, hidden, tokenizer.eos_token_id, decoding, prompts_of(batch)))
-    del context  # keys and values make room for SAM
-    ids, states = (torch.stack(part, dim=1) for part in zip(*steps, strict=True))
-    spoken = [_before(row, tokenizer.eos_token_id) for row in ids.tolist()]
-    found = scene.segment(
-        [row[: len(a)] for row, a in zip(states, spoken, strict=True)], spoken, batch.image_index
-    )
-    return [
-        Generation(
-            f.masks, f.iou, answer, tokenizer.decode(answer).strip(), len(answer) < ids.shape[1]
-        )
-        for f, answer in zip(found, spoken, strict=True)
-    ]
-
-
-def _before(row: list[int], end: int) -> list[int]:
-    """What stands before the first ``end``; all of it where there is none."""
-    return row[: row.index(end)] if end in row else row
+    The place where the longest run of ids (3 to 6) agrees with the end of ``ids`` wins, and of
+    equal ones the last: for 5 6 7 8 9 … 5 6 7 it is the first 5 6 7, and the draft begins 8 9. It
+    is empty where no three ids occurred before, and ends before an id of ``never``.
+    """
+    length, where = SHORTEST_MATCH - 1, 0
+    for place in range(len(ids) - 1, SHORTEST_MATCH - 1, -1):
+        if ids[place - 1] != ids[-1]:
+            continue
+        most = min(LONGEST_MATCH, place)
+        same = next((n for n in range(most) if ids[place - 1 - n] != ids[-1 - n]), most)
+        if same > length:
+            length, where = same, place
+        if same == LONGEST_MATCH:
+            break
+    following = ids[where : where + count] if where else []
+    return list(takewhile(lambda token: token not in never, following))

@@ -34,7 +34,7 @@ def add_lora(
         return
     language_model = model.reasoning.llava.model.language_model
     if bits := quantized_bits(language_model):
-        setattr(language_model, f"is_loaded_in_{bits}bit", True)  # PEFT reads it there
+        setattr(language_model, f"is_loaded_in_{bits}bit", True)  # PEFT reads it there.
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -46,7 +46,7 @@ def add_lora(
         inject_adapter_in_model(config, language_model)
     except ValueError as error:
         raise ValueError(f"--lora_target_modules {','.join(target_modules)}: {error}") from error
-    # new dropout layers train, whatever the model around them does
+    # The new dropout layers are in training mode, whatever the mode of the model around them.
     language_model.train(language_model.training)
 
 
@@ -57,11 +57,11 @@ def load_adapter(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
     ``source``: where they come from. Raises ValueError naming every one that is missing, unexpected
     or wrongly shaped.
     """
-    own = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    expected = {name: p for name, p in model.named_parameters() if "lora_" in name}
     found = {our_name(name): weight for name, weight in weights.items()}
-    compare({name: p.shape for name, p in own.items()}, found, source)
+    compare({name: p.shape for name, p in expected.items()}, found, source)
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in expected.items():
             parameter.copy_(found[name])
 
 
@@ -86,7 +86,7 @@ def trainable_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     }
     if model.selecting is not None:
         groups["selector"] = model.selecting.trained()
-    if model.config.decodes:  # else SAM stays as it is: it made the proposals
+    if model.config.decodes:  # Otherwise SAM stays as it is, because it made the proposals.
         groups["mask decoder"] = list(model.segmenting.sam.mask_decoder.parameters())
     if model.segmenting.refiner is not None:
         groups["refiner"] = list(model.segmenting.refiner.parameters())
@@ -94,27 +94,17 @@ def trainable_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def set_trainable(
-    model: nn.Module,
-    lora: bool = True,
-    train_mask_decoder: bool = True,
-    train_llm_full: bool = False,
+    model: nn.Module, lora: bool = True, train_mask_decoder: bool = True
 ) -> dict[str, int]:
     """Freezes everything but the trainable groups and returns their sizes in parameters.
 
-    ``lora`` False: a model without adapters; ``train_llm_full``: all of its language model's
-    weights train instead. Raises ValueError if a group is empty: the published refiner stayed
-    frozen because nobody looked.
+    ``lora`` False: a model without adapters. Raises ValueError if a group is empty, because a part
+    that is left frozen by mistake fails silently: the published refiner was never trained.
     """
-    if lora and train_llm_full:
-        raise ValueError(
-            "train_llm_full needs lora=False: adapters are there to leave the weights alone"
-        )
     model.requires_grad_(False)
     groups = trainable_groups(model)
     if not lora:
         groups.pop("LoRA")
-    if train_llm_full:
-        groups["language model"] = list(model.reasoning.llava.model.language_model.parameters())
     if not train_mask_decoder:
         groups.pop("mask decoder", None)
     empty = [name for name, parameters in groups.items() if not parameters]
@@ -159,7 +149,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     for name, layer in layers:
         base = layer.get_base_layer()
         delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
-        # rounded once, however coarse the stored format is
+        # The sum is rounded once, however coarse the stored format is.
         weight = (base.weight.data.float() + delta).to(base.weight.dtype)
         if not weight.isfinite().all():
             raise ValueError(
@@ -170,9 +160,3 @@ def merge_lora(model: nn.Module) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
     return model
-
-
-def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, by their names in ``model.named_parameters()``; not
-    copied."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

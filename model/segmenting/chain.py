@@ -136,25 +136,25 @@ class SegmentingChain(nn.Module):
         return sam.to(self.sam.pixel_mean.device)
 
     @torch.no_grad()
-    def embed(self, pixels: Tensor) -> Tensor:
-        """SAM's frozen image encoder: (B, 3, S, S) padded and normalised -> (B, C, G, G)."""
-        return self.sam.image_encoder(pixels)
+    def embed(
+        self, pixels: Tensor, cached: tuple[list[Tensor | None], list[str]] | None = None
+    ) -> Tensor:
+        """SAM's frozen image encoder: (B, 3, S, S) padded and normalised -> (B, C, G, G).
 
-    def embed_missing(self, known: list[Tensor | None], keys: list[str], pixels: Tensor) -> Tensor:
-        """``known`` embeddings (B × (C, G, G)), completed from the pixels (B', 3, S, S) of the
-        others -> (B, C, G, G).
-
-        One image at a time: what is kept must not depend on the batch that an image happened to be
-        in.
+        ``cached``: B embeddings (C, G, G) of a cache and their names in it. Then ``pixels`` are
+        only those of images that the cache lacks, and each goes through the encoder alone: what is
+        kept must not depend on the batch that an image happened to be in.
         """
-        rest = iter(pixels)
-        done = []
-        for key, embedding in zip(keys, known, strict=True):
+        if cached is None:
+            return self.sam.image_encoder(pixels)
+        missing = iter(pixels)
+        embeddings = []
+        for embedding, key in zip(*cached, strict=True):
             if embedding is None:
-                embedding = self.embed(next(rest)[None])[0]
+                embedding = self.sam.image_encoder(next(missing)[None])[0]
                 embedding = embedding if self.keep is None else self.keep(key, embedding)
-            done.append(embedding)
-        return torch.stack(done)
+            embeddings.append(embedding)
+        return torch.stack(embeddings)
 
     def forward(
         self, tokens: Tensor, embeddings: Tensor, image_index: Tensor, valid: Tensor

@@ -13,14 +13,17 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 
-from dataset.proposals import Found, encode
-from model.config import ProposalConfig
+from dataset.proposals import Found, ProposalSource, ProposalStore, encode
+from model.config import ProposalConfig, SelectorConfig
+from model.segmenting.chain import SegmentingChain
 from model.segmenting.frames import resize_longest_side
 
 # of every weight; enough to tell two SAMs apart, and a few milliseconds for ViT-H
@@ -73,3 +76,24 @@ def fingerprint(sam: Sam, config: ProposalConfig) -> str:
             f"{name} {tuple(weight.shape)}".encode() + start.view(torch.int16).numpy().tobytes()
         )
     return digest.hexdigest()
+
+
+def proposal_source(
+    segmenting: SegmentingChain, config: SelectorConfig, folder: str | Path | None, generate: bool
+) -> ProposalSource:
+    """Where ``collate`` gets the proposals that a selector chooses from.
+
+    ``folder``: of the store, None for none. ``generate``: compute what the store lacks, with the
+    SAM of ``segmenting``, which is copied at the first image where its weights are half precision.
+    """
+    settings = ProposalConfig(**config.proposals)
+    store = None
+    if folder is not None:
+        store = ProposalStore(folder, fingerprint(segmenting.proposer, settings))
+
+    @cache
+    def generator() -> Callable[[np.ndarray], Found]:
+        return make_generator(segmenting.proposer, settings)
+
+    compute = (lambda image: generator()(image)) if generate else None
+    return ProposalSource(config.ranking, config.count, config.pool_size, store, compute)

@@ -1,11 +1,12 @@
 """LLM-Seg's mask branch: SAM proposes masks, the token of the language model selects among them.
 
     picture ─► frozen features ─► mean under every proposal ─┐
-    h of [SEG] ─► text_projection ───────────────────────────┴► two-way blocks ─► similarity with [SEG]   (which proposal)
-                                                                               └► IoP, share inside the target (which to unite)
+    h of [SEG] ─► text_projection ───────────────────────────┴► two-way blocks ─┬► similarity
+                                                                                └► IoP
 
-Where the chain of segmenting makes masks, too (``chain``), the last one of a target stands among
-its proposals, behind the others.
+The similarity with [SEG] says which proposal is the target, the IoP (the share of a proposal inside
+the target) which proposals to unite. Where the chain of segmenting makes masks, too (``chain``),
+the last mask of a target stands among its proposals, behind the others.
 
 n targets of the batch · K proposals of an image, padded to the most in the batch · C width · B
 images · G side of the feature grid · P side of the pooling weights · (h, w) the frame of the
@@ -25,9 +26,6 @@ from transformers import Dinov2Config, Dinov2Model
 from dataset.proposals import Proposals, union
 from model.config import SelectorConfig
 from model.selecting.targets import iop_loss, similarity_loss
-
-# DINOv2's, of pixels in 0…1
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -84,11 +82,9 @@ class Selector(nn.Module):
         if width % config.heads:
             raise ValueError(f"selector.heads {config.heads} does not divide the width {width}")
         self.config = config
-        self.encoder = (
-            Dinov2Model(Dinov2Config(**(config.dinov2 or {})))
-            if config.features == "dinov2"
-            else None
-        )
+        self.encoder: Dinov2Model | None = None
+        if config.features == "dinov2":
+            self.encoder = Dinov2Model(Dinov2Config(**(config.dinov2 or {})))
         channels = width if self.encoder is None else self.encoder.config.hidden_size
         self.project = nn.Linear(channels + width * config.place, width)
         self.blocks = nn.ModuleList(
@@ -113,10 +109,18 @@ class Selector(nn.Module):
         return self
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """DINOv2's features of its padded input (B, 3, S, S), normalised with ImageNet's numbers:
-        (B, c, G, G)."""
-        tokens = self.encoder(pixel_values=pixels).last_hidden_state[:, 1:]
+    def encode(self, sam_pixels: Tensor) -> Tensor:
+        """DINOv2's features (B, c, G, G) of SAM's padded input (B, 3, S, S).
+
+        Both models normalise with ImageNet's mean and deviation, SAM in 0…255 and DINOv2 in 0…1,
+        and both pad with 0 after that, so resizing is all that is needed.
+        """
+        assert self.encoder is not None, "only a selector with features dinov2 has an encoder"
+        side = self.config.feature_size
+        pixels = F.interpolate(
+            sam_pixels.float(), (side, side), mode="bilinear", align_corners=False, antialias=True
+        )
+        tokens = self.encoder(pixel_values=pixels.to(sam_pixels.dtype)).last_hidden_state[:, 1:]
         side = round(tokens.shape[1] ** 0.5)
         return tokens.transpose(1, 2).unflatten(2, (side, side))
 
@@ -127,56 +131,48 @@ class Selector(nn.Module):
         proposals: list[Proposals],
         image_index: Tensor,
         position: Tensor,
-        own: Tensor | None = None,
+        chain_weights: Tensor | None = None,
     ) -> Scores:
         """text (n, C), features (B, c, G, G), B × Proposals, image_index int64 (n,), position (1,
         C, H, W) -> Scores.
 
         ``position`` is SAM's positional encoding over the same frame, of any resolution; used with
-        ``config.place`` only. ``own``: pooling weights (n, P, P) of one more proposal of each
-        target, None for none.
+        ``config.place`` only. ``chain_weights``: pooling weights (n, P, P) of the chain's mask of
+        each target, which is one more proposal; None without a chain.
         """
         weights, present = stack(proposals)
         if self.config.place:
-            position = F.interpolate(
-                position, features.shape[-2:], mode="bilinear", align_corners=False
-            )
-            features = torch.cat(
-                [features, position.to(features).expand(len(features), -1, -1, -1)], dim=1
-            )
+            size = features.shape[-2:]
+            position = F.interpolate(position, size, mode="bilinear", align_corners=False)
+            position = position.to(features).expand(len(features), -1, -1, -1)
+            features = torch.cat([features, position], dim=1)
         vectors = self.project(pool(features, weights).to(text.dtype))[image_index]  # (n, K, C)
         present = present[image_index]
-        if own is not None:
-            vector = self.project(pool_own(features, own, image_index).to(text.dtype))
-            vectors, present = (
-                torch.cat([vectors, vector[:, None]], dim=1),
-                F.pad(present, (0, 1), value=True),
-            )
+        if chain_weights is not None:
+            pooled = pool_per_target(features, chain_weights, image_index)
+            vectors = torch.cat([vectors, self.project(pooled.to(text.dtype))[:, None]], dim=1)
+            present = F.pad(present, (0, 1), value=True)
         padding = ~present
-        # a row without proposals: attention needs a key; nobody reads the result
+        # Attention needs a key: a row without proposals keeps its first. Nobody reads the result.
         padding[:, 0] &= present.any(1)
         query = text[:, None]
         for block in self.blocks:
             vectors, query = block(vectors, query, padding)
         vectors = self.final(vectors, query)
-        similarity = F.cosine_similarity(
-            self.iou_head(vectors).float(), text[:, None].float(), dim=-1
-        )
+        found, wanted = self.iou_head(vectors).float(), text[:, None].float()
+        similarity = F.cosine_similarity(found, wanted, dim=-1)
         return Scores(similarity, self.iop_head(vectors)[..., 0].float().sigmoid(), present)
 
     def stand_in(self, text: Tensor, image_index: Tensor, position: Tensor) -> Scores:
-        """Scores of a proposal and an image that are not there, for a text (1, C) that means
-        nothing."""
-        channels, side = (
-            self.project.in_features - text.shape[-1] * self.config.place,
-            self.config.pool_size,
-        )
-        features, weights = (
-            text.new_zeros((1, channels, 1, 1)),
-            torch.ones((1, side, side), device=text.device),
-        )
-        own = weights if self.config.chain else None
-        return self(text, features, [Proposals((1, 1), [{}], weights)], image_index, position, own)
+        """Scores of a blank proposal in a blank image for any text (1, C): a pass through all
+        weights for a batch without targets."""
+        channels = self.project.in_features - text.shape[-1] * self.config.place
+        side = self.config.pool_size
+        weights = torch.ones((1, side, side), device=text.device)
+        proposals = [Proposals((1, 1), [{}], weights)]
+        chain_weights = weights if self.config.chain else None
+        features = text.new_zeros((1, channels, 1, 1))
+        return self(text, features, proposals, image_index, position, chain_weights)
 
     def choose(self, scores: Scores) -> Tensor:
         """bool (n, K): what ``config.rule`` unites. A row without proposals chooses nothing."""
@@ -187,39 +183,19 @@ class Selector(nn.Module):
         if self.config.rule == "verified":
             return verified(scores, inside)
         count = min(5 if self.config.rule == "top5+iop" else 1, similarity.shape[1])
-        best = (
-            torch.zeros_like(inside).scatter_(1, similarity.topk(count).indices, True)
-            & scores.present
-        )
+        best = torch.zeros_like(inside).scatter_(1, similarity.topk(count).indices, True)
+        best &= scores.present
         if self.config.rule == "similarity":
             return best
         return best & inside if self.config.rule == "top5+iop" else best | inside
 
     def losses(self, scores: Scores, iou: Tensor, iop: Tensor) -> dict[str, Tensor]:
-        """Means over targets; iou, iop float (n, K): the truth. A target whose image has no
+        """Means over targets; iou, iop float (n, K): the ground truth. A target whose image has no
         proposals adds 0."""
-        count = max(len(iou), 1)
-        similarity = similarity_loss(
-            scores.similarity, iou, scores.present, self.config.temperature
-        )
+        c, count = self.config, max(len(iou), 1)
+        similarity = similarity_loss(scores.similarity, iou, scores.present, c.temperature)
         inside = iop_loss(scores.iop, iop, scores.present)
-        return {
-            "similarity": similarity.sum() / count,
-            "iop": self.config.iop_scale * inside.sum() / count,
-        }
-
-
-# ----------------------------------------------------------------------------------- pure functions
-
-
-def required(proposals: list[Proposals] | None) -> list[Proposals]:
-    """Raises ValueError where a batch has none because its processor had no source of them."""
-    if proposals is None:
-        raise ValueError(
-            "the batch has no proposals; set `processor.proposals = model.proposal_source(folder)`"
-            " before collate"
-        )
-    return proposals
+        return {"similarity": similarity.sum() / count, "iop": c.iop_scale * inside.sum() / count}
 
 
 def stack(proposals: list[Proposals]) -> tuple[Tensor, Tensor]:
@@ -234,12 +210,11 @@ def stack(proposals: list[Proposals]) -> tuple[Tensor, Tensor]:
 
 def pool(features: Tensor, weights: Tensor) -> Tensor:
     """Mean of the features under every proposal: (B, c, G, G), weights (B, K, P, P) -> float32 (B,
-    K, c).
+    K, c). A proposal without weight has a zero vector.
 
-    The same as resizing the features bilinearly to P × P and averaging there, but the weights go
-    down to the grid instead of the features up, by the transpose of that resizing: c maps of P²
-    values are never made. A 1×1 convolution commutes with the mean, so it comes afterwards. A
-    proposal without weight has a zero vector.
+    This equals resizing the features bilinearly to P × P and averaging there, but the weights go
+    down to the grid by the transpose of that resizing, so that c maps of P² values are never made.
+    A 1×1 convolution commutes with the mean and comes afterwards, for the same reason.
     """
     features, side = features.float(), features.shape[-1]
     unit = torch.eye(side, device=features.device)[None]
@@ -249,11 +224,11 @@ def pool(features: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("bkgh,bcgh->bkc", grid, features) / mass.clamp(min=1e-6)[..., None]
 
 
-def pool_own(features: Tensor, weights: Tensor, image_index: Tensor) -> Tensor:
+def pool_per_target(features: Tensor, weights: Tensor, image_index: Tensor) -> Tensor:
     """``pool`` for one proposal of each target: (B, c, G, G), weights (n, P, P), image_index int64
     (n,) -> float32 (n, c).
 
-    Image by image: features of every target, 16 MB each with DINOv2's, are never made.
+    It goes image by image, because the features of every target would be 16 MB each with DINOv2's.
     """
     out = weights.new_zeros((len(weights), features.shape[1]))
     for image in image_index.unique().tolist():
@@ -263,49 +238,24 @@ def pool_own(features: Tensor, weights: Tensor, image_index: Tensor) -> Tensor:
 
 
 def verified(scores: Scores, inside: Tensor) -> Tensor:
-    """bool (n, K): the last column, the chain's mask; where the IoP of another is higher, what is
-    ``inside`` of the others."""
-    own, others = torch.zeros_like(inside), inside.clone()
-    own[:, -1], others[:, -1] = True, False
-    surer = (scores.iop.masked_fill(~scores.present, -1.0) > scores.iop[:, -1:]).any(
-        1
-    ) & others.any(1)
-    return torch.where(surer[:, None], others, own)
-
-
-def dinov2_pixels(
-    sam_pixels: Tensor, resized: list[tuple[int, int]], size: int, mean: Tensor, std: Tensor
-) -> Tensor:
-    """SAM's padded input (B, 3, S, S) as DINOv2's, (B, 3, size, size): the same padded frame, 0 in
-    the padding.
-
-    ``resized``: B × (height, width) of the image inside; ``mean`` and ``std`` (3, 1, 1): SAM's, of
-    pixels in 0…255.
-    """
-    ours, theirs = (
-        torch.tensor(v, device=sam_pixels.device)[:, None, None]
-        for v in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    pixels = ((sam_pixels.float() * std.float() + mean.float()) / 255 - ours) / theirs
-    for image, (height, width) in zip(pixels, resized, strict=True):
-        image[:, height:] = 0
-        image[:, :, width:] = 0
-    return F.interpolate(
-        pixels, (size, size), mode="bilinear", align_corners=False, antialias=True
-    ).to(sam_pixels.dtype)
+    """bool (n, K): the chain's mask, which is the last column, or the other proposals that are
+    ``inside`` the target where one of them has a higher IoP."""
+    chain, others = torch.zeros_like(inside), inside.clone()
+    chain[:, -1], others[:, -1] = True, False
+    iop = scores.iop.masked_fill(~scores.present, -1.0)
+    better = (iop > scores.iop[:, -1:]).any(1) & others.any(1)
+    return torch.where(better[:, None], others, chain)
 
 
 def united(chosen: Tensor, proposals: Proposals, original: tuple[int, int]) -> Tensor:
     """chosen bool (T, K) -> bool (T, 1, H, W) in the original frame: the union of the chosen
-    proposals of one image."""
-    picked = [
-        [m for m, keep in zip(proposals.masks, row[: len(proposals)], strict=True) if keep]
-        for row in chosen.tolist()
-    ]
-    masks = np.array([union(row, proposals.size) for row in picked], dtype=bool).reshape(
-        -1, 1, *proposals.size
-    )
-    masks = torch.from_numpy(masks)
+    proposals of one image. A column behind the proposals, the chain's mask, is not looked at."""
+    stacked = np.zeros((len(chosen), 1, *proposals.size), dtype=bool)
+    for mask, row in zip(stacked, chosen[:, : len(proposals)].tolist(), strict=True):
+        mask[0] = union(
+            [m for m, picked in zip(proposals.masks, row, strict=True) if picked], proposals.size
+        )
+    masks = torch.from_numpy(stacked).to(chosen.device)
     if tuple(proposals.size) != tuple(original) and len(masks):
         masks = F.interpolate(masks.float(), original, mode="bilinear", align_corners=False) > 0.5
-    return masks.reshape(-1, 1, *original).to(chosen.device)
+    return masks.reshape(-1, 1, *original)

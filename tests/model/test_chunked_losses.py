@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dataset.collate import collate
-from model import cores
+from model import objective
 from model.reasoning import chain as reasoning_chain
 from model.reasoning.lora import set_trainable
 from tests.helpers import LEVELS, TEMPLATE, conversation, sample, tiny_model
@@ -40,7 +40,7 @@ def step(model, batch):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "value"), [(cores, "MASK_PIXELS", 1), (reasoning_chain, "TEXT_CHUNK", 3)]
+    ("module", "name", "value"), [(objective, "MASK_PIXELS", 1), (reasoning_chain, "TEXT_CHUNK", 3)]
 )
 def test_pieces_change_nothing(module, name, value, monkeypatch):
     model, batch = learner()

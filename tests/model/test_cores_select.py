@@ -21,10 +21,10 @@ from dataset.proposals import Proposals, overlaps, pooling_weights, runs
 from model import CoresForReasoningSegmentation, ReasoningSegmenter
 from model.checkpoints.sam import load_sam
 from model.config import SelectorConfig
-from model.masks import Scene
-from model.reasoning.lora import set_trainable, trainable_state_dict
+from model.masks import MaskBranch, Segmentation
+from model.reasoning.lora import set_trainable
 from model.segmenting.frames import to_grid
-from model.selecting.selector import Selector, pool, pool_own
+from model.selecting.selector import Selector, pool, pool_per_target
 from model.selecting.targets import overlap
 from tests.backbone_toys import toys
 from tests.helpers import (
@@ -38,11 +38,7 @@ from tests.helpers import (
     sample,
     tiny_model,
 )
-from tests.model.selecting.test_llm_seg import (
-    SMALL,
-    few,
-    toy_flags,
-)  # noqa: F401 (dinov2 is a fixture)
+from tests.model.selecting.test_llm_seg import SMALL, few, toy_flags
 from tests.scripted import scripted_model
 from utils.evaluation import cli as evaluation_cli
 from utils.precompute import proposals as precompute_proposals
@@ -146,13 +142,13 @@ def test_masks_and_features_of_many_targets_are_not_made_at_once():
     for run, limit in (
         (lambda: overlap(masks, targets, ignore), masks[0].numel()),
         (lambda: to_grid(masks, size, 64, 4), 64 * 64),
-        (lambda: pool_own(features, weights, image), max(features.numel(), weights.numel())),
+        (lambda: pool_per_target(features, weights, image), max(features.numel(), weights.numel())),
     ):
         with Largest() as largest:
             run()
         assert 0 < largest.numel <= limit
     together = pool(features[image], weights[:, None])[:, 0]
-    torch.testing.assert_close(pool_own(features, weights, image), together)
+    torch.testing.assert_close(pool_per_target(features, weights, image), together)
 
 
 def test_what_does_not_fit_is_refused():
@@ -169,7 +165,7 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("case", ["sam", "dinov2", "lisa"])
-def test_a_mixed_batch_trains_both_branches(case, dinov2):  # noqa: F811
+def test_a_mixed_batch_trains_both_branches(case, dinov2):
     levels = ("SEG",) if case == "lisa" else LEVELS
     selector = {"features": "dinov2"} if case == "dinov2" else {}
     model, processor = model_with(
@@ -196,12 +192,19 @@ def test_a_mixed_batch_trains_both_branches(case, dinov2):  # noqa: F811
     output.loss.backward()
     assert not [n for n, w in model.named_parameters() if w.requires_grad != (w.grad is not None)]
     assert all(w.grad.isfinite().all() for w in model.parameters() if w.grad is not None)
-    assert not [
-        name for name in trainable_state_dict(model) if "untrained" in name or "encoder" in name
-    ]
+    trained = [name for name, w in model.named_parameters() if w.requires_grad]
+    assert not [name for name in trained if "untrained" in name or "encoder" in name]
 
 
-def test_the_own_mask_is_judged_by_its_target(monkeypatch):
+@torch.no_grad()
+def chain_alone(model, batch) -> list[Segmentation]:
+    """What the chain of segmenting makes, before anything is selected."""
+    prompts, counts = model.prompt_tokens(model.hidden_states(batch), batch)
+    branch = MaskBranch(model.config, model.segmenting, selecting=None)
+    return branch.segment(prompts, counts, batch.image_index, model.encode_images(batch))
+
+
+def test_the_chains_mask_is_judged_by_its_target(monkeypatch):
     """What is learnt of the last column is the truth of the chain's mask, and no gradient goes from
     there into the chain."""
     model, processor = model_with()
@@ -215,12 +218,10 @@ def test_the_own_mask_is_judged_by_its_target(monkeypatch):
         lambda s, iou, iop: truth.update(iou=iou, iop=iop) or losses(s, iou, iop),
     )
     parts = model(batch).losses
-    scene = Scene.of(model, batch)
-    with torch.no_grad():
-        found = scene.chain(*model._tokens(model._hidden(batch), batch), batch.image_index)
+    chain = chain_alone(model, batch)
     own = [
         overlap(f.masks[:, -1], t, i)
-        for f, t, i in zip(found, batch.target_masks, batch.ignore_masks, strict=True)
+        for f, t, i in zip(chain, batch.target_masks, batch.ignore_masks, strict=True)
     ]
     assert truth["iou"][:, -1].tolist() == pytest.approx(
         torch.cat([iou for iou, _ in own]).tolist()
@@ -251,9 +252,7 @@ def test_batches_without_targets_or_without_proposals_train_too(pointing):
     with torch.no_grad():
         assert model(text_only).losses["similarity"].item() == 0
     batch, model = bare, model.eval()
-    chain = Scene.of(model, batch).chain(
-        *model._tokens(model._hidden(batch), batch), batch.image_index
-    )
+    chain = chain_alone(model, batch)
     for alone, found in zip(chain, model.segment(batch), strict=True):
         assert torch.equal(alone.masks, found.masks), "the only proposal is the most similar"
 
@@ -261,9 +260,7 @@ def test_batches_without_targets_or_without_proposals_train_too(pointing):
 def test_the_rule_decides_between_chain_and_proposals(monkeypatch):
     model, processor = model_with()
     batch = collate(pictures(), processor, LEVELS, TEMPLATE)
-    chain = Scene.of(model, batch).chain(
-        *model._tokens(model._hidden(batch), batch), batch.image_index
-    )
+    chain = chain_alone(model, batch)
     for own in (True, False):
 
         def choose(scores, own=own):
@@ -297,7 +294,7 @@ def test_free_answers():
         assert answer.masks.shape[1:] == (2, *size)
 
 
-def test_proposals_come_from_the_decoder_before_training(tmp_path, dinov2):  # noqa: F811
+def test_proposals_come_from_the_decoder_before_training(tmp_path, dinov2):
     """Whatever happens to the trained decoder, store and proposals stay those of the SAM it started
     from, saved or not."""
     model, processor = model_with(features_pretrained=dinov2, selector={"features": "dinov2"})
@@ -325,7 +322,7 @@ def test_proposals_come_from_the_decoder_before_training(tmp_path, dinov2):  # n
         assert torch.equal(a.masks, b.masks) and torch.equal(a.iou, b.iou)
 
 
-def test_half_precision_answers(dinov2):  # noqa: F811
+def test_half_precision_answers(dinov2):
     model, processor = model_with(features_pretrained=dinov2, selector={"features": "dinov2"})
     batch = collate(pictures(), processor, LEVELS, TEMPLATE)
     full = model(batch).losses

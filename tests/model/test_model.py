@@ -13,9 +13,8 @@ from dataset.collate import collate
 from model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor, RefinerConfig
 from model.checkpoints.llava import add_level_tokens, load_llava
 from model.losses import bce_per_mask, dice_per_mask, pointing_per_token
-from model.masks import Scene
 from model.reasoning.chain import enable_checkpointing
-from model.reasoning.lora import add_lora, has_lora, merge_lora, set_trainable, trainable_state_dict
+from model.reasoning.lora import add_lora, has_lora, merge_lora, set_trainable
 from model.segmenting.chain import TokenRefiner, prototypes
 from model.segmenting.frames import to_grid, to_original
 from model.segmenting.sam import decode_masks, mask_prompt, no_mask_prompt, position_encoding
@@ -101,7 +100,7 @@ def test_any_number_of_image_tokens(patches, select, count):
     assert (batch.input_ids == processor.image_token_id).sum(1).tolist() == [count] * 4
     features = model.reasoning.image_features(batch.clip_pixels)
     assert features.shape == (2, count, 32)
-    hidden = model._hidden(batch)
+    hidden = model.hidden_states(batch)
     # alone, without padding and through transformers' own merging of the image
     for row in range(4):
         length = int(batch.attention_mask[row].sum())
@@ -118,7 +117,7 @@ def test_any_number_of_image_tokens(patches, select, count):
 
 def test_states_are_those_before_the_tokens(cores):
     model, processor, batch = cores
-    hidden = model._hidden(batch)
+    hidden = model.hidden_states(batch)
     states = model.reasoning.token_states(hidden, batch.labels, batch.info, [0, 2, 1, 1])
     assert [tuple(s.shape) for s in states] == [(0, 2, 32), (2, 2, 32), (1, 2, 32), (1, 2, 32)]
     loc, seg = processor.tokenizer.convert_tokens_to_ids(["[LOC]", "[SEG]"])
@@ -148,7 +147,7 @@ def test_masks_equal_target_by_target(cores):
     """The chain written out for each target alone: projection, decode, refine, decode. Measured:
     2e-6."""
     model, _, batch = cores
-    hidden, output, sam = model._hidden(batch), model(batch), model.segmenting.sam
+    hidden, output, sam = model.hidden_states(batch), model(batch), model.segmenting.sam
     states = model.reasoning.token_states(hidden, batch.labels, batch.info, [0, 2, 1, 1])
     for row in range(1, 4):
         image = int(batch.image_index[row])
@@ -222,7 +221,7 @@ def test_mask_losses_by_definition():
     with torch.no_grad():
         states = torch.cat(
             model.reasoning.token_states(
-                model._hidden(batch), batch.labels, batch.info, [0, 2, 1, 1]
+                model.hidden_states(batch), batch.labels, batch.info, [0, 2, 1, 1]
             )
         )
         tokens = model.text_projection(states)
@@ -538,6 +537,11 @@ def test_refiner_starts_as_the_identity(kind, pooling):
     assert not torch.allclose(refiner(*arguments), token, atol=1e-3)
 
 
+def trained(model) -> dict[str, torch.Tensor]:
+    """The weights that training changes, by name; not copied."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def test_refiner_learns_and_is_saved():
     """The published one is frozen by PEFT and missing from what trains; ours moves, also under
     LoRA."""
@@ -545,10 +549,10 @@ def test_refiner_learns_and_is_saved():
     add_lora(model)
     set_trainable(model)
     batch = mixed_batch(processor)
-    names = [name for name in trainable_state_dict(model) if "refiner" in name]
+    names = [name for name in trained(model) if "refiner" in name]
     assert len(names) == 4
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    start = {name: value.clone() for name, value in trainable_state_dict(model).items()}
+    start = {name: value.clone() for name, value in trained(model).items()}
     # behind the zero output, the inner projection hears nothing before the second step
     for step in range(2):
         optimizer.zero_grad()
@@ -557,7 +561,7 @@ def test_refiner_learns_and_is_saved():
         assert attention.out_proj.weight.grad.abs().sum() > 0
         assert bool(attention.in_proj_weight.grad.any()) == (step > 0)
         optimizer.step()
-    after = trainable_state_dict(model)
+    after = trained(model)
     assert all(not torch.equal(start[name], after[name]) for name in names)
     assert {name for name in model.state_dict() if "refiner" in name} == set(names)
 
@@ -623,7 +627,8 @@ def test_last_mask_reaches_the_first_token():
     model, processor = tiny_model(refiner={"kind": "none"})
     batch = mixed_batch(processor)
     tokens = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    low_res, _ = Scene.of(model, batch).decode(tokens, [0, 2, 1, 1], batch.image_index)
+    images, counts = model.encode_images(batch), [0, 2, 1, 1]
+    low_res, _ = model.mask_branch.decode(tokens, counts, batch.image_index, images)
     low_res[:, 1].sum().backward()
     assert tokens.grad[:, 0].abs().sum(1).min() > 0
 
@@ -664,9 +669,7 @@ def test_what_trains():
         "mlp",
     ):
         assert any(part in name for name in frozen), part
-    assert not [
-        name for name in trainable_state_dict(model) if "encoder" in name or "vision" in name
-    ]
+    assert not [name for name in trained(model) if "encoder" in name or "vision" in name]
 
 
 def test_rank_zero_means_no_adapters():
@@ -676,16 +679,6 @@ def test_rank_zero_means_no_adapters():
     assert "LoRA" not in set_trainable(model, lora=False)
     with pytest.raises(ValueError, match="nothing to train in: LoRA"):
         set_trainable(model)
-
-
-def test_full_language_model_can_train():
-    model, _ = tiny_model()
-    sizes = set_trainable(model, lora=False, train_llm_full=True)
-    language_model = model.reasoning.llava.model.language_model
-    assert all(p.requires_grad for p in language_model.parameters())
-    assert sizes["language model"] == sum(p.numel() for p in language_model.parameters())
-    with pytest.raises(ValueError, match="needs lora=False"):
-        set_trainable(model, train_llm_full=True)
 
 
 def test_mask_decoder_can_stay_frozen():

@@ -29,8 +29,7 @@ from dataset.drawing import printable
 from dataset.files.write import write_text
 from dataset.proposals import ProposalSource
 from dataset.sample import Sample
-from model.masks import Segmentation
-from model.reasoning.generation import Generation
+from model.masks import Generation, Segmentation
 from utils import distributed
 from utils.evaluation.baselines import score_baselines
 from utils.evaluation.oracle import score_oracles

@@ -207,7 +207,7 @@ class Trainer:
         for factor in normalisation.factors(held, self.s.loss_normalisation):
             batch = held.pop(0).to(distributed.device(), DTYPES[self.s.precision])
             parts = normalisation.scaled(self.engine(batch).losses, factor)
-            loss = self.engine.module.total(parts)
+            loss = self.engine.module.objective.total(parts)
             values = {
                 name: float(value.detach()) for name, value in ({"loss": loss} | parts).items()
             }

@@ -105,7 +105,7 @@ def test_chat_keeps_proposals(tmp_path, capsys, monkeypatch):
         assert chat.main(argv) == 0
         reports.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
         (file,) = store.rglob("*.json")
-        monkeypatch.setattr("model.cores.make_generator", None)  # the second time it is read
+        monkeypatch.setattr("model.selecting.proposals.make_generator", None)  # the second time it is read
     assert reports[0]["text"] == ANSWER and list(reports[0]["masks"][0]["files"]) == ["SEG"]
     assert reports[0]["masks"][0]["rle"] == reports[1]["masks"][0]["rle"]
     file.write_text("{")
@@ -196,4 +196,4 @@ def test_a_segmenter_of_a_new_model_finds_its_own_proposals():
         selector={k: v for k, v in SELECTOR.items() if k != "dinov2"} | {"features": "sam"},
     )
     assert processor.proposals is None
-    assert len(ReasoningSegmenter(model, processor).open(picture())._scene.proposals[0]) > 0
+    assert len(ReasoningSegmenter(model, processor).open(picture())._images.proposals[0]) > 0

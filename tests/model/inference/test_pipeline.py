@@ -189,7 +189,7 @@ def test_a_session_answers_as_the_whole_conversation_read_anew(random_segmenter)
         assert same(expected, found)
         assert len(cached.turns) == number + 1
         assert torch.allclose(
-            fresh._context.cache.layers[1].keys, cached._context.cache.layers[1].keys, atol=1e-5
+            fresh._cache.cache.layers[1].keys, cached._cache.cache.layers[1].keys, atol=1e-5
         )
     alone = random_segmenter(picture(), questions[-1])
     assert alone.text != found.text, "the history is read"
@@ -302,7 +302,7 @@ def test_old_turns_make_room(segmenter):
         result = session.ask("where is the dog? a b c " * 2)
         assert result.text == ANSWER
         forgotten += result.forgotten_turns
-        assert len(session._read) <= segmenter.processor.tokenizer.model_max_length
+        assert len(session._cached_ids) <= segmenter.processor.tokenizer.model_max_length
     assert forgotten > 0 and len(session.turns) == 25 - forgotten
     turns = list(session.turns)
     with pytest.raises(DataError, match=r"too long: \d+ tokens .* takes 256"):
@@ -326,8 +326,8 @@ def test_half_precision_answers_too():
         == half(picture(), ["where is the dog?", "a b c"])[0].text
     )
     assert (
-        session._scene.embeddings.dtype
-        == session._context.cache.layers[0].keys.dtype
+        session._images.embeddings.dtype
+        == session._cache.cache.layers[0].keys.dtype
         == torch.bfloat16
     )
 

@@ -11,8 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from dataset.collate import collate, collate_prompts
 from model.masks import complete_groups
-from model.reasoning.drafts import draft
-from model.reasoning.generation import Context, Decoding, prompts_of, read_prompts, speak
+from model.reasoning.generation import Decoding, KVCache, decode, draft, prefill, unpadded_prompts
 from tests.helpers import LEVELS, TEMPLATE, conversation, randomise, sample, tiny_model
 
 
@@ -118,16 +117,16 @@ def test_forced_answers_give_the_masks_of_teacher_forcing(scene):
         assert torch.allclose(result.iou, truth.iou, atol=1e-4)
 
 
-def spoken(model, prompts, processor, **options):
+def generated(model, prompts, processor, **options):
     """(ids (N, M), states (N, M, d)) of free answers, before any mask is made."""
     features = model.reasoning.image_features(prompts.clip_pixels)
-    context, hidden = read_prompts(model.reasoning, prompts, features)
-    steps = speak(
-        context,
+    cache, hidden = prefill(model.reasoning, prompts, features)
+    steps = decode(
+        cache,
         hidden,
         processor.tokenizer.eos_token_id,
         Decoding.of(**options),
-        prompts_of(prompts),
+        unpadded_prompts(prompts),
     )
     ids, states = zip(*steps, strict=True)
     return torch.stack(ids, 1), torch.stack(states, 1)
@@ -139,8 +138,8 @@ def test_states_equal_those_of_one_pass(scene):
     Measured: 1e-6."""
     model, processor, _ = scene
     prompts, batch, answers = prompts_and_answers(scene)
-    ids, states = spoken(model, prompts, processor, logits_processor=say(processor, answers))
-    hidden = model._hidden(batch)
+    ids, states = generated(model, prompts, processor, logits_processor=say(processor, answers))
+    hidden = model.hidden_states(batch)
     assert states.shape[:2] == ids.shape
     for row, answer in enumerate(answers):
         end = int(batch.attention_mask[row].sum()) - 1  # of the end token
@@ -158,7 +157,7 @@ def test_cache_and_shared_prefix_change_nothing(scene):
     """Against the whole sequence read anew for every token, each row alone."""
     model, processor, samples = scene
     prompts, _, _ = prompts_and_answers(scene)
-    ids, states = spoken(model, prompts, processor, max_new_tokens=12)
+    ids, states = generated(model, prompts, processor, max_new_tokens=12)
     assert len(ids.unique()) > 1
     features = model.reasoning.image_features(prompts.clip_pixels)
     for row, image in enumerate(prompts.image_index.tolist()):
@@ -237,7 +236,7 @@ WORDS = [
 @pytest.mark.parametrize("answers", WORDS)
 @pytest.mark.parametrize("known", [[5, 6, 7, 8, 9, 10, 11], [6, 7, 5, 6, 20]])
 def test_drafts_change_nothing_but_the_number_of_passes(scene, answers, known):
-    """Tokens, states and what the context keeps, with drafts that are right, right at first, and
+    """Tokens, states and what the cache keeps, with drafts that are right, right at first, and
     wrong."""
     model, processor, _ = scene
     reasoning, end = model.reasoning, processor.tokenizer.eos_token_id
@@ -247,16 +246,16 @@ def test_drafts_change_nothing_but_the_number_of_passes(scene, answers, known):
         decoding = Decoding(
             12, prompt_lookup_num_tokens=count, logits_processor=(Say(answers, end),)
         )
-        context = Context(reasoning)
-        hidden = context.read(reasoning.llava.get_input_embeddings()(ids), torch.ones_like(ids))[
+        cache = KVCache(reasoning)
+        hidden = cache.extend(reasoning.llava.get_input_embeddings()(ids), torch.ones_like(ids))[
             :, -1
         ]
         steps, lengths = passes_of(
-            model, lambda c=context, h=hidden, d=decoding: list(speak(c, h, end, d, ids.tolist()))
+            model, lambda c=cache, h=hidden, d=decoding: list(decode(c, h, end, d, ids.tolist()))
         )
         tokens, states = (torch.stack(part, dim=1) for part in zip(*steps, strict=True))
         keys = [
-            layer.keys[:, :, : ids.shape[1] + tokens.shape[1] - 1] for layer in context.cache.layers
+            layer.keys[:, :, : ids.shape[1] + tokens.shape[1] - 1] for layer in cache.cache.layers
         ]
         found[count] = tokens, states, torch.stack(keys), len(lengths)
     tokens, states, keys, passes = found[0]
@@ -275,7 +274,7 @@ def test_drafts_change_nothing_but_the_number_of_passes(scene, answers, known):
 
 class Favour:
     """Keeps state: every call makes another word likelier, in place. ``calls``: the shapes of what
-    was said by then."""
+    was found by then."""
 
     def __init__(self):
         self.calls: list[tuple[int, ...]] = []
@@ -287,13 +286,13 @@ class Favour:
 
 
 @cache
-def speaker():
+def language_model():
     model, processor = tiny_model()
     randomise(model)
     return model.reasoning, processor.tokenizer.eos_token_id
 
 
-FEW = st.integers(4, 5)  # two words, so that everything was said before
+FEW = st.integers(4, 5)  # two words, so that everything was found before
 
 
 # a failure is short enough as it is
@@ -303,7 +302,7 @@ FEW = st.integers(4, 5)  # two words, so that everything was said before
 def test_whatever_is_read_and_said_drafts_change_nothing(prompts, data):
     """Rows of other lengths that end at other steps, scripted or drawn at random, cut at any
     length, drafts of any length."""
-    reasoning, end = speaker()
+    reasoning, end = language_model()
     width, draw = max(map(len, prompts)), data.draw
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -318,13 +317,13 @@ def test_whatever_is_read_and_said_drafts_change_nothing(prompts, data):
         favour = Favour()
         processors = (favour,) if answers is None else (favour, Say(answers, end))
         decoding = Decoding(limit, answers is None, 0.5, 0.9, drafted, processors)
-        context = Context(reasoning)
-        hidden = context.read(reasoning.llava.get_input_embeddings()(ids), mask)[:, -1]
+        cache = KVCache(reasoning)
+        hidden = cache.extend(reasoning.llava.get_input_embeddings()(ids), mask)[:, -1]
         tokens, states = (
             torch.stack(part, 1)
-            for part in zip(*speak(context, hidden, end, decoding, prompts), strict=True)
+            for part in zip(*decode(cache, hidden, end, decoding, prompts), strict=True)
         )
-        assert context.length < width + limit, "nothing is read beyond the longest answer"
+        assert cache.length < width + limit, "nothing is read beyond the longest answer"
         found.append((tokens, states, favour.calls))
     (tokens, states, calls), (tokens_, states_, calls_) = found
     assert torch.equal(tokens, tokens_) and calls == calls_
@@ -367,13 +366,13 @@ def test_sampling_with_drafts_draws_the_same(scene):
     ],
 )
 def test_a_draft_is_what_followed_before(ids, expected):
-    assert draft(ids, 3, stops=(9,)) == expected
-    assert draft(ids, 0, stops=(9,)) == []
+    assert draft(ids, 3, never=(9,)) == expected
+    assert draft(ids, 0, never=(9,)) == []
 
 
 @torch.no_grad()
 def test_a_picture_is_never_drafted(scene, monkeypatch):
-    """The words before it, said again: its tokens stand beyond the table of embeddings in a
+    """The words before it, found again: its tokens stand beyond the table of embeddings in a
     published LLaVA."""
     model, processor, _ = scene
     reasoning, end = model.reasoning, processor.tokenizer.eos_token_id
@@ -381,15 +380,15 @@ def test_a_picture_is_never_drafted(scene, monkeypatch):
     image = embed.num_embeddings
     monkeypatch.setattr(type(reasoning), "image_token_id", image)
     answers = [[5, 6, 7, 8, 9, 10]]
-    context = Context(reasoning)
+    cache = KVCache(reasoning)
     read = torch.tensor([[1, 5, 6, 7, 8, 2, 2, 4]])
-    hidden = context.read(embed(read), torch.ones_like(read))[:, -1]
+    hidden = cache.extend(embed(read), torch.ones_like(read))[:, -1]
     decoding = Decoding(8, logits_processor=(Say(answers, end),))
-    said = [
+    found = [
         int(token)
-        for token, _ in speak(context, hidden, end, decoding, [[1, 5, 6, 7, 8, image, image, 4]])
+        for token, _ in decode(cache, hidden, end, decoding, [[1, 5, 6, 7, 8, image, image, 4]])
     ]
-    assert said == [*answers[0], end]
+    assert found == [*answers[0], end]
 
 
 def test_masks_need_one_pass_of_sam(scene):

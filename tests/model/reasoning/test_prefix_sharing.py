@@ -87,7 +87,7 @@ def test_hidden_states_equal_where_there_are_tokens():
     for enabled in (False, True):
         model.reasoning.sharing = PrefixSharing(enabled)
         with torch.no_grad():
-            hidden.append(model._hidden(batch)[batch.attention_mask > 0])
+            hidden.append(model.hidden_states(batch)[batch.attention_mask > 0])
     assert torch.allclose(*hidden, rtol=0, atol=1e-12)
 
 
@@ -244,8 +244,8 @@ def test_the_last_layer_works_only_where_it_is_read(enabled):
         lambda module, args, output: inner.append(args[0].shape[:-1].numel())
     )
     found, gradients = results(model, batch, PrefixSharing(enabled))
-    whole = model._hidden
-    model._hidden = lambda batch, wanted=None: whole(batch)
+    whole = model.hidden_states
+    model.hidden_states = lambda batch, wanted=None: whole(batch)
     expected, others = results(model, batch, PrefixSharing(enabled))
     assert torch.allclose(found.loss, expected.loss, rtol=1e-10, atol=0)
     assert largest_difference(gradients, others) < 1e-7

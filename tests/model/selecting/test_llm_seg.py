@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Dinov2Config, Dinov2Model
 
 import chat
 import merge_lora_weights_and_save_hf_model as merge
@@ -26,11 +25,10 @@ from dataset.files.errors import DataError
 from dataset.proposals import Proposals, pooling_weights, runs, union
 from model import CoresForReasoningSegmentation
 from model.config import SelectorConfig
-from model.masks import Scene
 from model.reasoning.lora import set_trainable
-from model.segmenting.frames import PIXEL_MEAN, PIXEL_STD, preprocess
-from model.selecting.selector import Scores, Selector, dinov2_pixels, pool, united
-from model.selecting.targets import iop_loss, similarity_loss, truth_of
+from model.segmenting.frames import preprocess
+from model.selecting.selector import Scores, Selector, pool, united
+from model.selecting.targets import iop_loss, proposal_targets, similarity_loss
 from tests.backbone_toys import flags, toys
 from tests.helpers import (
     TEMPLATE,
@@ -53,17 +51,6 @@ SMALL = {
     "feature_size": 56,
     "proposals": {"points_per_side": 4, "predicted_iou": 0, "stability": 0, "nms": 1},
 }
-
-
-@pytest.fixture(scope="module")
-def dinov2(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(3)
-    config = Dinov2Config(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
 
 
 def model_with(proposals: int | None = None, **changes):
@@ -171,15 +158,22 @@ def test_a_union_returns_to_the_original_frame():
     assert united(chosen[:0], proposals, (30, 60)).shape == (0, 1, 30, 60)
 
 
-def test_dinov2_sees_the_same_frame():
-    image = np.full((30, 60, 3), 200, dtype=np.uint8)
-    pixels, size = preprocess(image, 64)
-    mean, std = torch.tensor(PIXEL_MEAN)[:, None, None], torch.tensor(PIXEL_STD)[:, None, None]
-    seen = dinov2_pixels(pixels[None], [size], 56, mean, std)[0]
+def test_dinov2_sees_the_same_frame(monkeypatch, dinov2):
+    """SAM's normalisation is DINOv2's, and so is its padding with 0: only the size differs."""
+    selector = model_with(features="dinov2", features_pretrained=dinov2)[0].selecting
+    pixels, _ = preprocess(np.full((30, 60, 3), 200, dtype=np.uint8), 64)
+    seen = []
+    forward = selector.encoder.forward
+    monkeypatch.setattr(
+        selector.encoder,
+        "forward",
+        lambda pixel_values: seen.append(pixel_values[0]) or forward(pixel_values=pixel_values),
+    )
+    selector.encode(pixels[None])
     expected = (200 / 255 - 0.485) / 0.229
-    assert seen.shape == (3, 56, 56)
-    assert seen[0, :25].sub(expected).abs().max() < 1e-4
-    assert not seen[:, 32:].any()
+    assert seen[0].shape == (3, 56, 56)
+    assert seen[0][0, :25].sub(expected).abs().max() < 1e-4
+    assert not seen[0][:, 32:].any()
 
 
 @pytest.mark.parametrize(
@@ -262,9 +256,8 @@ def test_company_changes_nothing():
     with torch.no_grad():
         scores = []
         for b in (batch, alone):
-            scores.append(
-                Scene.of(model, b).score(*model._tokens(model._hidden(b), b), b.image_index)
-            )
+            asked = *model.prompt_tokens(model.hidden_states(b), b), b.image_index
+            scores.append(model.mask_branch.score(*asked, model.encode_images(b)))
     assert scores[0].present.sum(1).tolist() == [48, 48, 7]
     for name in ("similarity", "iop"):
         together, single = getattr(scores[0], name)[2, :7], getattr(scores[1], name)[0]
@@ -279,9 +272,9 @@ def test_masks_are_unions_of_proposals_and_truth_knows_ignored_pixels():
     proposals = batch.proposals[1]
     known = [union([m], proposals.size) for m in proposals.masks]
     assert any((found[2].masks[0, 0].numpy() == m).all() for m in known)
-    heeded, published = truth_of(batch, True)[1], truth_of(batch, False)[1]
-    assert heeded[0].shape == published[0].shape == (2, 48)
-    assert (heeded[0] != published[0]).any()
+    heeded, published = (proposal_targets(batch, 48, use_ignore)[0] for use_ignore in (True, False))
+    assert heeded.shape == published.shape == (3, 48)
+    assert (heeded[:2] != published[:2]).any()
 
 
 def test_free_answers_bring_their_own_proposals():

@@ -15,7 +15,7 @@ from dataset.mixture import EvalDataset
 from dataset.readers.reasoning import read_record, record_masks
 from dataset.sample import LoaderOptions, Sample
 from dataset.synthetic import write as synthetic
-from model.cores import Generation, Segmentation
+from model.masks import Generation, Segmentation
 from tests.dataset_toys import (
     LEVELS,
     ToyProcessor,
