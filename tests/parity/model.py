@@ -299,9 +299,10 @@ class Case:
         self.check(f"{run}.last_hidden_state", hidden)
         self.check(f"{run}.llm_labels", batch.labels)
         self.check(f"{run}.llm_attention_mask", self.recorded_attention(run))
-        logits, targets = reasoning.supervised_logits(hidden, batch.labels)
+        supervised = batch.labels[:, 1:] >= 0
+        logits = reasoning.llava.lm_head(hidden[:, :-1][supervised])
         self.check(f"{run}.logits_at_supervised", logits)
-        self.check(f"{run}.supervised_targets", targets)
+        self.check(f"{run}.supervised_targets", batch.labels[:, 1:][supervised])
         if f"{run}.prompt_text_embeds.0" in self.outputs:
             self.compare_prompts(run, probe, output, per_image)
 
