@@ -44,9 +44,10 @@ from model.checkpoints.sam import PRESETS
 from model.config import CoresConfig, SamDims
 from model.cores import CoresForReasoningSegmentation
 from model.reasoning.chain import enable_checkpointing
-from model.reasoning.lora import add_lora, set_trainable
+from model.reasoning.lora import add_lora
 from model.segmenting.embedding_cache import SamCache
 from model.segmenting.frames import resized_size
+from model.trainable import set_trainable
 
 VOCABULARY, IMAGE_ID, LEVEL_IDS = 32_003, 32_000, [32_001, 32_002]
 SCHEDULES = ("published", "ours", "cached")
@@ -203,7 +204,7 @@ class Bench:
 
     def fill_cache(self) -> None:
         for i, pixels in enumerate(self.batch.sam_pixels):
-            self.cache.keep(f"{i:02d}", self.model.segmenting.embed(pixels[None])[0])
+            self.cache.store(f"{i:02d}", self.model.segmenting.embed(pixels[None])[0])
 
     def cached_batch(self) -> Batch:
         """The batch as a data loader brings it when the cache has every image; reading the files is
@@ -301,7 +302,7 @@ def measure_memory(schedule: str, args: argparse.Namespace) -> dict:
             # of zeros: their encoder must not be part of the peak
             for i in range(SIZES[args.size].images):
                 dims = SIZES[args.size].sam
-                bench.cache.keep(f"{i:02d}", torch.zeros(dims.prompt_dim, dims.grid, dims.grid))
+                bench.cache.store(f"{i:02d}", torch.zeros(dims.prompt_dim, dims.grid, dims.grid))
         for _ in range(2):
             bench.step(schedule)
     if bench.device.type == "cuda":

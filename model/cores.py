@@ -84,27 +84,24 @@ class CoresOutput:
 
 
 class TextProjection(nn.Sequential):
-    """Hidden state (…, d) -> prompt token (…, C): LISA's Linear, ReLU, Linear, with an optional
-    LayerNorm behind."""
+    """Hidden state (…, d) -> prompt token (…, C): LISA's Linear, ReLU, Linear, then an optional
+    LayerNorm whose output has about the norm ``norm``."""
 
     def __init__(self, hidden: int, width: int, norm: float | None):
-        layers: list[nn.Module] = [
-            nn.Linear(hidden, hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, width),
-        ]
+        linear, project = nn.Linear(hidden, hidden), nn.Linear(hidden, width)
+        super().__init__(linear, nn.ReLU(inplace=True), project)
         if norm is not None:
-            layers.append(nn.LayerNorm(width))
-            # a normalised token has norm √C
-            nn.init.constant_(layers[-1].weight, norm / width**0.5)
-        super().__init__(*layers)
+            layer_norm = nn.LayerNorm(width)
+            nn.init.constant_(layer_norm.weight, norm / width**0.5)  # Before it, the norm is √C.
+            self.append(layer_norm)
 
 
 class CoresForReasoningSegmentation(PreTrainedModel):
+    config: CoresConfig
     config_class = CoresConfig
     base_model_prefix = "cores"
     supports_gradient_checkpointing = True
-    # where the config ties them; transformers looks for LLaVA's own one level deep only
+    # A config may tie them; transformers looks for LLaVA's own declaration one level deep only.
     _tied_weights_keys = {
         "reasoning.llava.lm_head.weight": "reasoning.llava.model.language_model.embed_tokens.weight"
     }

@@ -172,7 +172,8 @@ class Objective:
         are added up. ``prompts`` (1, T, C) is therefore sent through chain and selector; without a
         gradient there is none, (0, T, C).
         """
-        c, parts = self.config, {}
+        c = self.config
+        parts: dict[str, Tensor] = {}
         index = torch.zeros(1, dtype=torch.int64, device=prompts.device)
         zero = prompts.float().sum() * 0.0
         pointing = ["pointing"] if c.pointing_weight else []
@@ -219,8 +220,9 @@ class Objective:
             left_out = None if ignore is None else ignore[piece]
             compare_piece = partial(compare, target=ground_truth[piece], ignore=left_out)
             if learns:
-                again = {"use_reentrant": False, "preserve_rng_state": False}
-                sums = sums + checkpoint(compare_piece, low_res[piece], **again)
+                sums = sums + checkpoint(
+                    compare_piece, low_res[piece], use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 sums = sums + compare_piece(low_res[piece])
         return sums[0], sums[1]

@@ -21,9 +21,10 @@ from model.cores import CoresForReasoningSegmentation
 from model.processor import FILE as PROCESSOR_FILE
 from model.processor import CoresProcessor
 from model.reasoning.chain import enable_checkpointing
-from model.reasoning.lora import add_lora, load_adapter, set_trainable
+from model.reasoning.lora import add_lora, load_adapter
 from model.reasoning.prefix_sharing import PrefixSharing
-from model.segmenting.embedding_cache import SamCache, fingerprint
+from model.segmenting.embedding_cache import SamCache, encoder_fingerprint
+from model.trainable import set_trainable
 from utils import distributed
 from utils.settings.arguments import (
     FREE_ON_RESUME,
@@ -170,9 +171,9 @@ def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s
                 "--sam_cache: this selector looks at DINOv2's features, which it does not keep;"
                 " leave the flag out"
             )
-        name = fingerprint(model.segmenting.sam.image_encoder, processor.image_size)
+        name = encoder_fingerprint(model.segmenting.sam.image_encoder, processor.image_size)
         processor.sam_cache = SamCache(s.sam_cache, name, s.sam_cache_dtype, s.sam_cache_gb)
-        model.segmenting.keep = processor.sam_cache.keep
+        model.segmenting.store_embedding = processor.sam_cache.store
 
 
 def refuse_no_compiler(s: Settings) -> None:

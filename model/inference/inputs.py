@@ -1,8 +1,10 @@
 """What may be asked: pictures of every kind and questions, checked and cleaned before a model sees
-them."""
+them.
+"""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,13 +17,8 @@ from dataset.files.errors import DataError
 from dataset.files.images import read_image, rgb_array
 
 ImageLike = str | Path | Image.Image | np.ndarray
-
-
-# CLIP's transform enlarges the shorter side: a line of pixels would become gigabytes
+# CLIP's transform enlarges the shorter side, which would make gigabytes of a line of pixels.
 MAX_ASPECT = 100
-
-
-# ------------------------------------------------------------------------------------------- inputs
 
 
 def load_image(image: ImageLike, argument: str = "image") -> tuple[np.ndarray, str]:
@@ -75,17 +72,10 @@ def clean_question(text: str) -> str:
     nothing."""
     if not isinstance(text, str):
         raise ValueError(f"a question must be a text, got {type(text).__name__} {text!r:.40}")
-    kept = (
-        (
-            " "
-            if unicodedata.category(c) in ("Cc", "Zl", "Zp")
-            else "\ufffd"
-            if "\ud800" <= c <= "\udfff"
-            else c
-        )
-        for c in text
-    )
-    question = " ".join("".join(kept).split())
+    whole = re.sub("[\ud800-\udfff]", "\ufffd", text)  # Halves of a character cannot be encoded.
+    control = ("Cc", "Zl", "Zp")
+    printable = (" " if unicodedata.category(c) in control else c for c in whole)
+    question = " ".join("".join(printable).split())
     if not question:
         raise ValueError("the question is empty")
     return question

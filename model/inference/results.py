@@ -1,6 +1,7 @@
 """What an answer is: masks with their numbers, files, JSON and COCO; and an answer in the making.
 
-H, W a picture in the original frame."""
+H, W a picture in the original frame.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +17,6 @@ from PIL import Image
 
 from dataset.drawing import level_colour, overlay
 from dataset.files.rle import encode_rle
-
-# ------------------------------------------------------------------------------------------ results
 
 
 @dataclass
@@ -70,14 +69,9 @@ class AnswerMask:
             {"level": name, "rle": encode_rle(mask), "predicted_iou": round(self.ious[name], 4)}
             for name, mask in self.coarse.items()
         ]
-        box = None if self.box is None else list(self.box)
-        return {
-            "rle": self.rle,
-            "box": box,
-            "area": self.area,
-            "predicted_iou": round(self.predicted_iou, 4),
-            "chain": coarse,
-        }
+        box, iou = None if self.box is None else list(self.box), round(self.predicted_iou, 4)
+        numbers = {"box": box, "area": self.area, "predicted_iou": iou}
+        return {"rle": self.rle, **numbers, "chain": coarse}
 
 
 @dataclass
@@ -132,15 +126,11 @@ class Result:
 
     def to_dict(self, files: dict[str, Any] | None = None) -> dict[str, Any]:
         """What JSON can hold; ``files``: what ``save`` returned."""
-        report = {
-            "image": self.name,
-            "question": self.question,
-            "text": self.text,
-            "finished": self.finished,
-        }
-        report["masks"] = [found.to_dict() for found in self.masks]
+        report: dict[str, Any] = {"image": self.name, "question": self.question, "text": self.text}
+        masks = [found.to_dict() for found in self.masks]
+        report |= {"finished": self.finished, "masks": masks}
         if files is not None:
-            for row, paths in zip(report["masks"], files["masks"], strict=True):
+            for row, paths in zip(masks, files["masks"], strict=True):
                 row["files"] = paths
             report["overlay"] = files["overlay"]
         return report | {"forgotten_turns": self.forgotten_turns}
@@ -149,30 +139,16 @@ class Result:
         """A COCO data set of one picture; boxes are COCO's [x, y, width, height], ``score`` is the
         predicted IoU."""
         height, width = self.image.shape[:2]
+        image = {"id": image_id, "file_name": Path(self.name).name}
         rows = []
         for number, found in enumerate(self.masks, start=1):
             x0, y0, x1, y1 = found.box or (0, 0, 0, 0)
-            rows.append(
-                {
-                    "id": number,
-                    "image_id": image_id,
-                    "category_id": 1,
-                    "segmentation": found.rle,
-                    "area": found.area,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "iscrowd": 0,
-                    "score": found.predicted_iou,
-                }
-            )
+            row: dict[str, Any] = {"id": number, "image_id": image_id, "category_id": 1}
+            row |= {"segmentation": found.rle, "area": found.area, "iscrowd": 0}
+            box = [x0, y0, x1 - x0, y1 - y0]
+            rows.append(row | {"bbox": box, "score": found.predicted_iou})
         return {
-            "images": [
-                {
-                    "id": image_id,
-                    "file_name": Path(self.name).name,
-                    "height": height,
-                    "width": width,
-                }
-            ],
+            "images": [image | {"height": height, "width": width}],
             "categories": [{"id": 1, "name": self.question}],
             "annotations": rows,
         }
@@ -184,7 +160,8 @@ def _safe(name: str) -> str:
 
 def _free_stem(folder: Path, stem: str) -> str:
     """STEM_000, or the number after the highest one in use."""
-    stem = _safe(stem).encode()[:100].decode(errors="ignore")  # file systems count bytes
+    # File systems limit names by their bytes, not by their characters.
+    stem = _safe(stem).encode()[:100].decode(errors="ignore")
     used = [re.match(re.escape(stem) + r"_(\d{3,})_", path.name) for path in folder.iterdir()]
     return f"{stem}_{max((int(match[1]) + 1 for match in used if match), default=0):03d}"
 

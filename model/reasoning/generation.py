@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import (
-    LogitsProcessorList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
@@ -76,12 +75,15 @@ class Decoding:
 
     def choose(self, generated: Tensor, logits: Tensor) -> Tensor:
         """The next token of each row: generated int64 (N, M), logits (N, V) -> int64 (N,)."""
-        processors = LogitsProcessorList(self.logits_processor)
+        processors = [*self.logits_processor]
+        if self.do_sample:
+            processors += [TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p)]
+        logits = logits.float()
+        for process in processors:
+            logits = process(generated, logits)
         if not self.do_sample:
-            return processors(generated, logits.float()).argmax(-1)
-        processors += [TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p)]
-        probabilities = processors(generated, logits.float()).softmax(-1)
-        return torch.multinomial(probabilities, 1)[:, 0]
+            return logits.argmax(-1)
+        return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------- KV cache
@@ -103,6 +105,7 @@ class _BufferedLayer(DynamicLayer):
         """As DynamicLayer.update: takes (N, heads, l, width) each, returns all positions so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
         if self._buffers is None or self._buffers[0].shape[-2] < end:
@@ -119,7 +122,7 @@ class _BufferedLayer(DynamicLayer):
         return new
 
     def crop(self, max_length: int) -> None:
-        if self.is_initialized:
+        if self.keys is not None and self.values is not None:
             self.keys = self.keys[..., :max_length, :]
             self.values = self.values[..., :max_length, :]
 
@@ -162,6 +165,7 @@ class KVCache:
         """Forgets all but the first ``length`` positions, also where a reading was interrupted
         between two layers."""
         for layer in self.cache.layers:
+            assert isinstance(layer, _BufferedLayer)
             layer.crop(length)
         if self.mask is not None:
             self.mask = self.mask[:, :length]

@@ -1,12 +1,11 @@
-"""What trains: LoRA in the language model, and in full the token embeddings, lm_head, the text
-projection, SAM's mask decoder and the refiner.
-"""
+"""LoRA in the language model: adding adapters, loading them, and folding them into the weights."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -32,7 +31,7 @@ def add_lora(
     """
     if r == 0:
         return
-    language_model = model.reasoning.llava.model.language_model
+    language_model = model.get_submodule("reasoning.llava.model.language_model")
     if bits := quantized_bits(language_model):
         setattr(language_model, f"is_loaded_in_{bits}bit", True)  # PEFT reads it there.
     config = LoraConfig(
@@ -58,7 +57,7 @@ def load_adapter(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
     or wrongly shaped.
     """
     expected = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    found = {our_name(name): weight for name, weight in weights.items()}
+    found = {ours: weight for name, weight in weights.items() if (ours := our_name(name))}
     compare({name: p.shape for name, p in expected.items()}, found, source)
     with torch.no_grad():
         for name, parameter in expected.items():
@@ -73,56 +72,6 @@ def our_name(name: str, linear_projector: bool = True) -> str | None:
     if re.search(r"\.lora_[AB]\.weight$", name):
         name = f"{name.removesuffix('.weight')}.default.weight"
     return published.our_name(name, linear_projector)
-
-
-def trainable_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The groups of parameters that training changes, by name."""
-    llava = model.reasoning.llava
-    groups = {
-        "LoRA": [p for name, p in llava.named_parameters() if "lora_" in name],
-        "token embeddings": list(llava.get_input_embeddings().parameters()),
-        "lm_head": list(llava.get_output_embeddings().parameters()),
-        "text projection": list(model.text_projection.parameters()),
-    }
-    if model.selecting is not None:
-        groups["selector"] = model.selecting.trained()
-    if model.config.decodes:  # Otherwise SAM stays as it is, because it made the proposals.
-        groups["mask decoder"] = list(model.segmenting.sam.mask_decoder.parameters())
-    if model.segmenting.refiner is not None:
-        groups["refiner"] = list(model.segmenting.refiner.parameters())
-    return groups
-
-
-def set_trainable(
-    model: nn.Module, lora: bool = True, train_mask_decoder: bool = True
-) -> dict[str, int]:
-    """Freezes everything but the trainable groups and returns their sizes in parameters.
-
-    ``lora`` False: a model without adapters. Raises ValueError if a group is empty, because a part
-    that is left frozen by mistake fails silently: the published refiner was never trained.
-    """
-    model.requires_grad_(False)
-    groups = trainable_groups(model)
-    if not lora:
-        groups.pop("LoRA")
-    if not train_mask_decoder:
-        groups.pop("mask decoder", None)
-    empty = [name for name, parameters in groups.items() if not parameters]
-    if empty:
-        raise ValueError(f"nothing to train in: {', '.join(empty)}")
-    for parameters in groups.values():
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-    # The single-mask output uses neither the other mask tokens' heads nor SAM's IoU prediction: no
-    # loss reaches them.
-    decoder = model.segmenting.sam.mask_decoder
-    decoder.iou_prediction_head.requires_grad_(False)
-    for head in decoder.output_hypernetworks_mlps[1:]:
-        head.requires_grad_(False)
-    return {
-        name: sum(p.numel() for p in parameters if p.requires_grad)
-        for name, parameters in groups.items()
-    }
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -146,6 +95,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"the model is held in {bits} bits; merge into its weights in full precision"
         )
+    layer: Any  # PEFT declares get_delta_weight in the subclasses only.
     for name, layer in layers:
         base = layer.get_base_layer()
         delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)

@@ -8,8 +8,20 @@ image once.
 
 A token sees what it would have seen in a row of its own: the prefix, and of the suffixes only its
 own. Hidden states and gradients are therefore those of separate rows, up to the order of
-floating-point sums. What is shared is found by comparing token ids, so conversations with other
-exemplars, or none, are right, too; they share less.
+floating-point sums. What is shared is found by comparing token ids, so conversations with different
+exemplars, or with none, are right, too; they share less.
+
+Two conversations of one image, of ids 1 2 3 | 4 5 and 1 2 3 | 6, padded to L = 5, have the flat
+indices 0 … 4 and 5 … 9. They share three tokens and fill one packed row::
+
+    token       1  2  3  4  5  6
+    source      0  1  2  3  4  8        where the token stands in the batch
+    positions   0  1  2  3  4  3        each suffix goes on after the prefix
+    branch      0  0  0  1  1  2        the 6 sees branch 0 and its own, not 4 and 5
+    image       0  0  0  0  0  0
+
+``place`` goes the other way, from the batch into the row: 0 1 2 3 4 for the first conversation, and
+0 1 2 5 for the second (its padding points anywhere).
 
 N conversations · L tokens of a padded conversation · R packed rows · S tokens of a packed row.
 """
@@ -18,6 +30,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -25,7 +38,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")  # implementations that take any mask
+MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")  # These implementations take any mask.
 
 
 @dataclass(frozen=True)
@@ -73,8 +86,8 @@ class Packing:
         return hidden.masked_fill(~self.mask(), torch.finfo(dtype).min)
 
     def block_mask(self):
-        """For FlexAttention, which skips blocks where nothing is visible: what other images and
-        conversations cost."""
+        """The mask for FlexAttention, which skips blocks where nothing is visible, so that other
+        images and conversations cost nothing."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         rows, length = self.source.shape
@@ -87,8 +100,7 @@ class Packing:
 
 @dataclass
 class PrefixSharing:
-    """Whether and how conversations share prefixes. A matter of speed: results do not depend on
-    it."""
+    """Whether and how conversations share prefixes. It changes the speed, not the results."""
 
     enabled: bool = True
     row_tokens: int = 0
@@ -109,14 +121,17 @@ class PrefixSharing:
         if implementation not in MASKED_ATTENTION or (
             implementation == "flex_attention" and not input_ids.is_cuda
         ):
-            _say_once(f"prefix sharing is off: {implementation} cannot use its mask here; sdpa can")
+            _warn_once(
+                f"prefix sharing is off: {implementation} cannot use its mask here; sdpa can"
+            )
             return None
         groups = _groups(
             input_ids.cpu().numpy(), attention_mask.cpu().numpy() > 0, image_index.cpu().numpy()
         )
         if not any(group.shared for group in groups):
             return None
-        return _lay_out(groups, tuple(input_ids.shape), self.row_tokens).to(input_ids.device)
+        rows, length = input_ids.shape
+        return _lay_out(groups, (rows, length), self.row_tokens).to(input_ids.device)
 
 
 @dataclass(frozen=True)
@@ -147,8 +162,8 @@ def _groups(ids: np.ndarray, mask: np.ndarray, image_index: np.ndarray) -> list[
 
 
 def _rows(lengths: list[int], row_tokens: int) -> list[list[int]]:
-    """Indices of ``lengths`` in rows: the longest first, each into the first row that has room for
-    it."""
+    """Indices of ``lengths`` in rows: the longest first, each into the first row with room for it
+    (first-fit decreasing)."""
     limit = max(row_tokens, *lengths)
     rows: list[list[int]] = []
     room: list[int] = []
@@ -194,10 +209,6 @@ def _lay_out(groups: list[_Group], shape: tuple[int, int], row_tokens: int) -> P
     return Packing(**{name: torch.from_numpy(table) for name, table in tables.items()})
 
 
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message)
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

@@ -18,7 +18,10 @@ from model.config import RefinerConfig
 from model.segmenting.frames import PIXEL_MEAN, PIXEL_STD
 from model.segmenting.sam import decode_masks, mask_prompt, no_mask_prompt
 
-POOLING_EPS = 5e-4  # of the published refiner: an empty mask gives a zero prototype instead of NaN
+# The published refiner adds it to the area, so that a mask without any weight gives a zero
+# prototype instead of NaN. Soft weights are never all zero: of an empty mask they give the mean of
+# the whole image.
+POOLING_EPS = 5e-4
 
 
 def prototypes(
@@ -28,17 +31,12 @@ def prototypes(
 
     features (K, C, G, G); mask_logits (K, h, w) low-res; valid (K, G, G), 1 in the image and 0 in
     the padding. Returns prototypes (K, n, C) and empty bool (K, n): True where a prototype has no
-    pixels and is to be left out of the attention; where all are empty the first stays, for
-    attention needs a key.
+    pixels and is to be left out of the attention. Attention needs a key, so the first stays where
+    all are empty.
     """
-    weights = (
-        mask_logits.sigmoid()
-        if config.pooling == "soft"
-        else (mask_logits > 0).to(mask_logits.dtype)
-    )
-    weights = F.interpolate(
-        weights[:, None], features.shape[-2:], mode="bilinear", align_corners=False
-    )[:, 0]
+    soft, size = config.pooling == "soft", features.shape[-2:]
+    weights = mask_logits.sigmoid() if soft else (mask_logits > 0).to(mask_logits.dtype)
+    weights = F.interpolate(weights[:, None], size, mode="bilinear", align_corners=False)[:, 0]
     valid = torch.ones_like(weights) if config.pooling == "released" else valid.to(features.dtype)
     inside = (weights * valid)[:, None]
     if config.prototypes == "foreground+background":
@@ -65,11 +63,11 @@ def _regions(grid: int, per_side: int, like: Tensor) -> Tensor:
 
 
 class TokenRefiner(nn.Module):
-    """ĥᵗ = h + CA(h, MAP(F, mᵗ⁻¹)) (CoReS, token refiner). Starts as the identity: its output
-    projection is zero.
+    """ĥᵗ = h + CA(h, MAP(F, mᵗ⁻¹)) (CoReS, token refiner). It starts as the identity, because its
+    output projection is zero.
 
-    Of the kind "attention+norm" it is h + LayerNorm(h + CA), which the released code has; its gain
-    starts at zero.
+    The kind "attention+norm" is h + LayerNorm(h + CA), as in the released code; there the gain of
+    the norm starts at zero.
     """
 
     def __init__(self, width: int, config: RefinerConfig):
@@ -89,10 +87,8 @@ class TokenRefiner(nn.Module):
     ) -> Tensor:
         """token (K, C), features (K, C, G, G), mask_logits (K, h, w), valid (K, G, G) -> (K, C)."""
         keys, empty = prototypes(features, mask_logits, valid, self.config)
-        update, _ = self.attention(
-            token[:, None], keys, keys, key_padding_mask=empty, need_weights=False
-        )
-        update = update[:, 0]
+        query, attend = token[:, None], self.attention
+        update = attend(query, keys, keys, key_padding_mask=empty, need_weights=False)[0][:, 0]
         return token + (update if self.norm is None else self.norm(token + update))
 
 
@@ -106,33 +102,28 @@ class SegmentingChain(nn.Module):
         decode_chunk: int | None = None,
         proposes: bool = False,
     ):
-        """``proposes``: SAM's everything mode is needed, too, so a copy of the decoder stays as it
-        is now."""
+        """``proposes``: SAM's everything mode is needed, too, so a copy of the decoder stays
+        untrained."""
         super().__init__()
         self.sam = sam
         self.untrained = copy.deepcopy(sam.mask_decoder) if proposes else None
         """SAM's mask decoder before any training of it; saved with the model."""
-        self.refiner = (
-            TokenRefiner(sam.prompt_encoder.embed_dim, refiner) if refiner.kind != "none" else None
-        )
+        self.refiner: TokenRefiner | None = None
+        if refiner.kind != "none":
+            self.refiner = TokenRefiner(sam.prompt_encoder.embed_dim, refiner)
         self.decode_chunk = decode_chunk
-        self.keep: Callable[[str, Tensor], Tensor] | None = None
+        self.store_embedding: Callable[[str, Tensor], Tensor] | None = None
         """Takes the name and embedding (C, G, G) of an image that a cache lacks, and returns what
         it will give later."""
 
     @property
     def proposer(self) -> Sam:
-        """The SAM as it came, for its everything mode; encoder and prompts are shared, for they are
-        never trained."""
+        """The SAM as it came, for its everything mode. It shares the encoders, which are never
+        trained."""
         if self.untrained is None:
             return self.sam
-        sam = Sam(
-            self.sam.image_encoder,
-            self.sam.prompt_encoder,
-            self.untrained,
-            list(PIXEL_MEAN),
-            list(PIXEL_STD),
-        )
+        encoders = self.sam.image_encoder, self.sam.prompt_encoder
+        sam = Sam(*encoders, self.untrained, list(PIXEL_MEAN), list(PIXEL_STD))
         return sam.to(self.sam.pixel_mean.device)
 
     @torch.no_grad()
@@ -152,7 +143,8 @@ class SegmentingChain(nn.Module):
         for embedding, key in zip(*cached, strict=True):
             if embedding is None:
                 embedding = self.sam.image_encoder(next(missing)[None])[0]
-                embedding = embedding if self.keep is None else self.keep(key, embedding)
+                if self.store_embedding is not None:
+                    embedding = self.store_embedding(key, embedding)
             embeddings.append(embedding)
         return torch.stack(embeddings)
 
@@ -163,12 +155,9 @@ class SegmentingChain(nn.Module):
 
         Returns low-res logits (K, T, 4G, 4G) and SAM's own IoU predictions (K, T).
         """
-        size = self.decode_chunk or max(1, len(tokens))
+        size, of = self.decode_chunk or max(1, len(tokens)), image_index
         chunks = [slice(i, i + size) for i in range(0, max(1, len(tokens)), size)]
-        parts = [
-            self._chain(tokens[c], embeddings[image_index[c]], valid[image_index[c]])
-            for c in chunks
-        ]
+        parts = [self._chain(tokens[c], embeddings[of[c]], valid[of[c]]) for c in chunks]
         return torch.cat([masks for masks, _ in parts]), torch.cat([ious for _, ious in parts])
 
     def _chain(self, tokens: Tensor, features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +167,7 @@ class SegmentingChain(nn.Module):
         for level in range(tokens.shape[1]):
             token = tokens[:, level]
             if level:
-                # undetached: the last mask's loss reaches every level
+                # The mask is not detached, so the loss of the last mask reaches every level.
                 dense = mask_prompt(self.sam, masks[-1])
                 if self.refiner is not None:
                     token = self.refiner(token, features, masks[-1], valid)

@@ -1,9 +1,18 @@
 """SAM's mask decoder with the same weights and results, arranged for many targets.
 
 A few tokens meet thousands of places of the image. Where segment-anything projects every place to
-keys, values and queries, here the projections are applied to the tokens: q·(W k) = (Wᵀ q)·k, and a
-mean of W v is W of the mean. The upscaling convolutions have a kernel as large as their stride, so
-they are linear maps of every place, and the pixels are sorted only once they are one number each.
+keys, values and queries, the projections are folded into the tokens here. With 7 tokens, 4096
+places x of width C = 256 and one head of width d = 16::
+
+    scores   q · (W_k x + b)      =  (W_kᵀ q) · x + q · b      W_k meets 7 tokens, not 4096 places
+    values   Σ_p a_p (W_v x_p + b) =  W_v (Σ_p a_p x_p) + b     as the weights a_p sum to 1
+
+The left sides project 4096 places to width d (4096 · 256 · 16 multiplications), the right sides 7
+tokens (7 · 256 · 16), and the attention over 256 in place of 16 channels costs less than that. A
+place is x = features + position in the scores, and the features alone in the values.
+
+The upscaling convolutions have a kernel as large as their stride, so they are linear maps of every
+place, and the pixels are sorted only once they are one number each.
 
 K targets · P = G·G places · C prompt width · n tokens of a target · h heads · d width of a head. A
 "place-first mask" is (K, P, 4, 4): for each place the row of its upper left, upper right, lower
@@ -11,6 +20,8 @@ left, lower right quarter, twice over.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,13 +87,14 @@ def _scores(
 def _tokens_to_places(
     attention: Attention, tokens: Tensor, places: Tensor, position: Tensor
 ) -> Tensor:
-    """What the tokens (K, n, C) read from the places (K, P, C): (K, n, C)."""
+    """What the tokens (K, n, C) read from the places (K, P, C) by folded attention: (K, n, C)."""
     heads = attention.num_heads
     q = _split(attention.q_proj(tokens), heads)
     key, key_bias = _per_head(attention.k_proj, heads)
     q = q * q.shape[-1] ** -0.5
     folded = torch.einsum("khnd,hdc->khnc", q, key)
-    # softmax cannot feel it, but every weight takes part
+    # A constant over the places does not change the softmax, but ZeRO needs a gradient (here 0) for
+    # every weight.
     constant = torch.einsum("khnd,hd->khn", q, key_bias)
     weights = _scores(folded, constant, places, position, heads).softmax(dim=-1)
     mean = (weights.flatten(1, 2) @ places).unflatten(1, (heads, -1))
@@ -94,8 +106,8 @@ def _tokens_to_places(
 def _places_to_tokens(
     attention: Attention, places: Tensor, position: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """The places (K, P, C) plus what they read from the tokens (K, n, C), whose keys have
-    positions: (K, P, C)."""
+    """The places (K, P, C) plus what they read by folded attention from the tokens' ``values`` (K,
+    n, C) under their ``keys`` (K, n, C), which include the positions: (K, P, C)."""
     heads = attention.num_heads
     k, v = _split(attention.k_proj(keys), heads), _split(attention.v_proj(values), heads)
     k = k * k.shape[-1] ** -0.5
@@ -104,8 +116,8 @@ def _places_to_tokens(
     constant = torch.einsum("khnd,hd->khn", k, query_bias)
     weights = _scores(folded, constant, places, position, heads).softmax(dim=2)
     out = attention.out_proj.weight.unflatten(1, (heads, -1))  # (C, h, d)
-    # the weights of a head sum to 1 over the tokens: the bias goes in with them, not once more over
-    # all places
+    # The weights of a head sum to 1 over the tokens, so the bias can go into the few tokens instead
+    # of being added to all places.
     written = torch.einsum("khnd,chd->khnc", v, out) + attention.out_proj.bias / heads
     return torch.baddbmm(places, weights.flatten(1, 2).transpose(1, 2), written.flatten(1, 2))
 
@@ -121,7 +133,8 @@ def upscale(decoder: MaskDecoder, places: Tensor, weights: Tensor) -> Tensor:
 
 def downscale(network: nn.Sequential, masks: Tensor) -> Tensor:
     """SAM's mask prompt: place-first mask logits (K, P, 4, 4) -> (K, P, C)."""
-    first, norm, act, second, second_norm, second_act, last = network
+    layers: list[Any] = list(network)  # segment-anything has no types.
+    first, norm, act, second, second_norm, second_act, last = layers
     quarters = act(_layer_norm(norm, _strided(first, masks[..., None])))
     places = second_act(_layer_norm(second_norm, _strided(second, quarters)))
     return F.linear(places, last.weight.flatten(1), last.bias)
@@ -131,6 +144,7 @@ def _transposed(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
     """A transposed convolution of kernel and stride 2: (…, c) -> (…, 4, c'), the quarters by row
     and column."""
     weight = conv.weight.permute(2, 3, 1, 0).reshape(-1, conv.in_channels)
+    assert conv.bias is not None, "SAM's convolutions have a bias"
     return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
 
 
@@ -140,7 +154,7 @@ def _strided(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.linear(x.flatten(-2), weight, conv.bias)
 
 
-def _layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _layer_norm(norm: Any, x: Tensor) -> Tensor:
     """SAM's norm over channels, here the last dimension."""
     return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
 

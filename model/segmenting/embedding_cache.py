@@ -9,11 +9,11 @@ utils/precompute/sam_cache.py fills it beforehand.
     DIR/used, lock                     bytes in use, for the limit
         <weights>-<image size>-fp16/ab/abcd….safetensors
 
-An entry's name is the hash of the image's pixels, its folder the hash of the encoder's weights:
+An entry's name is the hash of the image's pixels, its folder the hash of the encoder's weights, so
 nothing can be taken for something else, and data sets and runs may share a DIR. Entries appear
 whole or not at all, so any number of ranks, workers and killed runs may meet in one DIR; a broken
-entry is computed again. A full cache stays as it is: for images drawn at random, no other choice of
-what to keep is better.
+entry is computed again. A full cache stays as it is, because for images drawn at random no other
+choice of what to store is better.
 
 What training sees does not depend on what the cache held: a fresh embedding is rounded as a stored
 one is.
@@ -22,16 +22,16 @@ one is.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
+import platform
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import BaseFileLock, FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -40,10 +40,10 @@ logger = logging.getLogger(__name__)
 
 DTYPES = ("fp16", "int8")
 GIGABYTE = 10**9
-STALE_SECONDS = 3600  # a partial file that old belongs to nobody
+STALE_SECONDS = 3600  # The writer of a partial file of this age is gone.
 
 
-def fingerprint(encoder: nn.Module, image_size: int) -> str:
+def encoder_fingerprint(encoder: nn.Module, image_size: int) -> str:
     """Names what turns pixels into an embedding: the encoder's weights with their dtype, and the
     size of its input."""
     digest = hashlib.blake2b(digest_size=10)
@@ -53,23 +53,22 @@ def fingerprint(encoder: nn.Module, image_size: int) -> str:
     return f"{digest.hexdigest()}-{image_size}"
 
 
-def encode(embedding: Tensor, dtype: str) -> dict[str, Tensor]:
+def pack(embedding: Tensor, dtype: str) -> dict[str, Tensor]:
     """An embedding (C, G, G) as it is stored.
 
-    fp16: an error of at most 2⁻¹¹ of each value. int8: one step per channel, 1/127 of the largest
-    magnitude in it; an error of at most half a step.
+    fp16 has an error of at most 2⁻¹¹ of each value. int8 has steps of 1/127 of the largest
+    magnitude in each channel, and an error of at most half a step.
     """
     values = embedding.detach().float().cpu()
     if dtype == "fp16":
         return {"values": values.half().contiguous()}
-    scale = (
-        values.abs().amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    )
+    largest = values.abs().amax(dim=(1, 2), keepdim=True)
+    scale = largest.clamp(min=torch.finfo(torch.float32).tiny) / 127
     return {"values": (values / scale).round().to(torch.int8).contiguous(), "scale": scale}
 
 
-def decode(stored: dict[str, Tensor]) -> Tensor:
-    """The embedding float32 (C, G, G) of what ``encode`` made."""
+def unpack(stored: dict[str, Tensor]) -> Tensor:
+    """The embedding float32 (C, G, G) of what ``pack`` made."""
     values = stored["values"].float()
     return values * stored["scale"] if "scale" in stored else values
 
@@ -78,8 +77,8 @@ class SamCache:
     """One folder of embeddings of one encoder."""
 
     def __init__(self, root: str | Path, name: str, dtype: str = "fp16", limit_gb: float = 0.0):
-        """``name``: see ``fingerprint``. ``limit_gb``: most that ``root`` may hold, in 10⁹ bytes;
-        0: no limit.
+        """``name``: see ``encoder_fingerprint``. ``limit_gb``: the most that ``root`` may hold, in
+        10⁹ bytes; 0: no limit.
 
         Raises ValueError for an unknown dtype or a negative limit, OSError where ``root`` cannot be
         written.
@@ -91,17 +90,20 @@ class SamCache:
         self.root, self.dtype, self.limit = Path(root), dtype, int(limit_gb * GIGABYTE)
         self.folder = self.root / f"{name}-{dtype}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.closed = False  # full, or the disk is
-        with self._lock():
+        self.closed = False  # True once this cache or its disk is full.
+        with self._lock:
             self._write_used(self._count())
 
-    # ----------------------------------------------------------------------------- what callers use
+    @property
+    def _lock(self) -> BaseFileLock:
+        """Held by one process at a time, and given back when that process is killed."""
+        return FileLock(self.root / "lock")
 
     @staticmethod
     def key(image: np.ndarray) -> str:
-        """Of an image uint8 (H, W, 3): its content, whatever file it came from."""
+        """The name of an image uint8 (H, W, 3): a hash of its content, whatever its file."""
         digest = hashlib.blake2b(str(image.shape).encode(), digest_size=20)
-        digest.update(np.ascontiguousarray(image))
+        digest.update(np.ascontiguousarray(image).data)
         return digest.hexdigest()
 
     def has(self, key: str) -> bool:
@@ -110,7 +112,7 @@ class SamCache:
     def load(self, key: str) -> Tensor | None:
         """The embedding float32 (C, G, G), None if it is not there or cannot be read."""
         try:
-            return decode(load(self._path(key).read_bytes()))
+            return unpack(load(self._path(key).read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, KeyError) as error:
@@ -119,31 +121,29 @@ class SamCache:
                 self._path(key).unlink()
             return None
 
-    def keep(self, key: str, embedding: Tensor) -> Tensor:
+    def store(self, key: str, embedding: Tensor) -> Tensor:
         """Stores an embedding (C, G, G) if there is room; returns it as ``load`` will, on its
         device in its dtype."""
-        stored = encode(embedding, self.dtype)
+        stored = pack(embedding, self.dtype)
         if not self.closed and not self.has(key):
-            self._store(self._path(key), save(stored))
-        return decode(stored).to(embedding)
+            self._write(self._path(key), save(stored))
+        return unpack(stored).to(embedding)
 
     def used(self) -> int:
         """Bytes in ``root``, of all encoders."""
-        with self._lock():
+        with self._lock:
             return self._read_used()
-
-    # ---------------------------------------------------------------------------------------- files
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def _store(self, path: Path, content: bytes) -> None:
+    def _write(self, path: Path, content: bytes) -> None:
         if not self._reserve(len(content)):
             self._close(
                 f"the cache is full (--sam_cache_gb {self.limit / GIGABYTE:g}); it stays as it is"
             )
             return
-        partial = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
+        partial = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(exist_ok=True)
             with partial.open("wb") as stream:
@@ -151,7 +151,7 @@ class SamCache:
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(path)
-        except OSError as error:  # a full disk must not stop a training run that can do without
+        except OSError as error:  # A full disk must not stop a run, which can do without a cache.
             with contextlib.suppress(OSError):
                 partial.unlink()
             self._close(f"{error}; nothing more is stored")
@@ -161,23 +161,17 @@ class SamCache:
         logger.warning("%s: %s", self.root, reason)
 
     def _reserve(self, size: int) -> bool:
-        with self._lock():
+        with self._lock:
             used = self._read_used() + size
             if self.limit and used > self.limit:
                 return False
             self._write_used(used)
             return True
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        with (self.root / "lock").open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)  # given back when the file is closed, by a kill, too
-            yield
-
     def _read_used(self) -> int:
         try:
             return int((self.root / "used").read_text())
-        except (FileNotFoundError, ValueError):  # a kill in the middle of writing: count again
+        except (FileNotFoundError, ValueError):  # A process was killed while it wrote the number.
             return self._count()
 
     def _write_used(self, size: int) -> None:
@@ -187,7 +181,7 @@ class SamCache:
         """Bytes of all entries; removes what killed writers left."""
         total = 0
         for file in self.root.glob("*/*/*"):
-            with contextlib.suppress(FileNotFoundError):  # another process may finish or remove it
+            with contextlib.suppress(FileNotFoundError):  # Another process may rename or remove it.
                 status = file.stat()
                 if file.suffix == ".partial" and time.time() - status.st_mtime > STALE_SECONDS:
                     file.unlink()

@@ -1,9 +1,9 @@
 """SAM's image encoder with the same weights and results, in less time and memory.
 
 segment-anything builds the whole table of attention scores, (heads, 4096, 4096) at 1024 pixels,
-several times over. Here ``FastAttention`` takes the queries in pieces, with the relative-position
-bias of that piece only, and ``FastBlock`` leaves out the linear layers on the zeros that pad the
-last windows, where they give their bias.
+several times over. Here ``FastAttention`` takes the queries in pieces, each with its own part of
+the relative-position bias, and ``FastBlock`` skips the linear layers on the zeros that pad the last
+windows, where they give their bias.
 
 B images or windows · (H, W) their grid · C width of the encoder · d width of a head.
 """
@@ -22,8 +22,8 @@ from segment_anything.modeling.image_encoder import (
 )
 from torch import Tensor
 
-CPU_SCORES = 1 << 18  # scores of one piece: 1 MiB of float32 stays in the cache of a core
-SDPA_SCORES = 1 << 26  # entries of one piece of the bias, all heads: 128 MiB of bfloat16
+CPU_SCORES = 1 << 18  # Scores of one piece: 1 MiB of float32 stays in the cache of a core.
+SDPA_SCORES = 1 << 26  # Entries of one piece of the bias, all heads: 128 MiB of bfloat16.
 
 
 def set_fast(encoder: ImageEncoderViT, fast: bool = True) -> ImageEncoderViT:
@@ -101,18 +101,15 @@ def _with_sdpa(
 def _in_cache(
     q: Tensor, k: Tensor, v: Tensor, down: Tensor, across: Tensor, scale: float
 ) -> Tensor:
-    """The same on a CPU, where memory is what attention over 4096 places waits for. Without
-    gradient."""
+    """The same on a CPU and without a gradient. Attention over 4096 places waits for memory there,
+    so every piece is small enough for the cache of a core."""
     out = torch.empty(q.shape, dtype=q.dtype)
     count, height, width = q.shape[2], down.shape[-1], across.shape[-1]
     size = max(1, CPU_SCORES // count)
     scores = q.new_empty((size, height, width))
     for index in np.ndindex(*q.shape[:2]):
-        queries, keys, values = (
-            q[index].contiguous(),
-            k[index].T.contiguous(),
-            v[index].contiguous(),
-        )
+        queries, values = q[index].contiguous(), v[index].contiguous()
+        keys = k[index].T.contiguous()
         for start in range(0, count, size):
             piece = slice(start, start + size)
             some = scores[: len(queries[piece])]

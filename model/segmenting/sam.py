@@ -1,7 +1,8 @@
 """SAM: a model of any size, the prompts of its mask decoder, and a decoder call that serves many
 images at once.
 
-The modules are segment-anything's own. K targets · C prompt width · G grid side."""
+The modules are segment-anything's own. K targets · C prompt width · G grid side.
+"""
 
 from __future__ import annotations
 
@@ -66,9 +67,6 @@ def build_sam(dims: SamDims) -> Sam:
     )
 
 
-# ------------------------------------------------------------------------------------------ decoder
-
-
 def no_mask_prompt(sam: Sam, count: int) -> Tensor:
     """The dense prompt "no mask": (K, C, G, G)."""
     grid = sam.prompt_encoder.image_embedding_size
@@ -86,16 +84,14 @@ def position_encoding(sam: Sam) -> Tensor:
     weights.
 
     segment-anything's ``get_dense_pe`` multiplies float32 coordinates by the matrix as it is, which
-    fails once a model is half precision; a phase of many turns would not survive half precision
-    either.
+    fails for a model in half precision; and a phase of many turns needs float32 anyway.
     """
     grid_h, grid_w = sam.prompt_encoder.image_embedding_size
-    # (2, C / 2), rows x and y
+    # The matrix (2, C / 2) has a row for x and one for y.
     frequencies = sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.float()
     x = (torch.arange(grid_w, device=frequencies.device) + 0.5) / grid_w
     y = (torch.arange(grid_h, device=frequencies.device) + 0.5) / grid_h
-    # (G, G, 2) as (x, y) in [0, 1]
-    centres = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)
+    centres = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)  # (G, G, 2), (x, y)
     phase = 2 * torch.pi * ((2 * centres - 1) @ frequencies)
     return torch.cat([phase.sin(), phase.cos()], dim=-1).permute(2, 0, 1)[None]
 
@@ -108,14 +104,11 @@ def decode_masks(
 
     Logits are low-res, IoU is SAM's own estimate, both of the single-mask output (mask token 0).
     segment-anything's ``MaskDecoder.forward`` repeats one image for all prompts; here every row
-    brings its image, so the targets of a whole batch are decoded at once. Equal otherwise.
+    brings its image, so the targets of a whole batch are decoded at once. The results are equal.
     """
     decoder = sam.mask_decoder
-    rows = embeddings.shape[0]
-    tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])[None].expand(
-        rows, -1, -1
-    )
-    tokens = torch.cat([tokens.to(sparse.dtype), sparse], dim=1)
+    outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).to(sparse.dtype)
+    tokens = torch.cat([outputs.expand(len(embeddings), -1, -1), sparse], dim=1)
     position = position_encoding(sam)[0].flatten(1).T.to(embeddings.dtype)
     places = (embeddings + dense).flatten(2).transpose(1, 2)
     out, places = two_way(decoder.transformer, places, position, tokens)

@@ -26,7 +26,7 @@ from model.config import ProposalConfig, SelectorConfig
 from model.segmenting.chain import SegmentingChain
 from model.segmenting.frames import resize_longest_side
 
-# of every weight; enough to tell two SAMs apart, and a few milliseconds for ViT-H
+# So many values of every weight tell two SAMs apart, and take a few milliseconds for ViT-H.
 FINGERPRINT_VALUES = 1024
 
 
@@ -66,7 +66,7 @@ def make_generator(sam: Sam, config: ProposalConfig) -> Callable[[np.ndarray], F
     return find
 
 
-def fingerprint(sam: Sam, config: ProposalConfig) -> str:
+def proposals_fingerprint(sam: Sam, config: ProposalConfig) -> str:
     """16 hex digits that name settings and weights; weights are rounded to bfloat16, so storing a
     model in half precision and loading it again does not change the name."""
     digest = hashlib.blake2b(json.dumps(asdict(config), sort_keys=True).encode(), digest_size=8)
@@ -89,7 +89,7 @@ def proposal_source(
     settings = ProposalConfig(**config.proposals)
     store = None
     if folder is not None:
-        store = ProposalStore(folder, fingerprint(segmenting.proposer, settings))
+        store = ProposalStore(folder, proposals_fingerprint(segmenting.proposer, settings))
 
     @cache
     def generator() -> Callable[[np.ndarray], Found]:

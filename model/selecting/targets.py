@@ -45,8 +45,8 @@ def proposal_targets(
     ``use_ignore``: leave ignored pixels out. ``chain_masks``: N × bool (T, H, W), the chain's mask
     of each target, whose overlap is the last column.
     """
-    device = batch.input_ids.device
-    rows = []
+    device, rows = batch.input_ids.device, []
+    assert batch.proposals is not None, "a batch for a selector has proposals"
     for n, targets in enumerate(batch.target_masks):
         proposals = batch.proposals[int(batch.image_index[n])]
         ignore = batch.ignore_masks[n] if use_ignore else None

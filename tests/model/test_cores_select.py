@@ -22,10 +22,10 @@ from model import CoresForReasoningSegmentation, ReasoningSegmenter
 from model.checkpoints.sam import load_sam
 from model.config import SelectorConfig
 from model.masks import MaskBranch, Segmentation
-from model.reasoning.lora import set_trainable
 from model.segmenting.frames import to_grid
 from model.selecting.selector import Selector, pool, pool_per_target
 from model.selecting.targets import overlap
+from model.trainable import set_trainable
 from tests.backbone_toys import toys
 from tests.helpers import (
     LEVELS,

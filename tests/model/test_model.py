@@ -14,10 +14,11 @@ from model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor, Re
 from model.checkpoints.llava import add_level_tokens, load_llava
 from model.losses import bce_per_mask, dice_per_mask, pointing_per_token
 from model.reasoning.chain import enable_checkpointing
-from model.reasoning.lora import add_lora, has_lora, merge_lora, set_trainable
+from model.reasoning.lora import add_lora, has_lora, merge_lora
 from model.segmenting.chain import TokenRefiner, prototypes
 from model.segmenting.frames import to_grid, to_original
 from model.segmenting.sam import decode_masks, mask_prompt, no_mask_prompt, position_encoding
+from model.trainable import set_trainable
 from tests.helpers import (
     LEVELS,
     TEMPLATE,

@@ -22,9 +22,10 @@ from dataset.collate import Batch
 from model.checkpoints import published
 from model.cores import CoresForReasoningSegmentation
 from model.processor import CoresProcessor
-from model.reasoning.lora import add_lora, load_adapter, set_trainable
+from model.reasoning.lora import add_lora, load_adapter
 from model.segmenting.frames import to_original
 from model.segmenting.sam import mask_prompt, no_mask_prompt
+from model.trainable import set_trainable
 from tests.parity.table import LOSS_TOLERANCE, Table, read_json, read_tensors
 
 GRADIENT_FLOOR = 1e-4  # of the largest norm: what is zero in exact arithmetic is noise of that size

@@ -29,7 +29,7 @@ from dataset.proposals import ProposalSource, ProposalStore
 from model.checkpoints.sam import load_sam
 from model.config import ProposalConfig
 from model.cores import CoresForReasoningSegmentation
-from model.selecting.proposals import fingerprint, make_generator
+from model.selecting.proposals import proposals_fingerprint, make_generator
 from utils import build, distributed
 from utils.evaluation.oracle import score_oracles
 from utils.report.tables import format_table
@@ -109,7 +109,7 @@ def load_source(s: Settings, device: str = "cpu") -> ProposalSource:
         return model.to(device).eval().proposal_source(s.proposals)
     sam, fields = load_sam(s.vision_pretrained)[0].to(device).eval(), build.selector_config(s)
     config = ProposalConfig(**fields["proposals"])
-    store = ProposalStore(s.proposals, fingerprint(sam, config))
+    store = ProposalStore(s.proposals, proposals_fingerprint(sam, config))
     return ProposalSource(
         fields["ranking"], fields["count"], fields["pool_size"], store, make_generator(sam, config)
     )

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset.files.errors import DataError
-from model.segmenting.embedding_cache import GIGABYTE, SamCache, fingerprint
+from model.segmenting.embedding_cache import GIGABYTE, SamCache, encoder_fingerprint
 from model.segmenting.frames import preprocess
 from utils import build, distributed
 from utils.settings.arguments import one_line, parse
@@ -84,7 +84,7 @@ def fill(
             counts["present"] += 1
         else:
             with torch.no_grad():
-                cache.keep(item[0], encoder(item[1][None].to(device, dtype))[0])
+                cache.store(item[0], encoder(item[1][None].to(device, dtype))[0])
             counts["computed"] += 1
         if cache.closed:
             break
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         sam, image_size = build.build_sam_only(s)
         cache = SamCache(
             s.sam_cache,
-            fingerprint(sam.image_encoder, image_size),
+            encoder_fingerprint(sam.image_encoder, image_size),
             s.sam_cache_dtype,
             s.sam_cache_gb,
         )

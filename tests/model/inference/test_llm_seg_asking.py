@@ -105,7 +105,9 @@ def test_chat_keeps_proposals(tmp_path, capsys, monkeypatch):
         assert chat.main(argv) == 0
         reports.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
         (file,) = store.rglob("*.json")
-        monkeypatch.setattr("model.selecting.proposals.make_generator", None)  # the second time it is read
+        monkeypatch.setattr(
+            "model.selecting.proposals.make_generator", None
+        )  # the second time it is read
     assert reports[0]["text"] == ANSWER and list(reports[0]["masks"][0]["files"]) == ["SEG"]
     assert reports[0]["masks"][0]["rle"] == reports[1]["masks"][0]["rle"]
     file.write_text("{")

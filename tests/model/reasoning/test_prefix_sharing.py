@@ -9,8 +9,9 @@ import torch
 from dataset.collate import collate
 from model.reasoning import prefix_sharing
 from model.reasoning.chain import enable_checkpointing
-from model.reasoning.lora import add_lora, set_trainable
+from model.reasoning.lora import add_lora
 from model.reasoning.prefix_sharing import PrefixSharing
+from model.trainable import set_trainable
 from tests.helpers import LEVELS, TEMPLATE, conversation, randomise, sample, tiny_model
 
 EXEMPLARS = [("what is the red wheel?", "It appears on the dog.")]
@@ -186,7 +187,7 @@ def test_rows_are_filled_up_to_the_budget():
 def test_attention_without_masks_falls_back_with_a_message(caplog):
     _, processor = tiny_model()
     batch = two_images(processor)
-    prefix_sharing._said.clear()
+    prefix_sharing._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert (

@@ -14,7 +14,7 @@ from dataset.collate import collate, collate_prompts
 from dataset.mixture import EvalDataset
 from model import CoresForReasoningSegmentation, CoresProcessor
 from model.segmenting import embedding_cache as embeddings
-from model.segmenting.embedding_cache import SamCache, decode, encode, fingerprint
+from model.segmenting.embedding_cache import SamCache, encoder_fingerprint, pack, unpack
 from tests.backbone_toys import flags, toys
 from tests.helpers import LEVELS, TEMPLATE, conversation, sample, tiny_model
 from tests.scripted import scripted_model
@@ -31,7 +31,7 @@ def embedding(seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", embeddings.DTYPES)
 def test_what_is_kept_is_what_is_loaded_within_the_stated_error(tmp_path, dtype):
     cache, values = SamCache(tmp_path, "name", dtype), embedding()
-    kept = cache.keep("abc", values)
+    kept = cache.store("abc", values)
     assert torch.equal(kept, cache.load("abc"))
     assert torch.equal(kept, SamCache(tmp_path, "name", dtype).load("abc"))
     largest = values.abs().amax(dim=(1, 2), keepdim=True)
@@ -45,7 +45,7 @@ def test_what_is_kept_is_what_is_loaded_within_the_stated_error(tmp_path, dtype)
 def test_a_channel_of_zeros_stays_zero():
     values = embedding()
     values[2] = 0
-    assert torch.equal(decode(encode(values, "int8"))[2], values[2])
+    assert torch.equal(unpack(pack(values, "int8"))[2], values[2])
 
 
 def test_names_follow_content(tmp_path):
@@ -57,24 +57,24 @@ def test_names_follow_content(tmp_path):
     assert SamCache.key(image[:, ::-1]) == SamCache.key(np.ascontiguousarray(image[:, ::-1]))
     model, _ = tiny_model()
     encoder = model.segmenting.sam.image_encoder
-    before = fingerprint(encoder, 64)
-    assert fingerprint(encoder, 64) == before != fingerprint(encoder, 32)
-    assert fingerprint(encoder.bfloat16(), 64) != before
+    before = encoder_fingerprint(encoder, 64)
+    assert encoder_fingerprint(encoder, 64) == before != encoder_fingerprint(encoder, 32)
+    assert encoder_fingerprint(encoder.bfloat16(), 64) != before
     encoder.float()
     with torch.no_grad():
         encoder.neck[0].weight[0, 0, 0, 0] += 1e-3
-    assert fingerprint(encoder, 64) != before
+    assert encoder_fingerprint(encoder, 64) != before
 
 
 def test_the_limit_holds_for_all_writers_together(tmp_path, caplog):
-    size = len(embeddings.save(encode(embedding(), "fp16")))
+    size = len(embeddings.save(pack(embedding(), "fp16")))
     first, second = (
         SamCache(tmp_path, name, limit_gb=(3.5 * size) / 1e9) for name in ("one", "two")
     )
     for i in range(3):
-        (first, second)[i % 2].keep(f"a{i}", embedding(i))
+        (first, second)[i % 2].store(f"a{i}", embedding(i))
     assert first.used() == 3 * size
-    assert torch.equal(second.keep("zz", embedding(9)), decode(encode(embedding(9), "fp16")))
+    assert torch.equal(second.store("zz", embedding(9)), unpack(pack(embedding(9), "fp16")))
     assert second.load("zz") is None
     assert second.closed
     assert "full" in caplog.text
@@ -84,17 +84,17 @@ def test_the_limit_holds_for_all_writers_together(tmp_path, caplog):
 
 def test_a_broken_entry_is_computed_again(tmp_path, caplog):
     cache = SamCache(tmp_path, "name")
-    cache.keep("abc", embedding())
+    cache.store("abc", embedding())
     path = cache._path("abc")
     path.write_bytes(path.read_bytes()[:-7])
     assert cache.load("abc") is None
     assert "abc.safetensors" in caplog.text
-    assert torch.equal(cache.keep("abc", embedding()), cache.load("abc"))
+    assert torch.equal(cache.store("abc", embedding()), cache.load("abc"))
 
 
 def test_leftovers_of_killed_writers_are_removed(tmp_path):
     cache = SamCache(tmp_path, "name")
-    cache.keep("abc", embedding())
+    cache.store("abc", embedding())
     old, new = (cache._path("abc").with_name(f"x.{name}.partial") for name in ("old", "new"))
     for file in (old, new):
         file.write_bytes(b"half")
@@ -112,8 +112,8 @@ def test_a_disk_that_cannot_be_written_stops_the_cache_only(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(embeddings.os, "fsync", full)
-    kept = cache.keep("abc", embedding())
-    assert torch.equal(kept, decode(encode(embedding(), "fp16")))
+    kept = cache.store("abc", embedding())
+    assert torch.equal(kept, unpack(pack(embedding(), "fp16")))
     assert "No space left" in caplog.text
     assert not list(tmp_path.glob("*/*/*"))
 
@@ -151,7 +151,7 @@ def test_masks_with_a_cache_deviate_by_its_rounding_only(tmp_path, dtype):
     plain = model.segment(collate(samples(), processor, LEVELS, TEMPLATE))
     expected = model(collate(samples(), processor, LEVELS, TEMPLATE))
     processor.sam_cache = SamCache(tmp_path, "name", dtype)
-    model.segmenting.keep = processor.sam_cache.keep
+    model.segmenting.store_embedding = processor.sam_cache.store
     calls = counted(model)
     first = model(collate(samples(), processor, LEVELS, TEMPLATE))
     assert calls == [1, 1]
@@ -172,7 +172,7 @@ def test_masks_with_a_cache_deviate_by_its_rounding_only(tmp_path, dtype):
 def test_a_batch_of_which_the_cache_has_a_part(tmp_path):
     model, processor = tiny_model()
     processor.sam_cache = SamCache(tmp_path, "name")
-    model.segmenting.keep = processor.sam_cache.keep
+    model.segmenting.store_embedding = processor.sam_cache.store
     both = samples()
     model(collate(both[1:], processor, LEVELS, TEMPLATE))
     calls = counted(model)
@@ -195,7 +195,7 @@ def test_free_answers_get_the_same_masks_from_what_is_cached(tmp_path):
     plain = masks(asked)
     assert all(len(m) == 1 for m in plain)
     processor.sam_cache = SamCache(tmp_path, "name")
-    model.segmenting.keep = processor.sam_cache.keep
+    model.segmenting.store_embedding = processor.sam_cache.store
     calls = counted(model)
     # nothing cached, the second, both
     for samples, seen in ((asked[1:], [1]), (asked, [1, 1]), (asked, [1, 1])):
@@ -256,7 +256,7 @@ def test_a_wrong_limit_is_refused():
 def _write_for_ever(folder: str) -> None:
     cache = SamCache(folder, "name", limit_gb=1)
     for i in range(10**9):
-        cache.keep(f"{i % 64:02d}", embedding(i % 64))
+        cache.store(f"{i % 64:02d}", embedding(i % 64))
         if i % 64 == 63:
             for file in cache.folder.glob("*/*.safetensors"):
                 file.unlink(missing_ok=True)
@@ -278,5 +278,5 @@ def test_killed_writers_leave_whole_entries(tmp_path):
         cache = SamCache(tmp_path, "name")
         for file in cache.folder.glob("*/*.safetensors"):
             assert torch.equal(
-                cache.load(file.stem), decode(encode(embedding(int(file.stem)), "fp16"))
+                cache.load(file.stem), unpack(pack(embedding(int(file.stem)), "fp16"))
             )

@@ -25,10 +25,10 @@ from dataset.files.errors import DataError
 from dataset.proposals import Proposals, pooling_weights, runs, union
 from model import CoresForReasoningSegmentation
 from model.config import SelectorConfig
-from model.reasoning.lora import set_trainable
 from model.segmenting.frames import preprocess
 from model.selecting.selector import Scores, Selector, pool, united
 from model.selecting.targets import iop_loss, proposal_targets, similarity_loss
+from model.trainable import set_trainable
 from tests.backbone_toys import flags, toys
 from tests.helpers import (
     TEMPLATE,

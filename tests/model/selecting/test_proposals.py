@@ -22,7 +22,7 @@ from dataset.proposals import (
 )
 from model.config import ProposalConfig
 from model.segmenting.sam import build_sam
-from model.selecting.proposals import fingerprint, make_generator
+from model.selecting.proposals import make_generator, proposals_fingerprint
 from tests.helpers import SAM_DIMS, randomise, rectangle
 from utils.evaluation.oracle import oracle_masks
 
@@ -168,13 +168,13 @@ def test_half_precision_is_computed_in_full(sam):
 
 
 def test_a_fingerprint_tells_weights_and_settings_but_not_precision(sam):
-    name = fingerprint(sam, LOOSE)
-    assert fingerprint(copy.deepcopy(sam).bfloat16(), LOOSE) == name
-    assert fingerprint(sam, ProposalConfig()) != name
+    name = proposals_fingerprint(sam, LOOSE)
+    assert proposals_fingerprint(copy.deepcopy(sam).bfloat16(), LOOSE) == name
+    assert proposals_fingerprint(sam, ProposalConfig()) != name
     changed = copy.deepcopy(sam)
     with torch.no_grad():
         changed.mask_decoder.iou_token.weight[0, 0] += 1
-    assert fingerprint(changed, LOOSE) != name
+    assert proposals_fingerprint(changed, LOOSE) != name
 
 
 def test_wrong_settings_are_refused():

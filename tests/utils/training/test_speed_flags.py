@@ -67,4 +67,4 @@ def test_flags_reach_the_model(tmp_path):
     assert processor.sam_cache.root == tmp_path
     model, processor = build.build_model(parse(flags(toys())))
     assert model.reasoning.sharing.enabled
-    assert processor.sam_cache is model.segmenting.keep is None
+    assert processor.sam_cache is model.segmenting.store_embedding is None
