@@ -159,7 +159,7 @@ def activations(
             return model.reasoning.image_features(batch.clip_pixels.to("meta", dtype))
 
     def encoder() -> Tensor:
-        return model.segmenting.embed(batch.sam_pixels.to("meta", dtype))
+        return model.segmenting.encode(batch.sam_pixels.to("meta", dtype))
 
     def masks() -> Tensor:
         valid, index = zeros(size.images, grid, grid, grad=False), batch.image_index.to("meta")

@@ -204,7 +204,7 @@ class Bench:
 
     def fill_cache(self) -> None:
         for i, pixels in enumerate(self.batch.sam_pixels):
-            self.cache.store(f"{i:02d}", self.model.segmenting.embed(pixels[None])[0])
+            self.cache.store(f"{i:02d}", self.model.segmenting.encode(pixels[None])[0])
 
     def cached_batch(self) -> Batch:
         """The batch as a data loader brings it when the cache has every image; reading the files is
@@ -450,7 +450,7 @@ def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
         "LLM": _count(lambda: llm(plan.mask(), wanted)),
         "loss": _count(lambda: heads[0](zeros(supervised, d))),
         "text projection": _count(lambda: heads[1](zeros(count * levels, d))),
-        "SAM encoder": _count(lambda: model.segmenting.embed(sam_pixels)),
+        "SAM encoder": _count(lambda: model.segmenting.encode(sam_pixels)),
         "mask decoder": _count(
             lambda: model.segmenting(zeros(count, levels, width), embeddings, image_index, valid)[
                 0

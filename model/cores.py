@@ -354,7 +354,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         else:
             images, chain_masks = self.encode_images(batch), None
             if self.config.decodes:
-                logits, iou = branch.decode(prompts, counts, index, images)
+                logits, iou = branch.decode_levels(prompts, counts, index, images)
                 parts |= objective.mask_losses(logits, prompts, batch, counts)
             if self.selecting is not None:
                 if self.config.decodes:  # No gradient flows into the chain through its own mask.
@@ -444,7 +444,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         separate = self.selecting is not None and self.selecting.encoder is not None
         embeddings = features = None
         if self.config.decodes or not separate:
-            embeddings = features = self.segmenting.embed(pixels, batch.cached)
+            embeddings = features = self.segmenting.encode(pixels, batch.cached)
         if separate:
             features = self.selecting.encode(pixels)
         valid = [

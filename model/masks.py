@@ -124,7 +124,7 @@ class MaskBranch:
         selector's choice in place of the last one."""
         chain = None
         if self.config.decodes:
-            logits, iou = self.decode(prompts, counts, image_index, images)
+            logits, iou = self.decode_levels(prompts, counts, image_index, images)
             masks = self.to_masks(logits, counts, image_index, images)
             chain = [
                 Segmentation(mask, ious.float())
@@ -135,7 +135,7 @@ class MaskBranch:
             return chain
         return self._select(prompts, counts, image_index, images, chain)
 
-    def decode(
+    def decode_levels(
         self, prompts: Tensor, counts: list[int], image_index: Tensor, images: EncodedImages
     ) -> tuple[Tensor, Tensor]:
         """SAM's decoder, level by level: low-res logits (K, T, 4G, 4G), IoU predictions (K, T)."""

@@ -17,7 +17,7 @@ from collections.abc import Generator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -109,8 +109,9 @@ class ReasoningSegmenter:
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
         if not isinstance(image, (list, tuple)):
-            (answers,) = self._answer_all([("image", image)], [clean_questions(query)], batch_size)
-            return answers[0] if isinstance(query, str) else answers
+            one = cast(ImageLike, image)  # load_image refuses any other sequence.
+            (results,) = self._answer_all([("image", one)], [clean_questions(query)], batch_size)
+            return results[0] if isinstance(query, str) else results
         if not isinstance(query, (str, list, tuple)):
             raise ValueError(
                 "query: give a text for all images or a list with an entry for each, got"

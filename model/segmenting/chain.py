@@ -127,7 +127,7 @@ class SegmentingChain(nn.Module):
         return sam.to(self.sam.pixel_mean.device)
 
     @torch.no_grad()
-    def embed(
+    def encode(
         self, pixels: Tensor, cached: tuple[list[Tensor | None], list[str]] | None = None
     ) -> Tensor:
         """SAM's frozen image encoder: (B, 3, S, S) padded and normalised -> (B, C, G, G).

@@ -388,7 +388,7 @@ def test_chain_equals_the_published_code(case, levels):
     index = torch.zeros(len(tokens), dtype=torch.long)
     with torch.no_grad():
         low_res, iou = chain(
-            tokens, chain.embed(pixels[None]), index, valid_cells(resized, 256, 16)[None]
+            tokens, chain.encode(pixels[None]), index, valid_cells(resized, 256, 16)[None]
         )
     for level in range(levels):
         assert torch.allclose(

@@ -225,7 +225,7 @@ def test_filling_covers_training_and_validation_and_resumes(tmp_path, capsys):
     data = EvalDataset(settings.dataset_dir, settings.val_dataset, processor.levels, 0)
     batch = collate([data[0]], processor, processor.levels, processor.template)
     assert batch.sam_embeddings[0] is not None, "training finds what the command stored"
-    own = model.segmenting.embed(processor.sam(data[0].image)[0][None])[0]
+    own = model.segmenting.encode(processor.sam(data[0].image)[0][None])[0]
     assert torch.allclose(batch.sam_embeddings[0], own, rtol=2**-10, atol=1e-6)
 
 
