@@ -46,10 +46,10 @@ def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) ->
     ``size``: the (H, W) that the mask must have. Raises DataError naming ``path`` and ``field`` for
     anything malformed.
     """
-    counts = rle.get("counts") if isinstance(rle, dict) else None
-    claimed = rle.get("size") if isinstance(counts, (str, list)) else None
-    numbers = isinstance(claimed, list) and all(isinstance(n, (int, float)) for n in claimed)
-    if not numbers or len(claimed) != 2:
+    counts: Any = rle.get("counts") if isinstance(rle, dict) else None
+    claimed: Any = rle.get("size") if isinstance(counts, (str, list)) else None
+    is_size = isinstance(claimed, list) and len(claimed) == 2
+    if not is_size or not all(isinstance(side, (int, float)) for side in claimed):
         raise DataError(f'{path}: "{field}" must be {{"size": [height, width], "counts": …}}')
     check_size(tuple(claimed), size, path, f'"{field}"')
     height, width = size
