@@ -24,7 +24,7 @@ from dataset.readers.own.dataset import FOLDER as OWN
 from dataset.readers.parts import SOURCES, PartSegmentation
 from dataset.readers.reasoning import ReasoningSegmentation
 from dataset.readers.referring import SETS, ReferringSegmentation
-from dataset.readers.semantic import FAMILIES, SemanticSegmentation
+from dataset.readers.semantic import LABEL_MAPS, SemanticSegmentation
 from dataset.readers.vqa import VisualQuestionAnswering
 from dataset.sample import LoaderOptions, Sample
 
@@ -106,7 +106,7 @@ def semantic_loader(
 ) -> Loader:
     """The loader of a semantic set, from label maps or from parts; ``split`` defaults to its
     training split."""
-    known = dict.fromkeys(FAMILIES, SemanticSegmentation) | dict.fromkeys(SOURCES, PartSegmentation)
+    known = dict.fromkeys(LABEL_MAPS, SemanticSegmentation) | dict.fromkeys(SOURCES, PartSegmentation)
     if name not in known:
         raise ValueError(f"unknown semantic data set {name!r}; known: {', '.join(known)}")
     return known[name](root, name, options, split)

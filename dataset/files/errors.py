@@ -19,9 +19,15 @@ class MissingDataError(DataError, FileNotFoundError):
 
 
 class NothingToAsk(DataError):
-    """A sound image in which nothing may be asked for, such as one of void classes only. Training
-    takes another one."""
+    """The image is sound, but nothing in it may be asked for (for example: all pixels are void).
+    Training takes another image."""
 
 
 class DamagedRecords(Exception):
-    """A record is not what was written."""
+    """The checksum of a record differs from the one that was written beside it."""
+
+
+def reason_of(error: Exception) -> str:
+    """The reason in one line, without the path, which the caller's message names already."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(reason.split()) or type(error).__name__

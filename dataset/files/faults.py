@@ -1,5 +1,5 @@
-"""Items that cannot be used: which are left out on purpose, what happens at a new one, and where it
-is written down.
+"""Items that cannot be used: which ones are left out on purpose, what happens when a new one is
+met, and where it is written down.
 
 An *item* is what can be left out by itself: an image (all that is asked about it goes with it), the
 JSON of one query, one line of a table. It is named by its path below the data folder,
@@ -7,20 +7,21 @@ JSON of one query, one line of a table. It is named by its path below the data f
 "own/parts.jsonl:12", "llava_dataset/llava_instruct_150k.json:record 12".
 
 A skip list has one JSON object per line: ``dataset`` ("ReasonSeg|train"), ``item`` and ``reason``.
-``python -m dataset.check`` writes it, training reads it (``--skip_list``) and writes what it met
-into ``skipped.jsonl``, in the same format.
+``python -m dataset.check`` writes one and training reads it (``--skip_list``). Training writes the
+bad items that it meets into ``skipped.jsonl``, in the same format.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from dataset.files.errors import DataError
 from dataset.files.text import read_text
@@ -43,11 +44,10 @@ class BadItem:
 
 
 def read_skip_list(path: str | Path) -> list[BadItem]:
-    """The items of a skip list; clean data have an empty one. Raises DataError naming file, line
-    and field."""
-    found = []
+    """The items of a skip list. Raises DataError naming file, line and field."""
     if Path(path).is_file() and not Path(path).stat().st_size:
-        return found
+        return []  # the list of data without any bad item, which read_text would refuse
+    found = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -73,7 +73,7 @@ def write_skip_list(items: list[BadItem], path: str | Path) -> None:
 
 @contextmanager
 def blame(item: str | Path) -> Iterator[None]:
-    """A DataError from the block is about ``item`` and not about the whole sample."""
+    """Marks a DataError that the block raises as one about ``item``, not about the whole sample."""
     try:
         yield
     except DataError as error:
@@ -83,7 +83,7 @@ def blame(item: str | Path) -> Iterator[None]:
 
 
 class Faults:
-    """What a loader does about bad items. The default raises the first one, and leaves nothing
+    """What a loader does about bad items. By default it raises the first one and leaves nothing
     out."""
 
     def __init__(
@@ -94,8 +94,8 @@ class Faults:
         report: str | Path | None = None,
     ):
         """``root``: the data folder, below which items are named. ``tolerant``: bad items are left
-        out and noted. ``skip``: items to leave out unseen. ``report``: file to which every new bad
-        item is added once, whichever process meets it."""
+        out and noted instead of raised. ``skip``: items that are left out without being opened.
+        ``report``: file to which every new bad item is added once, whichever process meets it."""
         self.root = Path(root)
         self.tolerant = tolerant
         self.found: dict[tuple[str, str], BadItem] = {}
@@ -103,12 +103,12 @@ class Faults:
         self._skip = {item.key for item in skip or []}
         self._report = None if report is None else Path(report)
         self._reported: set[tuple[str, str]] = set()
-        self._read = 0  # bytes of the report that are in _reported
+        self._read = 0  # The first _read bytes of the report are in _reported.
 
     @property
     def leaves_out(self) -> bool:
-        """Whether anything may be left out. If not, the first bad item is an error, and no others
-        need be looked for."""
+        """Whether anything may be left out. If not, the first bad item is an error, and nobody
+        needs to look for more of them."""
         return self.tolerant or self.has_skip_list
 
     @property
@@ -121,15 +121,15 @@ class Faults:
         return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
 
     def skips(self, dataset: str, item: str | Path) -> bool:
-        """Whether the skip list holds the item; counted by data set in ``left_out``."""
+        """Whether the skip list holds the item; if so, ``left_out`` counts it for the data set."""
         listed = self.has_skip_list and BadItem(dataset, self.name(item), "").key in self._skip
         self.left_out[dataset] += listed
         return listed
 
     @contextmanager
     def guard(self, dataset: str, item: str | Path) -> Iterator[None]:
-        """A DataError from the block ends it, and is noted if bad items are tolerated and raised
-        otherwise."""
+        """Catches a DataError of the block and notes it, or lets it through if bad items are not
+        tolerated."""
         try:
             yield
         except DataError as error:
@@ -142,12 +142,12 @@ class Faults:
         if self.note_all(dataset, [(item, reason)]):
             logger.warning("%s: %s is left out: %s", dataset, self.name(item), reason)
 
-    def leave_out(self, dataset: str, items: list[tuple[str | Path, str]]) -> None:
-        """Bad entries of a file, all found at once, as (item, reason) pairs: those that are not on
-        the skip list are noted, with one line in the log, or the first is raised."""
+    def leave_out(self, dataset: str, items: Sequence[tuple[str | Path, str]]) -> None:
+        """Notes the bad entries of a file, (item, reason) pairs that were found all at once, with
+        one line in the log, or raises the first. Those on the skip list are passed over."""
         first: dict[str | Path, str] = {}
         for item, reason in items:
-            first.setdefault(item, reason)  # an image may have several bad annotations
+            first.setdefault(item, reason)  # An image may have several bad annotations.
         bad = [(item, reason) for item, reason in first.items() if not self.skips(dataset, item)]
         if bad and not self.tolerant:
             raise DataError(bad[0][1])
@@ -156,9 +156,9 @@ class Faults:
                 "%s: %d bad entries are left out, for example: %s", dataset, len(bad), bad[0][1]
             )
 
-    def note_all(self, dataset: str, items: list[tuple[str | Path, object]]) -> int:
-        """Writes down (item, reason) pairs, and leaves the log to the caller; returns how many were
-        new to this process."""
+    def note_all(self, dataset: str, items: Sequence[tuple[str | Path, object]]) -> int:
+        """Writes down (item, reason) pairs, without logging them; returns how many were new to
+        this process."""
         new = [
             BadItem(dataset, self.name(item), " ".join(str(reason).split()))
             for item, reason in items
@@ -166,15 +166,14 @@ class Faults:
         new = [bad for bad in new if bad.key not in self.found]
         self.found |= {bad.key: bad for bad in new}
         if new and self._report is not None:
-            self._add_to_report(new)
+            self._add_to_report(self._report, new)
         return len(new)
 
-    def _add_to_report(self, items: list[BadItem]) -> None:
-        """Ranks and workers share the file; whoever holds the lock reads what the others added
-        before it writes."""
-        self._report.parent.mkdir(parents=True, exist_ok=True)
-        with self._report.open("a+b") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+    def _add_to_report(self, report: Path, items: list[BadItem]) -> None:
+        """Ranks and workers share the file: whoever holds the lock first reads what the others have
+        added. The system releases the lock of a process that is killed."""
+        report.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{report}.lock"), report.open("a+b") as stream:
             stream.seek(self._read)
             self._reported |= {BadItem(**json.loads(line)).key for line in stream}
             for bad in items:

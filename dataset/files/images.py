@@ -1,7 +1,7 @@
-"""Pictures and label maps. Every error is one line naming the file.
+"""Images and label maps. Every error is one line that names the file.
 
-H and W are the height and width of a picture in the *original* frame, which is the picture as a
-viewer shows it: the orientation stored in EXIF is already applied."""
+H and W are the height and width of an image in the *original* frame, which is the image as a viewer
+shows it: the orientation that EXIF stores is already applied."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.paths import reason_of
+from dataset.files.errors import DataError, MissingDataError, reason_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-class Embedded(Protocol):
-    """A picture that is no file of its own; ``str`` gives what messages call it."""
+class EmbeddedImage(Protocol):
+    """An image that is no file of its own but a part of one; ``str`` gives its name in messages."""
 
-    def open(self, mode: str) -> BinaryIO: ...
-
-
-def _as_file(path: str | Path | Embedded) -> Path | Embedded:
-    return path if hasattr(path, "open") else Path(path)
+    def open(self, mode: str) -> BinaryIO:
+        """The bytes of the image's file. ``mode``: "rb"."""
 
 
-def _open(path: Path | Embedded) -> Image.Image:
+def _as_file(path: str | Path | EmbeddedImage) -> Path | EmbeddedImage:
+    # A table's image is a str with a method ``open`` (dataset/readers/own/arrow.py).
+    return Path(path) if isinstance(path, str) and not hasattr(path, "open") else path
+
+
+def _open(path: Path | EmbeddedImage) -> Image.Image:
     """The file, not yet decoded. One that claims more pixels than Pillow's limit (89 million) is
     refused with that limit."""
     file = path if isinstance(path, Path) else path.open("rb")
     try:
-        with warnings.catch_warnings():  # Pillow only warns below twice its limit
+        with warnings.catch_warnings():  # Up to twice its limit, Pillow only warns.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(file)
     except FileNotFoundError:
@@ -55,7 +56,7 @@ def _open(path: Path | Embedded) -> Image.Image:
         ) from None
 
 
-def _load(picture: Image.Image, path: Path | Embedded) -> None:
+def _load(picture: Image.Image, path: Path | EmbeddedImage) -> None:
     try:
         picture.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -70,7 +71,7 @@ def rgb_array(picture: Image.Image) -> np.ndarray:
 
     Raises ValueError for a mode without an RGB equivalent.
     """
-    if picture.mode == "F":  # Pillow would take 0 to 1 for black
+    if picture.mode == "F":  # Pillow would show all values between 0 and 1 as black.
         raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
     return np.array(_to_rgb(_turned(picture)))
 
@@ -79,30 +80,28 @@ def _turned(picture: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(picture)
     except (OSError, ValueError, SyntaxError, struct.error, TypeError, ZeroDivisionError):
-        return picture  # broken EXIF says nothing about the pixels
+        return picture  # The pixels are sound even where the EXIF data beside them are broken.
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    # 16-bit grey: Pillow's own conversion would clip at 255
+    # Pillow's own conversion of 16-bit grey would clip at 255 instead of scaling.
     if picture.mode in ("I", "I;16", "I;16B", "I;16L"):
-        return Image.fromarray(
-            (np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8)
-        ).convert("RGB")
+        grey = (np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        # what lies under transparent pixels is arbitrary, and a viewer shows paper there
+        # Transparent pixels hold arbitrary colours; a viewer shows white there.
         picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
-            "RGB"
-        )
+        paper = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(paper, picture).convert("RGB")
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def read_image(path: str | Path | Embedded, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The picture as uint8 (H, W, 3) RGB. Grey, palette, CMYK, 16-bit and transparent files are
+def read_image(path: str | Path | EmbeddedImage, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The image as uint8 (H, W, 3) RGB. Grey, palette, CMYK, 16-bit and transparent files are
     converted.
 
-    ``size``: the (H, W) of its annotations. A picture that has this size only without its EXIF
-    orientation is not turned: whoever annotated it saw it lying.
+    ``size``: the (H, W) of its annotations. An image that has this size only without its EXIF
+    orientation is not turned, because its annotators saw it unturned.
 
     Raises MissingDataError if the file is not there and DataError if it cannot be decoded
     completely.
@@ -119,7 +118,7 @@ def read_image(path: str | Path | Embedded, size: tuple[int, int] | None = None)
         return pixels
 
 
-def read_label(path: str | Path | Embedded) -> np.ndarray:
+def read_label(path: str | Path | EmbeddedImage) -> np.ndarray:
     """A label map (grey or palette PNG, 8 or 16 bit) as int32 (H, W). Raises DataError for colour
     images."""
     path = _as_file(path)
@@ -132,17 +131,17 @@ def read_label(path: str | Path | Embedded) -> np.ndarray:
         return np.array(picture).astype(np.int32)
 
 
-def probe_images(paths: Iterable[Path | Embedded]) -> None:
-    """Finds missing, foreign and cut-off files before any long work, reading only the two ends of
-    each healthy file."""
+def probe_images(paths: Iterable[Path | EmbeddedImage]) -> None:
+    """Raises DataError for the first file that is missing, no image or cut off. It reads only the
+    two ends of each sound file, so that many can be checked before any long work."""
     for path in paths:
         with _open(path) as picture:
             if picture.format == "JPEG" and not _ends_like_jpeg(path):
-                # a cut-off file fails here; one that only carries an unusual tail passes
+                # Decoding tells a file that is cut off from one with other data behind the image.
                 _load(picture, path)
 
 
-def _ends_like_jpeg(path: Path | Embedded) -> bool:
+def _ends_like_jpeg(path: Path | EmbeddedImage) -> bool:
     with path.open("rb") as stream:
         stream.seek(0, 2)
         stream.seek(max(0, stream.tell() - 64))
@@ -159,8 +158,8 @@ def check_size(found: tuple[int, ...], image: tuple[int, ...], path: str | Path,
 
 
 def read_claimed(path: str | Path, entry: dict, source: object) -> np.ndarray:
-    """``read_image`` for an entry of ``source``. Raises DataError unless the picture has the
-    entry's height and width."""
+    """``read_image`` for an entry of ``source``. Raises DataError unless the image has the entry's
+    height and width."""
     size = entry["height"], entry["width"]
     image = read_image(path, size)
     check_size(size, image.shape, path, f"the size in {source}")

@@ -1,8 +1,8 @@
 """Indexes of large annotation files: built once, mapped into memory, shared by all workers and
 ranks (dataset/files/store.py).
 
-``CocoIndex`` for COCO's format, ``RecordIndex`` for a JSON that is one long list. Both can be given
-to DataLoader workers however these are started: what is pickled is the name of the file.
+``CocoIndex`` serves COCO's format, ``RecordIndex`` a JSON that is one long list. Both can be given
+to DataLoader workers however these are started, because only the name of the file is pickled.
 
 I is the number of images, A the number of annotations of a file.
 """
@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from array import array
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,27 +23,27 @@ import numpy as np
 
 from dataset.files.errors import DamagedRecords, DataError
 from dataset.files.json_stream import JsonReader, parse_stream
-from dataset.files.store import Build, Store, StoreWriter, open_store
+from dataset.files.store import Build, IndexStore, StoreWriter, open_store
 
 
 class BadEntry(NamedTuple):
-    """What is wrong with one entry of a list, found when the index was built."""
+    """An entry of a list that cannot be used, found when the index was built."""
 
     place: str
-    """Which one it is, "annotation at position 7"."""
+    """Which entry it is: "annotation at position 7"."""
     reason: str
-    """In full, but for the name of the file."""
+    """What is wrong with it, without the name of the file."""
     image: str | None = None
-    """The image that goes with it, where it is known: what is asked about this one would not be
-    true without the entry."""
+    """The name of its image, where it is known. The image must be left out, too: without the entry,
+    the masks for questions about it may lack an object."""
 
 
 class _Index:
-    """What both have in common: opening, repair and pickling. Subclasses say in ``_load`` what they
-    take from the store."""
+    """What both indexes have in common: opening, repair and pickling. ``_load`` of a subclass takes
+    its tables from the store."""
 
     bad: list[BadEntry]
-    """Entries that cannot be used, in the order of the file. Only a tolerant index has some."""
+    """Entries that cannot be used, in the order of the file; always empty unless tolerant."""
 
     def __init__(
         self,
@@ -55,16 +56,16 @@ class _Index:
         self.source, self.cache_dir = Path(source), None if cache_dir is None else Path(cache_dir)
         self._kind, self._build = kind, build
         self._open(None)
-        # another process has built it for a loader that leaves them out
+        # A store with bad entries may be that of another process, which tolerates them.
         if self.bad and not tolerant:
             raise DataError(f"{self.source}: {self.bad[0].reason}")
 
-    def _open(self, damaged: Store | None) -> None:
+    def _open(self, damaged: IndexStore | None) -> None:
         self._store = open_store(self.source, self._kind, self._build, self.cache_dir, damaged)
         self.bad = [BadEntry(*entry) for entry in self._store.json("bad")]
         self._load(self._store)
 
-    def _load(self, store: Store) -> None:
+    def _load(self, store: IndexStore) -> None:
         raise NotImplementedError
 
     def _record(self, table: str, row: int) -> Any:
@@ -88,16 +89,13 @@ class _Index:
             )
 
 
-# ------------------------------------------------------------------------------------ COCO's format
-
-
 class CocoIndex(_Index):
     """Images, sorted by file name, with their annotations in the order of the file; entries keep
     all their fields.
 
-    ``categories``: category id -> entry. ``file_names``: of each image, as a read-only sequence. By
-    row, where the annotations of an image are consecutive rows (``rows``): ``annotation_ids`` int64
-    (A,), ``category_ids`` int64 (A,), ``is_crowd`` bool (A,).
+    ``categories``: category id -> entry. ``file_names``: the name of each image (I,). Annotations
+    have rows, and those of an image are consecutive (see ``rows``). By row: ``annotation_ids``
+    int64 (A,), ``category_ids`` int64 (A,), ``is_crowd`` bool (A,).
     """
 
     @classmethod
@@ -118,22 +116,15 @@ class CocoIndex(_Index):
             annotation_file, cache_dir, "coco-2", partial(build_coco, tolerant=tolerant), tolerant
         )
 
-    def _load(self, store: Store) -> None:
-        self.categories: dict[int, dict] = {
-            entry["id"]: entry for entry in store.json("categories")
-        }
+    def _load(self, store: IndexStore) -> None:
+        self.categories: dict[int, dict] = {c["id"]: c for c in store.json("categories")}
         self.file_names = store.records("file_names")
         self._images, self._annotations = store.records("images"), store.records("annotations")
-        self._first = store.array("first")
-        self.annotation_ids, self.category_ids = (
-            store.array("annotation_ids"),
-            store.array("category_ids"),
-        )
-        self.is_crowd = store.array("is_crowd")
-        self._image_lookup, self._annotation_lookup = (
-            store.array("image_lookup"),
-            store.array("annotation_lookup"),
-        )
+        self._first, self.is_crowd = store.array("first"), store.array("is_crowd")
+        self.annotation_ids = store.array("annotation_ids")
+        self.category_ids = store.array("category_ids")
+        self._image_lookup = store.array("image_lookup")
+        self._annotation_lookup = store.array("annotation_lookup")
 
     def __len__(self) -> int:
         return len(self._images)
@@ -155,8 +146,15 @@ class CocoIndex(_Index):
         rows = self.rows(position)
         return [self._record("_annotations", row) for row in range(rows.start, rows.stop)]
 
+    def annotations_by_category(self, position: int) -> dict[int, list[dict]]:
+        """The entries of an image's annotations under their category ids. Raises IndexError."""
+        found: dict[int, list[dict]] = defaultdict(list)
+        for entry in self.annotations(position):
+            found[entry["category_id"]].append(entry)
+        return found
+
     def image_position(self, image_id: int) -> int:
-        """Where the image with this id is. Raises KeyError."""
+        """The position of the image with this id. Raises KeyError."""
         return _look_up(self._image_lookup, image_id)
 
     def annotation(self, annotation_id: int) -> dict:
@@ -171,7 +169,8 @@ class CocoIndex(_Index):
 
 
 def _look_up(table: np.ndarray, wanted: int) -> int:
-    """``table``: int64 (2, n), ids in ascending order and the row of each."""
+    """The row of the id ``wanted``. ``table``: int64 (2, n), ids in ascending order and the row of
+    each. Raises KeyError."""
     ids, rows = table
     at = int(np.searchsorted(ids, wanted))
     if at == len(ids) or ids[at] != wanted:
@@ -180,14 +179,15 @@ def _look_up(table: np.ndarray, wanted: int) -> int:
 
 
 class _Spool:
-    """Texts in a temporary file, to be read again in another order."""
+    """The texts of entries, written to a temporary file in the order in which they come and copied
+    to the store in another order, so that memory never holds them all."""
 
     def __init__(self, folder: Path):
-        self._stream = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by copy)
+        self._stream = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (copy closes it)
         self._ends = array("q", [0])
 
     def add(self, value: Any, text: str) -> None:
-        # indented files are mostly space
+        # The text of an indented file, which is mostly white space, is written anew without it.
         blob = (json.dumps(value, separators=(",", ":")) if "\n" in text else text).encode()
         self._stream.write(blob)
         self._ends.append(self._ends[-1] + len(blob))
@@ -201,13 +201,13 @@ class _Spool:
 
 
 class _CocoParser:
-    """Takes a COCO file apart: entries go to spools, what they are sorted and looked up by to
-    columns."""
+    """Takes a COCO file apart: entries go to spools, and the fields by which they are sorted and
+    looked up go to columns, one array for each field."""
 
     def __init__(self, source: Path, folder: Path, tolerant: bool):
         self.source, self.tolerant = source, tolerant
         self.bad: list[tuple[BadEntry, Any]] = []
-        """With the id of the image."""
+        """Bad entries, each with the id of its image, whatever the file gives as the id."""
         self.bad_images: set[int] = set()
         self.images, self.annotations = _Spool(folder), _Spool(folder)
         self.file_names: list[str] = []
@@ -215,14 +215,16 @@ class _CocoParser:
         self.image_of, self.category_of, self.crowd = array("q"), array("q"), array("b")
         self.categories: list[dict] = []
 
-    def parse(self, reader: JsonReader) -> None:
+    def parse(self, reader: JsonReader) -> _CocoParser:
+        """Reads the whole file; returns this parser. Raises DataError, or ValueError for text that
+        is no JSON."""
         take = {
             "images": self._image,
             "annotations": self._annotation,
             "categories": self._category,
         }
         missing = set(take)
-        for key in reader.members() if reader.peek() == "{" else _other(reader):
+        for key in reader.members() if reader.peek() == "{" else _skip_value(reader):
             if key in missing and reader.peek() == "[":
                 missing.remove(key)
                 for number, (entry, text) in enumerate(reader.items()):
@@ -240,10 +242,11 @@ class _CocoParser:
                 f'{self.source}: has no list "{first}"; a COCO instances file is expected'
             )
         reader.end()
+        return self
 
     def _refuse(self, key: str, number: int, entry: Any, reason: str) -> None:
-        """Writes a bad entry down. Raises DataError where this is not wanted, and for a category,
-        without which many are bad."""
+        """Adds a bad entry to ``bad``. Raises DataError if bad entries are not tolerated, and for a
+        category, without which many annotations would be bad."""
         if not self.tolerant or key == "categories":
             raise DataError(f"{self.source}: {reason}")
         entry = entry if isinstance(entry, dict) else {}
@@ -284,8 +287,9 @@ class _CocoParser:
         self.annotations.add(entry, text)
 
     def refuse_unknown(self, row: int) -> None:
-        """The annotation of a row whose image or category is not there; of an image that is bad
-        itself, nothing need be said."""
+        """Adds the annotation of ``row``, whose image or category is not in the file, to ``bad``
+        (its image may be bad itself and is in ``bad`` then). Raises DataError if bad entries are
+        not tolerated."""
         number, image = self.annotation_ids[row], self.image_of[row]
         reason = f"annotation {number} names an unknown image or category"
         if not self.tolerant:
@@ -308,9 +312,9 @@ class _CocoParser:
         self.categories.append(entry)
 
 
-def _other(reader: JsonReader) -> tuple:
-    """Steps over a value of another kind than expected, as nothing. Raises ValueError if it is no
-    JSON either."""
+def _skip_value(reader: JsonReader) -> tuple[()]:
+    """Steps over a value of another kind than expected, which has no entries. Raises ValueError if
+    it is no JSON either."""
     reader.value()
     return ()
 
@@ -330,19 +334,12 @@ def _whole(entry: dict, name: str, where: str) -> int:
 
 def build_coco(source: Path, store: StoreWriter, tolerant: bool) -> None:
     """Fills ``store`` with what CocoIndex reads. Raises DataError."""
-    parsers = []
-
-    def parse(reader: JsonReader) -> None:
-        # anew for every guess of the encoding
-        parsers[:] = [_CocoParser(source, store.folder, tolerant)]
-        parsers[0].parse(reader)
-
-    parse_stream(source, parse)
-    (parser,) = parsers
-    category_ids, image_ids = (
-        _unique([c["id"] for c in parser.categories], source, "categories"),
-        np.array(parser.image_ids),
+    # The encoding is a guess (UTF-8 first); every guess needs a parser that has seen nothing yet.
+    parser = parse_stream(
+        source, lambda reader: _CocoParser(source, store.folder, tolerant).parse(reader)
     )
+    image_ids = np.array(parser.image_ids)
+    category_ids = _unique([c["id"] for c in parser.categories], source, "categories")
     _unique(image_ids, source, "images")
     _unique(parser.annotation_ids, source, "annotations")
     image_of, category_of = np.array(parser.image_of), np.array(parser.category_of)
@@ -350,12 +347,12 @@ def build_coco(source: Path, store: StoreWriter, tolerant: bool) -> None:
     for row in np.flatnonzero(~known):
         parser.refuse_unknown(int(row))
 
-    image_order = np.array(
-        sorted(range(len(image_ids)), key=parser.file_names.__getitem__), dtype=np.int64
-    )
-    image_lookup = _lookup(image_ids[image_order])
+    by_name = sorted(range(len(image_ids)), key=parser.file_names.__getitem__)
+    image_order = np.array(by_name, dtype=np.int64)
+    image_lookup = _lookup_table(image_ids[image_order])
     rows = np.flatnonzero(known)
     position_of = image_lookup[1][np.searchsorted(image_lookup[0], image_of[rows])]
+    # Stable: the annotations of an image keep their order in the file.
     by_position = np.argsort(position_of, kind="stable")
     order = rows[by_position]
     annotation_ids = np.array(parser.annotation_ids)[order]
@@ -372,10 +369,11 @@ def build_coco(source: Path, store: StoreWriter, tolerant: bool) -> None:
     store.array("category_ids", category_of[order])
     store.array("is_crowd", np.array(parser.crowd).astype(bool)[order])
     store.array("image_lookup", image_lookup)
-    store.array("annotation_lookup", _lookup(annotation_ids))
+    store.array("annotation_lookup", _lookup_table(annotation_ids))
 
 
 def _unique(ids: Any, source: Path, key: str) -> np.ndarray:
+    """The ``ids`` in ascending order, int64. Raises DataError if one occurs twice."""
     ids = np.sort(np.array(ids, dtype=np.int64))
     twice = ids[1:][ids[1:] == ids[:-1]]
     if len(twice):
@@ -383,19 +381,18 @@ def _unique(ids: Any, source: Path, key: str) -> np.ndarray:
     return ids
 
 
-def _lookup(ids: np.ndarray) -> np.ndarray:
+def _lookup_table(ids: np.ndarray) -> np.ndarray:
+    """What ``_look_up`` searches for the rows of ``ids``."""
     order = np.argsort(ids)
     return np.stack([ids[order], order])
 
-
-# --------------------------------------------------------------------------------- lists of records
 
 Prepare = Callable[[Path, Any, int], tuple[str, Any]]
 
 
 class RecordIndex(_Index):
-    """The entries of a JSON list after they were checked and reduced to what is needed; ``names``
-    has one text of each."""
+    """The entries of a JSON list as records, checked and reduced to what is needed. ``names`` has
+    the image name of each record."""
 
     @classmethod
     def open(
@@ -406,15 +403,16 @@ class RecordIndex(_Index):
         cache_dir: str | Path | None = None,
         tolerant: bool = False,
     ) -> RecordIndex:
-        """``prepare(source, entry, number) -> (name, record)``: a function of a module, as workers
-        get it by name; it raises DataError, which begins with ``source``, for an entry that cannot
-        be used. ``kind`` is its name and version, such as "vqa-2": a new version is a new index.
-        ``tolerant``: these entries are left out and in ``bad``. Raises DataError, also for a list
-        that is empty or none.
+        """``prepare(source, entry, number) -> (name, record)`` is a module's function, so that it
+        can be pickled by name. It raises a DataError, whose message begins with ``source``, for an
+        entry that cannot be used. ``kind``: its name and version, such as "vqa-2"; a new version
+        gets a new index. ``tolerant``: bad entries are left out and in ``bad``. Raises DataError,
+        also for a JSON that is no list or an empty one.
         """
-        return cls(source, cache_dir, kind, _RecordBuilder(prepare, tolerant), tolerant)
+        build = partial(build_records, prepare=prepare, tolerant=tolerant)
+        return cls(source, cache_dir, kind, build, tolerant)
 
-    def _load(self, store: Store) -> None:
+    def _load(self, store: IndexStore) -> None:
         self.names, self._records = store.records("names"), store.records("records")
 
     def __len__(self) -> int:
@@ -425,36 +423,29 @@ class RecordIndex(_Index):
         return self._record("_records", number)
 
 
-class _RecordBuilder:
-    """The build of a RecordIndex; unlike a function inside a function it can be pickled."""
+def build_records(source: Path, store: StoreWriter, prepare: Prepare, tolerant: bool) -> None:
+    """Fills ``store`` with what RecordIndex reads. Raises DataError."""
+    bad: list[BadEntry] = []
 
-    def __init__(self, prepare: Prepare, tolerant: bool):
-        self.prepare, self.tolerant = prepare, tolerant
+    def parse(reader: JsonReader) -> int:
+        count = 0
+        bad.clear()  # Those of a first guess of the encoding, which was wrong.
+        entries = reader.items() if reader.peek() == "[" else _skip_value(reader)
+        with store.records("names", small=True) as names, store.records("records") as records:
+            for count, (entry, _) in enumerate(entries, start=1):
+                try:
+                    name, record = prepare(source, entry, count - 1)
+                except DataError as error:
+                    if not tolerant:
+                        raise
+                    reason = str(error).removeprefix(f"{source}: ")
+                    bad.append(BadEntry(f"record {count - 1}", reason))
+                    continue
+                names.add(json.dumps(name).encode())
+                records.add(json.dumps(record, separators=(",", ":")).encode())
+        reader.end()
+        return count
 
-    def __call__(self, source: Path, store: StoreWriter) -> None:
-        bad: list[BadEntry] = []
-
-        def parse(reader: JsonReader) -> int:
-            count = 0
-            bad.clear()  # of another guess of the encoding
-            with store.records("names", small=True) as names, store.records("records") as records:
-                for count, (entry, _) in enumerate(
-                    reader.items() if reader.peek() == "[" else _other(reader), start=1
-                ):
-                    try:
-                        name, record = self.prepare(source, entry, count - 1)
-                    except DataError as error:
-                        if not self.tolerant:
-                            raise
-                        bad.append(
-                            BadEntry(f"record {count - 1}", str(error).removeprefix(f"{source}: "))
-                        )
-                        continue
-                    names.add(json.dumps(name).encode())
-                    records.add(json.dumps(record, separators=(",", ":")).encode())
-            reader.end()
-            return count
-
-        if not parse_stream(source, parse):
-            raise DataError(f"{source}: must be a non-empty list of records")
-        store.json("bad", bad)
+    if not parse_stream(source, parse):
+        raise DataError(f"{source}: must be a non-empty list of records")
+    store.json("bad", bad)

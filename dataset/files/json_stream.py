@@ -1,8 +1,8 @@
-"""Large JSON files, one entry at a time: the parser is Python's own (in C), only its window on the
-text is ours.
+"""Large JSON files, one entry at a time.
 
-``json.load`` of a 1 GB annotation file takes several GB of memory; this reader takes a window of a
-few MB, or of the largest single entry.
+``json.load`` of a 1 GB annotation file takes several GB of memory. This reader holds a window of a
+few MB of the text (more if a single entry is larger) and lets Python's own parser, which is written
+in C, decode the entries inside it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from dataset.files.errors import DataError, MissingDataError
+from dataset.files.errors import DataError, MissingDataError, reason_of
 
 WINDOW = 1 << 22  # characters
 SPACE = " \t\n\r"
@@ -66,8 +66,8 @@ class JsonReader:
                 if self._ended:
                     self._fail(error.msg.removesuffix(" starting at"), error.pos)
             else:
-                # a number at the window's end may go on behind it, and the parser takes "1." or
-                # "1e+" for a 1
+                # A number at the end of the window may continue behind it; the parser would read
+                # the beginning "1." or "1e+" as a 1.
                 if self._ended or (end < len(self._text) and self._text[end] not in ".eE+-"):
                     text, self._at = self._text[self._at : end], end
                     return value, text
@@ -95,8 +95,8 @@ class JsonReader:
         return found
 
     def _fill(self) -> None:
-        """Drops what was read and doubles what is left, so that a long entry is parsed a few times
-        only."""
+        """Drops what was read and at least doubles what is left, so that a long entry is parsed
+        only a few times until all of it is in the window."""
         rest = self._text[self._at :]
         more = self._stream.read(max(self._window, len(rest)))
         self._dropped += self._at
@@ -109,8 +109,8 @@ class JsonReader:
 
 
 def parse_stream(path: str | Path, parse: Callable[[JsonReader], Result]) -> Result:
-    """``parse`` of a JSON file in UTF-8 or Windows-1252; it runs twice where the first guess was
-    wrong.
+    """The result of ``parse`` for a JSON file in UTF-8 or Windows-1252. It runs a second time, from
+    the start of the file, if the file turns out not to be UTF-8.
 
     Raises MissingDataError or DataError naming the file.
     """
@@ -130,6 +130,7 @@ def parse_stream(path: str | Path, parse: Callable[[JsonReader], Result]) -> Res
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not valid JSON ({reason}); repair or remove the file") from None
+        raise DataError(
+            f"{path}: not valid JSON ({reason_of(error)}); repair or remove the file"
+        ) from None
     raise AssertionError("unreachable: the loop returns or raises")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
-from dataset.files.errors import DataError, MissingDataError
+from dataset.files.errors import DataError, MissingDataError, reason_of
 
 
 def named_inside(root: str | Path, name: str) -> Path:
@@ -33,8 +33,8 @@ def resolve_inside(root: str | Path, name: str) -> Path:
     try:
         leaves = not path.resolve().is_relative_to(Path(root).resolve())
         path.exists()
-    # too long a name, a loop of links, half a character
     except (OSError, RuntimeError, UnicodeError) as error:
+        # The name is too long, is a loop of links or holds half of a surrogate pair.
         raise DataError(
             f"{root}: {name!r} cannot be opened ({reason_of(error)}); correct the name"
         ) from None
@@ -54,22 +54,15 @@ def require_folder(path: str | Path, what: str) -> Path:
     return path
 
 
-def list_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """The files of ``folder`` with one of the lower-case ``suffixes``, sorted by name and not as
-    the disk likes.
+def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files of ``folder`` with one of the lower-case ``suffixes``, sorted by name, so that
+    the order is the same on every disk.
 
     Raises DataError for a symbolic link that leaves ``folder``.
     """
-    wanted = tuple(suffixes)
     found = sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in wanted and not path.name.startswith(".")
+        if path.suffix.lower() in suffixes and not path.name.startswith(".")
     )
     return [resolve_inside(folder, path.name) if path.is_symlink() else path for path in found]
-
-
-def reason_of(error: Exception) -> str:
-    # which repeats the path
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(said.split()) or type(error).__name__

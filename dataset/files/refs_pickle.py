@@ -1,4 +1,4 @@
-"""The pickles of the referring data sets, read without running anything that stands in them.
+"""The pickles of the referring data sets, read without running anything that they ask for.
 
 A pickle is a program: it may name any function of any module and call it. The files of refCOCO and
 its kin, written by Python 2 at protocol 0 or 2, need lists, dicts, texts and numbers only, and
@@ -13,11 +13,14 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from dataset.files.errors import DataError, MissingDataError
+from dataset.files.errors import DataError, MissingDataError, reason_of
 
-# Types whose call only copies its argument. Not bytearray or range: they take memory for a number.
+# Calling one of these types only copies its argument. bytearray and range are not among them: they
+# would allocate memory of any size for a number in the file.
 HARMLESS = ("bool", "complex", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple")
 PYTHON_2 = {"unicode": "str", "long": "int"}
+# A damaged file leads the unpickler to wrong operands, missing arguments and absurd lengths.
+DAMAGE = (EOFError, ValueError, TypeError, LookupError, AttributeError, MemoryError, OverflowError)
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
@@ -44,29 +47,14 @@ def read_pickle(path: str | Path) -> Any:
         ) from None
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror or _reason(error)}); a pickle file is"
-            " expected"
+            f"{path}: cannot be read ({reason_of(error)}); a pickle file is expected"
         ) from None
     except pickle.UnpicklingError as error:
         raise DataError(
-            f"{path}: refused, no plain list of references ({_reason(error)}); download the"
+            f"{path}: refused, no plain list of references ({reason_of(error)}); download the"
             " original file"
         ) from None
-    # what a damaged file makes of the unpickler: wrong operands, missing arguments, absurd lengths
-    except (
-        EOFError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        MemoryError,
-        OverflowError,
-    ) as error:
+    except DAMAGE as error:
         raise DataError(
-            f"{path}: damaged pickle ({_reason(error)}); download the original file"
+            f"{path}: damaged pickle ({reason_of(error)}); download the original file"
         ) from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

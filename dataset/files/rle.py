@@ -1,6 +1,6 @@
 """Masks as run lengths, in COCO's compressed and uncompressed form.
 
-H and W are the height and width of a picture in the *original* frame."""
+H and W are the height and width of an image in the *original* frame."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle_codec
 
-from dataset.files.errors import DataError
+from dataset.files.errors import DataError, reason_of
 from dataset.files.images import check_size
-from dataset.files.paths import reason_of
 
 
 def _run_total(text: str) -> int:
-    """The number of pixels that compressed run lengths cover. Raises ValueError for a text that is
-    none.
+    """The number of pixels that compressed run lengths cover. Raises ValueError for any other
+    text.
 
     A number is written in groups of five bits, lowest first, each as one character from "0" on with
     the sixth bit set if another group follows; from the fourth number on it is the difference to
@@ -32,7 +31,7 @@ def _run_total(text: str) -> int:
         raise ValueError("a run is too long")
     shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, sizes))
     numbers = np.add.reduceat((codes & 31) << shifts, starts)
-    # two's complement
+    # The highest bit of the last group is the sign, in two's complement.
     numbers -= np.where(codes[starts + sizes - 1] & 16, np.int64(1) << (5 * sizes), 0)
     for parity in (1, 2):
         numbers[parity::2] = np.cumsum(numbers[parity::2])
@@ -47,25 +46,20 @@ def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) ->
     ``size``: the (H, W) that the mask must have. Raises DataError naming ``path`` and ``field`` for
     anything malformed.
     """
-    counts = rle.get("counts") if isinstance(rle, dict) else None
-    claimed = rle.get("size") if isinstance(counts, (str, list)) else None
-    if (
-        not isinstance(claimed, list)
-        or len(claimed) != 2
-        or not all(isinstance(side, (int, float)) for side in claimed)
-    ):
+    counts: Any = rle.get("counts") if isinstance(rle, dict) else None
+    claimed: Any = rle.get("size") if isinstance(counts, (str, list)) else None
+    is_size = isinstance(claimed, list) and len(claimed) == 2
+    if not is_size or not all(isinstance(side, (int, float)) for side in claimed):
         raise DataError(f'{path}: "{field}" must be {{"size": [height, width], "counts": …}}')
     check_size(tuple(claimed), size, path, f'"{field}"')
     height, width = size
     try:
         if isinstance(counts, list):
-            if (
-                any(not isinstance(run, int) or run < 0 for run in counts)
-                or sum(counts) != height * width
-            ):
+            sound = all(isinstance(run, int) and run >= 0 for run in counts)
+            if not sound or sum(counts) != height * width:
                 raise ValueError(f"the runs do not add up to {height * width} pixels")
             rle = rle_codec.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        # pycocotools would show memory where the runs are too few
+        # Where the runs are too few, pycocotools would return uninitialised memory as the rest.
         elif (total := _run_total(counts)) != height * width:
             raise ValueError(f"the runs add up to {total} pixels, the image has {height * width}")
         return rle_codec.decode({"size": [height, width], "counts": rle["counts"]}).astype(bool)

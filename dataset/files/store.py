@@ -1,14 +1,15 @@
-"""What is made once from a large annotation file and then mapped into memory by every process that
-needs it.
+"""Stores on disk: tables that are made once from a large annotation file and then mapped into
+memory by every process that needs them.
 
 ::
 
-    <cache>/stamps/<hash of path>.json     size, time, inode and content hash of an annotation file, as last seen
     <cache>/<kind>-<content hash>/         one store: header.json, *.npy (arrays), *.bin (records)
+    <cache>/stamps/<hash of path>.json     what an annotation file was when it was last seen:
+                                           its size, time, inode and content hash
 
 The cache is ``$CORES_CACHE/index`` or ``~/.cache/cores/index``. A store is written in a
-``.partial`` folder under a lock and renamed when it is complete, so whoever dies on the way leaves
-nothing that could be mistaken for one.
+``.partial`` folder under a lock and renamed when it is complete, so a process that is killed on the
+way leaves nothing that could be mistaken for a store.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from dataset.files.errors import DataError, MissingDataError
+from dataset.files.errors import DataError, MissingDataError, reason_of
 from dataset.files.packed import PackedRecords
 from dataset.files.write import sync
 
@@ -39,9 +40,9 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 HEADER = "header.json"
 CHUNK = 1 << 24
-LARGE = 1 << 27  # bytes that take several seconds
-# A file that changed less than this ago may change again within one tick of its file system's
-# clock.
+LARGE = 1 << 27  # bytes; the index of a larger file takes several seconds
+# A file that changed less than this ago may change again without getting a new time, within one
+# tick of its file system's clock.
 SETTLED_NS = 2_000_000_000
 
 
@@ -62,12 +63,12 @@ class StoreWriter:
         self.finish(f"{name}.json")
 
     def records(self, name: str, small: bool = False) -> RecordsWriter:
-        """A context manager whose ``add`` appends one record. ``small``: all of them are verified
-        whenever the store is opened, not each one when it is read."""
+        """A context manager whose ``add`` appends one record. ``small``: the file is verified as a
+        whole whenever the store is opened. Each record is verified when it is read in any case."""
         return RecordsWriter(self, name, small)
 
     def finish(self, name: str, verify: bool = True) -> None:
-        """Closes the file ``name`` for good. ``verify``: its checksum is compared whenever the
+        """Declares the file ``name`` complete. ``verify``: its checksum is compared whenever the
         store is opened."""
         sync(self.folder / name)
         self.sizes[name] = (self.folder / name).stat().st_size
@@ -75,7 +76,7 @@ class StoreWriter:
             self.checksums[name] = _checksum(self.folder / name)
 
     def close(self, digest: str) -> None:
-        """The header comes last: a folder without it is not a store."""
+        """Writes the header, last of all, because a folder without a header is not a store."""
         header = json.dumps(
             {"format": FORMAT, "source": digest, "sizes": self.sizes, "checksums": self.checksums}
         )
@@ -87,8 +88,7 @@ class StoreWriter:
 
 
 class RecordsWriter:
-    """Records one after the other in one file; where each ends and its checksum in arrays beside
-    it."""
+    """Writes records into one file, and where each ends and its checksum into arrays beside it."""
 
     def __init__(self, store: StoreWriter, name: str, small: bool):
         self._store, self._name, self._small = store, name, small
@@ -112,7 +112,7 @@ class RecordsWriter:
             self._store.array(f"{self._name}.sums", np.array(self._sums, dtype=np.uint32))
 
 
-class Store:
+class IndexStore:
     """A finished store. What it returns is mapped, read-only and shared with every other
     process."""
 
@@ -132,7 +132,7 @@ class Store:
             path = folder / name
             if not path.is_file() or path.stat().st_size != size:
                 raise ValueError(f"{name} is missing or cut off")
-        # records are too large to be read at every start; each has its own checksum
+        # Records are too large to be read at every start, so each has a checksum of its own.
         for name, expected in header["checksums"].items():
             if _checksum(folder / name) != expected:
                 raise ValueError(f"{name} is damaged")
@@ -143,7 +143,7 @@ class Store:
     def array(self, name: str) -> np.ndarray:
         path = self.folder / f"{name}.npy"
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-        # a plain view: np.memmap's own class makes every element access several times slower
+        # A plain view, because np.memmap's own class makes element access several times slower.
         return mapped.view(np.ndarray)
 
     def json(self, name: str) -> Any:
@@ -151,13 +151,13 @@ class Store:
 
     def records(self, name: str) -> PackedRecords:
         path = self.folder / f"{name}.bin"
-        empty = path.stat().st_size == 0  # which cannot be mapped
+        empty = path.stat().st_size == 0  # An empty file cannot be mapped.
         buffer = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, "r").view(np.ndarray)
         return PackedRecords.over(buffer, self.array(f"{name}.ends"), self.array(f"{name}.sums"))
 
 
 Build = Callable[[Path, StoreWriter], None]
-Signature = tuple[int, int, int]
+Signature = tuple[int, int, int]  # size, time of the last change in ns, inode
 
 
 def open_store(
@@ -165,10 +165,10 @@ def open_store(
     kind: str,
     build: Build,
     cache_dir: Path | None = None,
-    damaged: Store | None = None,
-) -> Store:
-    """The store of ``source``, made by ``build(source, writer)`` if there is none; of several
-    processes one builds.
+    damaged: IndexStore | None = None,
+) -> IndexStore:
+    """The store of ``source``, made by ``build(source, writer)`` if there is none. Of several
+    processes one builds it and the others wait.
 
     ``kind``: what the store holds and the version of ``build``, such as "coco-1". ``damaged``: a
     store with records that cannot be read; it is replaced, unless another process has already done
@@ -180,7 +180,7 @@ def open_store(
     digest = content_hash(source, root)
     name = f"{kind}-{digest[:32]}"
     if damaged is None:
-        # a cache may be filled by its owner and read-only for others
+        # A cache that cannot be written may still hold the store, filled by its owner.
         for folder in dict.fromkeys((wanted / name, root / name)):
             if (store := _try_open(folder, digest)) is not None:
                 return store
@@ -196,15 +196,15 @@ def open_store(
         store = _try_open(folder, digest)
         if store is None or (damaged is not None and store.identity == damaged.identity):
             _build(source, folder, digest, build, signature)
-            store = Store(folder, digest)
+            store = IndexStore(folder, digest)
     return store
 
 
-def _try_open(folder: Path, digest: str) -> Store | None:
+def _try_open(folder: Path, digest: str) -> IndexStore | None:
     if not folder.exists():
         return None
     try:
-        return Store(folder, digest)
+        return IndexStore(folder, digest)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         logger.warning("%s: %s; it is built again", folder, error)
         return None
@@ -212,30 +212,29 @@ def _try_open(folder: Path, digest: str) -> Store | None:
 
 def _build(source: Path, folder: Path, digest: str, build: Build, signature: Signature) -> None:
     started = time.perf_counter()
-    # nobody should wait for a minute without a word
+    # A build that takes a minute is announced with a warning, which every log shows.
     level = logging.WARNING if signature[0] > LARGE else logging.INFO
     logger.log(level, "%s: its index is built, once, in %s", source, folder)
     partial = folder.with_name(f"{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
+        shutil.rmtree(partial, ignore_errors=True)  # We hold the lock: its writer was killed.
         partial.mkdir()
         writer = StoreWriter(partial)
         build(source, writer)
         writer.close(digest)
-        if _signature(source) != signature:  # neither is the content hash that of what was read
+        if _signature(source) != signature:  # The content hash may be that of the old content.
             raise DataError(
                 f"{source}: changed while its index was built; start again when it is complete"
             )
-        shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would be in use
+        shutil.rmtree(folder, ignore_errors=True)  # A sound store would have been opened.
         partial.rename(folder)
         sync(folder.parent)
     except OSError as error:
         if isinstance(error, DataError):
             raise
-        reason = error.strerror or type(error).__name__
         raise DataError(
-            f"{folder}: the index of {source} cannot be written ({reason}); free space or set"
-            " CORES_CACHE"
+            f"{folder}: the index of {source} cannot be written ({reason_of(error)}); free space or"
+            " set CORES_CACHE"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -243,8 +242,8 @@ def _build(source: Path, folder: Path, digest: str, build: Build, signature: Sig
 
 
 def _locked(path: Path, source: Path) -> FileLock:
-    """The lock, acquired; as a context manager it is released at the end. The system releases it if
-    the process dies."""
+    """The lock, acquired; leaving its ``with`` block releases it. The system releases the lock of a
+    process that is killed."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -254,18 +253,15 @@ def _locked(path: Path, source: Path) -> FileLock:
     return lock
 
 
-# ---------------------------------------------------------------------------------------- the cache
-
-
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """``cache_dir``, or the folder that the environment says."""
+    """The folder of all stores: ``cache_dir``, or else the one that the environment names."""
     if cache_dir is not None:
         return Path(cache_dir)
     if base := os.environ.get("CORES_CACHE"):
         return Path(base) / "index"
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cores" / "index"
-    except RuntimeError:  # a container whose user has no name and no HOME
+    except RuntimeError:  # The user of a container may have neither a name nor a HOME.
         return _temporary_root()
 
 
@@ -295,28 +291,28 @@ def _temporary_root() -> Path:
 
 
 def content_hash(source: Path, root: Path) -> str:
-    """SHA-256 of the file's content, taken from its stamp while size, time and inode are those of
-    the stamp."""
+    """SHA-256 of the file's content. The file is not read again while its size, time and inode are
+    those of its stamp."""
     signature = _signature(source)
-    stamp = (
-        root / "stamps" / f"{hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:32]}.json"
-    )
+    place = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:32]
+    stamp = root / "stamps" / f"{place}.json"
     try:
         seen = json.loads(stamp.read_text(encoding="utf-8"))
         if tuple(seen["signature"]) == signature and len(seen["sha256"]) == 64:
             return seen["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # a new file, or a stamp that was cut off: it is only a shortcut
+        pass  # The file is new or its stamp is cut off, so the hash is computed.
     try:
         with source.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{source}: cannot be read ({reason_of(error)})") from None
     if time.time_ns() - signature[1] > SETTLED_NS and _signature(source) == signature:
-        with suppress(OSError):  # a full disk: it is only a shortcut
-            _replace(
-                stamp, json.dumps({"file": str(source), "signature": signature, "sha256": digest})
-            )
+        with suppress(OSError):  # The stamp is only a shortcut; a full disk must not stop the run.
+            partial = stamp.with_name(f"{stamp.name}.{os.getpid()}.partial")
+            seen = {"file": str(source), "signature": signature, "sha256": digest}
+            partial.write_text(json.dumps(seen), encoding="utf-8")
+            partial.replace(stamp)
     return digest
 
 
@@ -330,12 +326,6 @@ def _signature(source: Path) -> Signature:
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror})") from None
     return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _checksum(path: Path) -> int:

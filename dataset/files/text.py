@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.paths import reason_of
+from dataset.files.errors import DataError, MissingDataError, reason_of
 
 
 def read_text(path: str | Path) -> str:
@@ -23,8 +22,7 @@ def read_text(path: str | Path) -> str:
         ) from None
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror or reason_of(error)}); a text file is"
-            " expected"
+            f"{path}: cannot be read ({reason_of(error)}); a text file is expected"
         ) from None
     if not raw.strip(b"\0 \r\n\t"):
         raise DataError(f"{path}: the file is empty; restore or remove it")

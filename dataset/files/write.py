@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens meanwhile."""
+"""Writing that survives a kill: a file holds its old content or its new content, never a part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write_text(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-    except OSError as error:  # of a full disk, which knows no names
+    except OSError as error:  # The error of a full disk names no file, so this one adds it.
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
 

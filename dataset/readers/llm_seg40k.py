@@ -6,15 +6,17 @@
     <dataset_dir>/coco/train2017/*.jpg          photos with "from_dataset": "coco"
     <dataset_dir>/ego_objects/images/*          photos with "from_dataset": "ego_objects"
 
-Facts, from the reader in the data set's own repository (wangjunchi/LLMSeg,
-utils/llm_seg_dataset.py; the files themselves were not at hand): a JSON maps an image's name to
-``{"from_dataset": …, "qa_pairs": [{"question", "answer", "rle_seg"}, …]}``, where ``rle_seg`` is
-COCO's compressed run lengths of the target. Every question is a sentence. The answer in words is
-used neither there nor here. A question may also be a list of wordings.
+The layout was taken from the reader in the data set's own repository (wangjunchi/LLMSeg,
+utils/llm_seg_dataset.py), since the files themselves were not at hand: a JSON maps an image's name
+to ``{"from_dataset": …, "qa_pairs": [{"question", "answer", "rle_seg"}, …]}``, where ``rle_seg`` is
+COCO's compressed run lengths of the target. Every question is a sentence. Neither that reader nor
+this one uses the answer in words. A question may also be a list of wordings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +30,18 @@ from dataset.files.packed import PackedRecords
 from dataset.files.paths import named_inside, require_folder, resolve_inside
 from dataset.files.rle import decode_rle
 from dataset.files.text import read_json
-from dataset.readers.coco import without_missing
-from dataset.readers.exclusion import without_excluded
-from dataset.sample import LoaderOptions, Sample, draw_queries
+from dataset.readers.questions import as_wordings, choose_wordings
+from dataset.readers.usable import without_excluded, without_missing
+from dataset.sample import LoaderOptions, Sample
 
 NAME = "LLM-Seg40K"
-SPLITS = {"val": "validation"}  # what the command line calls them -> their files
+SPLITS = {"val": "validation"}  # split on the command line -> name of its file, where they differ
 FOLDERS = {"coco": "coco/train2017", "ego_objects": "ego_objects/images"}
 
 
-def _check(path: Path, name: str, entry: Any) -> list:
-    """[image name, where it is from, [[wordings, run lengths], …]] of one entry."""
+def _read_entry(path: Path, name: str, entry: Any) -> list:
+    """[image name, a key of FOLDERS, [[wordings, run lengths], …]] of one entry. Raises
+    DataError."""
     where = f"{path}: {name!r}"
     if not isinstance(entry, dict) or entry.get("from_dataset") not in FOLDERS:
         raise DataError(f'{where}: "from_dataset" must be one of {", ".join(FOLDERS)}')
@@ -47,13 +50,8 @@ def _check(path: Path, name: str, entry: Any) -> list:
         raise DataError(f'{where}: "qa_pairs" must be a list of questions')
     queries = []
     for number, pair in enumerate(pairs):
-        texts = pair.get("question")
-        texts = [texts] if isinstance(texts, str) else texts
-        if (
-            not isinstance(texts, list)
-            or not texts
-            or any(not isinstance(t, str) or not t.strip() for t in texts)
-        ):
+        texts = as_wordings(pair.get("question"))
+        if not texts:
             raise DataError(
                 f'{where}: question {number}: "question" must be a text, or several wordings of it'
             )
@@ -85,43 +83,37 @@ class LlmSeg40K:
         content = read_json(self.source)
         if not isinstance(content, dict) or not content:
             raise DataError(f"{self.source}: must map names of images to their questions")
-        records = [record for record in self._checked(content) if record[2]]
+        records: Sequence[list] = [record for record in self._checked(content) if record[2]]
         if options.training:
-            records = self._without_excluded(records)
-        self.records = PackedRecords(self._without_missing(records))
+            # A photo of EgoObjects is never one of COCO's, whatever its name looks like.
+            records = without_excluded(
+                records, lambda r: r[0] if r[1] == "coco" else "", options, self.dataset
+            )
+        self.records = PackedRecords(self._with_image(records))
         if not len(self.records):
             raise DataError(f"{self.source}: holds no question")
 
-    def _checked(self, content: dict) -> list:
+    def _checked(self, content: dict) -> list[list]:
         found, bad = [], []
         for image, entry in sorted(content.items()):
             try:
-                found.append(_check(self.source, image, entry))
+                found.append(_read_entry(self.source, image, entry))
             except DataError as error:
                 bad.append((f"{self.source}:{image}", str(error)))
         self.options.faults.leave_out(self.dataset, bad)
         return found
 
-    def _without_excluded(self, records: list) -> list:
-        # a photo of EgoObjects is never COCO's, whatever it is called
-        names = [name if kind == "coco" else "" for name, kind, _ in records]
-        return list(without_excluded(records, names, self.options, self.dataset))
-
-    def _without_missing(self, records: list) -> list:
-        kept = []
+    def _with_image(self, records: Sequence[list]) -> list[list]:
+        """The records whose photo is there, sorted by its name."""
+        kept: list[list] = []
         for kind, folder in self.folders.items():
-            mine = [record for record in records if record[1] == kind]
-            if mine:
+            same_kind = [record for record in records if record[1] == kind]
+            if same_kind:
                 require_folder(folder, f"the photos of {self.dataset} from {kind}")
                 kept += without_missing(
-                    mine,
-                    [name for name, *_ in mine],
-                    folder,
-                    self.source,
-                    self.options,
-                    self.dataset,
+                    same_kind, itemgetter(0), folder, self.source, self.options, self.dataset
                 )
-        return sorted(kept, key=lambda record: record[0])
+        return sorted(kept, key=itemgetter(0))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -136,20 +128,12 @@ class LlmSeg40K:
         name, kind, queries = self.records[index]
         path = resolve_inside(self.folders[kind], name)
         image = read_image(path)
-        chosen = self._choose(queries, rng)
+        chosen = choose_wordings([texts for texts, _ in queries], self.options, rng)
         conversations = [
-            self._conversation(name, text, rle, image.shape[:2], rng) for text, rle in chosen
+            self._conversation(name, text, queries[number][1], image.shape[:2], rng)
+            for number, text in chosen
         ]
         return Sample(image, str(path), conversations, "reasoning", self.dataset, Path(name).stem)
-
-    def _choose(self, queries: list, rng: np.random.Generator) -> list[tuple[str, dict]]:
-        if not self.options.training:
-            count = 1 if self.options.texts == "first" else None
-            return [(text, rle) for texts, rle in queries for text in texts[:count]]
-        drawn = draw_queries(
-            [texts for texts, _ in queries], self.options.num_classes_per_sample, rng
-        )
-        return [(text, queries[number][1]) for number, text in drawn]
 
     def _conversation(
         self, name: str, text: str, rle: dict, size: tuple[int, int], rng: np.random.Generator

@@ -2,25 +2,28 @@
 
 ::
 
-    paco_lvis      <dataset_dir>/vlpart/paco/annotations/paco_lvis_v1_<split>.json, images coco/<file_name>
-    pascal_part    <dataset_dir>/vlpart/pascal_part/<split>.json, images .../pascal_part/VOCdevkit/VOC2010/JPEGImages/
-    partimagenet   <dataset_dir>/vlpart/partimagenet/<split>.json, images .../partimagenet/images/, images/<split>/ or <split>/
+    paco_lvis      <dataset_dir>/vlpart/paco/annotations/paco_lvis_v1_<split>.json
+                   <dataset_dir>/coco/<file_name>
+    pascal_part    <dataset_dir>/vlpart/pascal_part/<split>.json
+                   <dataset_dir>/vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages/
+    partimagenet   <dataset_dir>/vlpart/partimagenet/<split>.json
+                   <dataset_dir>/vlpart/partimagenet/{images,images/<split>,<split>}/
 
-Facts: PACO-LVIS has 75 objects ("car_(automobile)") and 456 parts ("car_(automobile):wheel"), its
-file names begin with COCO's folder; VLPart's JSON of PASCAL-Part has 93 parts ("bus:license plate")
-and run lengths; PartImageNet has 40 ("Quadruped Head"), ids from 0, some polygons of one or two
-points, and images in folders by synset, with or without that folder in the file name.
+What the published files hold: PACO-LVIS has 75 objects ("car_(automobile)") and 456 parts
+("car_(automobile):wheel"); its file names begin with COCO's folder. VLPart's JSON of PASCAL-Part
+has 93 parts ("bus:license plate") and run lengths. PartImageNet has 40 parts ("Quadruped Head"),
+ids from 0, some polygons of one or two points, and images in folders by synset, with or without
+that folder in the file name.
 
 LISA asks for one annotation by the name of its category, so that one question may have several
-answers. Here the target is the union of the category's annotations. Where the file holds the
-object, too (PACO), it is the target's host.
+answers. Here the target is the union of the category's annotations. Where the file also holds the
+object (PACO), the object is the target's host.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,23 +31,25 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer, phrase_question
 from dataset.files.errors import DataError, NothingToAsk
 from dataset.files.images import read_claimed
 from dataset.files.index import CocoIndex
 from dataset.files.paths import named_inside, require_folder, resolve_inside
-from dataset.readers.coco import annotation_mask, usable
+from dataset.readers.coco import instance_masks
+from dataset.readers.questions import phrase_conversation
+from dataset.readers.usable import usable_positions
 from dataset.sample import LoaderOptions, Sample
 
 
-class Name(NamedTuple):
+class CategoryName(NamedTuple):
     """What a category is called: an object, or a part of one."""
 
     thing: str
     part: str | None = None
 
     def phrase(self, rng: np.random.Generator | None) -> str:
-        """ "the wheel of the car", in half of the draws "the car wheel"; ``rng`` None gives the former."""
+        """ "the wheel of the car" or, in half of the draws, "the car wheel"; ``rng`` None gives the
+        former."""
         if self.part is None:
             return f"the {self.thing}"
         of = rng is None or rng.random() < 0.5
@@ -58,12 +63,12 @@ class PartSource:
 
     annotations: str
     images: tuple[str, ...]
-    """Folders of images; the first that is there is taken."""
+    """Folders of images; the first one that exists is taken."""
     train_split: str = "train"
     separator: str = ":"
     """Between the object and the part in a category's name."""
     linked: tuple[str, ...] = ()
-    """Folders in the folder of images that the user may have made links."""
+    """Folders in the folder of images that may be links to folders elsewhere."""
     by_synset: bool = False
     """Images may lie in a folder named as the first nine letters of the file name."""
 
@@ -88,7 +93,7 @@ SOURCES = {
         by_synset=True,
     ),
 }
-# What is misspelt or run together in the published names.
+# Corrections of words that are misspelt or run together in the published names.
 REPAIRED = {
     "tier": "tire",
     "colied tube": "coiled tube",
@@ -104,10 +109,10 @@ def _readable(text: str) -> str:
     return REPAIRED.get(plain, plain)
 
 
-def category_name(text: str, separator: str) -> Name:
+def category_name(text: str, separator: str) -> CategoryName:
     """A category's name, "car_(automobile):wheel" or "Car Side Mirror", in words."""
     thing, _, part = text.strip().partition(separator)
-    return Name(_readable(thing), _readable(part) or None)
+    return CategoryName(_readable(thing), _readable(part) or None)
 
 
 class PartSegmentation:
@@ -131,38 +136,35 @@ class PartSegmentation:
         )
         self.index = CocoIndex.open(self.source, tolerant=options.faults.leaves_out)
         self.names = {
-            i: category_name(c["name"], self.kind.separator)
-            for i, c in self.index.categories.items()
+            number: category_name(entry["name"], self.kind.separator)
+            for number, entry in self.index.categories.items()
         }
-        self.folder = self._folder(
-            [root / folder.format(split=split) for folder in self.kind.images], name
+        folders = [root / folder.format(split=split) for folder in self.kind.images]
+        self.folder = require_folder(
+            next((folder for folder in folders if folder.is_dir()), folders[0]),
+            f"the images of {name}",
         )
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(f"{self.source}: is empty; no image has an annotated part")
         files = [self._file(file) for file in self.index.file_names]
-        self.positions = usable(self.index, positions, files, self.folder, options, self.dataset)
-
-    @staticmethod
-    def _folder(folders: list[Path], name: str) -> Path:
-        there = [folder for folder in folders if folder.is_dir()]
-        return there[0] if there else require_folder(folders[0], f"the images of {name}")
+        self.positions = usable_positions(
+            self.index, positions, files.__getitem__, self.folder, options, self.dataset
+        )
 
     def _file(self, name: str) -> str:
-        """Where the image of that name is, under the folder of images."""
+        """The file, below the folder of images, of the image with that name in the annotations."""
         if self.kind.by_synset and "/" not in name and not os.path.isfile(self.folder / name):
             return f"{name[:9]}/{name}"
         return name
 
     def _inside(self, name: str) -> Path:
-        """Its path. COCO's folders of photos may be links; nothing else below the folder of images
-        may lead out of it."""
+        """The path of a file below the folder of images. Only COCO's folders of photos may be links
+        that lead out of it. Raises DataError."""
         folder, _, rest = name.partition("/")
-        return (
-            resolve_inside(self.folder / folder, rest)
-            if folder in self.kind.linked
-            else resolve_inside(self.folder, name)
-        )
+        if folder in self.kind.linked:
+            return resolve_inside(self.folder / folder, rest)
+        return resolve_inside(self.folder, name)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -182,9 +184,7 @@ class PartSegmentation:
         path = self._inside(self._file(record["file_name"]))
         image = read_claimed(path, record, self.source)
         size = image.shape[:2]
-        by_category: dict[int, list[dict]] = defaultdict(list)
-        for entry in self.index.annotations(position):
-            by_category[entry["category_id"]].append(entry)
+        by_category = self.index.annotations_by_category(position)
         categories = sorted(by_category)
         if self.options.training:
             categories = [int(c) for c in rng.permutation(categories)]
@@ -192,59 +192,28 @@ class PartSegmentation:
         for category in categories:
             if self.options.training and len(conversations) == self.options.num_classes_per_sample:
                 break
-            target, crowd = self._masks(by_category[category], size)
+            target, crowd = instance_masks(by_category[category], size, self.source, thin=True)
             if target.any():
                 host = self._host(category, by_category, size)
-                conversations.append(self._conversation(category, target, crowd, host, rng))
+                phrase = self.names[category].phrase(self.options.wording(rng))
+                conversations.append(
+                    phrase_conversation(phrase, target, self.options, rng, crowd, host)
+                )
         if self.options.training and not conversations:
             raise NothingToAsk(f"{path}: no annotation in {self.source} has a pixel")
-        return Sample(
-            image,
-            str(path),
-            conversations,
-            "semantic",
-            self.dataset,
-            Path(record["file_name"]).stem,
-        )
-
-    def _masks(self, entries: list[dict], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """(union of the instances, crowd regions beside it), each bool (H, W)."""
-        target, crowd = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
-        for entry in entries:
-            field = f'annotation {entry["id"]} "segmentation"'
-            mask = annotation_mask(entry["segmentation"], size, self.source, field, thin=True)
-            union = crowd if entry.get("iscrowd") else target
-            union |= mask
-        return target, crowd & ~target
+        name = Path(record["file_name"]).stem
+        return Sample(image, str(path), conversations, "semantic", self.dataset, name)
 
     def _host(
         self, category: int, by_category: dict[int, list[dict]], size: tuple[int, int]
     ) -> np.ndarray | None:
-        """Every object of the kind that the part belongs to, bool (H, W), where the image's
-        annotations hold it."""
+        """Every object of the kind that the part belongs to, bool (H, W), or None where the
+        annotations of the image hold none."""
         if self.names[category].part is None:
             return None
+        kind = CategoryName(self.names[category].thing)
         objects = [
-            e
-            for c, entries in by_category.items()
-            if self.names[c] == Name(self.names[category].thing)
-            for e in entries
+            e for c, entries in by_category.items() if self.names[c] == kind for e in entries
         ]
-        host, _ = self._masks(objects, size)
+        host, _ = instance_masks(objects, size, self.source, thin=True)
         return host if host.any() else None
-
-    def _conversation(
-        self,
-        category: int,
-        target: np.ndarray,
-        crowd: np.ndarray,
-        host: np.ndarray | None,
-        rng: np.random.Generator,
-    ) -> Conversation:
-        wording = self.options.wording(rng)
-        question = phrase_question(self.names[category].phrase(wording), wording)
-        reply = answer(self.options.levels, wording)
-        hosts = None if host is None else host[None]
-        return Conversation(
-            [(question, reply)], target[None], crowd if crowd.any() else None, hosts
-        )

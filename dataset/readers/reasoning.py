@@ -9,14 +9,16 @@ A JSON holds one query about one image::
 
     text         one or several wordings of the query
     is_sentence  true: a long query (a sentence); false: a short one (a phrase)
-    shapes       labelme-like: label and points [[x, y], …]; "flag" is skipped, a label with "ignore" in it marks
-                 pixels that do not count, every other label is the target
+    shapes       labelme-like: label and points [[x, y], …]; the label "flag" is skipped, one with
+                 "ignore" in it marks pixels that do not count, every other one is the target
 
-and, optionally, what ReasonSeg does not have and its other readers ignore::
+Optional fields, which ReasonSeg does not have and its other readers ignore::
 
-    image        name of the image in the same folder (default: the JSON's own name with .jpg); JSONs may share an image
-    target_rle   the target exactly, as COCO run-length {"size": [H, W], "counts": …}, instead of its polygons
-    host_shapes  polygons of the object that holds the target; or host_rle, the same exactly
+    image        name of the image in the same folder, which JSONs may share (default: the JSON's
+                 own name with .jpg)
+    target_rle   the exact target, as COCO run-length {"size": [H, W], "counts": …}, instead of its
+                 polygons
+    host_shapes  polygons of the object that holds the target; or host_rle, its exact mask
 
 The JSONs of one image become one sample with several conversations.
 """
@@ -26,26 +28,23 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import (
-    answer,
-    explain_question,
-    phrase_question,
-    sentence_question,
-)
+from dataset.conversation.wordings import answer
 from dataset.files.errors import DataError, MissingDataError
 from dataset.files.faults import blame
-from dataset.files.images import IMAGE_SUFFIXES, probe_images, read_image
+from dataset.files.images import IMAGE_SUFFIXES, read_image
 from dataset.files.paths import list_files, named_inside, require_folder
 from dataset.files.rle import decode_rle
 from dataset.files.text import read_json
-from dataset.readers.exclusion import without_excluded
-from dataset.sample import LoaderOptions, Sample, draw_queries
+from dataset.readers.questions import as_wordings, choose_wordings, word_question
+from dataset.readers.usable import is_readable, without_excluded
+from dataset.sample import LoaderOptions, Sample
 
 
 def _kind_of_label(label: str) -> str:
@@ -56,28 +55,25 @@ def _kind_of_label(label: str) -> str:
 
 
 def _stencil(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Polygon with its outline, bool (H, W). ``points``: int32 (n, 2) as (x, y)."""
+    """A polygon and its outline, bool (H, W). ``points``: int32 (n, 2) as (x, y)."""
     canvas = np.zeros(size, dtype=np.uint8)
-    cv2.polylines(canvas, [points], True, 1, 1)
-    cv2.fillPoly(canvas, [points], 1)
+    cv2.polylines(canvas, [points], True, (1,), 1)
+    cv2.fillPoly(canvas, [points], (1,))
     return canvas.astype(bool)
 
 
 def paint_shapes(shapes: list[dict], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(target, ignore), each bool (H, W), of labelme shapes: largest area first, so a small shape
-    shows on a large one.
+    """(target, ignore), each bool (H, W), of labelme shapes. They are painted from the largest area
+    to the smallest, so that a small shape shows on a large one.
 
     Coordinates are cut to whole pixels. Of two equal areas the earlier one is painted last, as in
     the published reader.
     """
-    layers = [
-        (
-            _stencil(np.array(shape["points"], dtype=float).astype(np.int32), size),
-            _kind_of_label(shape["label"]),
-        )
-        for shape in shapes
-        if _kind_of_label(shape["label"]) != "flag"
-    ]
+    layers = []
+    for shape in shapes:
+        if (kind := _kind_of_label(shape["label"])) != "flag":
+            points = np.array(shape["points"], dtype=float).astype(np.int32)
+            layers.append((_stencil(points, size), kind))
     order = np.argsort([stencil.sum() for stencil, _ in layers], kind="stable")[::-1]
     target, ignore = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
     for index in order:
@@ -106,20 +102,16 @@ def _check_shapes(record: dict, field: str, path: Path) -> None:
 
 
 def read_record(path: Path) -> dict:
-    """One query JSON with its fields checked; "text" is always a list. Raises DataError naming file
-    and field."""
+    """The content of one query's JSON with its fields checked; "text" is always a list. Raises
+    DataError naming file and field."""
     record = read_json(path)
     if not isinstance(record, dict) or "shapes" not in record:
         raise DataError(f'{path}: has no "shapes"; a ReasonSeg JSON needs "shapes" and "text"')
     _check_shapes(record, "shapes", path)
     if "host_shapes" in record:
         _check_shapes(record, "host_shapes", path)
-    texts = [record["text"]] if isinstance(record.get("text"), str) else record.get("text")
-    if (
-        not isinstance(texts, list)
-        or not texts
-        or any(not isinstance(t, str) or not t.strip() for t in texts)
-    ):
+    texts = as_wordings(record.get("text"))
+    if not texts:
         raise DataError(f'{path}: "text" must be a list of at least one non-empty query')
     if not isinstance(record.get("is_sentence"), (bool, type(None))):
         raise DataError(f'{path}: "is_sentence" must be true or false')
@@ -131,8 +123,8 @@ def read_record(path: Path) -> dict:
 def record_masks(
     record: dict, size: tuple[int, int], path: Path
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(target, ignore, host or None) of a query, each bool (H, W) for an image of ``size`` (H,
-    W)."""
+    """(target, ignore, host or None) of a query, each bool (H, W) for an image of that ``size``.
+    Raises DataError."""
     target, ignore = paint_shapes(record["shapes"], size)
     if "target_rle" in record:
         target = decode_rle(record["target_rle"], size, path, "target_rle")
@@ -146,8 +138,8 @@ def record_masks(
 
 
 @dataclass(frozen=True)
-class _Query:
-    """One JSON: the wordings are kept, the masks are read again when they are needed."""
+class ReasoningQuery:
+    """One JSON without its masks, which are read again when they are needed."""
 
     path: Path
     texts: tuple[str, ...]
@@ -160,9 +152,9 @@ class ReasoningSegmentation:
     queries."""
 
     def __init__(self, dataset_dir: str | Path, spec: str, options: LoaderOptions):
-        """``spec``: "ReasonSeg|train", several splits as "ReasonSeg|train|val",
-        "ReasonSeg|testshort" or "|testlong" for one length of query. All JSONs and both ends of all
-        images are checked here. Raises DataError."""
+        """``spec``: "ReasonSeg|train", several splits as "ReasonSeg|train|val", or
+        "ReasonSeg|testshort" or "|testlong" for queries of one length. All JSONs and both ends of
+        all images are checked here. Raises DataError."""
         self.dataset = spec
         self.options = options
         name, *splits = spec.split("|")
@@ -176,19 +168,17 @@ class ReasoningSegmentation:
             known = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
             raise MissingDataError(f"{self.root}: no such data set; {root} holds: {known}")
         explanations = self._read_explanations()
-        groups: dict[Path, list[_Query]] = defaultdict(list)
+        groups: dict[Path, list[ReasoningQuery]] = defaultdict(list)
         for split in splits:
             self._read_split(split, explanations, groups)
-        self.images = [path for path in sorted(groups) if self._is_usable(path)]
-        if not self.images:
+        readable = [path for path in sorted(groups) if is_readable(path, options.faults, spec)]
+        if not readable:
             raise DataError(f"{self.root}: no image of {spec} can be used")
-        self.images = list(
-            without_excluded(self.images, [path.name for path in self.images], options, spec)
-        )
+        self.images = without_excluded(readable, attrgetter("name"), options, spec)
         self.queries = [groups[path] for path in self.images]
 
     def _read_explanations(self) -> dict[str, list[str]]:
-        """JSON name -> explanations, where they are wanted and there."""
+        """JSON name -> its explanations; empty unless they are wanted and there."""
         path = self.root / "explanatory" / "train.json"
         if not self.options.training or self.options.explanatory <= 0 or not path.exists():
             return {}
@@ -196,22 +186,18 @@ class ReasoningSegmentation:
         found: dict[str, list[str]] = defaultdict(list)
         bad: list[tuple[str, str]] = []
         for index, entry in enumerate(entries if isinstance(entries, list) else [None]):
-            if not isinstance(entry, dict) or not all(
-                isinstance(entry.get(key), str) for key in ("json", "outputs")
-            ):
-                bad.append(
-                    (
-                        f"{path}:entry {index}",
-                        f'{path}: entry {index} needs the texts "json" and "outputs"',
-                    )
-                )
-                continue
-            found[entry["json"]].append(entry["outputs"])
+            fields = entry if isinstance(entry, dict) else {}
+            if all(isinstance(fields.get(key), str) for key in ("json", "outputs")):
+                found[fields["json"]].append(fields["outputs"])
+            else:
+                reason = f'{path}: entry {index} needs the texts "json" and "outputs"'
+                bad.append((f"{path}:entry {index}", reason))
         self.options.faults.leave_out(self.dataset, bad)
         return found
 
     def _folder(self, split: str) -> tuple[Path, bool | None]:
-        """(folder, wanted is_sentence) of "test", "testshort" or "testlong"."""
+        """The folder of "test", "testshort" or "testlong", and which ``is_sentence`` its queries
+        must have (None: any)."""
         folder = named_inside(self.root, split)
         if not folder.is_dir() and (length := re.fullmatch(r"(.+)(short|long)", split)):
             folder = named_inside(self.root, length[1])
@@ -228,42 +214,45 @@ class ReasoningSegmentation:
         return folder, None
 
     def _read_split(
-        self, split: str, explanations: dict[str, list[str]], groups: dict[Path, list[_Query]]
+        self,
+        split: str,
+        explanations: dict[str, list[str]],
+        groups: dict[Path, list[ReasoningQuery]],
     ) -> None:
+        """Adds the queries of a split to ``groups``, under their images."""
         folder, wanted = self._folder(split)
         images = {path.name: path for path in list_files(folder, IMAGE_SUFFIXES)}
-        used, read, found, faults = set(), 0, False, self.options.faults
+        used: set[str] = set()
+        read, found, faults = 0, False, self.options.faults
         paths = list_files(folder, (".json",))
         for path in paths:
             if faults.skips(self.dataset, path):
                 continue
             with faults.guard(self.dataset, path):
                 record = read_record(path)
-                image = images.get(record.get("image") or self._default_image(path, images))
+                defaults = [path.stem + suffix for suffix in IMAGE_SUFFIXES]
+                default = next((name for name in defaults if name in images), defaults[0])
+                name = record.get("image") or default
+                image = images.get(name)
                 if image is None:
-                    expected = record.get("image") or f"{path.stem}.jpg"
                     raise MissingDataError(
-                        f"{path}: its image {expected} is not in {folder}; restore it or remove the"
+                        f"{path}: its image {name} is not in {folder}; restore it or remove the"
                         " JSON"
                     )
                 used.add(image.name)
                 read += 1
-                if wanted is not None and record.get("is_sentence") is None:
+                is_sentence = record.get("is_sentence")
+                if wanted is not None and is_sentence is None:
                     raise DataError(
                         f'{path}: has no "is_sentence", which {self.dataset} needs to tell short'
                         " from long"
                     )
-                if wanted in (None, record.get("is_sentence")):
+                if wanted in (None, is_sentence):
                     found = True
-                    query = _Query(
-                        path,
-                        tuple(record["text"]),
-                        record.get("is_sentence"),
-                        tuple(explanations.get(path.name, ())),
-                    )
-                    groups[image].append(query)
-        # an image whose JSON is left out has done nothing wrong, and which one that is cannot be
-        # known
+                    texts, reasons = tuple(record["text"]), tuple(explanations.get(path.name, ()))
+                    groups[image].append(ReasoningQuery(path, texts, is_sentence, reasons))
+        # If a JSON was skipped we cannot tell which image was its own, so report unused images only
+        # when all JSONs were read.
         for name in sorted(images.keys() - used) if read == len(paths) else ():
             if not faults.skips(self.dataset, images[name]):
                 with faults.guard(self.dataset, images[name]):
@@ -284,19 +273,6 @@ class ReasoningSegmentation:
                 " without it"
             )
 
-    def _is_usable(self, image: Path) -> bool:
-        faults = self.options.faults
-        if faults.skips(self.dataset, image):
-            return False
-        with faults.guard(self.dataset, image):
-            probe_images([image])
-            return True
-        return False
-
-    @staticmethod
-    def _default_image(path: Path, images: dict[str, Path]) -> str | None:
-        return next((path.stem + s for s in IMAGE_SUFFIXES if path.stem + s in images), None)
-
     def __len__(self) -> int:
         return len(self.images)
 
@@ -307,32 +283,25 @@ class ReasoningSegmentation:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with its queries: in training some drawn at random, otherwise all,
         canonically worded."""
-        image_path = self.images[index]
-        image = read_image(image_path)
+        path, queries = self.images[index], self.queries[index]
+        image = read_image(path)
+        chosen = choose_wordings([query.texts for query in queries], self.options, rng)
         conversations = [
-            self._conversation(query, text, image.shape[:2], rng)
-            for query, text in self._choose(index, rng)
+            self._conversation(queries[number], text.strip(), image.shape[:2], rng)
+            for number, text in chosen
         ]
-        return Sample(
-            image, str(image_path), conversations, "reasoning", self.dataset, image_path.stem
-        )
-
-    def _choose(self, index: int, rng: np.random.Generator) -> list[tuple[_Query, str]]:
-        queries = self.queries[index]
-        if not self.options.training:
-            count = 1 if self.options.texts == "first" else None
-            return [(query, text) for query in queries for text in query.texts[:count]]
-        drawn = draw_queries(
-            [query.texts for query in queries], self.options.num_classes_per_sample, rng
-        )
-        return [(queries[number], text) for number, text in drawn]
+        return Sample(image, str(path), conversations, "reasoning", self.dataset, path.stem)
 
     def _conversation(
-        self, query: _Query, text: str, size: tuple[int, int], rng: np.random.Generator
+        self, query: ReasoningQuery, text: str, size: tuple[int, int], rng: np.random.Generator
     ) -> Conversation:
         with blame(query.path):
             target, ignore, host = record_masks(read_record(query.path), size, query.path)
-        question, explanation = self._question(query, text.strip(), rng)
+        # Some short queries are whole sentences all the same ("segment the wheels of the bus.").
+        is_phrase = query.is_sentence is False and text[-1] not in ".?!"
+        question, explanation = word_question(
+            text, is_phrase, query.explanations, self.options, rng
+        )
         reply = answer(self.options.levels, self.options.wording(rng), explanation)
         return Conversation(
             turns=[(question, reply)],
@@ -341,19 +310,3 @@ class ReasoningSegmentation:
             host_masks=None if host is None else host[None],
             is_sentence=query.is_sentence,
         )
-
-    def _question(
-        self, query: _Query, text: str, rng: np.random.Generator
-    ) -> tuple[str, str | None]:
-        """(question, explanation or None)."""
-        # some short queries are whole sentences all the same ("segment the wheels of the bus.")
-        is_phrase = query.is_sentence is False and text[-1] not in ".?!"
-        if query.explanations and rng.random() < self.options.explanatory:
-            explanation = query.explanations[int(rng.integers(len(query.explanations)))]
-            return (
-                explain_question(f"What is {text} in this image?" if is_phrase else text, rng),
-                explanation,
-            )
-        return (phrase_question if is_phrase else sentence_question)(
-            text, self.options.wording(rng)
-        ), None

@@ -1,36 +1,35 @@
 """Referring segmentation: refCOCO, refCOCO+, refCOCOg, refCLEF and gRefCOCO. "The man on the left"
-is the one that is meant.
+means one man among several.
 
 ::
 
-    <dataset_dir>/refer_seg/<set>/refs(<splitBy>).p             gRefCOCO: grefs(<splitBy>).json or .p
-    <dataset_dir>/refer_seg/<set>/instances.json                COCO's format; every annotation a reference may mean
-    <dataset_dir>/refer_seg/images/mscoco/images/train2014/     refCLEF: refer_seg/images/saiapr_tc-12/
+    <dataset_dir>/refer_seg/<set>/refs(<splitBy>).p           gRefCOCO: grefs(<splitBy>).json or .p
+    <dataset_dir>/refer_seg/<set>/instances.json              all annotations, in COCO's format
+    <dataset_dir>/refer_seg/images/mscoco/images/train2014/   refCLEF: images/saiapr_tc-12/
 
 A file of references is a list of ``{ref_id, image_id, ann_id, split, sentences: [{sent, …}], …}``.
-Facts, as in the readers that come with the data (REFER, gRefer):
+The readers that come with the data (REFER, gRefer) read it like this:
 
-- ``ann_id`` is one annotation; in gRefCOCO a list, whose union is the target, and [-1] where nothing is meant: an empty target;
-- a segmentation is several polygons, or (refCLEF) a list of run lengths, or empty: an empty target as well;
-- of the several annotations of a gRefCOCO reference, crowd regions are left out;
-- refCLEF writes several test splits into one word: a reference of "testAC" belongs to testA and to testC; "test" is all of them;
-- ``splitBy`` names who divided the data: unc, for refCOCOg umd (by image) or google (by object: train and val share images).
-
-The published evaluation scores every sentence of every reference, so ``LoaderOptions.texts`` has no
-say here.
+- ``ann_id`` is one annotation. In gRefCOCO it is a list, whose union is the target, or [-1] where
+  the sentence means nothing in the image: the target is empty.
+- A segmentation is several polygons or (refCLEF) a list of run lengths. It may be empty: so is the
+  target.
+- Of the several annotations of a gRefCOCO reference, crowd regions are left out.
+- refCLEF writes several test splits into one word: a reference of "testAC" belongs to testA and to
+  testC. "test" stands for all of them.
+- ``splitBy`` names who divided the data: unc, or for refCOCOg umd (by image) or google (by object,
+  so that train and val share images).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer, phrase_question
 from dataset.files.errors import DataError, MissingDataError
 from dataset.files.faults import Faults
 from dataset.files.images import read_claimed
@@ -39,8 +38,10 @@ from dataset.files.packed import PackedRecords
 from dataset.files.paths import require_folder, resolve_inside
 from dataset.files.refs_pickle import read_pickle
 from dataset.files.text import read_json
-from dataset.readers.coco import annotation_mask, usable
-from dataset.sample import LoaderOptions, Sample, draw_queries
+from dataset.readers.coco import annotation_mask
+from dataset.readers.questions import choose_wordings, phrase_conversation
+from dataset.readers.usable import usable_positions
+from dataset.sample import LoaderOptions, Sample
 
 COCO_IMAGES = "images/mscoco/images/train2014"
 NOTHING = -1  # gRefCOCO's ann_id where a sentence means nothing in the image
@@ -61,17 +62,17 @@ SETS = {
     "refcocog": ReferringSet(split_by="umd"),
     "grefcoco": ReferringSet(),
 }
-# Divided by image, all three: refCOCOg's other division would leave out most of its own training
-# images.
+# All three divisions are by image. refCOCOg's other division is by object, so that leaving out its
+# validation images would take most of its training images along.
 VALIDATED = (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"))
 
 
 class Reference(NamedTuple):
-    """One object, or in gRefCOCO any number of them, with the sentences that mean it."""
+    """One object, or in gRefCOCO any number of them, with the sentences that refer to it."""
 
     image_id: int
     annotations: list[int]
-    """Empty where nothing is meant."""
+    """The ids of the objects; none where the sentences mean nothing in the image."""
     split: str
     sentences: list[str]
     number: int
@@ -79,19 +80,17 @@ class Reference(NamedTuple):
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """splitBy -> file of references, for all that there are."""
-    pattern = "grefs" if folder.name == "grefcoco" else "refs"
-    found = [
-        path for suffix in (".p", ".json") for path in sorted(folder.glob(f"{pattern}(*){suffix}"))
-    ]
-    return {path.stem[len(pattern) + 1 : -1]: path for path in found}
+    """splitBy -> file of references, for all divisions that are there; .json counts before .p."""
+    prefix = "grefs" if folder.name == "grefcoco" else "refs"
+    found = (path for end in (".p", ".json") for path in sorted(folder.glob(f"{prefix}(*){end}")))
+    return {path.stem[len(prefix) + 1 : -1]: path for path in found}
 
 
 def read_references(
     folder: Path, split_by: str, faults: Faults | None = None, dataset: str = ""
 ) -> list[Reference]:
-    """All references of a set's folder. ``faults``: what to do about bad ones, instead of raising
-    the first.
+    """All references in the folder of a set. ``faults``: what to do about bad ones (default: raise
+    the first).
 
     Raises DataError; one that is MissingDataError lists the divisions that are there.
     """
@@ -111,14 +110,9 @@ def read_references(
         try:
             found.append(_reference(entry, number))
         except DataError as error:
-            bad.append((_item(path, number), f"{path}: {error}"))
+            bad.append((f"{path}:reference {number}", f"{path}: {error}"))
     faults.leave_out(dataset, bad)
     return found
-
-
-def _item(path: Path, number: int) -> str:
-    """What a skip list calls a reference."""
-    return f"{path}:reference {number}"
 
 
 def _reference(entry: Any, number: int) -> Reference:
@@ -133,19 +127,14 @@ def _reference(entry: Any, number: int) -> Reference:
         )
     if not isinstance(entry.get("split"), str):
         raise DataError(f'{where}: "split" must be a text')
-    spoken = entry.get("sentences")
-    if not isinstance(spoken, list) or any(
-        not isinstance(s, dict) or not isinstance(s.get("sent"), str) for s in spoken
+    sentences = entry.get("sentences")
+    if not isinstance(sentences, list) or any(
+        not isinstance(s, dict) or not isinstance(s.get("sent"), str) for s in sentences
     ):
         raise DataError(f'{where}: "sentences" must be a list of {{"sent": text, …}}')
-    texts = [s["sent"].strip() for s in spoken]
-    return Reference(
-        entry["image_id"],
-        [i for i in ids if i != NOTHING],
-        entry["split"],
-        [text for text in texts if text],
-        number,
-    )
+    texts = [text for s in sentences if (text := s["sent"].strip())]
+    annotations = [i for i in ids if i != NOTHING]
+    return Reference(entry["image_id"], annotations, entry["split"], texts, number)
 
 
 def _belongs(split: str, wanted: str) -> bool:
@@ -183,7 +172,8 @@ class ReferringSegmentation:
 
         Raises ValueError or DataError listing the sets, divisions or splits that there are.
         """
-        self.options = options
+        # The published evaluation scores every sentence of every reference.
+        self.options = replace(options, texts="all")
         name, split_by, split = self._read_spec(spec, options.training)
         self.dataset = f"{name}|{split_by}|{split}"
         root = require_folder(Path(dataset_dir) / "refer_seg", "the referring data sets")
@@ -198,51 +188,41 @@ class ReferringSegmentation:
                 f"{root / name}: no split {split!r} in the division {split_by!r}; there are:"
                 f" {known}"
             )
-        self._records(chosen, _files(root / name)[split_by])
+        self.records = self._by_image(chosen, _files(root / name)[split_by])
 
     @staticmethod
     def _read_spec(spec: str, training: bool) -> tuple[str, str, str]:
         name, *rest = spec.split("|")
         if name not in SETS:
             raise ValueError(f"unknown referring data set {name!r}; known: {', '.join(SETS)}")
-        if training:
+        if training:  # Only the set must be named.
             rest += (SETS[name].split_by, "train")[len(rest) :]
         if len(rest) != 2 or not all(rest):
             raise ValueError(
                 f'{spec!r}: write it as "{name}|{SETS[name].split_by}|val", the set, who divided it'
                 " and the split"
             )
-        return name, *rest
+        return name, rest[0], rest[1]
 
-    def _records(self, references: list[Reference], file: Path) -> None:
+    def _by_image(self, references: list[Reference], file: Path) -> PackedRecords:
         """One record per image, in the order of file names: [position in the index, [[annotation
-        ids, sentences], …]]."""
+        ids, sentences], …]]. Raises DataError."""
         by_image: dict[int, list] = defaultdict(list)
         bad: list[tuple[str, str]] = []
         damaged = {entry.image for entry in self.index.bad}
         known = set(self.index.annotation_ids.tolist())
         for reference in references:
+            item, where = f"{file}:reference {reference.number}", f"{self.source}: lacks the"
+            called = f"reference {reference.number} of {self.dataset}"
             try:
                 position = self.index.image_position(reference.image_id)
             except KeyError:
-                lacks = f"the image {reference.image_id} of reference {reference.number}"
-                bad.append(
-                    (
-                        _item(file, reference.number),
-                        f"{self.source}: lacks {lacks} of {self.dataset}",
-                    )
-                )
+                bad.append((item, f"{where} image {reference.image_id} of {called}"))
                 continue
             unknown = [number for number in reference.annotations if number not in known]
-            # else it is left out with its image
+            # A reference to a bad annotation is not bad itself: it is left out with its image.
             if unknown and self.index.file_names[position] not in damaged:
-                lacks = f"the annotation {unknown[0]}, which reference {reference.number}"
-                bad.append(
-                    (
-                        _item(file, reference.number),
-                        f"{self.source}: lacks {lacks} of {self.dataset} means",
-                    )
-                )
+                bad.append((item, f"{where} annotation {unknown[0]}, which {called} means"))
             elif reference.sentences:
                 by_image[position].append([reference.annotations, reference.sentences])
         self.options.faults.leave_out(self.dataset, bad)
@@ -250,17 +230,11 @@ class ReferringSegmentation:
             raise DataError(
                 f"{self.source.parent}: the references of {self.dataset} have no sentences"
             )
-        positions = usable(
-            self.index,
-            sorted(by_image),
-            self.index.file_names,
-            self.folder,
-            self.options,
-            self.dataset,
+        name_of = self.index.file_names.__getitem__
+        positions = usable_positions(
+            self.index, sorted(by_image), name_of, self.folder, self.options, self.dataset
         )
-        self.records = PackedRecords(
-            [position, by_image[position]] for position in positions.tolist()
-        )
+        return PackedRecords([position, by_image[position]] for position in positions.tolist())
 
     def __len__(self) -> int:
         return len(self.records)
@@ -276,40 +250,21 @@ class ReferringSegmentation:
         path = resolve_inside(self.folder, entry["file_name"])
         image = read_claimed(path, entry, self.source)
         size = image.shape[:2]
-        chosen = self._choose(references, rng)
+        chosen = choose_wordings([texts for _, texts in references], self.options, rng)
         masks = {number: self._mask(references[number][0], size) for number, _ in chosen}
-        conversations = [self._conversation(text, masks[number], rng) for number, text in chosen]
-        return Sample(
-            image,
-            str(path),
-            conversations,
-            "referring",
-            self.dataset,
-            Path(entry["file_name"]).stem,
-        )
-
-    def _choose(self, references: list, rng: np.random.Generator) -> list[tuple[int, str]]:
-        """(reference, sentence) pairs."""
-        if not self.options.training:
-            return [
-                (number, text) for number, (_, texts) in enumerate(references) for text in texts
-            ]
-        return draw_queries(
-            [texts for _, texts in references], self.options.num_classes_per_sample, rng
-        )
+        conversations = [
+            phrase_conversation(text.lower(), masks[number], self.options, rng)
+            for number, text in chosen
+        ]
+        name = Path(entry["file_name"]).stem
+        return Sample(image, str(path), conversations, "referring", self.dataset, name)
 
     def _mask(self, annotations: list[int], size: tuple[int, int]) -> np.ndarray:
+        """The union of annotations, given by id, as bool (H, W)."""
         mask = np.zeros(size, dtype=bool)
         for number in annotations:
             entry = self.index.annotation(number)
             if len(annotations) == 1 or not entry.get("iscrowd"):
-                mask |= annotation_mask(
-                    entry["segmentation"], size, self.source, f'annotation {number} "segmentation"'
-                )
+                field = f'annotation {number} "segmentation"'
+                mask |= annotation_mask(entry["segmentation"], size, self.source, field)
         return mask
-
-    def _conversation(self, text: str, mask: np.ndarray, rng: np.random.Generator) -> Conversation:
-        question = phrase_question(text.lower(), self.options.wording(rng))
-        return Conversation(
-            [(question, answer(self.options.levels, self.options.wording(rng)))], mask[None]
-        )

@@ -3,53 +3,57 @@
 ::
 
     ade20k        <dataset_dir>/ade20k/{images,annotations}/{training,validation}/*.{jpg,png}
-    cocostuff     <dataset_dir>/cocostuff/{train2017,val2017}/*.png ("stuffthingmaps") and coco/{train2017,val2017}/*.jpg
-    mapillary     <dataset_dir>/mapillary/config_v2.0.json and mapillary/{training,validation}/{images,v2.0/labels}/*.{jpg,png}
-    synthreason   <dataset_dir>/synth_sem/{images,annotations}/{train,val}/*.{jpg,png} and synth_sem/classes.json
+    cocostuff     <dataset_dir>/cocostuff/{train2017,val2017}/*.png ("stuffthingmaps")
+                  <dataset_dir>/coco/{train2017,val2017}/*.jpg
+    mapillary     <dataset_dir>/mapillary/config_v2.0.json
+                  <dataset_dir>/mapillary/{training,validation}/{images,v2.0/labels}/*.{jpg,png}
+    synthreason   <dataset_dir>/synth_sem/classes.json
+                  <dataset_dir>/synth_sem/{images,annotations}/{train,val}/*.{jpg,png}
 
 What a pixel's value means:
 
-============  =====  =============  =====================================================================================
-set           void   class i        classes that are never asked and count as void
-============  =====  =============  =====================================================================================
-ade20k        0      i + 1
-cocostuff     255    i              those with "-" in their name ("wall-brick", "food-other"): they overlap or name the rest
-mapillary     255    i              those that its config does not evaluate ("Unlabeled")
-synthreason          i + 1          0 is background, in no class
-============  =====  =============  =====================================================================================
+============  =====  ========  ==================================================================
+set           void   class i   classes that are never asked for and count as void
+============  =====  ========  ==================================================================
+ade20k        0      i + 1     none
+cocostuff     255    i         those with "-" in their name, which overlap others ("wall-brick")
+                               or name the rest ("food-other")
+mapillary     255    i         those that its config does not evaluate ("Unlabeled")
+synthreason   none   i + 1     none; 0 is background, which is in no class
+============  =====  ========  ==================================================================
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
-from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer, phrase_question
 from dataset.files.errors import DataError, MissingDataError, NothingToAsk
 from dataset.files.images import IMAGE_SUFFIXES, check_size, probe_images, read_image, read_label
 from dataset.files.packed import PackedRecords
 from dataset.files.paths import list_files, require_folder
 from dataset.files.text import read_json
-from dataset.readers.coco import without_missing
-from dataset.readers.exclusion import without_excluded
+from dataset.readers.questions import phrase_conversation
+from dataset.readers.usable import without_excluded, without_missing
 from dataset.sample import LoaderOptions, Sample
 
 ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.json")
-# The 182 names of COCO-Stuff's label list without its 0; "sky-other" is called "sky" as in LISA,
-# which makes it a class to ask for.
+# The 182 names of COCO-Stuff's label list without its 0. "sky-other" is called "sky", as in LISA:
+# without the "-" it is a class that may be asked for.
 COCOSTUFF_CLASSES = Path(__file__).with_name("cocostuff_classes.json")
 
 
 @dataclass(frozen=True)
-class Family:
-    """Where the files of a data set lie, under the data folder, and how its label maps are to be
-    read."""
+class LabelMapSource:
+    """Where the files of a data set lie, under the data folder, and how its label maps are read.
+    {split} stands for the split."""
 
     images: str
-    """Folder of the images; {split} stands for the split."""
+    """Folder of the images."""
     labels: str
     """Folder of the label maps."""
     classes: str
@@ -58,47 +62,47 @@ class Family:
     first: int
     """Value of class 0."""
     void: int | None
-    """Value of unlabelled pixels, which could be anything and are ignored; None: unlabelled is
-    background, in no class."""
+    """Value of unlabelled pixels, which are ignored because they may be of any class; None where
+    unlabelled pixels are background, which is in no class."""
     void_mark: str | None = None
     """Classes with this text in their name are void."""
     coco_images: bool = False
-    """Images are COCO's: there may be more of them than label maps, and --exclude_val concerns
-    them."""
+    """Whether the images are COCO's: then there may be more of them than label maps, and
+    --exclude_val applies."""
 
 
-FAMILIES = {
-    "ade20k": Family(
-        "ade20k/images/{split}",
-        "ade20k/annotations/{split}",
-        str(ADE20K_CLASSES),
-        "training",
+LABEL_MAPS = {
+    "ade20k": LabelMapSource(
+        images="ade20k/images/{split}",
+        labels="ade20k/annotations/{split}",
+        classes=str(ADE20K_CLASSES),
+        train_split="training",
         first=1,
         void=0,
     ),
-    "cocostuff": Family(
-        "coco/{split}",
-        "cocostuff/{split}",
-        str(COCOSTUFF_CLASSES),
-        "train2017",
+    "cocostuff": LabelMapSource(
+        images="coco/{split}",
+        labels="cocostuff/{split}",
+        classes=str(COCOSTUFF_CLASSES),
+        train_split="train2017",
         first=0,
         void=255,
         void_mark="-",
         coco_images=True,
     ),
-    "mapillary": Family(
-        "mapillary/{split}/images",
-        "mapillary/{split}/v2.0/labels",
-        "mapillary/config_v2.0.json",
-        "training",
+    "mapillary": LabelMapSource(
+        images="mapillary/{split}/images",
+        labels="mapillary/{split}/v2.0/labels",
+        classes="mapillary/config_v2.0.json",
+        train_split="training",
         first=0,
         void=255,
     ),
-    "synthreason": Family(
-        "synth_sem/images/{split}",
-        "synth_sem/annotations/{split}",
-        "synth_sem/classes.json",
-        "train",
+    "synthreason": LabelMapSource(
+        images="synth_sem/images/{split}",
+        labels="synth_sem/annotations/{split}",
+        classes="synth_sem/classes.json",
+        train_split="train",
         first=1,
         void=None,
     ),
@@ -106,26 +110,28 @@ FAMILIES = {
 
 
 def read_classes(path: Path) -> tuple[list[str], set[int]]:
-    """(names, indices of those that are not evaluated) of a JSON list or of a Mapillary config.
-    Raises DataError."""
+    """(names, indices of those that are not evaluated) of a JSON list or of a Mapillary config,
+    whose names become lower case. Raises DataError."""
     content = read_json(path)
-    if is_list := isinstance(content, list):
-        labels = [{"readable": name} for name in content]
-    else:
-        labels = content.get("labels") if isinstance(content, dict) else None
+    is_config = isinstance(content, dict)
+    labels = content.get("labels") if is_config else content
     if not isinstance(labels, list) or not labels:
         raise DataError(
             f"{path}: must be a non-empty list of class names, or a Mapillary config with the list"
             ' "labels"'
         )
-    names = [label.get("readable") if isinstance(label, dict) else None for label in labels]
+    names = labels
+    if is_config:
+        names = [label.get("readable") if isinstance(label, dict) else None for label in labels]
     if any(not isinstance(name, str) or not name.strip() for name in names):
         raise DataError(
             f"{path}: must be a non-empty list of class names; those of a Mapillary config are"
             ' called "readable"'
         )
-    silent = {i for i, label in enumerate(labels) if label.get("evaluate") is False}
-    return names if is_list else [name.lower() for name in names], silent
+    if not is_config:
+        return names, set()
+    unevaluated = {i for i, label in enumerate(labels) if label.get("evaluate") is False}
+    return [name.lower() for name in names], unevaluated
 
 
 class SemanticSegmentation:
@@ -134,67 +140,66 @@ class SemanticSegmentation:
     def __init__(
         self, dataset_dir: str | Path, name: str, options: LoaderOptions, split: str | None = None
     ):
-        """``name``: a key of FAMILIES; ``split`` defaults to its training split. Raises
+        """``name``: a key of LABEL_MAPS; ``split`` defaults to its training split. Raises
         DataError."""
-        if name not in FAMILIES:
-            raise ValueError(f"unknown semantic data set {name!r}; known: {', '.join(FAMILIES)}")
-        self.family = FAMILIES[name]
+        if name not in LABEL_MAPS:
+            raise ValueError(f"unknown semantic data set {name!r}; known: {', '.join(LABEL_MAPS)}")
+        self.kind = LABEL_MAPS[name]
         self.options = options
-        split = split or self.family.train_split
+        split = split or self.kind.train_split
         if Path(split).name != split or split == "..":
             raise ValueError(
                 f"{name}|{split}: {split!r} is no split; give the name of a folder, such as"
-                f" {self.family.train_split}"
+                f" {self.kind.train_split}"
             )
         self.dataset = f"{name}|{split}"
         root = Path(dataset_dir)
-        require_folder(root / Path(self.family.labels).parts[0], f"the {name} data")
-        self.classes, silent = read_classes(root / self.family.classes)
-        mark = self.family.void_mark
-        self.void_classes = silent | {
-            i for i, c in enumerate(self.classes) if mark is not None and mark in c
-        }
+        require_folder(root / Path(self.kind.labels).parts[0], f"the {name} data")
+        self.classes, void_classes = read_classes(root / self.kind.classes)
+        if mark := self.kind.void_mark:
+            void_classes |= {i for i, c in enumerate(self.classes) if mark in c}
+        self.void_values = [i + self.kind.first for i in void_classes]
+        if self.kind.void is not None:
+            self.void_values.append(self.kind.void)
         self.image_folder = require_folder(
-            root / self.family.images.format(split=split), f"the {name} images"
+            root / self.kind.images.format(split=split), f"the {name} images"
         )
         self.label_folder = require_folder(
-            root / self.family.labels.format(split=split), f"the {name} label maps"
+            root / self.kind.labels.format(split=split), f"the {name} label maps"
         )
-        self.files = PackedRecords(
-            self._shared_images() if self.family.coco_images else self._own_images()
-        )
+        pairs = self._coco_pairs() if self.kind.coco_images else self._pairs()
+        self.files = PackedRecords(pairs)
         if not len(self.files):
             raise DataError(
                 f"{self.image_folder}: split {self.dataset} is empty; it needs .jpg files and label"
                 " maps"
             )
 
-    def _own_images(self) -> list[tuple[str, str]]:
-        """(image, label map), names of files. Every image has a label map."""
-        images = list_files(self.image_folder, IMAGE_SUFFIXES)
+    def _pairs(self) -> list[tuple[str, str]]:
+        """The file names (image, label map) of every image. Raises DataError for an image that is
+        broken or has no label map."""
         there = {path.name for path in list_files(self.label_folder, (".png",))}
         pairs = []
-        for path in images:
+        for path in list_files(self.image_folder, IMAGE_SUFFIXES):
+            if self.options.faults.skips(self.dataset, path):
+                continue
+            label = self.label_folder / f"{path.stem}.png"
             with self.options.faults.guard(self.dataset, path):
-                if not self.options.faults.skips(self.dataset, path):
-                    if f"{path.stem}.png" not in there:
-                        raise MissingDataError(
-                            f"{path}: its label map {self.label_folder / path.stem}.png does not"
-                            " exist"
-                        )
-                    probe_images([path])
-                    pairs.append((path.name, f"{path.stem}.png"))
+                if label.name not in there:
+                    raise MissingDataError(f"{path}: its label map {label} does not exist")
+                probe_images([path])
+                pairs.append((path.name, label.name))
         return pairs
 
-    def _shared_images(self) -> list[tuple[str, str]]:
-        """The same where other data sets use the images, too. Every label map has an image; these
-        are too many to look into."""
-        labels = [path.name for path in list_files(self.label_folder, (".png",))]
-        labels = without_excluded(labels, labels, self.options, self.dataset)
-        images = [f"{Path(name).stem}.jpg" for name in labels]
-        pairs = list(zip(images, labels, strict=True))
+    def _coco_pairs(self) -> Sequence[tuple[str, str]]:
+        """The same for COCO's photos, of which not every one has a label map. They are too many to
+        be opened here. Raises DataError for a label map without a photo."""
+        labels = list_files(self.label_folder, (".png",))
+        pairs: Sequence[tuple[str, str]] = [(f"{path.stem}.jpg", path.name) for path in labels]
+        image_of, options = itemgetter(0), self.options
+        pairs = without_excluded(pairs, image_of, options, self.dataset)
         return without_missing(
-            pairs, images, self.image_folder, self.label_folder, self.options, self.dataset
+            pairs, image_of, self.image_folder, self.label_folder, options, self.dataset
         )
 
     def __len__(self) -> int:
@@ -215,45 +220,33 @@ class SemanticSegmentation:
         label = read_label(label_path)
         image = read_image(path, label.shape)
         check_size(label.shape, image.shape, label_path, "the label map")
-        found = self._found(label, label_path)
+        values = self._values_to_ask(label, label_path)
         if self.options.training:
-            if not len(found):
+            if not len(values):
                 raise NothingToAsk(f"{label_path}: holds only classes that are not asked for")
-            found = rng.choice(
-                found, size=min(self.options.num_classes_per_sample, len(found)), replace=False
+            count = min(self.options.num_classes_per_sample, len(values))
+            values = rng.choice(values, size=count, replace=False)
+        void = np.isin(label, self.void_values)
+        conversations = []
+        for value in values.tolist():
+            phrase = f"the {self.classes[value - self.kind.first]}"
+            conversations.append(
+                phrase_conversation(phrase, label == value, self.options, rng, void)
             )
-        void = np.isin(label, self._void_values())
-        conversations = [
-            self._conversation(int(value), label, void if void.any() else None, rng)
-            for value in found
-        ]
         return Sample(image, str(path), conversations, "semantic", self.dataset, path.stem)
 
-    def _void_values(self) -> list[int]:
-        classes = [i + self.family.first for i in self.void_classes]
-        return classes if self.family.void is None else [*classes, self.family.void]
-
-    def _found(self, label: np.ndarray, path: Path) -> np.ndarray:
+    def _values_to_ask(self, label: np.ndarray, path: Path) -> np.ndarray:
         """The values of the classes to ask for, in ascending order. Raises DataError for a value
         that is none."""
         values = np.unique(label)
-        last = self.family.first + len(self.classes) - 1
-        if len(unknown := values[(values > last) & (values != self.family.void)]):
+        last = self.kind.first + len(self.classes) - 1
+        if len(unknown := values[(values > last) & (values != self.kind.void)]):
             raise DataError(
                 f"{path}: holds the value {unknown[-1]}, but there are only {len(self.classes)}"
                 " classes"
             )
-        classes = values[(values >= self.family.first) & (values != self.family.void)]
-        # a photo may show nothing but void, a drawn scene is of something
-        if not len(classes) and self.family.void is None:
+        classes = values[(values >= self.kind.first) & (values != self.kind.void)]
+        # A photo may show nothing but void; a drawn scene without any class is a mistake.
+        if not len(classes) and self.kind.void is None:
             raise DataError(f"{path}: holds no class at all; remove this pair")
-        return classes[~np.isin(classes, self._void_values())]
-
-    def _conversation(
-        self, value: int, label: np.ndarray, void: np.ndarray | None, rng: np.random.Generator
-    ) -> Conversation:
-        question = phrase_question(
-            f"the {self.classes[value - self.family.first]}", self.options.wording(rng)
-        )
-        reply = answer(self.options.levels, self.options.wording(rng))
-        return Conversation([(question, reply)], (label == value)[None], void)
+        return classes[~np.isin(classes, self.void_values)]

@@ -1,11 +1,13 @@
-"""Visual question answering in LLaVA-Instruct's format: text-only targets that keep the model able
-to talk.
+"""Visual question answering in LLaVA-Instruct's format: text-only answers, so that the model does
+not forget how to converse.
 
 ::
 
-    <dataset_dir>/llava_dataset/<name>.json   a list of {id, image, conversations}; these alternate between
-                                              {"from": "human", "value": text} and {"from": "gpt", "value": text}
+    <dataset_dir>/llava_dataset/<name>.json   a list of {id, image, conversations}
     <dataset_dir>/coco/train2017/*.jpg        its images
+
+``conversations`` alternates between {"from": "human", "value": text} and {"from": "gpt", "value":
+text}.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataset.files.errors import DataError
 from dataset.files.images import read_image
 from dataset.files.index import RecordIndex
 from dataset.files.paths import named_inside, require_folder, resolve_inside
-from dataset.readers.coco import usable
+from dataset.readers.usable import usable_positions
 from dataset.sample import LoaderOptions, Sample
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -32,28 +34,22 @@ def prepare(source: Path, entry: Any, index: int) -> tuple[str, dict]:
     where = f"{source}: record {index}"
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
         raise DataError(f'{where} has no text "image"')
-    spoken = entry.get("conversations")
-    if not isinstance(spoken, list) or not spoken or len(spoken) % 2:
+    messages = entry.get("conversations")
+    if not isinstance(messages, list) or not messages or len(messages) % 2:
         raise DataError(f'{where}: "conversations" must be pairs of a human and a gpt message')
     turns = []
-    for number, message in enumerate(spoken):
+    for number, message in enumerate(messages):
         speaker = "gpt" if number % 2 else "human"
-        text = (
-            message.get("value")
-            if isinstance(message, dict) and message.get("from") == speaker
-            else None
-        )
+        is_theirs = isinstance(message, dict) and message.get("from") == speaker
+        text = message.get("value") if is_theirs else None
         if not isinstance(text, str) or not text.replace(IMAGE_PLACEHOLDER, "").strip():
             raise DataError(
                 f'{where}: message {number} must be {{"from": "{speaker}", "value": text}}'
             )
-        # the place of the image is the template's matter; elsewhere the word is left alone
+        # The template puts the image before the first question; anywhere else, "<image>" is a word.
         turns.append((text.replace(IMAGE_PLACEHOLDER, "") if number == 0 else text).strip())
-    return entry["image"], {
-        "id": str(entry.get("id", index)),
-        "image": entry["image"],
-        "turns": turns,
-    }
+    image = entry["image"]
+    return image, {"id": str(entry.get("id", index)), "image": image, "turns": turns}
 
 
 class VisualQuestionAnswering:
@@ -70,8 +66,10 @@ class VisualQuestionAnswering:
         self.folder = require_folder(
             Path(dataset_dir) / "coco" / "train2017", f"the images of {self.source.name}"
         )
-        positions, names = range(len(self.index)), list(self.index.names)
-        self.positions = usable(self.index, positions, names, self.folder, options, self.dataset)
+        name_of = self.index.names.__getitem__
+        self.positions = usable_positions(
+            self.index, range(len(self.index)), name_of, self.folder, options, self.dataset
+        )
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -3,12 +3,14 @@ files.
 
 ::
 
-    own/<name>/                            a Dataset's save_to_disk (state.json, *.arrow), or a DatasetDict's (dataset_dict.json)
-    own/<name>/<split>/                    a Dataset's save_to_disk
-    own/<name>/<split>.parquet             Parquet, also in pieces: <split>-00000-of-00002.parquet, <split>-00001-of-00002.parquet
+    own/<name>/                  a Dataset's save_to_disk (state.json, *.arrow), or a DatasetDict's
+                                 (dataset_dict.json)
+    own/<name>/<split>/          a Dataset's save_to_disk
+    own/<name>/<split>.parquet   Parquet, also in pieces: <split>-00000-of-00002.parquet,
+                                 <split>-00001-of-00002.parquet
 
-pyarrow alone reads them: local files only, mapped into memory and never held in it. Parquet is
-compressed, so it is unpacked once into the cache (dataset/files/store.py) and mapped from there.
+They are read with pyarrow alone. Local files are mapped into memory and never held in it. Parquet
+is compressed, so it is unpacked once into the cache (dataset/files/store.py) and mapped from there.
 
 A row is named as in ``dataset[12]``: "own/signs/train:row 12",
 "own/signs/train-00001-of-00002.parquet:row 12" (of this file).
@@ -24,32 +26,19 @@ from functools import lru_cache, partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from dataset.files.errors import DataError, MissingDataError
+from dataset.files.errors import DataError, MissingDataError, reason_of
 from dataset.files.paths import resolve_inside
 from dataset.files.store import StoreWriter, open_store
 from dataset.files.text import read_json
 
-COLUMNS = (
-    "image",
-    "query",
-    "mask",
-    "rle",
-    "polygons",
-    "targets",
-    "ignore",
-    "answer",
-    "is_sentence",
-    "split",
-)
+SHAPE_COLUMNS = ("mask", "rle", "polygons", "targets", "ignore")
+COLUMNS = ("image", "query", *SHAPE_COLUMNS, "answer", "is_sentence", "split")
 PARQUET = ".parquet"
 PYARROW = "pyarrow==26.0.1"
 UNPACKED = "table.arrow"
-ROWS_AT_ONCE = 64  # of Parquet while it is unpacked: photos are large
+ROWS_AT_ONCE = 64  # Few rows of Parquet are unpacked at a time, because photos are large.
 _PIECE = re.compile(r"(.+)-\d{5}-of-(\d{5})\.parquet")
-_CELL = re.compile(r"(.+):row (\d+)/(\w+)(?:\[(\d+)\])?/[^/]+")
-
-
-# ------------------------------------------------------------------------------------ finding files
+_PLACE = re.compile(r"(.+):row (\d+)/(\w+)(?:\[(\d+)\])?/[^/]+")
 
 
 def is_saved(folder: Path) -> bool:
@@ -65,65 +54,55 @@ def saved_sources(folder: Path) -> dict[str, Path]:
     listing = folder / "dataset_dict.json"
     if not listing.is_file():
         return {}
-    splits = (content if isinstance(content := read_json(listing), dict) else {}).get("splits")
-    if (
-        not isinstance(splits, list)
-        or not splits
-        or any(not isinstance(split, str) for split in splits)
-    ):
+    content = read_json(listing)
+    splits = content.get("splits") if isinstance(content, dict) else None
+    is_list = isinstance(splits, list) and all(isinstance(split, str) for split in splits)
+    if not is_list or not splits:
         raise DataError(f'{listing}: must name the "splits" that DatasetDict.save_to_disk wrote')
     return {split: resolve_inside(folder, split) for split in splits}
 
 
 def stem_of(source: Path) -> str:
-    """The split that a file or folder is called after: "train" for train-00000-of-00002.parquet."""
+    """The split in the name of a file or folder: "train" for train-00000-of-00002.parquet."""
     piece = _PIECE.fullmatch(source.name)
     return piece[1] if piece else source.stem
 
 
 def first_pieces(folder: Path, stem: str) -> list[Path]:
-    """The first file of the Parquet ``stem`` in pieces, whether or not it is there; several for
-    pieces of several divisions."""
-    pieces = [
-        found
-        for path in folder.iterdir()
-        if (found := _PIECE.fullmatch(path.name)) and found[1] == stem
-    ]
-    return sorted({folder / f"{stem}-00000-of-{piece[2]}{PARQUET}" for piece in pieces})
+    """The first file of the Parquet ``stem`` in pieces, whether or not it is there; several files
+    if there are pieces of several divisions."""
+    pieces = (_PIECE.fullmatch(path.name) for path in folder.iterdir())
+    counts = {piece[2] for piece in pieces if piece and piece[1] == stem}
+    return sorted(folder / f"{stem}-00000-of-{count}{PARQUET}" for count in counts)
 
 
 def _tables(source: Path) -> list[Path]:
     """``source``, or all pieces if it is the first one of several. Raises MissingDataError."""
-    piece = _PIECE.fullmatch(source.name)
-    count = int(piece[2]) if piece else 1
-    paths = (
-        [source.with_name(f"{piece[1]}-{n:05d}-of-{piece[2]}{PARQUET}") for n in range(count)]
-        if piece
-        else [source]
-    )
+    paths = [source]
+    if piece := _PIECE.fullmatch(source.name):
+        stem, count = piece.groups()
+        paths = [source.with_name(f"{stem}-{n:05d}-of-{count}{PARQUET}") for n in range(int(count))]
     for path in paths:
         if not path.exists():
             raise MissingDataError(
-                f"{path}: is not there; all {count} pieces of {stem_of(source)}{PARQUET} are needed"
+                f"{path}: is not there; all {len(paths)} pieces of {stem_of(source)}{PARQUET} are"
+                " needed"
             )
     return [resolve_inside(path.parent, path.name) for path in paths]
 
 
-# -------------------------------------------------------------------------------------------- cells
+class TableImage(str):
+    """An image inside a table: "…/train.parquet:row 3/image/cat.jpg", ending with the name that it
+    had as a file.
 
-
-class Cell(str):
-    """A picture inside a table: "…/train.parquet:row 3/image/cat.jpg", with the name that it had as
-    a file, for whoever reads it.
-
-    It is read like a file (``read_image``); records and messages hold this text as they hold a
-    file's name.
+    ``read_image`` reads it like a file, and records and messages hold this text like a file's name.
     """
 
     def open(self, mode: str = "rb") -> io.BytesIO:
-        """The bytes of the picture's file. Raises DataError where the table is gone or another
-        one."""
-        table, row, column, target = _CELL.fullmatch(self).groups()
+        """The bytes of the image's file. Raises DataError if the table is gone or was replaced."""
+        place = _PLACE.fullmatch(self)
+        assert place is not None, self  # arrow_rows and image_named give no other text.
+        table, row, column, target = place.groups()
         try:
             value = _open_table(Path(table))[column][int(row)].as_py()
             value = value if target is None else value[int(target)]["mask"]
@@ -134,22 +113,20 @@ class Cell(str):
             ) from None
 
 
-def picture(name: str) -> Path | Cell:
-    """What ``name``, in a record, stands for."""
-    return Cell(name) if _CELL.fullmatch(name) and not Path(name).exists() else Path(name)
+def image_named(name: str) -> Path | TableImage:
+    """The image or mask that a record names: a file, or an image inside a table."""
+    is_place = _PLACE.fullmatch(name) and not Path(name).exists()
+    return TableImage(name) if is_place else Path(name)
 
 
-# --------------------------------------------------------------------------------------------- rows
-
-
-def rows(source: Path) -> Iterator[tuple[str, str, Callable[[], dict]]]:
-    """(item, words for the place, function that gives the row as JSONL would have it) for every
+def arrow_rows(source: Path) -> Iterator[tuple[str, str, Callable[[], dict]]]:
+    """(item, words for the place, function that returns the row as JSONL would have it) for every
     row.
 
-    Pictures with the same bytes are the same Cell, that of the first: they are one image with
-    several queries. Raises DataError.
+    Images with the same bytes are the same TableImage, that of the first row that has them, so that
+    they become one image with several queries. Raises DataError.
     """
-    seen: dict[bytes, Cell] = {}
+    seen: dict[bytes, TableImage] = {}
     for path in _tables(source):
         table = _open_table(path)
         for needed in ("image", "query"):
@@ -161,85 +138,81 @@ def rows(source: Path) -> Iterator[tuple[str, str, Callable[[], dict]]]:
         table = table.select([name for name in COLUMNS if name in table.column_names])
         for number in range(len(table)):
             item = f"{path}:row {number}"
-            # not in the function: a row that a skip list leaves out must not rename the picture of
-            # others
-            row = _with_cells(table.slice(number, 1).to_pylist()[0], item, seen)
+            # Outside of the returned function, which is not called for a row on a skip list: an
+            # image must keep its name, whether or not another row with it is skipped.
+            row = _with_images(table.slice(number, 1).to_pylist()[0], item, seen)
             yield item, f"row {number} of {path.name}", partial(dict, row)
 
 
-def _with_cells(row: dict, item: str, seen: dict[bytes, Cell]) -> dict:
+def _with_images(row: dict, item: str, seen: dict[bytes, TableImage]) -> dict:
+    """The row with a TableImage or a file name for each of its images and masks."""
     for column in ("image", "mask", "ignore"):
-        row[column] = _named(row.get(column), f"{item}/{column}", seen)
+        row[column] = _image_or_name(row.get(column), f"{item}/{column}", seen)
     if isinstance(row.get("targets"), list):
         for number, target in enumerate(row["targets"]):
             if isinstance(target, dict):
-                target["mask"] = _named(target.get("mask"), f"{item}/targets[{number}]", seen)
-                target["rle"] = _given(target.get("rle"))
-    row["rle"] = _given(row.get("rle"))
+                mask = target.get("mask")
+                target["mask"] = _image_or_name(mask, f"{item}/targets[{number}]", seen)
+                target["rle"] = _none_if_empty(target.get("rle"))
+    row["rle"] = _none_if_empty(row.get("rle"))
     return row
 
 
-def _given(value: Any) -> Any:
-    """Arrow may hold a missing object as one whose fields are all missing."""
-    return (
-        None
-        if isinstance(value, dict) and all(field is None for field in value.values())
-        else value
-    )
+def _none_if_empty(value: Any) -> Any:
+    """None for an object without any value, which is how Arrow may hold a missing object."""
+    is_empty = isinstance(value, dict) and all(field is None for field in value.values())
+    return None if is_empty else value
 
 
-def _named(value: Any, place: str, seen: dict[bytes, Cell]) -> Any:
-    """A Cell for an embedded picture (bytes, or datasets' Image: {"bytes", "path"}), a name for its
-    path alone, else ``value``."""
-    value = _given(value)
+def _image_or_name(value: Any, place: str, seen: dict[bytes, TableImage]) -> Any:
+    """A TableImage for embedded bytes (alone, or in a {"bytes", "path"} as datasets' Image has
+    them), a file name for a path alone, and any other ``value`` as it is."""
+    value = _none_if_empty(value)
     embedded = value if isinstance(value, dict) else {"bytes": value}
     raw, path = embedded.get("bytes"), embedded.get("path")
     if isinstance(raw, bytes):
         name = " ".join(PureWindowsPath(path).name.split()) if isinstance(path, str) else ""
-        cell = Cell(f"{place}/{name or place.rsplit(':', 1)[1].split('/')[0]}")
-        return seen.setdefault(hashlib.blake2b(raw, digest_size=16).digest(), cell)
+        image = TableImage(f"{place}/{name or place.rsplit(':', 1)[1].split('/')[0]}")
+        return seen.setdefault(hashlib.blake2b(raw, digest_size=16).digest(), image)
     return path if isinstance(path, str) and raw is None else value
 
 
-# ------------------------------------------------------------------------------------------- tables
-
-
 def _open_table(path: Path) -> Any:
-    """A pyarrow.Table of mapped files, the same until they are written anew. Raises DataError."""
+    """A pyarrow.Table of mapped files, which stays open until they are written anew. Raises
+    DataError."""
     marker = path / "state.json" if path.is_dir() else path
     try:
         return _mapped(path, marker.stat().st_mtime_ns)
-    except FileNotFoundError as error:
-        raise (
-            error if isinstance(error, DataError) else MissingDataError(f"{marker}: does not exist")
-        ) from None
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise MissingDataError(f"{marker}: does not exist") from None
 
 
 @lru_cache(maxsize=32)
-def _mapped(path: Path, _: int) -> Any:
+def _mapped(path: Path, _written: int) -> Any:
+    """``_written``, the time of the last change, makes a changed table a new one for the cache."""
     pyarrow = _pyarrow(path)
-    files = (
-        _saved_files(path)
-        if path.is_dir()
-        else [open_store(path, "parquet-1", _unpack).folder / UNPACKED]
-    )
+    if path.is_dir():
+        files = _saved_files(path)
+    else:
+        files = [open_store(path, "parquet-1", _unpack).folder / UNPACKED]
     try:
-        tables = [
-            pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all() for file in files
-        ]
-        table = pyarrow.concat_tables(tables)
-        table.validate(full=True)  # offsets that point elsewhere would be followed
+        streams = [pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))) for file in files]
+        table = pyarrow.concat_tables([stream.read_all() for stream in streams])
+        table.validate(full=True)  # pyarrow would follow offsets that point out of the file.
     except (pyarrow.ArrowException, OSError) as error:
         raise _unreadable(path, error) from None
     return table
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """The files that state.json names. Others, which ``datasets`` caches there, do not count."""
+    """The files that state.json names. Other files in the folder are caches of ``datasets``."""
     state = read_json(folder / "state.json")
     entries = state.get("_data_files") if isinstance(state, dict) else None
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or ()]
-    if not names or any(not isinstance(name, str) for name in names):
+    files = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or ()]
+    names = [name for name in files if isinstance(name, str)]
+    if not names or len(names) < len(files):
         raise DataError(
             f'{folder}/state.json: must name the "_data_files" that Dataset.save_to_disk wrote'
         )
@@ -264,15 +237,15 @@ def _unpack(source: Path, store: StoreWriter) -> None:
                         stream.write_batch(batch)
         except (pyarrow.ArrowException, OSError) as error:
             if getattr(error, "errno", None):
-                raise  # a full disk
+                raise  # An error of the system, such as a full disk, says nothing about the file.
             raise _unreadable(source, error) from None
-    store.finish(UNPACKED, verify=False)  # too large to be read whole by every process
+    store.finish(UNPACKED, verify=False)  # It is too large to be read whole by every process.
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(
-        f"{path}: not a readable table ({reason}); write it again with save_to_disk or to_parquet"
+        f"{path}: not a readable table ({reason_of(error)}); write it again with save_to_disk or"
+        " to_parquet"
     )
 
 

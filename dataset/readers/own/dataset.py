@@ -1,11 +1,12 @@
-"""Your own data, in the form in which you have them; docs/data.md shows each with an example.
+"""A user's own data, in the form in which they are; docs/data.md shows each form with an example.
 
 ::
 
-    <dataset_dir>/own/<name>/train.json, val.json …       COCO's format
-    <dataset_dir>/own/<name>/{train,val,…}/*.json         labelme, one JSON per image, beside the images
-    <dataset_dir>/own/<name>/train.jsonl, val.csv …       a table, one query per row
-    <dataset_dir>/own/<name>/train.parquet, val/ …        the same as Parquet, or saved by Hugging Face datasets (own_arrow.py)
+    <dataset_dir>/own/<name>/train.json, val.json …      COCO's format
+    <dataset_dir>/own/<name>/{train,val,…}/*.json        labelme, one JSON beside each image
+    <dataset_dir>/own/<name>/train.jsonl, val.csv …      a table, one query per row
+    <dataset_dir>/own/<name>/train.parquet, val/ …       the same as Parquet, or a saved Hugging Face
+                                                         dataset (dataset/readers/own/arrow.py)
 
 One file may hold everything: ``own/<name>.json``, ``.jsonl``, ``.csv`` or ``.parquet``, or one of
 these alone in ``own/<name>/``. Its rows or images may name their ``split``; those that do not are
@@ -13,14 +14,13 @@ these alone in ``own/<name>/``. Its rows or images may name their ``split``; tho
 beside the file that names them, in ``images/`` there, and in a folder named as the file without its
 ending; masks beside the file and in ``masks/``.
 
-Queries with the same text about the same image are one query; its target is the union. Separate
-masks for one query are the table's ``targets``. A sample is an image with its queries.
+Queries with the same text about the same image are one query whose target is the union of theirs.
+A query with several separate masks has the table's ``targets``. A sample is an image with its
+queries.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -28,55 +28,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import (
-    answer,
-    explain_question,
-    phrase_question,
-    sentence_question,
-)
+from dataset.conversation.wordings import answer
 from dataset.files.errors import DataError, MissingDataError
 from dataset.files.faults import blame
-from dataset.files.images import check_size, probe_images, read_image, read_label
+from dataset.files.images import check_size, read_image, read_label
 from dataset.files.packed import PackedRecords
 from dataset.files.paths import list_files, named_inside, require_folder, resolve_inside
 from dataset.files.rle import decode_rle
 from dataset.files.text import read_json
 from dataset.readers.coco import annotation_mask
-from dataset.readers.exclusion import without_excluded
 from dataset.readers.own.arrow import (
     PARQUET,
-    Cell,
+    TableImage,
     first_pieces,
+    image_named,
     is_saved,
-    picture,
     saved_sources,
     stem_of,
 )
 from dataset.readers.own.coco import is_coco, read_coco
-from dataset.readers.own.formats import Query
-from dataset.readers.own.labelme import read_labelme
+from dataset.readers.own.formats import OwnQuery
+from dataset.readers.own.labelme import draw_labelme, read_labelme
 from dataset.readers.own.tables import read_table
+from dataset.readers.questions import choose_wordings, word_question
 from dataset.readers.reasoning import paint_shapes
-from dataset.sample import LoaderOptions, Sample, draw_queries
+from dataset.readers.usable import is_readable, without_excluded
+from dataset.sample import LoaderOptions, Sample
 
 FOLDER = "own"
-EVERYTHING = "all"  # the split that is all of them
+EVERYTHING = "all"  # the split that stands for all splits together
 TABLES = (".jsonl", ".csv", PARQUET)
 
+SPLITS = ("train", "val", "test")  # A single file of this name is that split and not everything.
 
-# ------------------------------------------------------------------------------------ finding files
 
-
-def _lies_here(folder: Path, stem: str) -> Path | None:
-    found = [
-        folder / f"{stem}{suffix}"
-        for suffix in (".json", *TABLES)
-        if (folder / f"{stem}{suffix}").is_file()
-    ]
-    found += first_pieces(folder, stem)
+def _file_of(folder: Path, stem: str) -> Path | None:
+    """The file that holds the data or the split ``stem``, if there is one. Raises DataError for
+    several."""
+    paths = [folder / f"{stem}{suffix}" for suffix in (".json", *TABLES)]
+    found = [path for path in paths if path.is_file()] + first_pieces(folder, stem)
     if len(found) > 1:
         raise DataError(
             f"{folder}: has {' and '.join(path.name for path in found)}; keep the one that is to be"
@@ -86,8 +78,8 @@ def _lies_here(folder: Path, stem: str) -> Path | None:
 
 
 def _is_labelme(folder: Path) -> bool:
-    """Whether a folder holds JSONs that are not COCO's. Only the first one is looked into; a broken
-    one is no COCO file."""
+    """Whether a folder holds JSONs that are not COCO's. Only the first one is read; a broken JSON
+    counts as one of labelme."""
     first = next(iter(list_files(folder, (".json",))), None)
     if first is None:
         return False
@@ -98,16 +90,16 @@ def _is_labelme(folder: Path) -> bool:
 
 
 def find_sources(root: Path, name: str) -> dict[str, Path]:
-    """split -> file or labelme folder of the data set ``name`` under ``root``; "" stands for one
-    that has no splits of its own.
+    """split -> file or folder of the data set ``name`` under ``root``. The split is "" if all data
+    are in one place, whose rows or images may name their splits.
 
     Raises DataError that says what is expected, and MissingDataError that lists the data sets that
     are there.
     """
     folder = named_inside(root, name)
-    alone = _lies_here(root, name) if root.is_dir() else None
-    if alone is not None:
-        return {"": alone}
+    single = _file_of(root, name) if root.is_dir() else None
+    if single is not None:
+        return {"": single}
     if not folder.is_dir():
         raise MissingDataError(
             f"{folder}: no such data set; {root} holds: {', '.join(own_names(root)) or 'none'}"
@@ -116,73 +108,33 @@ def find_sources(root: Path, name: str) -> dict[str, Path]:
         return saved
     if _is_labelme(folder):
         return {"": folder}
-    files = list_files(folder, (".json", *TABLES))
-    found = {stem: _lies_here(folder, stem) for stem in sorted(set(map(stem_of, files)))}
-    found |= {
-        path.name: path
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and path.name not in found and (is_saved(path) or _is_labelme(path))
-    }
+    found: dict[str, Path] = {}
+    for stem in sorted(set(map(stem_of, list_files(folder, (".json", *TABLES))))):
+        if file := _file_of(folder, stem):
+            found[stem] = file
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name not in found and (is_saved(path) or _is_labelme(path)):
+            found[path.name] = path
     if not found:
         raise DataError(
             f"{folder}: holds no data; it needs train.json (COCO), train.jsonl, .csv or .parquet,"
             " or train/ with labelme JSONs"
         )
-    return (
-        {"": next(iter(found.values()))}
-        if len(found) == 1 and next(iter(found)) not in SPLITS
-        else found
-    )
-
-
-SPLITS = ("train", "val", "test")  # a single file of this name is that split and not the whole
+    is_everything = len(found) == 1 and not found.keys() & set(SPLITS)
+    return {"": next(iter(found.values()))} if is_everything else found
 
 
 def own_names(root: Path) -> list[str]:
-    """The data sets under ``root``."""
+    """The names of the data sets under ``root``."""
     if not root.is_dir():
         return []
-    files = [stem_of(path) for path in list_files(root, (".json", *TABLES))]
-    reserved = {"images", "masks", *files}
-    folders = {
-        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    }
-    return sorted({*files, *(folders - reserved)})
+    files = {stem_of(path) for path in list_files(root, (".json", *TABLES))}
+    folders = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
+    return sorted(files | folders - {"images", "masks"})
 
 
-# ------------------------------------------------------------------------------------------ drawing
-
-
-def _labelme_stencil(shape: dict, size: tuple[int, int], where: str) -> np.ndarray:
-    """One labelme shape as bool (H, W): outline and inside, coordinates cut to whole pixels as in
-    ReasonSeg."""
-    if "mask" in shape:
-        return _labelme_pixels(shape, size, where)
-    return paint_shapes([{"label": "target", "points": shape["points"]}], size)[0]
-
-
-def _labelme_pixels(shape: dict, size: tuple[int, int], where: str) -> np.ndarray:
-    """labelme's "mask": a PNG of the box between the two points, both inside."""
-    try:
-        pixels = np.array(Image.open(io.BytesIO(base64.b64decode(shape["mask"]))).convert("L")) > 0
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(
-            f'{where}: the PNG in a shape\'s "mask" is broken ({" ".join(str(error).split())})'
-        ) from None
-    x0, y0 = (int(v) for v in np.min(shape["points"], axis=0))
-    height, width = pixels.shape
-    if min(x0, y0) < 0 or y0 + height > size[0] or x0 + width > size[1]:
-        raise DataError(
-            f'{where}: a shape\'s "mask" of {height}×{width} pixels at ({x0}, {y0}) leaves the'
-            " image"
-        )
-    mask = np.zeros(size, dtype=bool)
-    mask[y0 : y0 + height, x0 : x0 + width] = pixels
-    return mask
-
-
-def _read_mask(path: Path | Cell) -> np.ndarray:
-    """A mask file as bool (H, W): 0 is background, one other value the target."""
+def _read_mask(path: Path | TableImage) -> np.ndarray:
+    """A mask file as bool (H, W): 0 is background, one other value is the target."""
     label = read_label(path)
     values = np.unique(label[label != 0])
     if len(values) > 1:
@@ -193,26 +145,23 @@ def _read_mask(path: Path | Cell) -> np.ndarray:
     return label != 0
 
 
-def _draw(shape: tuple[str, Any, str], size: tuple[int, int]) -> np.ndarray:
-    """One shape of a Query, with the item that it belongs to, as bool (H, W). Raises DataError that
-    blames the item."""
+def _draw_shape(shape: tuple[str, Any, str], size: tuple[int, int]) -> np.ndarray:
+    """A shape (kind, value, item) as bool (H, W) for an image of ``size`` (H, W). Raises DataError
+    that blames the item, the place in the file where the shape comes from."""
     kind, value, item = shape
     with blame(item):
         if kind == "rle":
             return decode_rle(value, size, item, "rle")
         if kind == "labelme":
-            return _labelme_stencil(value, size, item)
+            return draw_labelme(value, size, item)
         if kind == "polygons":
             return annotation_mask(value, size, item, '"polygons"')
         try:
-            mask = _read_mask(picture(value))
+            mask = _read_mask(image_named(value))
             check_size(mask.shape, size, value, "the mask")
         except DataError as error:
             raise DataError(f"{item}: {error}") from None
         return mask
-
-
-# ------------------------------------------------------------------------------------------- loader
 
 
 class OwnData:
@@ -245,7 +194,7 @@ class OwnData:
             )
 
     def _load(self, sources: list[Path], split: str | None) -> None:
-        """``split``: only queries that name it; None: all."""
+        """Reads the queries of ``split``, or all of them for None, from files or folders."""
         by_image: dict[str, list[dict]] = defaultdict(list)
         splits: set[str] = set()
         for source in sources:
@@ -262,28 +211,29 @@ class OwnData:
             raise MissingDataError(
                 f"{sources[0]}: no query belongs to the split {split!r}; there are: {known}"
             )
-        kept = [image for image in sorted(by_image) if self._is_usable(picture(image))]
-        if not kept:
+        readable = [
+            image
+            for image in sorted(by_image)
+            if is_readable(image_named(image), self.faults, self.dataset)
+        ]
+        if not readable:
             raise DataError(f"{sources[0]}: no image of {self.dataset} can be used")
-        kept = without_excluded(kept, kept, self.options, self.dataset)
+        kept = without_excluded(readable, str, self.options, self.dataset)
         self.records = PackedRecords([image, _joined(by_image[image])] for image in kept)
 
-    def _with_files(self, query: Query, source: Path) -> tuple[str, dict]:
-        """(image file, the query with mask files instead of their names). Raises DataError for what
-        is not there."""
+    def _with_files(self, query: OwnQuery, source: Path) -> tuple[str, dict]:
+        """(image file, the query as a dict). Its shapes become (kind, value, item), where a mask's
+        value is its file. Raises DataError for files that are not there."""
         image = self._find(source, query.image, ("images", stem_of(source)), query.item)
         record = asdict(query)
         for shapes in (*record["targets"], record["ignore"]):
             for number, (kind, value) in enumerate(shapes):
-                found = (
-                    str(self._find(source, value, ("masks",), query.item))
-                    if kind == "png"
-                    else value
-                )
-                shapes[number] = (kind, found, query.item)
+                if kind == "png":
+                    value = str(self._find(source, value, ("masks",), query.item))
+                shapes[number] = (kind, value, query.item)
         return str(image), record
 
-    def _read(self, source: Path) -> Iterator[Query]:
+    def _read(self, source: Path) -> Iterator[OwnQuery]:
         if source.suffix in TABLES or is_saved(source):
             return read_table(source, self.faults, self.dataset)
         if source.is_dir():
@@ -297,22 +247,16 @@ class OwnData:
         return read_coco(source, content, self.faults, self.dataset)
 
     @staticmethod
-    def _find(source: Path, name: str, folders: tuple[str, ...], where: str) -> Path | Cell:
-        """The file of that name beside ``source`` or in one of the folders there. Raises
-        DataError."""
-        if isinstance(name, Cell):
+    def _find(source: Path, name: str, folders: tuple[str, ...], where: str) -> Path | TableImage:
+        """The file of that name beside ``source`` or in one of the ``folders`` there; an image
+        inside a table is its own file. Raises DataError."""
+        if isinstance(name, TableImage):
             return name
-        beside = (
-            [source, source.parent]
-            if is_saved(source)
-            else [source if source.is_dir() else source.parent]
-        )
-        places = [
-            place
-            for here in beside
-            for place in (here, *(here / folder for folder in folders))
-            if place.is_dir()
-        ]
+        beside = [source if source.is_dir() else source.parent]
+        if is_saved(source):
+            beside.append(source.parent)
+        places = [here / folder for here in beside for folder in ("", *folders)]
+        places = [place for place in places if place.is_dir()]
         try:
             paths = [resolve_inside(place, name) for place in places]
         except DataError as error:
@@ -323,14 +267,6 @@ class OwnData:
                 f"{where}: {name} is not there; looked in {', '.join(map(str, places))}"
             )
         return found
-
-    def _is_usable(self, image: Path | Cell) -> bool:
-        if self.faults.skips(self.dataset, image):
-            return False
-        with self.faults.guard(self.dataset, image):
-            probe_images([image])
-            return True
-        return False
 
     def __len__(self) -> int:
         return len(self.records)
@@ -344,75 +280,51 @@ class OwnData:
         canonically worded."""
         name, queries = self.records[index]
         path = Path(name)
-        image = read_image(picture(name))
+        image = read_image(image_named(name))
         conversations = []
-        for number, text in self._choose(queries, rng):
+        for number, text in choose_wordings([q["texts"] for q in queries], self.options, rng):
             query = queries[number]
             with blame(query["item"]):
                 conversations.append(self._conversation(query, text, path, image.shape[:2], rng))
         return Sample(image, name, conversations, "reasoning", self.dataset, path.stem)
-
-    def _choose(self, queries: list[dict], rng: np.random.Generator) -> list[tuple[int, str]]:
-        """(index of a query, one of its wordings) pairs; every query once before any is asked again
-        in other words."""
-        if not self.options.training:
-            count = 1 if self.options.texts == "first" else None
-            return [
-                (number, text)
-                for number, query in enumerate(queries)
-                for text in query["texts"][:count]
-            ]
-        return draw_queries(
-            [query["texts"] for query in queries], self.options.num_classes_per_sample, rng
-        )
 
     def _conversation(
         self, query: dict, text: str, image: Path, size: tuple[int, int], rng: np.random.Generator
     ) -> Conversation:
         if query["size"] is not None:
             check_size(tuple(query["size"]), size, image, f"the size in {query['item']}")
-        targets, ignored = [], [_draw(shape, size) for shape in query["ignore"]]
+        targets, ignored = [], [_draw_shape(shape, size) for shape in query["ignore"]]
         for shapes in query["targets"]:
             if shapes and shapes[0][0] == "painted":
                 target, ignore = paint_shapes(shapes[0][1], size)
                 ignored.append(ignore)
             else:
-                target = _union([_draw(shape, size) for shape in shapes], size)
+                target = _union([_draw_shape(shape, size) for shape in shapes], size)
             targets.append(target)
-        stack = np.stack(targets)
-        ignore = _union(ignored, size) & ~stack.any(axis=0)
-        question, explanation = self._question(query, text, rng)
-        reply = answer(
-            self.options.levels, self.options.wording(rng), explanation, targets=len(stack)
-        )
+        masks = np.stack(targets)
+        ignored_pixels = _union(ignored, size) & ~masks.any(axis=0)
+        # Without "is_sentence", a full stop or a question mark makes a sentence.
+        is_phrase = query["is_sentence"] is not True and text[-1] not in ".?!"
+        explanations = [query["answer"]] if query["answer"] and self.options.training else []
+        question, explanation = word_question(text, is_phrase, explanations, self.options, rng)
+        wording = self.options.wording(rng)
+        reply = answer(self.options.levels, wording, explanation, targets=len(masks))
         return Conversation(
-            [(question, reply)],
-            stack,
-            ignore if ignore.any() else None,
+            turns=[(question, reply)],
+            masks=masks,
+            ignore=ignored_pixels if ignored_pixels.any() else None,
             is_sentence=query["is_sentence"],
         )
 
-    def _question(self, query: dict, text: str, rng: np.random.Generator) -> tuple[str, str | None]:
-        """(question, explanation or None). Without "is_sentence", a full stop or a question mark
-        makes a sentence."""
-        is_phrase = query["is_sentence"] is not True and text[-1] not in ".?!"
-        if query["answer"] and self.options.training and rng.random() < self.options.explanatory:
-            return (
-                explain_question(f"What is {text} in this image?" if is_phrase else text, rng),
-                query["answer"],
-            )
-        return (phrase_question if is_phrase else sentence_question)(
-            text, self.options.wording(rng)
-        ), None
-
 
 def _union(masks: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """The union of bool masks of ``size`` (H, W), of which there may be none."""
     return np.logical_or.reduce(masks) if masks else np.zeros(size, dtype=bool)
 
 
 def _joined(queries: list[dict]) -> list[dict]:
-    """Queries with the same texts become one: its target is the union. Those with several targets
-    stay as they are."""
+    """Joins the queries of an image that have the same texts: the target becomes the union of
+    theirs. Queries with several targets stay as they are."""
     found: dict[tuple, dict] = {}
     for number, query in enumerate(queries):
         several = len(query["targets"]) > 1 or any(
@@ -423,10 +335,7 @@ def _joined(queries: list[dict]) -> list[dict]:
             found[key] = query
             continue
         first = found[key]
-        first["ignore"] = [
-            *first["ignore"],
-            *(shape for shape in query["ignore"] if shape not in first["ignore"]),
-        ]
+        first["ignore"] += [shape for shape in query["ignore"] if shape not in first["ignore"]]
         first["targets"] = [[*first["targets"][0], *query["targets"][0]]]
         first["answer"] = first["answer"] or query["answer"]
     return list(found.values())

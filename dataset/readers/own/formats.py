@@ -1,60 +1,44 @@
-"""One kind of query for all forms of your own data: its texts, its picture, and what encloses its
-masks."""
+"""The query that every form of a user's own data becomes: its texts, its image and the shapes of
+its masks. The functions check single fields and raise DataError."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dataset.files.errors import DataError
 from dataset.readers.coco import LARGEST
-from dataset.readers.own.arrow import Cell
+from dataset.readers.own.arrow import TableImage
+from dataset.readers.questions import as_wordings
 
 TEXT_KEYS = ("query", "caption", "expression")
-
-
-# how PNG and TIFF begin; datasets stores masks without a file of their own as either
+# How PNG and TIFF begin. Hugging Face datasets store a mask without a file of its own as either.
 LOSSLESS = (b"\x89PNG", b"II*\0", b"MM\0*")
-
-
-DETERMINERS = (
-    "the",
-    "a",
-    "an",
-    "this",
-    "that",
-    "these",
-    "those",
-    "all",
-    "any",
-    "each",
-    "every",
-    "both",
-    "some",
-    "his",
-    "her",
-    "its",
+DETERMINER = re.compile(
+    r"(the|a|an|this|that|these|those|all|any|each|every|both|some|his|her|its)(\s|$)",
+    re.IGNORECASE,
 )
+Shape = tuple[str, Any]
+"""One of ("polygons", flat lists), ("rle", {"size", "counts"}), ("png", file name), ("labelme", one
+shape), and, alone as a target, ("painted", labelme shapes, targets and ignored regions)."""
 
 
 @dataclass
-class Query:
-    """What is asked about one image.
-
-    A shape is one of ("polygons", flat lists), ("rle", {"size", "counts"}), ("png", file name),
-    ("labelme", one shape), and, alone as a target, ("painted", shapes with targets and ignored
-    regions among them).
-    """
+class OwnQuery:
+    """What is asked about one image of a user's own data."""
 
     item: str
-    """Where it is written, "…/train.jsonl:12": named by errors and by skip lists."""
+    """Where it is written, as errors and skip lists name it: "…/train.jsonl:12"."""
     image: str
     """Name of the image, as the file gives it."""
     texts: list[str]
     """Wordings of the same query."""
-    targets: list[list[tuple[str, Any]]]
-    """The shapes of each target, which is their union; no shape: an empty target."""
-    ignore: list[tuple[str, Any]] = field(default_factory=list)
+    targets: list[list[Shape]]
+    """The shapes of each target, which is their union; a target without a shape is empty."""
+    ignore: list[Shape] = field(default_factory=list)
     answer: str | None = None
     """An explanation that follows the mask."""
     is_sentence: bool | None = None
@@ -63,54 +47,62 @@ class Query:
     """(H, W) that the file claims."""
 
 
-# ------------------------------------------------------------------------------------------- fields
-
-
-def texts_of(value: Any, where: str, name: str) -> list[str]:
-    """One text or several wordings as a list, each in one line. Raises DataError."""
-    texts = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(texts, list)
-        or not texts
-        or any(not isinstance(t, str) or not t.strip() for t in texts)
-    ):
+def wordings_of(value: Any, where: str, name: str) -> list[str]:
+    """A text or a list of several wordings as a list, each in one line."""
+    texts = as_wordings(value)
+    if not texts:
         raise DataError(
             f'{where}: "{name}" must be a text, or a list of wordings, none of them empty'
         )
     return [" ".join(text.split()) for text in texts]
 
 
-def optional(entry: dict, name: str, kind: type, where: str, what: str) -> Any:
+def optional_field(entry: dict, name: str, kind: type, where: str, what: str) -> Any:
+    """The field, or None where it is missing. ``what`` says in the error what it must be."""
     value = entry.get(name)
-    if value is not None and not (isinstance(value, kind) and (kind is not str or value.strip())):
+    is_blank = isinstance(value, str) and not value.strip()
+    if value is not None and (is_blank or not isinstance(value, kind)):
         raise DataError(f'{where}: "{name}" must be {what}, or be left out')
     return value
 
 
+def claimed_size(entry: dict, height: str, width: str, where: str) -> tuple[int, int] | None:
+    """The (H, W) of the fields named ``height`` and ``width``, or None where both are missing."""
+    h, w = entry.get(height), entry.get(width)
+    if h is None and w is None:
+        return None
+    if type(h) is not int or type(w) is not int or min(h, w) < 1:
+        raise DataError(
+            f'{where}: "{height}" and "{width}" must be whole numbers of pixels, or be left out'
+        )
+    return h, w
+
+
 def is_number(value: Any) -> bool:
+    """Whether ``value`` may be a coordinate in pixels."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def polygons_of(value: Any, where: str, name: str) -> list[list[float]]:
-    """Polygons, each [x0, y0, x1, y1, …] or [[x, y], …], as flat lists; a single one may stand
-    alone. Raises DataError."""
+    """Polygons, each [x0, y0, x1, y1, …] or [[x, y], …], as flat lists. A single polygon may stand
+    without the outer list."""
     wanted = (
         f'{where}: "{name}" must be a list of polygons [x0, y0, x1, y1, …] or [[x, y], …] in pixels'
     )
     if not isinstance(value, list):
         raise DataError(wanted)
-    is_point = [isinstance(v, list) and len(v) == 2 and all(map(is_number, v)) for v in value]
-    alone = value and (is_number(value[0]) or is_point[0])
+    is_single = value and (is_number(value[0]) or is_point(value[0]))
     flat = []
-    for number, polygon in enumerate([value] if alone else value):
+    for number, polygon in enumerate([value] if is_single else value):
         if not isinstance(polygon, list):
             raise DataError(wanted)
-        nested = any(isinstance(point, list) for point in polygon)
-        numbers = [x for point in polygon for x in (point if isinstance(point, list) else [point])]
-        if not all(map(is_number, numbers)) or (
-            nested and any(not isinstance(p, list) or len(p) != 2 for p in polygon)
-        ):
+        if any(isinstance(point, list) for point in polygon):
+            sound = all(map(is_point, polygon))
+        else:
+            sound = all(map(is_number, polygon))
+        if not sound:
             raise DataError(f"{wanted}; polygon {number} holds something that is no coordinate")
+        numbers = np.ravel(polygon).tolist()
         if len(numbers) < 6 or len(numbers) % 2:
             raise DataError(
                 f'{where}: "{name}": polygon {number} needs at least three points, each an x'
@@ -120,16 +112,20 @@ def polygons_of(value: Any, where: str, name: str) -> list[list[float]]:
     return flat
 
 
+def is_point(value: Any) -> bool:
+    """Whether ``value`` is a list [x, y] of numbers."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+
+
 def rle_of(value: Any, where: str, name: str) -> dict:
-    size = value.get("size") if isinstance(value, dict) else None
-    if (
-        not isinstance(size, list)
-        or len(size) != 2
-        or any(type(n) is not int or n < 1 for n in size)
-    ):
+    """COCO's run lengths, compressed or not; whether they fit their size is checked when they are
+    decoded."""
+    size: Any = value.get("size") if isinstance(value, dict) else None
+    is_list = isinstance(size, list) and len(size) == 2
+    if not is_list or any(type(side) is not int or side < 1 for side in size):
         raise DataError(f'{where}: "{name}" must be {{"size": [height, width], "counts": …}}')
     counts = value.get("counts")
-    # as pycocotools gives them to an Arrow table
+    # pycocotools gives compressed runs as bytes, and an Arrow table keeps them so.
     counts = counts.decode("latin-1") if isinstance(counts, bytes) else counts
     if not isinstance(counts, (str, list)):
         raise DataError(f'{where}: "{name}" needs "counts", a text or a list of runs')
@@ -137,15 +133,15 @@ def rle_of(value: Any, where: str, name: str) -> dict:
 
 
 def png_of(value: Any, where: str, name: str) -> str:
+    """The name of a mask's file, or a TableImage whose bytes are those of a lossless format."""
     if not isinstance(value, str) or not value.strip():
         raise DataError(f'{where}: "{name}" must be the name of a PNG')
-    if isinstance(value, Cell):
+    if isinstance(value, TableImage):
         if not value.open().read(4).startswith(LOSSLESS):
             raise DataError(
                 f'{where}: "{name}" is no PNG; a mask must be one (other formats change pixels)'
             )
-        return value
-    if not value.lower().endswith(".png"):
+    elif not value.lower().endswith(".png"):
         raise DataError(
             f'{where}: "{name}" is {value!r}; a mask must be a PNG (other formats change pixels)'
         )
@@ -153,5 +149,5 @@ def png_of(value: Any, where: str, name: str) -> str:
 
 
 def with_article(text: str) -> str:
-    """ "dog" -> "the dog"; what begins with a determiner or is a sentence stays as it is."""
-    return text if text[-1] in ".?!" or text.split()[0].lower() in DETERMINERS else f"the {text}"
+    """ "dog" -> "the dog"; a text that begins with a determiner or is a sentence stays."""
+    return text if text[-1] in ".?!" or DETERMINER.match(text) else f"the {text}"

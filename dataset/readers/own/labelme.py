@@ -1,119 +1,106 @@
-"""Your own data as labelme files, one beside each picture."""
+"""A user's own data as labelme files, one beside each image."""
 
 from __future__ import annotations
 
 import base64
+import io
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from dataset.files.errors import DataError
 from dataset.files.faults import Faults, blame
 from dataset.files.images import IMAGE_SUFFIXES
 from dataset.files.paths import list_files
 from dataset.files.text import read_json
-from dataset.readers.own.formats import Query, is_number, optional, texts_of, with_article
+from dataset.readers.own.formats import (
+    OwnQuery,
+    Shape,
+    claimed_size,
+    is_point,
+    optional_field,
+    with_article,
+    wordings_of,
+)
+from dataset.readers.reasoning import paint_shapes
 
 CIRCLE_POINTS = 72
+IGNORED_LABELS = ("ignore", "__ignore__")
 
 
-# ------------------------------------------------------------------------------------------ labelme
-
-
-def read_labelme(folder: Path, faults: Faults, dataset: str, split: str) -> Iterator[Query]:
-    """The labelme JSONs of a folder. With "text" a JSON is one query about its targets, otherwise
-    every label is a query."""
+def read_labelme(folder: Path, faults: Faults, dataset: str, split: str) -> Iterator[OwnQuery]:
+    """The queries of the labelme JSONs of a folder. A JSON with "text" is one query about its
+    targets; in any other, every label is a query."""
     for path in list_files(folder, (".json",)):
         if faults.skips(dataset, path):
             continue
         with faults.guard(dataset, path), blame(path):
-            yield from _labelme(path, split)
+            yield from _queries_of(path, split)
 
 
-def _labelme(path: Path, split: str) -> list[Query]:
+def _queries_of(path: Path, split: str) -> list[OwnQuery]:
     record = read_json(path)
     if not isinstance(record, dict) or not isinstance(record.get("shapes"), list):
         raise DataError(f'{path}: has no list "shapes"; a JSON of labelme is expected')
-    size = _labelme_size(record, path)
-    image = optional(record, "image", str, str(path), "a file name") or _labelme_image(record, path)
-    shapes = [
-        _labelme_shape(shape, f'{path}: "shapes"[{number}]')
+    where = str(path)
+    size = claimed_size(record, "imageHeight", "imageWidth", where)
+    image = optional_field(record, "image", str, where, "a file name") or _image_name(record, path)
+    read = (
+        _read_shape(shape, f'{path}: "shapes"[{number}]')
         for number, shape in enumerate(record["shapes"])
-    ]
-    common = {"image": image, "split": split, "size": size}
+    )
+    shapes = [shape for shape in read if shape is not None]
+    query = partial(OwnQuery, item=where, image=image, split=split, size=size)
     if "text" in record:
-        texts = texts_of(record["text"], str(path), "text")
-        answer = optional(record, "answer", str, str(path), "a text")
-        is_sentence = optional(record, "is_sentence", bool, str(path), "true or false")
-        if any(shape and "mask" in shape for shape in shapes):
+        texts = wordings_of(record["text"], where, "text")
+        explanation = optional_field(record, "answer", str, where, "a text")
+        is_sentence = optional_field(record, "is_sentence", bool, where, "true or false")
+        if any("mask" in shape for shape in shapes):
             raise DataError(
                 f'{path}: with "text" every shape must be drawn as a polygon, rectangle or circle,'
                 " one is a mask"
             )
-        painted = [("painted", [shape for shape in shapes if shape is not None])]
-        return [
-            Query(
-                str(path),
-                texts=texts,
-                targets=[painted],
-                answer=answer,
-                is_sentence=is_sentence,
-                **common,
-            )
-        ]
-    ignored = [
-        ("labelme", shape)
-        for shape in shapes
-        if shape and shape["label"].lower() in ("ignore", "__ignore__")
-    ]
-    labels: dict[str, list] = {}
+        targets: list[list[Shape]] = [[("painted", shapes)]]
+        return [query(texts=texts, targets=targets, answer=explanation, is_sentence=is_sentence)]
+    ignored: list[Shape] = []
+    by_label: dict[str, list[Shape]] = {}
     for shape in shapes:
-        if shape and shape["label"].lower() not in ("ignore", "__ignore__"):
-            labels.setdefault(" ".join(shape["label"].split()), []).append(("labelme", shape))
-    if not labels:
+        if shape["label"].lower() in IGNORED_LABELS:
+            ignored.append(("labelme", shape))
+        else:
+            by_label.setdefault(" ".join(shape["label"].split()), []).append(("labelme", shape))
+    if not by_label:
         raise DataError(
             f'{path}: has no shape to ask for; draw one, or add "text" for a query about nothing'
         )
     return [
-        Query(str(path), texts=[with_article(t)], targets=[s], ignore=ignored, **common)
-        for t, s in labels.items()
+        query(texts=[with_article(label)], targets=[same_label], ignore=ignored)
+        for label, same_label in by_label.items()
     ]
 
 
-def _labelme_size(record: dict, path: Path) -> tuple[int, int] | None:
-    size = record.get("imageHeight"), record.get("imageWidth")
-    if size == (None, None):
-        return None
-    if any(type(n) is not int or n < 1 for n in size):
-        raise DataError(
-            f'{path}: "imageHeight" and "imageWidth" must be whole numbers of pixels, or be'
-            " left out"
-        )
-    return size
-
-
-def _labelme_image(record: dict, path: Path) -> str:
-    """Name of the image. labelme writes the way from the JSON to it, on Windows with backslashes;
-    the way is not followed."""
-    name = optional(record, "imagePath", str, str(path), "a file name")
+def _image_name(record: dict, path: Path) -> str:
+    """The name of the image. labelme writes its path relative to the JSON, on Windows with
+    backslashes, but the image is looked for where those of all own data are."""
+    name = optional_field(record, "imagePath", str, str(path), "a file name")
     if name is not None:
         return PureWindowsPath(name).name
-    return next(
-        (path.stem + s for s in IMAGE_SUFFIXES if path.with_suffix(s).is_file()), f"{path.stem}.jpg"
-    )
+    there = (path.stem + s for s in IMAGE_SUFFIXES if path.with_suffix(s).is_file())
+    return next(there, f"{path.stem}.jpg")
 
 
-def _labelme_shape(shape: Any, where: str) -> dict | None:
-    """{"label", "points"} of a shape, polygons all of them, or {"label", "points", "mask"}; None
-    for "flag" and background."""
-    if (
-        not isinstance(shape, dict)
-        or not isinstance(shape.get("label"), str)
-        or not shape["label"].strip()
-    ):
+def _read_shape(shape: Any, where: str) -> dict | None:
+    """A shape as the polygon {"label", "points"} or as {"label", "points", "mask"}; None for "flag"
+    and background. Raises DataError."""
+    label = shape.get("label") if isinstance(shape, dict) else None
+    if not isinstance(label, str) or not label.strip():
         raise DataError(f'{where}: has no text "label"')
-    if shape["label"].lower() in ("flag", "_background_"):
+    if label.lower() in ("flag", "_background_"):
         return None
     kind = shape.get("shape_type") or "polygon"
     if kind not in ("polygon", "rectangle", "circle", "mask"):
@@ -121,9 +108,7 @@ def _labelme_shape(shape: Any, where: str) -> dict | None:
             f'{where}: "shape_type" {kind!r} has no area; draw a polygon, rectangle, circle or mask'
         )
     points = shape.get("points")
-    if not isinstance(points, list) or any(
-        not isinstance(p, list) or len(p) != 2 or not all(map(is_number, p)) for p in points
-    ):
+    if not isinstance(points, list) or not all(map(is_point, points)):
         raise DataError(f'{where}: needs "points" as a list of [x, y] in pixels')
     if not points or (kind != "polygon" and len(points) != 2):
         raise DataError(
@@ -131,31 +116,52 @@ def _labelme_shape(shape: Any, where: str) -> dict | None:
             f" found {len(points)}"
         )
     if kind == "mask":
-        return {
-            "label": shape["label"],
-            "points": points,
-            "mask": _labelme_mask(shape.get("mask"), where),
-        }
-    return {"label": shape["label"], "points": _outline(kind, points)}
+        mask = _checked_mask(shape.get("mask"), where)
+        return {"label": label, "points": points, "mask": mask}
+    return {"label": label, "points": _outline(kind, points)}
 
 
 def _outline(kind: str, points: list[list[float]]) -> list[list[float]]:
-    """Points of the polygon that a labelme shape is."""
+    """The points of a polygon, rectangle or circle as those of a polygon."""
     if kind == "polygon":
         return points
     (x0, y0), (x1, y1) = points
     if kind == "rectangle":
         return [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
-    radius = math.hypot(x1 - x0, y1 - y0)  # a circle's second point lies on it
+    radius = math.hypot(x1 - x0, y1 - y0)  # from the centre to a point on the circle
     angles = [2 * math.pi * k / CIRCLE_POINTS for k in range(CIRCLE_POINTS)]
-    # cutting would shift it
+    # Points are rounded, because cutting to whole pixels (paint_shapes) would shift the circle.
     return [[round(x0 + radius * math.cos(a)), round(y0 + radius * math.sin(a))] for a in angles]
 
 
-def _labelme_mask(value: Any, where: str) -> str:
+def _checked_mask(value: Any, where: str) -> str:
     try:
         if base64.b64decode(value, validate=True)[:4] == b"\x89PNG":
             return value
     except (TypeError, ValueError):
         pass
     raise DataError(f'{where}: "mask" must be a PNG in base64')
+
+
+def draw_labelme(shape: dict, size: tuple[int, int], where: str) -> np.ndarray:
+    """One shape, its outline and its inside, as bool (H, W) for an image of ``size`` (H, W).
+    Coordinates are cut to whole pixels, as in ReasonSeg. Raises DataError."""
+    if "mask" not in shape:
+        return paint_shapes([{"label": "target", "points": shape["points"]}], size)[0]
+    # The mask is a PNG of the box between the two points, both of them inside.
+    try:
+        pixels = np.array(Image.open(io.BytesIO(base64.b64decode(shape["mask"]))).convert("L")) > 0
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(
+            f'{where}: the PNG in a shape\'s "mask" is broken ({" ".join(str(error).split())})'
+        ) from None
+    x0, y0 = (int(v) for v in np.min(shape["points"], axis=0))
+    height, width = pixels.shape
+    if min(x0, y0) < 0 or y0 + height > size[0] or x0 + width > size[1]:
+        raise DataError(
+            f'{where}: a shape\'s "mask" of {height}×{width} pixels at ({x0}, {y0}) leaves the'
+            " image"
+        )
+    mask = np.zeros(size, dtype=bool)
+    mask[y0 : y0 + height, x0 : x0 + width] = pixels
+    return mask

@@ -1,4 +1,4 @@
-"""Your own data as a table: JSON Lines, a JSON list, CSV, or Parquet rows."""
+"""A user's own data as a table: JSON Lines, CSV, Parquet or a saved Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from typing import Any
 from dataset.files.errors import DataError
 from dataset.files.faults import Faults
 from dataset.files.text import read_text
-from dataset.readers.own.arrow import PARQUET, rows
-from dataset.readers.own.formats import Query, optional, png_of, polygons_of, rle_of, texts_of
+from dataset.readers.own.arrow import PARQUET, arrow_rows
+from dataset.readers.own.formats import (
+    OwnQuery,
+    Shape,
+    optional_field,
+    png_of,
+    polygons_of,
+    rle_of,
+    wordings_of,
+)
 
 SHAPE_COLUMNS = {
     "mask": ("png", png_of),
@@ -23,9 +31,9 @@ SHAPE_COLUMNS = {
 }
 
 
-def _shapes_of(entry: dict, where: str, prefix: str = "") -> list[tuple[str, Any]]:
-    """The one of mask, rle and polygons that ``entry`` has. Raises DataError for none and for
-    several."""
+def _shapes_of(entry: dict, where: str, prefix: str = "") -> list[Shape]:
+    """The shape of a target: the one of mask, rle and polygons that ``entry`` has; no shape for
+    polygons []. Raises DataError for none and for several."""
     given = [name for name in SHAPE_COLUMNS if entry.get(name) is not None]
     if len(given) != 1:
         found = f"{' and '.join(given)} are" if given else "none is"
@@ -38,43 +46,33 @@ def _shapes_of(entry: dict, where: str, prefix: str = "") -> list[tuple[str, Any
     return [] if kind == "polygons" and not value else [(kind, value)]
 
 
-# -------------------------------------------------------------------------------------------- table
-
-
-def read_table(path: Path, faults: Faults, dataset: str) -> Iterator[Query]:
+def read_table(path: Path, faults: Faults, dataset: str) -> Iterator[OwnQuery]:
     """The rows of a JSONL or CSV file or an Arrow table (dataset/readers/own/arrow.py). CSV holds
     lists and objects as JSON in a cell; an empty cell is no value."""
+    is_arrow = path.is_dir() or path.suffix == PARQUET
     seen: dict[str, str] = {}
-    for item, place, read in (
-        rows(path) if path.is_dir() or path.suffix == PARQUET else _lines(path)
-    ):
+    for item, place, read in arrow_rows(path) if is_arrow else _text_rows(path):
         if faults.skips(dataset, item):
             continue
         with faults.guard(dataset, item):
-            row = read()
-            query = _row(row, item)
-            same = json.dumps(
-                [query.image, query.texts, query.targets, query.split], sort_keys=True
-            )
-            if same in seen:
-                raise DataError(f"{item}: repeats {seen[same]}; remove one of the two")
-            seen[same] = place
+            query = _query_of(read(), item)
+            facts = [query.image, query.texts, query.targets, query.split]
+            key = json.dumps(facts, sort_keys=True)
+            if key in seen:
+                raise DataError(f"{item}: repeats {seen[key]}; remove one of the two")
+            seen[key] = place
             yield query
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str, Callable[[], dict]]]:
-    """As ``rows`` has it, of a text file."""
-    for number, read in _rows(path):
+def _text_rows(path: Path) -> Iterator[tuple[str, str, Callable[[], dict]]]:
+    """As ``arrow_rows``: (item, words for the place, function that reads the row)."""
+    text = read_text(path)
+    for number, read in (_csv_rows if path.suffix == ".csv" else _json_rows)(path, text):
         yield f"{path}:{number}", f"line {number}", read
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
-    """(line number, function that reads the row) for every row."""
-    text = read_text(path)
-    if path.suffix == ".csv":
-        yield from _csv_rows(path, text)
-        return
-    # not splitlines: JSON may hold U+2028 and its kin as they are
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Callable[[], dict]]]:
+    # Not splitlines, which would also split at U+2028 and the like inside a JSON text.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, partial(_json_row, line, f"{path}:{number}")
@@ -93,7 +91,7 @@ def _json_row(line: str, where: str) -> dict:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Callable[[], dict]]]:
-    # run lengths and polygons exceed the 131,072 characters of Python's default
+    # Run lengths and polygons may exceed the limit of 131,072 characters that is Python's default.
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header, end = None, 0
@@ -128,11 +126,10 @@ def _csv_row(header: list[str], cells: list[str], where: str) -> dict:
     row: dict[str, Any] = {
         name: cell for name, cell in zip(header, cells, strict=True) if cell.strip()
     }
-    for name in ("rle", "polygons", "targets", "ignore", "query", "is_sentence"):
+    always_json = ("rle", "polygons", "targets", "is_sentence")
+    for name in (*always_json, "ignore", "query"):
         cell = row.get(name, "").strip()
-        if cell and (
-            name in ("rle", "polygons", "targets") or cell[0] in "[{" or name == "is_sentence"
-        ):
+        if cell and (name in always_json or cell[0] in "[{"):
             try:
                 row[name] = json.loads(cell.lower() if name == "is_sentence" else cell)
             except (ValueError, RecursionError) as error:
@@ -140,35 +137,31 @@ def _csv_row(header: list[str], cells: list[str], where: str) -> dict:
     return row
 
 
-def _row(row: dict, where: str) -> Query:
+def _query_of(row: dict, where: str) -> OwnQuery:
     image = row.get("image")
     if not isinstance(image, str) or not image.strip():
         raise DataError(
             f'{where}: "image" must be the name of an image; a row has image, query and one of'
             " mask, rle and polygons"
         )
-    texts = texts_of(row.get("query"), where, "query")
-    return Query(
+    return OwnQuery(
         item=where,
         image=image,
-        texts=texts,
+        texts=wordings_of(row.get("query"), where, "query"),
         targets=_targets(row, where),
         ignore=[] if row.get("ignore") is None else _ignore(row["ignore"], where),
-        answer=optional(row, "answer", str, where, "a text"),
-        is_sentence=optional(row, "is_sentence", bool, where, "true or false"),
-        split=optional(row, "split", str, where, "a text") or "train",
+        answer=optional_field(row, "answer", str, where, "a text"),
+        is_sentence=optional_field(row, "is_sentence", bool, where, "true or false"),
+        split=optional_field(row, "split", str, where, "a text") or "train",
     )
 
 
-def _targets(row: dict, where: str) -> list[list[tuple[str, Any]]]:
+def _targets(row: dict, where: str) -> list[list[Shape]]:
     targets = row.get("targets")
     if targets is None:
         return [_shapes_of(row, where)]
-    if (
-        not isinstance(targets, list)
-        or not targets
-        or any(not isinstance(target, dict) for target in targets)
-    ):
+    is_list = isinstance(targets, list) and all(isinstance(target, dict) for target in targets)
+    if not is_list or not targets:
         raise DataError(
             f'{where}: "targets" must be a list of objects with mask, rle or polygons (for an empty'
             " target: polygons [])"
@@ -182,8 +175,9 @@ def _targets(row: dict, where: str) -> list[list[tuple[str, Any]]]:
     ]
 
 
-def _ignore(value: Any, where: str) -> list[tuple[str, Any]]:
-    """A PNG's name, run lengths or polygons: what they are is seen from them."""
+def _ignore(value: Any, where: str) -> list[Shape]:
+    """The shape of the column "ignore": a PNG's name, run lengths or polygons, told apart by their
+    JSON types."""
     name = "mask" if isinstance(value, str) else "rle" if isinstance(value, dict) else "polygons"
     kind, read = SHAPE_COLUMNS[name]
     return [(kind, read(value, where, "ignore"))]

@@ -237,7 +237,7 @@ def test_a_photo_of_nothing_but_void_stops_no_training(tmp_path, name):
     official.write_everything(tmp_path)
     loader = semantic_loader(tmp_path, name, LoaderOptions(LEVELS))
     path = loader.label_folder / loader.files[0][1]
-    official.write_label(path, np.full_like(read_label(path), loader.family.void).astype(np.uint8))
+    official.write_label(path, np.full_like(read_label(path), loader.kind.void).astype(np.uint8))
     with pytest.raises(NothingToAsk):
         loader.sample(0, np.random.default_rng(0))
     evaluated = open_evaluation(tmp_path, loader.dataset, EVAL)

@@ -17,7 +17,7 @@ from dataset.collate import collate
 from dataset.conversation.turns import answer_text
 from dataset.files.errors import DataError, MissingDataError
 from dataset.mixture import EvalDataset, TrainMixture
-from dataset.readers.exclusion import coco_number
+from dataset.readers.usable import coco_number
 from dataset.readers.llm_seg40k import LlmSeg40K
 from dataset.readers.parts import SOURCES, PartSegmentation, category_name
 from dataset.readers.referring import ReferringSegmentation, read_references, validation_images
