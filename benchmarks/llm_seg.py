@@ -32,7 +32,7 @@ from dataset.proposals import (
     Proposals,
     ProposalSource,
     ProposalStore,
-    encode,
+    encode_counts,
     pooling_weights,
     runs,
 )
@@ -118,7 +118,7 @@ def store(images: int, folder: Path) -> dict:
     rng = np.random.default_rng(0)
     found = Found(
         SIZE,
-        encode(blobs(200, SIZE, rng)),
+        encode_counts(blobs(200, SIZE, rng)),
         list(range(200, 0, -1)),
         rng.random(200).round(4).tolist(),
     )

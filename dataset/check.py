@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dataset.collate import check_sample
 from dataset.conversation.turns import answer_text
 from dataset.conversation.wordings import SENTENCE_QUESTIONS
-from dataset.drawing import Cell, card_sheet
+from dataset.drawing import QueryCard, card_sheet
 from dataset.files.errors import MissingDataError
 from dataset.files.faults import BadItem, Faults, write_skip_list
 from dataset.files.paths import require_folder
@@ -54,7 +54,7 @@ class Finding:
     counts: Counter = field(default_factory=Counter)
     """In the opened images: "queries", "targets", "empty" ones of these, "answers" without any."""
     bad: list[BadItem] = field(default_factory=list)
-    cells: list[Cell] = field(default_factory=list)
+    cells: list[QueryCard] = field(default_factory=list)
 
     @property
     def is_clean(self) -> bool:
@@ -125,7 +125,9 @@ def _count(sample: Sample, finding: Finding, cells: int) -> None:
             # every question ends with it
             query = question.removesuffix(SENTENCE_QUESTIONS[0].removeprefix("{text}"))
             finding.cells.append(
-                Cell(sample.image, conversation.masks, conversation.ignore, query, note, sample.id)
+                QueryCard(
+                    sample.image, conversation.masks, conversation.ignore, query, note, sample.id
+                )
             )
 
 

@@ -1,19 +1,21 @@
-"""From samples to a batch: token ids, pixels and masks of several samples side by side, padded and
-counted.
+"""From samples to a batch: token ids, pixels and masks of several samples side by side.
 
-B images · N conversations · L tokens · K targets of one conversation."""
+B images · N conversations · L tokens · K targets of one conversation · H, W an image in the
+original frame · h, w CLIP's input · S the side of SAM's padded input · C, G channels and side of
+SAM's embedding.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from dataset.conversation.encoding import IGNORE_INDEX, Encoded, encode, encode_prompt
+from dataset.conversation.encoding import IGNORE_INDEX, Encoded, encode_conversation, encode_prompt
 from dataset.conversation.templates import ConversationTemplate
 from dataset.conversation.turns import Conversation, count_groups
 from dataset.files.errors import DataError
@@ -21,6 +23,7 @@ from dataset.proposals import Proposals
 from dataset.sample import Sample
 
 logger = logging.getLogger(__name__)
+Encode = Callable[[Sample, Conversation], Encoded]
 
 
 @dataclass
@@ -40,8 +43,8 @@ class Batch:
     clip_pixels: torch.Tensor
     """float (B, 3, h, w): CLIP's normalised input."""
     sam_pixels: torch.Tensor
-    """float (B', 3, S, S): SAM's normalised and padded input of the images without a cached
-    embedding, without a cache of all: B' = B."""
+    """float (B', 3, S, S): SAM's normalised and padded input of the images whose embedding is not
+    cached; B' = B without a cache."""
     original_sizes: list[tuple[int, int]]
     """(H, W) of each of the B images."""
     resized_sizes: list[tuple[int, int]]
@@ -66,7 +69,9 @@ class Batch:
     @property
     def cached(self) -> tuple[list[torch.Tensor | None], list[str]] | None:
         """``sam_embeddings`` and ``sam_keys``; None without a cache."""
-        return None if self.sam_embeddings is None else (self.sam_embeddings, self.sam_keys)
+        if self.sam_embeddings is None or self.sam_keys is None:
+            return None
+        return self.sam_embeddings, self.sam_keys
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -85,8 +90,8 @@ class Batch:
 
 
 def check_sample(sample: Sample, levels: Sequence[str]) -> None:
-    """Raises DataError naming the sample unless masks fit the image and are as many as the answers'
-    targets."""
+    """Raises DataError naming the sample unless its masks fit the image and are as many as the
+    answers have targets."""
     size = sample.image.shape[:2]
     for index, conversation in enumerate(sample.conversations):
         where = f"{sample.name}, conversation {index}"
@@ -96,48 +101,23 @@ def check_sample(sample: Sample, levels: Sequence[str]) -> None:
             raise DataError(
                 f"{where}: {groups} groups of answer tokens ({tokens}) but {masks} target masks"
             )
-        frames = {
-            "masks": (conversation.masks, (masks, *size)),
-            "ignore": (conversation.ignore, size),
-        }
-        frames["host_masks"] = (conversation.host_masks, (masks, *size))
-        for name, (mask, expected) in frames.items():
+        for name, expected in (
+            ("masks", (masks, *size)),
+            ("ignore", size),
+            ("host_masks", (masks, *size)),
+        ):
+            mask = getattr(conversation, name)
             if mask is not None and mask.shape != expected:
                 raise DataError(f"{where}: {name} has shape {mask.shape}, expected {expected}")
 
 
-def _encode_all(sample: Sample, conversation: Conversation, processor, levels, template) -> Encoded:
-    count = processor.image_token_count
-    return encode(
-        conversation,
-        sample.exemplars,
-        processor.tokenizer,
-        template,
-        processor.image_token,
-        count,
-        levels,
-    )
-
-
-def _drop_turns(conversation: Conversation) -> Conversation | None:
-    """The text-only conversation without its last turn; None where that is not possible without
-    losing a target."""
-    if len(conversation.turns) < 2 or len(conversation.masks):
-        return None
-    return dataclasses.replace(conversation, turns=conversation.turns[:-1])
-
-
 def _fit(
-    sample: Sample,
-    index: int,
-    encode_one: Callable[[Conversation], Encoded],
-    limit: int,
-    on_too_long: str,
-):
-    """(conversation, Encoded) within ``limit`` tokens, or None if it is to be left out. Tokens are
-    never cut."""
+    sample: Sample, index: int, encode: Encode, limit: int, on_too_long: str
+) -> tuple[Conversation, Encoded] | None:
+    """A conversation within ``limit`` tokens, or None if it is to be left out. Answers are never
+    cut: a text-only conversation may lose its last turns, any other would lose a target."""
     conversation = sample.conversations[index]
-    encoded = encode_one(conversation)
+    encoded = encode(sample, conversation)
     length = len(encoded.input_ids)
     if length <= limit:
         return conversation, encoded
@@ -148,8 +128,9 @@ def _fit(
         raise DataError(
             f"{message}; raise --model_max_length, use fewer exemplars or shorten the text"
         )
-    while (conversation := _drop_turns(conversation)) is not None:
-        encoded = encode_one(conversation)
+    while len(conversation.turns) > 1 and not len(conversation.masks):
+        conversation = dataclasses.replace(conversation, turns=conversation.turns[:-1])
+        encoded = encode(sample, conversation)
         if len(encoded.input_ids) <= limit:
             logger.warning("%s; kept its first %d turns", message, len(conversation.turns))
             return conversation, encoded
@@ -166,48 +147,56 @@ def _pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> torch.Tensor:
     return table
 
 
-def _tensor(mask: np.ndarray | None) -> torch.Tensor | None:
-    return None if mask is None else torch.from_numpy(np.ascontiguousarray(mask, dtype=bool))
+def _tensors(masks: Iterable[np.ndarray | None]) -> list[torch.Tensor | None]:
+    return [
+        None if mask is None else torch.from_numpy(np.ascontiguousarray(mask, dtype=bool))
+        for mask in masks
+    ]
 
 
 def _assemble(
-    samples: Sequence[Sample], processor, encode_one: Callable, on_too_long: str, left: bool
+    samples: Sequence[Sample], processor, encode: Encode, on_too_long: str, left: bool
 ) -> Batch:
     tokenizer = processor.tokenizer
-    limit = tokenizer.model_max_length
-    kept = []  # (image index, conversation index, conversation, encoded)
+    rows = []  # (image index, conversation index, conversation, encoded)
     for number, sample in enumerate(samples):
         for index in range(len(sample.conversations)):
-            fitted = _fit(
-                sample, index, lambda c, sample=sample: encode_one(sample, c), limit, on_too_long
-            )
+            fitted = _fit(sample, index, encode, tokenizer.model_max_length, on_too_long)
             if fitted is not None:
-                kept.append((number, index, *fitted))
-    if not kept:
+                rows.append((number, index, *fitted))
+    if not rows:
         names = "; ".join(sample.name for sample in samples)
         raise DataError(
             f"no conversation is left in a batch of {names or 'no samples'}; raise"
             " --model_max_length"
         )
-
-    encodings = [encoded for *_, encoded in kept]
+    conversations = [conversation for _, _, conversation, _ in rows]
+    encodings = [encoded for *_, encoded in rows]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sam_pixels, resized_sizes, cached = _sam_inputs([sample.image for sample in samples], processor)
-    conversations = [conversation for _, _, conversation, _ in kept]
     return Batch(
         input_ids=_pad([e.input_ids for e in encodings], pad, left),
         attention_mask=_pad([[1] * len(e.input_ids) for e in encodings], 0, left),
         labels=_pad([e.labels for e in encodings], IGNORE_INDEX, left),
-        image_index=torch.tensor([number for number, *_ in kept], dtype=torch.int64),
+        image_index=torch.tensor([number for number, *_ in rows], dtype=torch.int64),
         clip_pixels=torch.stack([processor.clip(sample.image) for sample in samples]),
         sam_pixels=sam_pixels,
-        original_sizes=[tuple(sample.image.shape[:2]) for sample in samples],
+        original_sizes=[sample.image.shape[:2] for sample in samples],
         resized_sizes=resized_sizes,
-        target_masks=[_tensor(c.masks) for c in conversations],
-        ignore_masks=[_tensor(c.ignore) for c in conversations],
-        host_masks=[_tensor(c.host_masks) for c in conversations],
+        target_masks=[torch.from_numpy(np.ascontiguousarray(c.masks, bool)) for c in conversations],
+        ignore_masks=_tensors(c.ignore for c in conversations),
+        host_masks=_tensors(c.host_masks for c in conversations),
         info=[
-            _info(samples[number], index, conversation) for number, index, conversation, _ in kept
+            {
+                "dataset": samples[number].dataset,
+                "id": samples[number].id,
+                "image_path": samples[number].image_path,
+                "kind": samples[number].kind,
+                "query": conversation.turns[-1][0],
+                "is_sentence": conversation.is_sentence,
+                "conversation": index,
+            }
+            for number, index, conversation, _ in rows
         ],
         proposals=_proposals(samples, processor, free=left),
         **cached,
@@ -222,28 +211,21 @@ def _sam_inputs(
     cache = getattr(processor, "sam_cache", None)
     if cache is None:
         inputs = [processor.sam(image) for image in images]
-        return (
-            torch.stack([pixels for pixels, _ in inputs]),
-            [tuple(size) for _, size in inputs],
-            {},
-        )
+        return torch.stack([p for p, _ in inputs]), [tuple(size) for _, size in inputs], {}
     keys = [cache.key(image) for image in images]
     found = [cache.load(key) for key in keys]
-    missing = [
-        processor.sam(image)[0] for image, known in zip(images, found, strict=True) if known is None
-    ]
-    pixels = (
-        torch.stack(missing)
-        if missing
-        else torch.zeros(0, 3, processor.image_size, processor.image_size)
-    )
+    # The leading empty tensor gives the shape where the cache has every image.
+    pixels = [torch.zeros(0, 3, processor.image_size, processor.image_size)]
+    for image, embedding in zip(images, found, strict=True):
+        if embedding is None:
+            pixels.append(processor.sam(image)[0][None])
     sizes = [processor.sam_size(image) for image in images]
-    return pixels, sizes, {"sam_embeddings": found, "sam_keys": keys}
+    return torch.cat(pixels), sizes, {"sam_embeddings": found, "sam_keys": keys}
 
 
 def _proposals(samples: Sequence[Sample], processor, free: bool) -> list[Proposals] | None:
-    """One per image; an image that is only talked about needs none, unless the answers are still to
-    come (``free``)."""
+    """The proposals of each image. An image without targets needs none, unless the answers are
+    still to be generated (``free``)."""
     source = getattr(processor, "proposals", None)
     if source is None:
         return None
@@ -254,16 +236,10 @@ def _proposals(samples: Sequence[Sample], processor, free: bool) -> list[Proposa
     ]
 
 
-def _info(sample: Sample, index: int, conversation: Conversation) -> dict:
-    return {
-        "dataset": sample.dataset,
-        "id": sample.id,
-        "image_path": sample.image_path,
-        "kind": sample.kind,
-        "query": conversation.turns[-1][0],
-        "is_sentence": conversation.is_sentence,
-        "conversation": index,
-    }
+def _encoding_settings(processor, levels, template) -> tuple:
+    """The arguments that ``encode_conversation`` and ``encode_prompt`` share, in their order."""
+    image = (processor.image_token, processor.image_token_count)
+    return (processor.tokenizer, template, *image, levels)
 
 
 def collate(
@@ -283,14 +259,16 @@ def collate(
     text-only turns or is left out with a warning; answer tokens are never cut. Raises DataError for
     a sample whose masks do not match its answer tokens or its image.
     """
-    _check_policy(on_too_long)
+    if on_too_long not in ("raise", "skip"):
+        raise ValueError(f'on_too_long must be "raise" or "skip", got {on_too_long!r}')
     for sample in samples:
         check_sample(sample, levels)
+    settings = _encoding_settings(processor, levels, template)
 
-    def encode_one(sample: Sample, conversation: Conversation) -> Encoded:
-        return _encode_all(sample, conversation, processor, levels, template)
+    def encode(sample: Sample, conversation: Conversation) -> Encoded:
+        return encode_conversation(conversation, sample.exemplars, *settings)
 
-    return _assemble(samples, processor, encode_one, on_too_long, left=False)
+    return _assemble(samples, processor, encode, on_too_long, left=False)
 
 
 def collate_prompts(
@@ -299,8 +277,8 @@ def collate_prompts(
     levels: Sequence[str],
     template: str | ConversationTemplate,
 ) -> Batch:
-    """The batch for free generation: left-padded prompts that end where the assistant starts to
-    speak, labels -100.
+    """The batch for free generation: left-padded prompts that end where the answer begins, labels
+    -100.
 
     The last question of each conversation is asked, its earlier turns are the history, and the
     masks are those of the last answer. Raises DataError for a prompt longer than
@@ -312,25 +290,18 @@ def collate_prompts(
         dataclasses.replace(s, conversations=[_last_only(c, levels) for c in s.conversations])
         for s in samples
     ]
+    settings = _encoding_settings(processor, levels, template)
 
-    def encode_one(sample: Sample, conversation: Conversation) -> Encoded:
+    def encode(sample: Sample, conversation: Conversation) -> Encoded:
         *history, (question, _) = conversation.turns
-        ids = encode_prompt(
-            question,
-            history,
-            sample.exemplars,
-            processor.tokenizer,
-            template,
-            processor.image_token,
-            processor.image_token_count,
-            levels,
-        )
+        ids = encode_prompt(question, history, sample.exemplars, *settings)
         return Encoded(ids, [IGNORE_INDEX] * len(ids))
 
-    return _assemble(samples, processor, encode_one, "raise", left=True)
+    return _assemble(samples, processor, encode, "raise", left=True)
 
 
 def _last_only(conversation: Conversation, levels: Sequence[str]) -> Conversation:
+    """The conversation with the masks of its last answer only."""
     start = len(conversation.masks) - count_groups(conversation.turns[-1:], levels)
     hosts = conversation.host_masks
     return dataclasses.replace(
@@ -338,8 +309,3 @@ def _last_only(conversation: Conversation, levels: Sequence[str]) -> Conversatio
         masks=conversation.masks[start:],
         host_masks=None if hosts is None else hosts[start:],
     )
-
-
-def _check_policy(on_too_long: str) -> None:
-    if on_too_long not in ("raise", "skip"):
-        raise ValueError(f'on_too_long must be "raise" or "skip", got {on_too_long!r}')

@@ -7,7 +7,6 @@ Images are uint8 (H, W, 3) RGB, masks bool (H, W) in the same frame, colours (re
 
 from __future__ import annotations
 
-import io
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Told apart by people with any kind of colour vision; coarse to fine, the last one for the answer
-# itself.
+# People with any kind of colour vision can tell these apart. The coarse levels have their own, the
+# last level always has the final one.
 COARSE_COLOURS = ((60, 170, 240), (240, 200, 40), (170, 110, 230))
 FINAL_COLOUR = (240, 50, 110)
-TRUTH_COLOUR = (20, 190, 100)
+GROUND_TRUTH_COLOUR = (20, 190, 100)
 IGNORE_COLOUR = (120, 120, 120)
+TARGET_COLOURS = ((240, 50, 110), (60, 140, 240), (240, 170, 30), (20, 190, 100), (150, 90, 220))
 INK, FAINT, PAPER, LINE = (25, 28, 33), (110, 116, 125), (255, 255, 255), (222, 225, 230)
 MARGIN, GAP = 16, 8
 MAX_LINES = 4  # of one text
@@ -41,8 +41,8 @@ def overlay(
     alpha: float = 0.45,
     contour: int = 2,
 ) -> np.ndarray:
-    """A copy of ``image`` with ``mask`` tinted, and outlined from outside so that the tint shows
-    its exact pixels.
+    """A copy of ``image`` with ``mask`` tinted, and outlined on the outside only, so that the tint
+    shows the exact pixels of the mask.
 
     ``alpha``: share of the colour in [0, 1]; ``contour``: pixels of the outline, 0 for none. A thin
     white line around it keeps the outline visible on a ground of its own colour. Raises ValueError
@@ -53,7 +53,7 @@ def overlay(
     out = image.copy()
     if contour:
         outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        # a line is drawn around its middle: half of it falls on the mask and is painted over below
+        # A line is drawn around its middle: the half that falls on the mask is painted over below.
         cv2.drawContours(out, outlines, -1, (255, 255, 255), 2 * contour + 2, cv2.LINE_AA)
         cv2.drawContours(out, outlines, -1, colour, 2 * contour, cv2.LINE_AA)
     out[mask] = np.round((1 - alpha) * image[mask] + alpha * np.array(colour)).astype(np.uint8)
@@ -69,9 +69,7 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 def printable(text: str) -> str:
     """``text`` in one line without control characters."""
-    kept = (
-        " " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C"
-    )
+    kept = (c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
     return " ".join("".join(kept).split())
 
 
@@ -106,9 +104,8 @@ def fit(array: np.ndarray, side: int) -> np.ndarray:
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     if array.dtype == bool:
-        return cv2.resize(array.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(
-            bool
-        )
+        scaled = cv2.resize(array.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        return scaled.astype(bool)
     return cv2.resize(array, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
@@ -130,21 +127,14 @@ def draw_lines(
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Writes in one step: the file is never half written."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(buffer.getvalue())
+    picture.save(partial, format="PNG", optimize=True)
     partial.replace(path)
 
 
-# -------------------------------------------------------------------------------------------- cards
-
-TARGET_COLOURS = ((240, 50, 110), (60, 140, 240), (240, 170, 30), (20, 190, 100), (150, 90, 220))
-
-
 @dataclass
-class Cell:
+class QueryCard:
     """One query on its image."""
 
     image: np.ndarray
@@ -152,46 +142,41 @@ class Cell:
     masks: np.ndarray
     """bool (K, H, W): the targets."""
     ignore: np.ndarray | None
-    """bool (H, W)."""
+    """bool (H, W): pixels that do not count."""
     query: str
     note: str
     """What else there is to say, such as the answer to a question without target."""
     name: str
 
 
-def draw_card(cell: Cell, side: int) -> Image.Image:
+def draw_card(card: QueryCard, side: int) -> Image.Image:
     """The image with its targets, each in a colour of its own, and the query underneath; ``side``:
     width in pixels."""
-    picture = fit(cell.image, side)
-    if cell.ignore is not None:
-        picture = overlay(picture, fit(cell.ignore, side), IGNORE_COLOUR, alpha=0.7, contour=0)
-    for number, mask in enumerate(cell.masks):
-        picture = overlay(
-            picture,
-            _never_empty(mask, fit(mask, side)),
-            TARGET_COLOURS[number % len(TARGET_COLOURS)],
-        )
+    shown = fit(card.image, side)
+    if card.ignore is not None:
+        shown = overlay(shown, fit(card.ignore, side), IGNORE_COLOUR, alpha=0.7, contour=0)
+    for number, mask in enumerate(card.masks):
+        colour = TARGET_COLOURS[number % len(TARGET_COLOURS)]
+        shown = overlay(shown, _never_empty(mask, fit(mask, side)), colour)
+    what = f"{len(card.masks)} targets" if len(card.masks) > 1 else ""
+    what += " empty target" if len(card.masks) and not card.masks.any() else ""
+    caption = "  ".join(part for part in (card.name, what.strip()) if part)
     small, text = font(11), font(13)
-    what = f"{len(cell.masks)} targets" if len(cell.masks) > 1 else ""
-    what += " empty target" if len(cell.masks) and not cell.masks.any() else ""
-    caption = "  ".join(part for part in (cell.name, what.strip()) if part)
-    query, note = (
-        wrap(cell.query, text, side, max_lines=5),
-        wrap(cell.note, text, side, max_lines=2) if cell.note else [],
-    )
-    height = picture.shape[0] + GAP + round(13 * 1.35) * (len(query) + len(note)) + round(11 * 1.35)
-    card = Image.new("RGB", (side, height), PAPER)
-    card.paste(Image.fromarray(picture), ((side - picture.shape[1]) // 2, 0))
-    draw = ImageDraw.Draw(card)
-    y = draw_lines(draw, (0, picture.shape[0] + GAP - 3), query, text, INK)
+    query = wrap(card.query, text, side, max_lines=5)
+    note = wrap(card.note, text, side, max_lines=2) if card.note else []
+    height = shown.shape[0] + GAP + round(13 * 1.35) * (len(query) + len(note)) + round(11 * 1.35)
+    picture = Image.new("RGB", (side, height), PAPER)
+    picture.paste(Image.fromarray(shown), ((side - shown.shape[1]) // 2, 0))
+    draw = ImageDraw.Draw(picture)
+    y = draw_lines(draw, (0, shown.shape[0] + GAP - 3), query, text, INK)
     y = draw_lines(draw, (0, y), note, text, FAINT)
     draw_lines(draw, (0, y), wrap(caption, small, side, max_lines=1), small, FAINT)
-    return card
+    return picture
 
 
 def _never_empty(mask: np.ndarray, scaled: np.ndarray) -> np.ndarray:
-    """A target that is too small for the scaled picture is shown as one pixel, and outlined with
-    it."""
+    """``scaled``, or one pixel where scaling made the target ``mask`` vanish, so that it is still
+    seen."""
     if mask.any() and not scaled.any():
         y, x = np.argwhere(mask)[0]
         scaled = scaled.copy()
@@ -200,27 +185,26 @@ def _never_empty(mask: np.ndarray, scaled: np.ndarray) -> np.ndarray:
 
 
 def card_sheet(
-    cells: Sequence[Cell], path: str | Path, title: str, columns: int = 4, side: int = 256
+    cards: Sequence[QueryCard], path: str | Path, title: str, columns: int = 4, side: int = 256
 ) -> Path:
-    """Writes a PNG with a title and the cells in rows of ``columns``. Returns the path. Raises
-    ValueError without cells."""
-    if not cells:
+    """Writes a PNG with a title and the cards in rows of ``columns``. Returns the path. Raises
+    ValueError without cards."""
+    if not cards:
         raise ValueError(f"{path}: there is nothing to draw")
     path = Path(path)
-    columns = min(columns, len(cells))
-    cards = [draw_card(cell, side) for cell in cells]
-    rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
-    heights = [max(card.height for card in row) for row in rows]
+    columns = min(columns, len(cards))
+    pictures = [draw_card(card, side) for card in cards]
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    heights = [max(picture.height for picture in row) for row in rows]
     width = columns * side + (columns - 1) * MARGIN
     head = font(14, bold=True)
     heading = wrap(title, head, width)
-    top = MARGIN + round(14 * 1.35) * len(heading) + GAP
-    sheet = Image.new("RGB", (width + 2 * MARGIN, top + sum(heights) + MARGIN * len(rows)), PAPER)
+    y = MARGIN + round(14 * 1.35) * len(heading) + GAP
+    sheet = Image.new("RGB", (width + 2 * MARGIN, y + sum(heights) + MARGIN * len(rows)), PAPER)
     draw_lines(ImageDraw.Draw(sheet), (MARGIN, MARGIN), heading, head, INK)
-    y = top
     for row, height in zip(rows, heights, strict=True):
-        for number, card in enumerate(row):
-            sheet.paste(card, (MARGIN + number * (side + MARGIN), y))
+        for number, picture in enumerate(row):
+            sheet.paste(picture, (MARGIN + number * (side + MARGIN), y))
         y += height + MARGIN
     save_png(sheet, path)
     return path

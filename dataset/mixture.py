@@ -57,7 +57,7 @@ def with_exemplars(sample: Sample, rng: np.random.Generator, count: int) -> Samp
     queries = [
         question for conversation in sample.conversations for question, _ in conversation.turns
     ]
-    sample.exemplars = exemplars.draw(rng, count, queries)
+    sample.exemplars = exemplars.draw_exemplars(rng, count, queries)
     return sample
 
 
@@ -190,7 +190,7 @@ def _try_exemplars(count: int) -> None:
     """An exemplar count that the library cannot serve is an error now, not at the first sample."""
     if count < 0:
         raise ValueError(f"--exemplar_count must not be negative, got {count}")
-    exemplars.draw(np.random.default_rng(0), count)
+    exemplars.draw_exemplars(np.random.default_rng(0), count)
 
 
 class EvalDataset(Dataset):

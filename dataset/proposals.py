@@ -1,7 +1,9 @@
 """The proposals of an image: run-length encoded masks, a store on disk, and what a model gets of
 them.
 
-    <store>/<settings and SAM>/<2 digits>/<hash of the pixels>.json      one small file per image, written in one step
+The store has one small file per image, written in one step::
+
+    <store>/<settings and SAM>/<2 digits>/<hash of the pixels>.json
 
 K proposals of one image · (h, w) the frame of the proposals: the original one, or smaller where the
 longer side was over the generator's limit · P side of the pooling weights, which lie over the
@@ -25,14 +27,14 @@ from pycocotools import mask as rle
 
 from dataset.files.errors import DataError
 
-RANKINGS = ("area", "quality", "mixed")  # which proposals are kept
-# which of them are united into the answer
+# Which proposals are kept, and which of these are united into the answer.
+RANKINGS = ("area", "quality", "mixed")
 RULES = ("iop", "similarity", "similarity+iop", "top5+iop", "verified")
 
 
 @dataclass
 class Found:
-    """Everything the generator found in one image; nothing is ranked or cut yet."""
+    """All masks that the generator found in one image, not yet ranked or cut to a number."""
 
     size: tuple[int, int]
     """(h, w) of the masks."""
@@ -44,8 +46,8 @@ class Found:
     """Predicted IoU × stability, each 0…1."""
 
     def ranked(self, ranking: str, count: int) -> list[int]:
-        """Indices of the best ``count`` masks: "area" the largest (published), "quality" the
-        surest, "mixed" both in turns."""
+        """Indices of the best ``count`` masks: the largest for "area" (published), those of the
+        highest quality for "quality", both in turns for "mixed"."""
         by_area = sorted(range(len(self.masks)), key=lambda i: (-self.areas[i], i))
         by_quality = sorted(range(len(self.masks)), key=lambda i: (-self.quality[i], i))
         if ranking == "mixed":
@@ -76,8 +78,8 @@ class Proposals:
         return dataclasses.replace(self, weights=self.weights.to(device))
 
 
-def encode(masks: np.ndarray) -> list[str]:
-    """bool (K, h, w) -> K compressed run lengths."""
+def encode_counts(masks: np.ndarray) -> list[str]:
+    """bool (K, h, w) -> the "counts" of K COCO run lengths, as ``Found.masks`` has them."""
     return [run["counts"].decode("ascii") for run in runs(masks)]
 
 
@@ -106,10 +108,10 @@ def overlaps(
         counted = runs(~ignore[None])[0]
         proposals = [rle.merge([mask, counted], intersect=True) for mask in proposals]
         targets = targets & ~ignore
-    truth = runs(targets)
-    iou = rle.iou(proposals, truth, [0] * len(truth))
-    # "crowd": the intersection over the first argument's area
-    iop = rle.iou(proposals, truth, [1] * len(truth))
+    ground_truth = runs(targets)
+    iou = rle.iou(proposals, ground_truth, [0] * len(targets))
+    # Against a "crowd", COCO divides the intersection by the area of the proposal alone.
+    iop = rle.iou(proposals, ground_truth, [1] * len(targets))
     return np.nan_to_num(iou.T).astype(np.float32), np.nan_to_num(iop.T).astype(np.float32)
 
 
@@ -136,7 +138,7 @@ class ProposalStore:
     def path(self, image: np.ndarray) -> Path:
         """The file of uint8 (H, W, 3); it depends on the pixels, not on where they came from."""
         digest = hashlib.blake2b(str(image.shape).encode(), digest_size=16)
-        digest.update(np.ascontiguousarray(image))
+        digest.update(np.ascontiguousarray(image).data)
         name = digest.hexdigest()
         return self.folder / name[:2] / f"{name}.json"
 
@@ -157,8 +159,8 @@ class ProposalStore:
             ) from error
 
     def write(self, image: np.ndarray, found: Found) -> None:
-        """All or nothing: a killed process leaves no half file, and two that write the same image
-        do not meet."""
+        """Writes all or nothing: a killed process leaves no half file, and two processes that write
+        the same image use different partial files."""
         path = self.path(image)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -177,8 +179,8 @@ class ProposalSource:
     """P."""
     store: ProposalStore | None = None
     generate: Callable[[np.ndarray], Found] | None = None
-    """Makes what the store lacks, and keeps it there. None in data loading processes, which have no
-    network."""
+    """Computes what the store lacks; the result is stored. None in data loading processes, which
+    have no SAM."""
 
     def none(self, image: np.ndarray) -> Proposals:
         """No proposals, for an image without targets."""
@@ -190,11 +192,9 @@ class ProposalSource:
         found = self.store.read(image) if self.store is not None else None
         if found is None:
             if self.generate is None:
-                where = (
-                    "no store is given (--proposals)"
-                    if self.store is None
-                    else f"{self.store.folder} has none"
-                )
+                where = "no store is given (--proposals)"
+                if self.store is not None:
+                    where = f"{self.store.folder} has none"
                 raise DataError(
                     f"{name}: no proposals, {where}; run python -m utils.precompute_proposals with"
                     " the flags of this run first"

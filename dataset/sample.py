@@ -1,7 +1,6 @@
-"""Samples, batches and the step between them.
+"""What a loader gives: samples, and the options that every loader takes.
 
-B images in a batch · N conversations · L tokens · K targets of one conversation · H, W the image in
-the original frame · S the side of SAM's padded input.
+H, W are the size of an image in the original frame.
 """
 
 from __future__ import annotations
@@ -82,14 +81,10 @@ def draw_queries(
 ) -> list[tuple[int, str]]:
     """Up to ``count`` pairs (index of a query, one of its wordings): every query once before any is
     asked again in other words."""
-    shuffled = [
-        (int(number), rng.permutation(wordings[number]))
-        for number in rng.permutation(len(wordings))
-    ]
-    rounds = range(max(len(texts) for _, texts in shuffled))
+    shuffled = [(int(i), rng.permutation(wordings[i])) for i in rng.permutation(len(wordings))]
     pairs = [
         (number, str(texts[turn]))
-        for turn in rounds
+        for turn in range(max(len(texts) for _, texts in shuffled))
         for number, texts in shuffled
         if turn < len(texts)
     ]

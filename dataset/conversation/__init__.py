@@ -1,2 +1,1 @@
-"""Conversations: turns, templates, wordings, in-context exemplars, and their token ids with exact
-labels."""
+"""Conversations: turns, templates, wordings, exemplars, and their token ids with exact labels."""

@@ -11,14 +11,12 @@ L is the number of tokens of a sequence.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from dataset.conversation.templates import ConversationTemplate, get_template
 from dataset.conversation.turns import (
     Answer,
-    AnswerToken,
     Conversation,
     Turn,
     answer_text,
@@ -26,9 +24,7 @@ from dataset.conversation.turns import (
 )
 
 IGNORE_INDEX = -100  # the label that cross-entropy skips
-
-
-# ----------------------------------------------------------------------------------------- encoding
+_ANCHOR = "\n"  # no sentence-piece vocabulary merges a newline with what follows
 
 
 @dataclass
@@ -40,16 +36,36 @@ class Encoded:
     labels: list[int]
 
 
-_ANCHOR = "\n"  # no sentence-piece vocabulary merges a newline with what follows
+class _SequenceWriter:
+    r"""Writes one sequence. Consecutive texts of equal supervision are tokenised together.
 
+    White space is the difficulty. LLaMA's tokenizer puts a space, "▁", before every text that it is
+    given, but most texts continue the sequence after a special token and start nothing. Such a text
+    is tokenised behind a newline (``_ANCHOR``), and the tokens of that newline are cut off again.
+    "<image>\nWhere? ASSISTANT: It is [SEG]. Yes." is written like this::
 
-class _Writer:
-    """Collects pieces. Consecutive texts of equal supervision are tokenised together."""
+        piece                   given to the tokenizer      kept
+        <image>                                             <image>
+        "\nWhere? ASSISTANT:"   "\n\nWhere? ASSISTANT:"     <0x0A> Where ? ▁A SS IST ANT :
+        " It is "               "\n It is"                  ▁It ▁is
+        [SEG]                                               [SEG]
+        ". Yes."                "\n. Yes."                  . ▁Yes .
+
+    The space before [SEG] is dropped, because it would become a lone "▁" that no published
+    checkpoint has seen there.
+
+    The checkpoints of LLaVA v1, LISA and CoReS were trained with transformers' *slow* LLaMA
+    tokenizer, which drops all white space next to a token and takes the text after it for a new
+    one. With ``strip_at_tokens`` a newline therefore vanishes, and two spaces appear::
+
+        "\nWhere? ASSISTANT:"   "Where? ASSISTANT:"         ▁Where ? ▁A SS IST ANT :
+        ". Yes."                ". Yes."                    ▁. ▁Yes .
+    """
 
     def __init__(
         self, tokenizer, template: ConversationTemplate, image_token: str, levels: Sequence[str]
     ):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.template = tokenizer, template
         self.strip = template.strip_at_tokens
         self.marks = [token_id(tokenizer, mark) for mark in template.image_marks or ()]
         self.image_id = token_id(tokenizer, image_token)
@@ -58,21 +74,17 @@ class _Writer:
             raise ValueError(
                 "the tokenizer has no end-of-sequence token; generation could never stop"
             )
-        # unknown words are ordinary text, every other special token is control
-        control = {
-            *tokenizer.all_special_ids,
-            self.image_id,
-            *self.marks,
-            *self.level_ids.values(),
-        } - {tokenizer.unk_token_id}
-        self.control = {index: tokenizer.convert_ids_to_tokens(index) for index in control}
+        special = {*tokenizer.all_special_ids, self.image_id, *self.marks, *self.level_ids.values()}
+        special -= {tokenizer.unk_token_id}  # an unknown word is ordinary text
+        # The ids that a text must never become, and their tokens.
+        self.control = {index: tokenizer.convert_ids_to_tokens(index) for index in special}
+        self.anchor = self._plain(_ANCHOR)
         self.ids: list[int] = []
         self.labels: list[int] = []
-        self._text = ""
+        self._text = ""  # not yet tokenised
         self._supervised = False
-        # nothing but the beginning-of-sequence token stands before the pending text
-        self._at_start = True
-        self._strip_next = False
+        self._at_start = True  # the next text is tokenised as the beginning of a text
+        self._strip_next = False  # the next text loses its leading white space
 
     def text(self, text: str, supervised: bool = False) -> None:
         if supervised != self._supervised:
@@ -80,34 +92,16 @@ class _Writer:
             self._supervised = supervised
         self._text += text
 
-    def token(self, index: int, supervised: bool = False, count: int = 1) -> None:
-        # A space before a token would become a token of its own, which no published checkpoint has
-        # seen.
+    def token(self, index: int, supervised: bool = False) -> None:
+        """Writes a special token, and drops white space before it."""
         self._text = self._text.rstrip() if self.strip else self._text.rstrip(" ")
-        self._token(index, supervised, count)
+        self._token(index, supervised)
 
-    def end(self, text: str, supervised: bool) -> None:
-        """The end of an answer: ``text``, which must not merge with the last word, and the
-        end-of-sequence token."""
-        self._text = self._text.rstrip()
+    def _token(self, index: int, supervised: bool) -> None:
         self.flush()
-        self.text(text, supervised)
-        self._token(self.tokenizer.eos_token_id, supervised)
-
-    def _token(self, index: int, supervised: bool = False, count: int = 1) -> None:
-        self.flush()
-        self._append([index] * count, supervised)
+        self._append([index], supervised)
         self._at_start = self.strip or index == self.tokenizer.bos_token_id
         self._strip_next = self.strip and index != self.tokenizer.bos_token_id
-
-    def image(self, count: int) -> None:
-        before, after = (self.marks[:1], self.marks[1:]) if self.marks else ((), ())
-        for index, repeat in (
-            *((i, 1) for i in before),
-            (self.image_id, count),
-            *((i, 1) for i in after),
-        ):
-            self.token(index, count=repeat)
 
     def flush(self) -> None:
         if self._strip_next:
@@ -121,21 +115,12 @@ class _Writer:
         self.ids += ids
         self.labels += ids if supervised else [IGNORE_INDEX] * len(ids)
 
-    def _plain(self, text: str) -> list[int]:
-        return self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )["input_ids"]
-
-    @cached_property
-    def _anchor(self) -> list[int]:
-        return self._plain(_ANCHOR)
-
     def _tokenise(self, text: str) -> list[int]:
         ids = self._continue(text)
         if self.control.keys() & ids:
             # split_special_tokens leaves added tokens whole that were not declared special, and a
-            # word-level vocabulary may list them as words: a space inside makes ordinary text of
-            # them.
+            # word-level vocabulary may list control tokens as words: a space inside makes ordinary
+            # text of them.
             for index in self.control.keys() & ids:
                 token = self.control[index]
                 text = text.replace(token, f"{token[:1]} {token[1:]}")
@@ -150,68 +135,72 @@ class _Writer:
     def _continue(self, text: str) -> list[int]:
         """Token ids of ``text`` after what is written, without the space that sentence-piece models
         put before it."""
-        if self._at_start:  # the slow tokenizer put its space before a space, too
+        if self._at_start:
+            # The slow tokenizer put its space before every text; the fast one leaves it out where
+            # the text has one already, so " USER" would lack a "▁".
             return self._plain(f" {text}" if self.strip and text.startswith(" ") else text)
-        anchor, ids = self._anchor, self._plain(_ANCHOR + text)
-        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._plain(text)
+        count, ids = len(self.anchor), self._plain(_ANCHOR + text)
+        # A vocabulary without a newline (of words, for example) puts no space before a text either.
+        return ids[count:] if ids[:count] == self.anchor else self._plain(text)
 
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
 
-def _write_question(
-    writer: _Writer,
-    template: ConversationTemplate,
-    question: str,
-    index: int,
-    image_token_count: int,
-) -> None:
-    """Turn ``index`` of the sequence up to where the assistant speaks; the image is left out if its
-    count is 0."""
-    bos = writer.tokenizer.bos_token_id
-    if bos is not None and (index == 0 or template.bos_every_turn):
-        writer.token(bos)
-    writer.text(template.before(index))
-    if image_token_count:
-        writer.image(image_token_count)
-        writer.text(template.image_gap)
-    writer.text(question.strip() + template.assistant)
-    writer.flush()
+    def question(self, question: str, index: int, image_token_count: int) -> None:
+        """Writes turn ``index`` of the sequence up to the prompt's end; the image is left out if
+        its count is 0."""
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and (index == 0 or self.template.bos_every_turn):
+            self.token(bos)
+        self.text(self.template.before(index))
+        if image_token_count:
+            image = [self.image_id] * image_token_count
+            for token in (*self.marks[:1], *image, *self.marks[1:]):
+                self.token(token)
+            self.text(self.template.image_gap)
+        self.text(question.strip() + self.template.assistant)
+        self.flush()
 
-
-def _write_answer(
-    writer: _Writer, template: ConversationTemplate, reply: Answer, supervised: bool
-) -> None:
-    if not answer_text(reply).strip():
-        raise ValueError("an answer is empty; every turn needs one")
-    for position, part in enumerate(reply):
-        if isinstance(part, AnswerToken):
-            if part.level not in writer.level_ids:
+    def answer(self, answer: Answer, supervised: bool) -> None:
+        """Writes an answer with the template's end and the end-of-sequence token."""
+        if not answer_text(answer).strip():
+            raise ValueError("an answer is empty; every turn needs one")
+        for position, part in enumerate(answer):
+            if isinstance(part, str):
+                self.text(part if position else " " + part.lstrip(), supervised)
+            elif part.level in self.level_ids:
+                self.token(self.level_ids[part.level], supervised)
+            else:
                 raise ValueError(
-                    f"answer token {part.text} is not one of the levels {list(writer.level_ids)}"
+                    f"answer token {part.text} is not one of the levels {list(self.level_ids)}"
                 )
-            writer.token(writer.level_ids[part.level], supervised)
-        else:
-            writer.text(part if position else " " + part.lstrip(), supervised)
-    writer.end(template.answer_end, supervised)
+        self._text = self._text.rstrip()
+        self.flush()  # the template's end must not merge with the last word
+        self.text(self.template.answer_end, supervised)
+        self._token(self.tokenizer.eos_token_id, supervised)
+
+    def turns(
+        self,
+        exemplars: Sequence[tuple[str, str]],
+        turns: Iterable[tuple[str, Answer | None]],
+        image_token_count: int,
+        supervised: bool,
+    ) -> None:
+        """Writes exemplars and turns. An answer that is None is still to be generated: the sequence
+        ends where it begins."""
+        for index, (question, text) in enumerate(exemplars):
+            self.question(question, index, 0)
+            self.answer([text], supervised=False)
+        first = len(exemplars)
+        for index, (question, answer) in enumerate(turns, start=first):
+            self.question(question, index, image_token_count if index == first else 0)
+            if answer is not None:
+                self.answer(answer, supervised)
 
 
-def _write_turns(
-    writer: _Writer,
-    template: ConversationTemplate,
-    exemplars: Sequence[tuple[str, str]],
-    turns: Sequence[Turn],
-    image_token_count: int,
-    supervised: bool,
-) -> None:
-    for index, (question, reply) in enumerate(exemplars):
-        _write_question(writer, template, question, index, 0)
-        _write_answer(writer, template, [reply], supervised=False)
-    for index, (question, reply) in enumerate(turns):
-        _write_question(
-            writer, template, question, len(exemplars) + index, 0 if index else image_token_count
-        )
-        _write_answer(writer, template, reply, supervised)
-
-
-def encode(
+def encode_conversation(
     conversation: Conversation,
     exemplars: Sequence[tuple[str, str]],
     tokenizer,
@@ -228,11 +217,8 @@ def encode(
     expects it. Raises ValueError for an answer without text, a token that is not one of ``levels``
     and a tokenizer that lacks one.
     """
-    template = get_template(template)
-    writer = _Writer(tokenizer, template, image_token, levels)
-    _write_turns(
-        writer, template, exemplars, conversation.turns, image_token_count, supervised=True
-    )
+    writer = _SequenceWriter(tokenizer, get_template(template), image_token, levels)
+    writer.turns(exemplars, conversation.turns, image_token_count, supervised=True)
     return Encoded(writer.ids, writer.labels)
 
 
@@ -246,16 +232,13 @@ def encode_prompt(
     image_token_count: int,
     levels: Sequence[str],
 ) -> list[int]:
-    """The token ids (L,) that ask ``question`` after ``history``; they end where the assistant
-    starts to speak.
+    """The token ids (L,) that ask ``question`` after ``history``; they end where the answer begins.
 
-    They are exactly the first ids of ``encode`` for the same turns.
+    They are exactly the first ids of ``encode_conversation`` for the same turns.
     """
-    template = get_template(template)
-    writer = _Writer(tokenizer, template, image_token, levels)
-    _write_turns(writer, template, exemplars, history, image_token_count, supervised=False)
-    index = len(exemplars) + len(history)
-    _write_question(writer, template, question, index, 0 if history else image_token_count)
+    writer = _SequenceWriter(tokenizer, get_template(template), image_token, levels)
+    turns = [*history, (question, None)]
+    writer.turns(exemplars, turns, image_token_count, supervised=False)
     return writer.ids
 
 
@@ -271,8 +254,7 @@ def encode_text(
 
     It starts with the beginning-of-sequence token, where the tokenizer has one.
     """
-    template = get_template(template)
-    writer = _Writer(tokenizer, template, image_token, levels)
+    writer = _SequenceWriter(tokenizer, get_template(template), image_token, levels)
     tokens = {token: index for index, token in writer.control.items()}
     if tokenizer.bos_token_id is not None:
         writer.token(tokenizer.bos_token_id)

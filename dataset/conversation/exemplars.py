@@ -1,5 +1,5 @@
-"""In-context guidance: plain question-answer turns about where things are, drawn anew for every
-sample.
+"""In-context guidance: plain question-answer turns that tell where things are, drawn anew for
+every sample.
 
 An exemplar shows the model the way to reason ("it typically appears on the side of the kettle"),
 never a mask: it holds no special token, belongs to no image and is not supervised. The released
@@ -23,8 +23,8 @@ LOOKS_SPECIAL = re.compile(r"\[[A-Z_]+\]|<[^<>]*>|\{|\}")
 
 
 def normalise(text: str) -> str:
-    """The words of ``text`` in lower case, single spaces between them; texts that differ in signs
-    only become equal."""
+    """The words of ``text`` in lower case with single spaces between them, so that texts become
+    equal that differ only in punctuation."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
@@ -48,15 +48,17 @@ class ExemplarLibrary:
                 )
 
     def _check(self, entry: object, index: int) -> tuple[str, str]:
-        texts = (entry.get("q"), entry.get("a")) if isinstance(entry, dict) else (None, None)
-        for text in texts:
+        texts = []
+        for key in ("q", "a"):
+            text = entry.get(key) if isinstance(entry, dict) else None
             if not isinstance(text, str) or not text.strip():
                 raise DataError(f'{self.path}: entry {index} needs non-empty texts "q" and "a"')
             if found := LOOKS_SPECIAL.search(text):
                 raise DataError(
                     f"{self.path}: entry {index} contains {found[0]!r}; exemplars are plain text"
                 )
-        return texts[0].strip(), texts[1].strip()
+            texts.append(text.strip())
+        return texts[0], texts[1]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -73,12 +75,12 @@ class ExemplarLibrary:
             return []
         queries = [exclude_query] if isinstance(exclude_query, str) else exclude_query or ()
         queries = [f" {normalise(query)} " for query in queries]
-        # the query carries a wording around it ("... Please output segmentation mask."), hence
-        # containment
+        # A query stands inside a wording ("… Please output segmentation mask."), so an exemplar
+        # repeats it if it is contained in it, not only if the two are equal.
         allowed = [
-            i
-            for i, question in enumerate(self._questions)
-            if not any(f" {question} " in q for q in queries)
+            index
+            for index, question in enumerate(self._questions)
+            if not any(f" {question} " in query for query in queries)
         ]
         if count > len(allowed):
             raise ValueError(
@@ -90,12 +92,12 @@ class ExemplarLibrary:
 
 @cache
 def default_library() -> ExemplarLibrary:
-    """The library that comes with the code."""
+    """The library that comes with the code, read once."""
     return ExemplarLibrary()
 
 
-def draw(
+def draw_exemplars(
     rng: np.random.Generator, count: int, exclude_query: str | Sequence[str] | None = None
 ) -> list[tuple[str, str]]:
-    """Draws from the default library, see ExemplarLibrary.draw."""
+    """Draws from the library that comes with the code, see ``ExemplarLibrary.draw``."""
     return default_library().draw(rng, count, exclude_query) if count > 0 else []

@@ -6,16 +6,14 @@ import json
 import re
 from dataclasses import dataclass
 
-# ---------------------------------------------------------------------------------------- templates
-
 
 @dataclass(frozen=True)
 class ConversationTemplate:
     """How turns are written. Every answer ends with the end-of-sequence token, so generation always
     stops by id.
 
-    What belongs to a checkpoint rather than to a style comes last; ``CoresProcessor.conversation``
-    sets it.
+    The last two fields belong to a checkpoint rather than to a style;
+    ``CoresProcessor.conversation`` sets them.
     """
 
     name: str
@@ -26,12 +24,11 @@ class ConversationTemplate:
     image_gap: str  # between the image and the question
     answer_end: str = ""  # after an answer, before the end-of-sequence token
     bos_every_turn: bool = False
-    # tokens around the image, such as ("<im_start>", "<im_end>")
-    image_marks: tuple[str, str] | None = None
+    image_marks: tuple[str, str] | None = None  # around the image: ("<im_start>", "<im_end>")
     strip_at_tokens: bool = False
-    """No white space next to a token, and text after one starts like the first text of a sequence:
-    what transformers' slow LLaMA tokenizer made of every sequence that the checkpoints of LLaVA v1,
-    LISA and CoReS were trained on."""
+    """White space next to a token is dropped, and the text after it starts like the first text of a
+    sequence. Transformers' slow LLaMA tokenizer did so to every sequence that the checkpoints of
+    LLaVA v1, LISA and CoReS were trained on; ``dataset.conversation.encoding`` has an example."""
 
     def before(self, index: int) -> str:
         """What stands before question ``index`` of a sequence, counted from 0."""
@@ -60,14 +57,18 @@ class ConversationTemplate:
             "BOS_EVERY_TURN": self.bos_every_turn,
             "STRIP": self.strip_at_tokens,
         }
-        fill = lambda found: json.dumps(words[found[1]], ensure_ascii=False)  # noqa: E731
-        return re.sub(rf"<<({'|'.join(words)})>>", fill, _CHAT_TEMPLATE)
+        return re.sub(
+            rf"<<({'|'.join(words)})>>",
+            lambda found: json.dumps(words[found[1]], ensure_ascii=False),
+            _CHAT_TEMPLATE,
+        )
 
 
 _CHAT_TEMPLATE = """
 {%- macro text_of(content) -%}
   {%- if content is string -%}{{- content -}}
-  {%- else -%}{%- for part in content if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
+  {%- else -%}{%- for part in content if part['type'] == 'text' -%}\
+{{- part['text'] -}}{%- endfor -%}
   {%- endif -%}
 {%- endmacro -%}
 {%- if messages[0]['role'] == 'system' -%}
@@ -82,63 +83,51 @@ _CHAT_TEMPLATE = """
       {{- bos_token -}}
       {%- if <<STRIP>> or not before.startswith(' ') -%}{{- <<SPACE>> -}}{%- endif -%}
     {%- endif -%}
-    {%- set images = [] if message['content'] is string else message['content'] | selectattr('type', 'equalto', 'image') | list -%}
+    {%- set images = [] if message['content'] is string else \
+message['content'] | selectattr('type', 'equalto', 'image') | list -%}
     {{- before.rstrip(' ') if images else before -}}
     {%- for image in images -%}{{- <<IMAGE>> + <<IMAGE_GAP>> -}}{%- endfor -%}
     {{- text_of(message['content']) | trim + <<ASSISTANT>> -}}
   {%- else -%}
     {{- ' ' -}}
-    {%- generation -%}{{- text_of(message['content']) | trim + <<ANSWER_END>> + eos_token -}}{%- endgeneration -%}
+    {%- generation -%}{{- text_of(message['content']) | trim + <<ANSWER_END>> + eos_token -}}\
+{%- endgeneration -%}
   {%- endif -%}
 {%- endfor -%}"""
-
 
 _USER_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-
-
 _HUMAN_SYSTEM = _USER_SYSTEM.replace("curious user", "curious human").replace("user's", "human's")
-
-
 _LLAMA_2_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content"
     " that the user provides, and assist the user with a variety of tasks using natural language."
 )
 
-
-TEMPLATES: dict[str, ConversationTemplate] = {
-    template.name: template
-    for template in (
-        ConversationTemplate(
-            "llava_v1", _HUMAN_SYSTEM, "{system} USER: ", "USER: ", " ASSISTANT:", "\n"
-        ),
-        ConversationTemplate(
-            "vicuna_v1", _USER_SYSTEM, "{system} USER: ", "USER: ", " ASSISTANT:", "\n"
-        ),
-        ConversationTemplate(
-            "llava_v0",
-            _HUMAN_SYSTEM,
-            "{system}###Human: ",
-            "Human: ",
-            "###Assistant:",
-            "\n",
-            answer_end="###",
-        ),
-        ConversationTemplate(
-            "llava_llama_2",
-            _LLAMA_2_SYSTEM,
-            "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
-            "[INST] ",
-            " [/INST]",
-            "\n",
-            answer_end=" ",
-            bos_every_turn=True,
-        ),
-        ConversationTemplate("tiny", "", "USER: ", "USER: ", " ASSISTANT:", " "),
-    )
-}
+_TEMPLATES = (
+    ConversationTemplate(
+        "llava_v1", _HUMAN_SYSTEM, "{system} USER: ", "USER: ", " ASSISTANT:", "\n"
+    ),
+    ConversationTemplate(
+        "vicuna_v1", _USER_SYSTEM, "{system} USER: ", "USER: ", " ASSISTANT:", "\n"
+    ),
+    ConversationTemplate(
+        "llava_v0", _HUMAN_SYSTEM, "{system}###Human: ", "Human: ", "###Assistant:", "\n", "###"
+    ),
+    ConversationTemplate(
+        name="llava_llama_2",
+        system=_LLAMA_2_SYSTEM,
+        opening="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
+        user="[INST] ",
+        assistant=" [/INST]",
+        image_gap="\n",
+        answer_end=" ",
+        bos_every_turn=True,
+    ),
+    ConversationTemplate("tiny", "", "USER: ", "USER: ", " ASSISTANT:", " "),
+)
+TEMPLATES = {template.name: template for template in _TEMPLATES}
 
 
 def get_template(name: str | ConversationTemplate) -> ConversationTemplate:

@@ -1,10 +1,11 @@
-"""Questions and answers as data: what is said, which tokens stand in an answer, and the masks that
-belong to them."""
+"""Questions and answers as data: the turns of a conversation, the special tokens of an answer, and
+the masks that belong to them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -21,40 +22,7 @@ class AnswerToken:
 
 
 Answer = list[str | AnswerToken]  # an answer in pieces; plain text never becomes a token
-
-
 Turn = tuple[str, Answer]  # (question, answer)
-
-
-def answer_text(answer: Answer) -> str:
-    """The answer as people read it: "It appears on [LOC]. It is [SEG]."."""
-    return "".join(part.text if isinstance(part, AnswerToken) else part for part in answer)
-
-
-def answer_from_ids(ids: Sequence[int], tokenizer, levels: Sequence[str]) -> Answer:
-    """What the model said, token ids (L,), as an answer that can stand in the history of the next
-    question."""
-    by_id = {token_id(tokenizer, f"[{level}]"): AnswerToken(level) for level in levels}
-    answer: Answer = []
-    pending: list[int] = []
-    for token in [*ids, None]:
-        if token is not None and token not in by_id:
-            pending.append(token)
-            continue
-        text = tokenizer.decode(pending, skip_special_tokens=True) if pending else ""
-        if text:
-            answer.append(text if not answer or text[0] in " .,;:!?" else " " + text)
-        pending = []
-        if token is not None:
-            if isinstance(answer[-1] if answer else None, str) and not answer[-1].endswith(" "):
-                answer[-1] += " "
-            answer.append(by_id[token])
-    return answer
-
-
-def text_from_ids(ids: Sequence[int], tokenizer, levels: Sequence[str]) -> str:
-    """Generated ids (L,) as people read them."""
-    return answer_text(answer_from_ids(ids, tokenizer, levels)).strip()
 
 
 @dataclass
@@ -74,6 +42,31 @@ class Conversation:
     """ReasonSeg's long (True) or short (False) query; None where the data do not say."""
 
 
+def answer_text(answer: Answer) -> str:
+    """The answer as people read it: "It appears on [LOC]. It is [SEG]."."""
+    return "".join(part.text if isinstance(part, AnswerToken) else part for part in answer)
+
+
+def answer_from_ids(ids: Sequence[int], tokenizer, levels: Sequence[str]) -> Answer:
+    """Generated token ids (L,) as an answer that can stand in the history of the next question."""
+    level_tokens = {token_id(tokenizer, f"[{level}]"): AnswerToken(level) for level in levels}
+    answer: Answer = []
+    for is_level, group in groupby(ids, level_tokens.__contains__):
+        if is_level:
+            if answer and isinstance(text := answer[-1], str) and not text.endswith(" "):
+                answer[-1] = text + " "
+            answer += [level_tokens[index] for index in group]
+        elif text := tokenizer.decode(list(group), skip_special_tokens=True):
+            # Decoding drops the space between a special token and a following word.
+            answer.append(text if not answer or text[0] in " .,;:!?" else " " + text)
+    return answer
+
+
+def text_from_ids(ids: Sequence[int], tokenizer, levels: Sequence[str]) -> str:
+    """Generated token ids (L,) as people read them."""
+    return answer_text(answer_from_ids(ids, tokenizer, levels)).strip()
+
+
 def count_groups(turns: Sequence[Turn], levels: Sequence[str], where: str = "conversation") -> int:
     """The number of targets that the answers of ``turns`` name, one group of level tokens each.
 
@@ -81,8 +74,8 @@ def count_groups(turns: Sequence[Turn], levels: Sequence[str], where: str = "con
     ``where`` names the sample.
     """
     groups = 0
-    for _, reply in turns:
-        found = [part.level for part in reply if isinstance(part, AnswerToken)]
+    for _, answer in turns:
+        found = [part.level for part in answer if isinstance(part, AnswerToken)]
         count = len(found) // len(levels)
         if found != list(levels) * count:
             raise ValueError(
@@ -93,6 +86,7 @@ def count_groups(turns: Sequence[Turn], levels: Sequence[str], where: str = "con
 
 
 def token_id(tokenizer, token: str) -> int:
+    """The id of a token. Raises ValueError if the tokenizer does not have it."""
     index = tokenizer.convert_tokens_to_ids(token)
     if index is None or index == tokenizer.unk_token_id:
         raise ValueError(

@@ -10,19 +10,15 @@ import numpy as np
 
 from dataset.conversation.turns import Answer, AnswerToken
 
-# ----------------------------------------------------------------------------------------- wordings
-
 # {where} stands for the tokens before the last one, {last} for the last one. The first wording of
 # each list is the canonical one of teacher-forced evaluation.
-ONE_LEVEL_WORDINGS = (
+ONE_LEVEL_WORDINGS: tuple[str, ...] = (
     "It is {last}.",
     "Sure, {last}.",
     "Sure, it is {last}.",
     "Sure, the segmentation result is {last}.",
     "{last}.",
 )
-
-
 _APPEARS = (
     "It appears on {where}.",
     "It usually appears on {where}.",
@@ -34,27 +30,17 @@ _APPEARS = (
     "Sure, it usually appears on {where}.",
     "Sure, it is a part of {where}.",
 )
-
-
 MULTI_LEVEL_WORDINGS = tuple(
     f"{first} {last}"
     for last in ("It is {last}.", "The segmentation result is {last}.")
     for first in _APPEARS
 )
-
-
 _ONE_LEVEL_NEXT = " Another is {last}."
-
-
 _MULTI_LEVEL_NEXT = " Another appears on {where}. It is {last}."
-
-
 SENTENCE_QUESTIONS = (
     "{text} Please output segmentation mask.",
     "{text} Please respond with segmentation mask.",
 )
-
-
 PHRASE_QUESTIONS = (
     "What is {text} in this image? Please output segmentation mask.",
     "What is {text} in this image? Please respond with segmentation mask.",
@@ -63,8 +49,6 @@ PHRASE_QUESTIONS = (
     "Can you show me {text} in this image?",
     "Please mark {text} in this image.",
 )
-
-
 EXPLAIN_SUFFIXES = (
     "Please output segmentation mask and explain why.",
     "Please output segmentation mask and give the reason.",
@@ -77,8 +61,7 @@ def _pick(wordings: Sequence[str], rng: np.random.Generator | None) -> str:
 
 
 def sentence_question(text: str, rng: np.random.Generator | None = None) -> str:
-    """The question for a query that is a whole sentence. ``rng`` None gives the canonical
-    wording."""
+    """The question for a query that is a sentence. ``rng`` None gives the canonical wording."""
     return _pick(SENTENCE_QUESTIONS, rng).format(text=text)
 
 
@@ -98,13 +81,11 @@ def _fill(wording: str, levels: Sequence[str]) -> Answer:
     where: Answer = []
     for level in levels[:-1]:
         where += [", at ", AnswerToken(level)] if where else [AnswerToken(level)]
-    pieces = {"{where}": where, "{last}": [AnswerToken(levels[-1])]}
-    return [
-        piece
-        for text in re.split(r"(\{where\}|\{last\})", wording)
-        if text
-        for piece in pieces.get(text, [text])
-    ]
+    pieces: dict[str, Answer] = {"{where}": where, "{last}": [AnswerToken(levels[-1])]}
+    answer: Answer = []
+    for text in re.split(r"(\{where\}|\{last\})", wording):
+        answer += pieces.get(text, [text] if text else [])
+    return answer
 
 
 def answer(
@@ -125,11 +106,9 @@ def answer(
             f"an answer with tokens needs at least one target, got {targets}; text-only answers are"
             " plain text"
         )
-    wordings, following = (
-        (MULTI_LEVEL_WORDINGS, _MULTI_LEVEL_NEXT)
-        if len(levels) > 1
-        else (ONE_LEVEL_WORDINGS, _ONE_LEVEL_NEXT)
-    )
+    wordings, following = ONE_LEVEL_WORDINGS, _ONE_LEVEL_NEXT
+    if len(levels) > 1:
+        wordings, following = MULTI_LEVEL_WORDINGS, _MULTI_LEVEL_NEXT
     parts = _fill(_pick(wordings, rng), levels)
     for _ in range(targets - 1):
         parts += _fill(following, levels)

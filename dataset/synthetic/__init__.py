@@ -1,2 +1,1 @@
-"""SynthReason: a procedural benchmark for reasoning segmentation that fits a machine without a
-GPU."""
+"""SynthReason: a procedural benchmark for reasoning segmentation that needs no GPU."""

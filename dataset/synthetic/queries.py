@@ -1,4 +1,4 @@
-"""Asking about SynthReason: which part of which object, in which words."""
+"""The queries of SynthReason: which part of which object, in which words."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataset.synthetic.scenes import Scene
+from dataset.synthetic.scenes import SyntheticScene
 from dataset.synthetic.vocabulary import EXPLICIT, HABITS, IMPLICIT, PARTS, PURPOSES, held_out
-
-# ------------------------------------------------------------------------------------------ queries
 
 
 @dataclass
-class Query:
+class PartQuery:
     """A question about one part of one object. ``texts``: wordings of the same question."""
 
     texts: list[str]
@@ -23,10 +21,11 @@ class Query:
 
 
 def plural(part: str) -> str:
-    return part if part == "nose" else part + "s"  # every other part comes in pairs
+    """The word for a part in a query: every part but the nose comes in pairs."""
+    return part if part == "nose" else part + "s"
 
 
-def host_phrases(scene: Scene, index: int, with_colour_only: bool = False) -> list[str]:
+def host_phrases(scene: SyntheticScene, index: int, with_colour_only: bool = False) -> list[str]:
     """Every unambiguous way to name an object of the scene."""
     obj = scene.objects[index]
     phrases = [f"the {obj.colour} {obj.category}"]
@@ -35,7 +34,9 @@ def host_phrases(scene: Scene, index: int, with_colour_only: bool = False) -> li
     return phrases
 
 
-def make_query(scene: Scene, split: str, rng: np.random.Generator, texts: int = 1) -> Query:
+def make_query(
+    scene: SyntheticScene, split: str, rng: np.random.Generator, texts: int = 1
+) -> PartQuery:
     """Draws one query that ``split`` ("train" or "val") may use, with up to ``texts`` wordings."""
     wanted = split == "val"
     for _ in range(200):
@@ -59,7 +60,7 @@ def make_query(scene: Scene, split: str, rng: np.random.Generator, texts: int = 
             frames, hosts = EXPLICIT[split], host_phrases(scene, index, with_colour_only=wanted)
             wordings = [f.format(host=h, part=plural(part)) for f in frames for h in hosts]
         chosen = rng.choice(len(wordings), size=min(texts, len(wordings)), replace=False)
-        return Query([wordings[i] for i in chosen], index, part, implicit)
+        return PartQuery([wordings[i] for i in chosen], index, part, implicit)
     raise RuntimeError(
         "no query found for a scene after 200 draws: the held-out rule leaves this scene nothing"
         " to ask"

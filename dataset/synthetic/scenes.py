@@ -1,4 +1,8 @@
-"""Drawing SynthReason: shapes of objects and parts, painted into a scene with exact masks."""
+"""The pictures of SynthReason: shapes of objects and parts, painted into a scene with exact masks.
+
+S is ``SIZE``. Polygons are (x, y) points, y down: in the frame of an object, which fills [-1, 1]²,
+or in pixels of the image.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +15,43 @@ import numpy as np
 from dataset.synthetic.vocabulary import COLOURS, DARK, FAMILIES, GLASS, GREY
 
 SIZE = 128  # pixels; scenes are square
-
-
-# ------------------------------------------------------------------------------------------ drawing
+Polygon = np.ndarray  # float (n, 2)
+Colour = tuple[int, ...]  # red, green, blue in 0…255
 
 
 @dataclass
-class Part:
-    """One part instance. ``mask``: bool (SIZE, SIZE), what is visible of it."""
+class PartInstance:
+    """One part instance. ``mask``: bool (S, S), what is visible of it."""
 
     name: str
     mask: np.ndarray
 
 
 @dataclass
-class SceneObject:
-    """A composite object. ``mask``: bool (SIZE, SIZE), everything visible of it, parts included."""
+class SyntheticObject:
+    """A composite object. ``mask``: bool (S, S), everything visible of it, parts included."""
 
     category: str
     colour: str
     family: str
     mask: np.ndarray
-    parts: list[Part]
+    parts: list[PartInstance]
 
     def union(self, part: str) -> np.ndarray:
-        """All instances of the named part, bool (SIZE, SIZE)."""
+        """All instances of the named part, bool (S, S)."""
         return np.any([p.mask for p in self.parts if p.name == part], axis=0)
 
 
 @dataclass
-class Scene:
-    """``image``: uint8 (SIZE, SIZE, 3) RGB."""
+class SyntheticScene:
+    """``image``: uint8 (S, S, 3) RGB."""
 
     image: np.ndarray
-    objects: list[SceneObject]
-
-
-# float (n, 2), (x, y) in the object's own frame: the object fills [-1, 1]², y down
-Polygon = np.ndarray
+    objects: list[SyntheticObject]
 
 
 def ellipse(x: float, y: float, rx: float, ry: float | None = None, angle: float = 0.0) -> Polygon:
+    """Centre (x, y), radii, and a turn of ``angle`` degrees."""
     t = np.linspace(0, 2 * math.pi, 28, endpoint=False)
     points = np.stack([rx * np.cos(t), (ry or rx) * np.sin(t)], axis=1)
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
@@ -157,14 +157,15 @@ def shape_of(category: str) -> tuple[list[Polygon], dict[str, list[Polygon]]]:
     return bodies[category], parts[category]
 
 
-def part_colour(part: str, body: tuple[int, int, int]) -> tuple[int, int, int]:
+def part_colour(part: str, body: Colour) -> Colour:
+    """The colour of a part on an object whose body has the colour ``body``."""
     if part in ("eye", "nose", "wheel", "knob"):
         return DARK
     if part in ("wing", "blade"):
         return GREY
     if part in ("window", "porthole"):
         return GLASS
-    return tuple(int(0.72 * channel) for channel in body)  # ears are a darker shade of the body
+    return tuple(int(0.72 * channel) for channel in body)  # an ear: a darker shade of the body
 
 
 class Canvas:
@@ -177,22 +178,24 @@ class Canvas:
         self.image = base + y[..., None] * slope[0] + x[..., None] * slope[1]
         self.owner = np.zeros((SIZE, SIZE), dtype=np.int32)  # 0 is background
 
-    def paint(self, points: np.ndarray, colour: tuple[int, int, int], owner: int) -> None:
-        """``points``: float (n, 2) image coordinates (x, y)."""
+    def paint(self, points: Polygon, colour: Colour, owner: int) -> None:
+        """``points``: in pixels of the image. ``owner``: number of the instance, 0 for none."""
         stencil = np.zeros((SIZE, SIZE), dtype=np.uint8)
-        cv2.fillPoly(stencil, [np.round(points * 16).astype(np.int32)], 1, shift=4)
+        corners = np.round(points * 16).astype(np.int32)  # with 4 fractional bits, see ``shift``
+        cv2.fillPoly(stencil, [corners], (1,), shift=4)
         inside = stencil.astype(bool)
         self.image[inside] = colour
         self.owner[inside] = owner
 
     def finish(self, rng: np.random.Generator) -> np.ndarray:
+        """The picture, uint8 (S, S, 3) RGB, with softened edges and noise."""
         image = cv2.GaussianBlur(self.image.astype(np.float32), (3, 3), 0.5)
         return np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
 
 
 def _clutter(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Dark discs and grey bars that belong to no object: what a part looks like is never enough to
-    find it."""
+    """Paints dark discs and grey bars that belong to no object, so that the look of a part is never
+    enough to find it."""
     for _ in range(rng.integers(2, 5)):
         x, y = rng.uniform(6, SIZE - 6, size=2)
         if rng.random() < 0.5:
@@ -203,7 +206,7 @@ def _clutter(canvas: Canvas, rng: np.random.Generator) -> None:
             canvas.paint(bar(x - dx, y - dy, x + dx, y + dy, rng.uniform(5, 7)), GREY, 0)
 
 
-def make_scene(rng: np.random.Generator) -> Scene:
+def make_scene(rng: np.random.Generator) -> SyntheticScene:
     """Four objects of one family on a jittered 2 × 2 grid. No two share category and colour."""
     family = str(rng.choice(list(FAMILIES)))
     kinds: list[tuple[str, str]] = []
@@ -213,36 +216,27 @@ def make_scene(rng: np.random.Generator) -> Scene:
             kinds.append(kind)
     canvas = Canvas(rng)
     _clutter(canvas, rng)
-    # owner id -> (object index, part name or None for the body)
-    names: dict[int, tuple[int, str | None]] = {}
+    names: list[tuple[int, str]] = []  # owner - 1 -> (index of its object, part or "" for the body)
     for index, (category, colour) in enumerate(kinds):
-        centre = np.array([(index % 2) * 64 + 32, (index // 2) * 64 + 32]) + rng.uniform(
-            -4, 4, size=2
-        )
+        middle = np.array([(index % 2) * 64 + 32, (index // 2) * 64 + 32])
+        centre = middle + rng.uniform(-4, 4, size=2)
         scale = rng.uniform(25, 30) * np.array([rng.choice((-1, 1)), 1])
         turn = math.radians(rng.uniform(-14, 14))
         rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
         shade = np.array(COLOURS[colour]) * rng.uniform(0.88, 1.08)
         body_colour = tuple(int(v) for v in np.clip(shade, 0, 255))
         bodies, parts = shape_of(category)
-        layers = [(None, polygon) for polygon in bodies]
-        layers += [(name, polygon) for name, polygons in parts.items() for polygon in polygons]
-        for name, polygon in layers:
-            owner = len(names) + 1
-            names[owner] = (index, name)
-            colour_here = body_colour if name is None else part_colour(name, body_colour)
-            canvas.paint((polygon * scale) @ rotation + centre, colour_here, owner)
-    return Scene(canvas.finish(rng), _objects(canvas.owner, names, kinds, family))
-
-
-def _objects(
-    owner: np.ndarray, names: dict, kinds: list[tuple[str, str]], family: str
-) -> list[SceneObject]:
+        layers = [("", polygon) for polygon in bodies]
+        layers += [(part, polygon) for part, polygons in parts.items() for polygon in polygons]
+        for part, polygon in layers:
+            names.append((index, part))
+            layer_colour = part_colour(part, body_colour) if part else body_colour
+            canvas.paint((polygon * scale) @ rotation + centre, layer_colour, len(names))
     objects = []
     for index, (category, colour) in enumerate(kinds):
-        mine = {o: part for o, (i, part) in names.items() if i == index}
-        parts = [Part(part, owner == o) for o, part in mine.items() if part is not None]
-        # slivers left by occlusion are not parts
-        parts = [part for part in parts if part.mask.sum() >= 12]
-        objects.append(SceneObject(category, colour, family, np.isin(owner, list(mine)), parts))
-    return objects
+        mine = {owner: part for owner, (i, part) in enumerate(names, start=1) if i == index}
+        found = [PartInstance(part, canvas.owner == owner) for owner, part in mine.items() if part]
+        visible = [part for part in found if part.mask.sum() >= 12]  # occlusion leaves slivers
+        mask = np.isin(canvas.owner, list(mine))
+        objects.append(SyntheticObject(category, colour, family, mask, visible))
+    return SyntheticScene(canvas.finish(rng), objects)

@@ -14,32 +14,23 @@ COLOURS = {
     "orange": (240, 142, 50),
 }
 
-
-DARK = (34, 32, 36)  # eyes, noses, wheels and knobs: one colour on purpose
-
-
+# Parts that look alike share a colour on purpose: only the host tells which one is meant.
+DARK = (34, 32, 36)  # eyes, noses, wheels and knobs
 GREY = (172, 176, 182)  # wings and blades
-
-
-GLASS = (188, 226, 238)  # windows
-
+GLASS = (188, 226, 238)  # windows and portholes
 
 FAMILIES = {
     "animal": ("dog", "cat", "rabbit", "bear"),
     "vehicle": ("car", "truck", "bus", "robot"),
     "aircraft": ("plane", "helicopter", "drone", "airship"),
 }
-
-
 CATEGORIES = [category for members in FAMILIES.values() for category in members]
-
 
 PARTS = {
     "animal": ("eye", "nose", "ear"),
     "vehicle": ("wheel", "knob", "window"),
     "aircraft": ("wing", "blade", "porthole"),
 }
-
 
 # What a part is for: a verb phrase that continues "... use to" and "... lets it".
 PURPOSES = {
@@ -69,7 +60,6 @@ PURPOSES = {
     ),
 }
 
-
 # What only one category of a family does: continues "the animal that ...".
 HABITS = {
     "dog": "barks",
@@ -86,9 +76,8 @@ HABITS = {
     "airship": "floats on gas",
 }
 
-
-# Short queries are phrases and long ones are sentences, as in ReasonSeg: the loader puts a question
-# around a phrase.
+# Short queries are phrases and long ones are sentences, as in ReasonSeg, whose loader puts a
+# question around a phrase.
 EXPLICIT = {
     "train": (
         "the {part} of {host}",
@@ -98,7 +87,6 @@ EXPLICIT = {
     ),
     "val": ("the {part} on {host}", "the {part} belonging to {host}"),
 }
-
 
 IMPLICIT = {
     "train": (
@@ -113,6 +101,6 @@ IMPLICIT = {
 
 
 def held_out(*combination: str) -> bool:
-    """True for the fifth of all combinations that only validation uses (a stable hash, not Python's
-    salted one)."""
+    """True for the fifth of all combinations that only validation uses. The hash is CRC-32, as
+    Python's own differs from process to process."""
     return zlib.crc32("|".join(combination).encode()) % 5 == 0

@@ -13,9 +13,11 @@ never uses.
 
 Written to disk in two layouts that real data have, too::
 
-    OUT/reason_seg/SynthReason/{train,val}/000000.jpg, 000000_0.json, …   ReasonSeg (one JSON per query)
-    OUT/synth_sem/{images,annotations}/{train,val}/000000.{jpg,png}       label maps of whole objects, 0 = void
-    OUT/synth_sem/classes.json                                            class i has value i + 1
+    OUT/reason_seg/SynthReason/{train,val}/000000.jpg     ReasonSeg: a picture …
+    OUT/reason_seg/SynthReason/{train,val}/000000_0.json  … and one JSON per query
+    OUT/synth_sem/images/{train,val}/000000.jpg
+    OUT/synth_sem/annotations/{train,val}/000000.png      label maps of whole objects, 0 = void
+    OUT/synth_sem/classes.json                            class i has value i + 1
 
 Run ``python -m dataset.synthetic --out data/synthreason`` (about half a minute). The same seed
 gives the same files.
@@ -34,28 +36,24 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.files.rle import encode_rle
-from dataset.synthetic.queries import Query, make_query
-from dataset.synthetic.scenes import SIZE, Scene, make_scene
+from dataset.synthetic.queries import PartQuery, make_query
+from dataset.synthetic.scenes import SIZE, SyntheticScene, make_scene
 from dataset.synthetic.vocabulary import CATEGORIES
 
 VERSION = 1  # raise it whenever the same seed would give other files
-
-
 SEMANTIC_SPLITS = ("train", "val")
 
 
-# -------------------------------------------------------------------------------------------- files
-
-
 def polygons(mask: np.ndarray) -> list[list[list[int]]]:
-    """Outer contours as point lists [[x, y], …] for readers that know ReasonSeg's polygons only."""
+    """Outer contours of bool (S, S) as point lists [[x, y], …], for readers that know only
+    ReasonSeg's polygons."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return [contour[:, 0].tolist() for contour in contours]
 
 
-def query_record(scene: Scene, query: Query, image_name: str) -> dict:
-    """One ReasonSeg JSON. The RLE keys hold the exact masks; ``scene`` is what the trivial
-    baselines read."""
+def query_record(scene: SyntheticScene, query: PartQuery, image_name: str) -> dict:
+    """One JSON of ReasonSeg. The RLE keys hold the exact masks; the trivial baselines read
+    "scene"."""
     host = scene.objects[query.object_index]
     target = host.union(query.part)
     return {
@@ -83,14 +81,13 @@ def query_record(scene: Scene, query: Query, image_name: str) -> dict:
 
 
 def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """Scenes are independent of each other: adding scenes never changes the ones before."""
+    """The generator of one scene alone, so that adding scenes never changes the ones before."""
     return np.random.default_rng([seed, {"train": 0, "val": 1, "semantic": 2}[split], index])
 
 
 def write_jpeg(path: Path, image: np.ndarray) -> None:
-    if not cv2.imwrite(
-        str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95]
-    ):
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    if not cv2.imwrite(str(path), bgr, [cv2.IMWRITE_JPEG_QUALITY, 95]):
         raise OSError(f"{path}: could not be written (is the disk full?)")
 
 
@@ -105,18 +102,17 @@ def write_reasoning_split(root: Path, split: str, count: int, queries: int, seed
         asked = set()
         for number in range(queries):
             query = make_query(scene, split, rng, texts=3 if split == "train" else 1)
-            if (query.object_index, query.part, query.is_sentence) in asked:
+            question = (query.object_index, query.part, query.is_sentence)
+            if question in asked:
                 continue
-            asked.add((query.object_index, query.part, query.is_sentence))
+            asked.add(question)
             record = query_record(scene, query, name)
             (folder / f"{index:06d}_{number}.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def write_semantic_split(root: Path, split: str, count: int, seed: int) -> None:
-    images, labels = (
-        root / "synth_sem" / "images" / split,
-        root / "synth_sem" / "annotations" / split,
-    )
+    images = root / "synth_sem" / "images" / split
+    labels = root / "synth_sem" / "annotations" / split
     images.mkdir(parents=True)
     labels.mkdir(parents=True)
     offset = 1_000_000 * SEMANTIC_SPLITS.index(split)
@@ -129,7 +125,7 @@ def write_semantic_split(root: Path, split: str, count: int, seed: int) -> None:
         cv2.imwrite(str(labels / f"{index:06d}.png"), label)
 
 
-def generate(
+def write_synthreason(
     out: str | Path,
     train: int = 3000,
     val: int = 200,
@@ -144,14 +140,8 @@ def generate(
     behind.
     """
     out = Path(out)
-    settings = {
-        "version": VERSION,
-        "train": train,
-        "val": val,
-        "semantic": semantic,
-        "queries": queries,
-        "seed": seed,
-    }
+    settings = {"version": VERSION, "train": train, "val": val, "semantic": semantic}
+    settings |= {"queries": queries, "seed": seed}
     stamp = out / "synthreason.json"
     if stamp.exists():
         if json.loads(stamp.read_text()) == settings:
@@ -178,18 +168,15 @@ def generate(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--out", default="data/synthreason", help="folder to write, later given as --dataset_dir"
-    )
-    parser.add_argument("--train", type=int, default=3000, help="training scenes")
-    parser.add_argument("--val", type=int, default=200, help="validation scenes (two queries each)")
-    parser.add_argument(
-        "--semantic", type=int, default=600, help="scenes with label maps of whole objects"
-    )
-    parser.add_argument("--queries", type=int, default=4, help="queries per training scene")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--out", default="data/synthreason", help="folder to write, later given as --dataset_dir")
+    add("--train", type=int, default=3000, help="training scenes")
+    add("--val", type=int, default=200, help="validation scenes (two queries each)")
+    add("--semantic", type=int, default=600, help="scenes with label maps of whole objects")
+    add("--queries", type=int, default=4, help="queries per training scene")
+    add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    out = generate(**vars(args))
+    out = write_synthreason(**vars(args))
     counts = Counter(p.suffix for p in (out / "reason_seg").rglob("*") if p.is_file())
     found = f"{counts['.jpg']} scenes and {counts['.json']} queries in reason_seg/SynthReason"
     print(f"{out}: {found}, {args.semantic} training label maps in synth_sem")

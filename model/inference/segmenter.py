@@ -57,7 +57,9 @@ class ReasoningSegmenter:
         self.model, self.processor = model.eval(), processor
         if processor.proposals is None:
             processor.proposals = model.proposal_source(None)
-        self.exemplars = exemplars.draw(np.random.default_rng(seed), processor.exemplar_count)
+        self.exemplars = exemplars.draw_exemplars(
+            np.random.default_rng(seed), processor.exemplar_count
+        )
 
     @classmethod
     def from_pretrained(

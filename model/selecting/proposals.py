@@ -21,7 +21,7 @@ import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 
-from dataset.proposals import Found, ProposalSource, ProposalStore, encode
+from dataset.proposals import Found, ProposalSource, ProposalStore, encode_counts
 from model.config import ProposalConfig, SelectorConfig
 from model.segmenting.chain import SegmentingChain
 from model.segmenting.frames import resize_longest_side
@@ -59,7 +59,7 @@ def make_generator(sam: Sam, config: ProposalConfig) -> Callable[[np.ndarray], F
         if max(image.shape[:2]) > config.long_side:
             image = resize_longest_side(image, config.long_side)
         rows = generator.generate(image)
-        masks = encode(np.stack([row["segmentation"] for row in rows])) if rows else []
+        masks = encode_counts(np.stack([row["segmentation"] for row in rows])) if rows else []
         quality = [round(row["predicted_iou"] * row["stability_score"], 4) for row in rows]
         return Found(image.shape[:2], masks, [int(row["area"]) for row in rows], quality)
 

@@ -15,7 +15,7 @@ from benchmarks.train_step import (
     count_flops,
 )
 from dataset.collate import collate
-from dataset.synthetic.write import generate
+from dataset.synthetic.write import write_synthreason
 from utils import build
 from utils.settings.arguments import parse
 
@@ -114,7 +114,7 @@ def test_checkpointing_is_counted():
 
 def test_the_demo_has_the_losses_of_the_published_schedule(tmp_path):
     """Its own weights and data: what speed changed is below what rounding changes."""
-    generate(tmp_path, train=4, val=1, semantic=1, queries=3)
+    write_synthreason(tmp_path, train=4, val=1, semantic=1, queries=3)
     flags = ["--config", "configs/tiny.yaml", "--dataset_dir", str(tmp_path), "--lora_dropout", "0"]
     settings = parse([*flags, "--dataset", "reason_seg", "--sample_rates", "1"])
     model, processor = build.build_model(settings)

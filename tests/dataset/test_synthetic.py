@@ -23,7 +23,7 @@ def scenes(count: int, seed: int = 3):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "synth"
-    return synthetic.generate(out, train=6, val=4, semantic=3, seed=5)
+    return synthetic.write_synthreason(out, train=6, val=4, semantic=3, seed=5)
 
 
 def records(folder, split):
@@ -120,21 +120,21 @@ def test_trivial_answers_stay_below_15_giou():
 
 def test_generating_again_keeps_the_files_and_other_settings_are_refused(folder):
     before = sorted(p.stat().st_mtime_ns for p in folder.rglob("*.json"))
-    synthetic.generate(folder, train=6, val=4, semantic=3, seed=5)
+    synthetic.write_synthreason(folder, train=6, val=4, semantic=3, seed=5)
     assert before == sorted(p.stat().st_mtime_ns for p in folder.rglob("*.json"))
     with pytest.raises(ValueError, match="made with other settings"):
-        synthetic.generate(folder, train=7, val=4, semantic=3, seed=5)
+        synthetic.write_synthreason(folder, train=7, val=4, semantic=3, seed=5)
 
 
 def test_a_folder_of_somebody_else_is_not_touched(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="not a SynthReason folder"):
-        synthetic.generate(tmp_path, train=1, val=1, semantic=1)
+        synthetic.write_synthreason(tmp_path, train=1, val=1, semantic=1)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def test_two_runs_write_equal_bytes(folder, tmp_path):
-    again = synthetic.generate(tmp_path / "again", train=6, val=4, semantic=3, seed=5)
+    again = synthetic.write_synthreason(tmp_path / "again", train=6, val=4, semantic=3, seed=5)
     for path in folder.rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (again / path.relative_to(folder)).read_bytes(), path

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.conversation.encoding import Encoded, encode, encode_text
+from dataset.conversation.encoding import Encoded, encode_conversation, encode_text
 from dataset.conversation.templates import ConversationTemplate, get_template
 from dataset.conversation.turns import AnswerToken, Conversation
 from dataset.readers.reasoning import paint_shapes, read_record
@@ -105,7 +105,7 @@ def encode_published(text: str, name: str, tokenizer, levels: list[str]) -> Enco
         ]
         turns.append((question, answer))
     conversation = Conversation(turns, np.zeros((0, 1, 1), dtype=bool))
-    return encode(conversation, [], tokenizer, template, IMAGE_TOKEN, 1, levels)
+    return encode_conversation(conversation, [], tokenizer, template, IMAGE_TOKEN, 1, levels)
 
 
 def padded(rows: list[Encoded], pad: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ from dataset.drawing import (
     LINE,
     MARGIN,
     PAPER,
-    TRUTH_COLOUR,
+    GROUND_TRUTH_COLOUR,
     draw_lines,
     fit,
     font,
@@ -71,7 +71,7 @@ def panels(example: Example, side: int) -> list[tuple[str, np.ndarray]]:
     truth = image
     if example.ignore is not None:
         truth = overlay(truth, fit(example.ignore, side), IGNORE_COLOUR, alpha=0.7, contour=0)
-    panels.append(("ground truth", overlay(truth, fit(example.target, side), TRUTH_COLOUR)))
+    panels.append(("ground truth", overlay(truth, fit(example.target, side), GROUND_TRUTH_COLOUR)))
     return panels
 
 

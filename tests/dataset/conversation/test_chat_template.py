@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import CLIPImageProcessor
 
-from dataset.conversation.encoding import IGNORE_INDEX, encode
+from dataset.conversation.encoding import IGNORE_INDEX, encode_conversation
 from dataset.conversation.templates import TEMPLATES
 from dataset.conversation.turns import AnswerToken, Conversation, answer_text
 from model.checkpoints.llava import load_tokenizer
@@ -84,7 +84,7 @@ def test_a_chat_template_gives_the_ids_and_labels_of_training(tmp_path, kind, na
     tokenizer = processor.tokenizer
     for label, turns in CHATS.items():
         conversation = Conversation(turns, np.zeros((0, 1, 1), bool))
-        encoded = encode(
+        encoded = encode_conversation(
             conversation, [], processor.tokenizer, processor.conversation, IMAGE, 1, ["LOC", "SEG"]
         )
         for as_parts in (False, True):

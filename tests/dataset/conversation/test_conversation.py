@@ -1,10 +1,12 @@
 """Tokens and labels of conversations, checked piece by piece with toy tokenizers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from transformers import LlamaTokenizer
 
-from dataset.conversation.encoding import IGNORE_INDEX, encode, encode_prompt
+from dataset.conversation.encoding import IGNORE_INDEX, encode_conversation, encode_prompt
 from dataset.conversation.templates import TEMPLATES
 from dataset.conversation.turns import (
     AnswerToken,
@@ -48,7 +50,9 @@ def conversation(*turns) -> Conversation:
 
 
 def run(tokenizer, turns, template="tiny", exemplars=(), count=2, levels=LEVELS):
-    return encode(conversation(*turns), exemplars, tokenizer, template, IMAGE, count, levels)
+    return encode_conversation(
+        conversation(*turns), exemplars, tokenizer, template, IMAGE, count, levels
+    )
 
 
 def tokens(tokenizer, ids):
@@ -78,6 +82,19 @@ def test_no_spurious_space_pieces_with_the_llama_tokenizer():
     reply = ["▁It", "▁appears", "▁on", "[LOC]", ".", "▁It", "▁is", "[SEG]", ".", "</s>"]
     assert supervised(tokenizer, encoded) == reply
     assert "▁" not in found
+
+
+@pytest.mark.parametrize(
+    ("strip", "question", "end"),
+    [(False, ["<0x0A>", "Where"], [".", "▁Yes", "."]), (True, ["▁Where"], ["▁.", "▁Yes", "."])],
+)
+def test_the_example_of_the_writer_holds(strip, question, end):
+    tokenizer = llama_tokenizer()
+    template = dataclasses.replace(TEMPLATES["vicuna_v1"], system="", strip_at_tokens=strip)
+    encoded = run(tokenizer, [("Where?", ["It is ", SEG, ". Yes."])], template, count=1)
+    found = tokens(tokenizer, encoded.input_ids)
+    rest = [*question, "?", "▁A", "SS", "IST", "ANT", ":", "▁It", "▁is", "[SEG]", *end, "</s>"]
+    assert found[found.index(IMAGE) + 1 :] == rest
 
 
 def test_metaspace_answers_have_no_lone_space_pieces():

@@ -14,7 +14,7 @@ from dataset.proposals import (
     Found,
     ProposalSource,
     ProposalStore,
-    encode,
+    encode_counts,
     overlaps,
     pooling_weights,
     runs,
@@ -35,7 +35,7 @@ def picture(seed: int = 0, size: tuple[int, int] = (20, 30)) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
-FOUND = Found((4, 6), encode(masks_of(1, 3, (4, 6))), [5, 9, 7], [0.9, 0.5, 0.7])
+FOUND = Found((4, 6), encode_counts(masks_of(1, 3, (4, 6))), [5, 9, 7], [0.9, 0.5, 0.7])
 
 
 @settings(max_examples=40, deadline=None)

@@ -403,7 +403,7 @@ def test_baselines_are_expectations_over_all_guesses():
 
 
 def test_baselines_of_synthreason_read_its_own_records(tmp_path):
-    out = synthetic.generate(tmp_path / "synth", train=1, val=4, semantic=1, queries=1)
+    out = synthetic.write_synthreason(tmp_path / "synth", train=1, val=4, semantic=1, queries=1)
     data = EvalDataset(out, "SynthReason|val", LEVELS, exemplar_count=0)
     scores = score_baselines(data)
     names = {

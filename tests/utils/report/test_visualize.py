@@ -79,7 +79,7 @@ def test_level_colours_differ_and_the_answer_keeps_its_own():
         colours = [drawing.level_colour(level, count) for level in range(count)]
         assert len(set(colours)) == count
         assert colours[-1] == drawing.FINAL_COLOUR
-        assert visualize.TRUTH_COLOUR not in colours
+        assert visualize.GROUND_TRUTH_COLOUR not in colours
 
 
 @pytest.mark.parametrize("levels", [("SEG",), ("LOC", "SEG"), ("LOC", "PART", "SEG")])
