@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from chat import add_model_flags, load, remarks
+from chat import add_model_flags, load_segmenter, remarks, require_positive
 from dataset.drawing import fit, level_colour, overlay
 from dataset.files.errors import DataError
 from dataset.files.images import read_image
@@ -33,21 +33,24 @@ from model.inference.results import Result
 from model.inference.segmenter import ReasoningSegmenter, Session
 from utils import distributed
 from utils.report.gallery import jpeg
-from utils.report.html import Markup, join, picture, tag
+from utils.report.html import TEMPLATES
 from utils.settings.arguments import OneLineParser, one_line
 from utils.settings.flags import UsageError
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
-ANSWER, CHAIN, PICTURE = "answer", "whole chain", "picture only"
-# pixels of the longer side as shown: a small picture is enlarged so that outlines stay thin
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+ANSWER, CHAIN, PICTURE = "answer", "whole chain", "picture only"  # views, beside those of a level
+# Pixels of the longer side as shown: a small picture is enlarged, so that outlines stay thin.
 SIDES = (640, 1280)
 TILE = 320
 QUESTION_LENGTH = 1000  # characters
 FORGET_AFTER = 3600  # seconds without use, for a conversation and its files
-MOST_PEOPLE = 16  # conversations that are kept, with the model's memory of their pictures
+MOST_VISITORS = 16  # conversations that are kept, each with the KV cache of its picture
 CSS = """
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 14px; min-height: 22px; }
-.legend i { display: inline-block; width: 13px; height: 13px; border-radius: 3px; margin-right: 6px; vertical-align: -1px; }
+.legend i {
+  display: inline-block; width: 13px; height: 13px; border-radius: 3px; margin-right: 6px;
+  vertical-align: -1px;
+}
 .chain { display: flex; gap: 10px; }
 .chain figure { margin: 0; flex: 1 1 0; min-width: 0; max-width: 33%; }
 .chain img { width: 100%; border-radius: 6px; margin: 0; }
@@ -59,48 +62,53 @@ INTRODUCTION = (
 )
 
 
-def read_arguments(argv: list[str] | None) -> Namespace:
+# The answer's level masks side by side, coarse to fine, after the picture itself.
+STEPS = TEMPLATES.from_string("""
+<div class="chain">
+{% for caption, jpeg in tiles %}
+<figure><img src="{{ jpeg | data_uri }}" alt="{{ caption }}" loading="lazy">
+<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+</div>""")
+LEGEND = TEMPLATES.from_string("""
+<div class="legend">
+{% for (red, green, blue), text in entries %}
+<span><i style="background: rgb({{ red }}, {{ green }}, {{ blue }})"></i>{{ text }}</span>
+{% else %}
+<span>This answer has no mask.</span>
+{% endfor %}
+</div>""")
+
+
+def read_page_arguments(argv: list[str] | None) -> Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add_model_flags(parser)
-    parser.add_argument(
-        "--examples",
-        type=Path,
-        help='JSON list of {"image": path, "question": text} (default: three drawn scenes)',
-    )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; 0.0.0.0: every machine that can reach this one",
-    )
-    parser.add_argument("--port", type=int, default=7860, help="0: any free one")
-    parser.add_argument(
-        "--max_upload_mb", type=int, default=20, help="largest picture that may be sent"
-    )
-    parser.add_argument(
-        "--max_queue",
-        type=int,
-        default=16,
-        help="questions that may wait; further ones are refused",
-    )
+    add = parser.add_argument
+    examples = 'JSON list of {"image": path, "question": text} (default: three drawn scenes)'
+    add("--examples", type=Path, help=examples)
+    host = "address to listen on; 0.0.0.0: every machine that can reach this one"
+    add("--host", default="127.0.0.1", help=host)
+    add("--port", type=int, default=7860, help="0: any free one")
+    add("--max_upload_mb", type=int, default=20, help="largest picture that may be sent")
+    queue = "questions that may wait; further ones are refused"
+    add("--max_queue", type=int, default=16, help=queue)
     args = parser.parse_args(argv)
-    for name in ("max_new_tokens", "model_max_length", "max_upload_mb", "max_queue"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}; it must be at least 1")
+    require_positive(args, "max_new_tokens", "model_max_length", "max_upload_mb", "max_queue")
     if not 0 <= args.port < 65536:
         raise UsageError(f"--port is {args.port}; it must be from 0 to 65535")
     return args
 
 
 def import_gradio(cache: Path) -> Any:
-    """The library, which keeps its files in ``cache`` and tells nobody that it runs. Raises
-    UsageError without it."""
+    """The library, set up to keep its files in ``cache`` and to send no telemetry. Raises
+    UsageError where it is not installed."""
     os.environ["GRADIO_TEMP_DIR"] = str(cache)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
         import gradio
     except ImportError as error:
+        # An ImportError inside an installed gradio is another mistake, which shows its trace.
         if (error.name or "").partition(".")[0] != "gradio":
             raise
         raise UsageError(
@@ -110,21 +118,20 @@ def import_gradio(cache: Path) -> Any:
     return gradio
 
 
-# ------------------------------------------------------------------------------------------ drawing
-
-
 def shown_side(image: np.ndarray) -> int:
+    """Pixels of the longer side at which a picture, uint8 (H, W, 3), is shown."""
     return int(np.clip(max(image.shape[:2]), *SIDES))
 
 
-def levels_of(result: Result) -> list[str]:
+def level_names(result: Result) -> list[str]:
+    """Coarse to fine; none for an answer without a mask."""
     return list(result.masks[0].levels) if result.masks else []
 
 
 def paint(result: Result, view: str, alpha: float, side: int) -> np.ndarray:
     """uint8 RGB with a longer side of ``side``: the picture under the masks of ``view``, which is
     ANSWER, CHAIN, PICTURE or the name of a level; ``alpha`` in [0, 1]."""
-    out, names = fit(result.image, side), levels_of(result)
+    out, names = fit(result.image, side), level_names(result)
     wanted = {CHAIN: names, ANSWER: names[-1:], PICTURE: []}.get(view, [view])
     for found in result.masks:
         for level, (name, mask) in enumerate(found.levels.items()):
@@ -133,72 +140,55 @@ def paint(result: Result, view: str, alpha: float, side: int) -> np.ndarray:
     return out
 
 
-def steps(result: Result, alpha: float) -> Markup:
-    """The chain, coarse to fine: the picture and one tile for every level."""
-    names = levels_of(result)
+def steps(result: Result, alpha: float) -> str:
+    """HTML of the chain, coarse to fine: the picture and one tile for every level; "" without a
+    mask."""
+    names = level_names(result)
     if not names:
-        return Markup()
-    captions = [
-        f"{i + 1}. [{name}] {'the answer' if i == len(names) - 1 else 'where to look'}"
-        for i, name in enumerate(names)
-    ]
-    shown = [(PICTURE, "the picture"), *zip(names, captions, strict=True)]
-    tiles = [
-        (picture(jpeg(paint(result, view, alpha, TILE)), caption), caption)
-        for view, caption in shown
-    ]
-    return tag(
-        "div",
-        *(tag("figure", tile, tag("figcaption", caption)) for tile, caption in tiles),
-        class_="chain",
+        return ""
+    views = {PICTURE: "the picture"}
+    for i, name in enumerate(names, start=1):
+        meaning = "the answer" if i == len(names) else "where to look"
+        views[name] = f"{i}. [{name}] {meaning}"
+    return STEPS.render(
+        tiles=[(caption, jpeg(paint(result, view, alpha, TILE))) for view, caption in views.items()]
     )
 
 
-def legend(result: Result | None) -> Markup:
-    """What the colours stand for, and what the model thinks of its masks."""
+def legend(result: Result | None) -> str:
+    """HTML that says what the colours stand for, and how good SAM believes the masks to be."""
     if result is None:
-        return Markup()
-    if not result.masks:
-        return tag("div", tag("span", "This answer has no mask."), class_="legend")
+        return ""
     entries = []
-    for number, found in enumerate(result.masks):
+    for number, found in enumerate(result.masks, start=1):
+        which = f" {number}" if len(result.masks) > 1 else ""
         for level, (name, mask) in enumerate(found.levels.items()):
-            red, green, blue = level_colour(level, len(found.levels))
-            which = f" {number + 1}" if len(result.masks) > 1 else ""
-            facts = (
-                f"[{name}]{which}: {100 * mask.mean():.1f} % of the picture, predicted IoU"
-                f" {found.ious[name]:.2f}"
-            )
-            entries.append(
-                tag("span", tag("i", style=f"background: rgb({red}, {green}, {blue})"), facts)
-            )
-    return tag("div", join(entries), class_="legend")
+            area, iou = f"{100 * mask.mean():.1f} % of the picture", f"{found.ious[name]:.2f}"
+            text = f"[{name}]{which}: {area}, predicted IoU {iou}"
+            entries.append((level_colour(level, len(found.levels)), text))
+    return LEGEND.render(entries=entries)
 
 
-def save(result: Result, folder: Path) -> tuple[str, str]:
-    """Writes masks.zip, the PNG of every mask of every level and the overlay, and coco.json;
-    returns their paths."""
+def write_downloads(result: Result, folder: Path) -> tuple[str, str]:
+    """Writes masks.zip, the PNG of every mask of every level and the overlay, and coco.json into a
+    new folder inside ``folder``; returns their paths. The answer must have a mask."""
+    assert result.masks, "only an answer with a mask can be downloaded"
     target = Path(tempfile.mkdtemp(dir=folder))
-    files = result.save(target / "files")
+    result.save(target / "files")
     with zipfile.ZipFile(target / "masks.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted((target / "files").iterdir()):
             archive.write(path, path.name)
     shutil.rmtree(target / "files")
-    (target / "coco.json").write_text(
-        json.dumps(result.to_coco() | {"answer": result.text}), encoding="utf-8"
-    )
-    assert files["masks"], "only answers with a mask are saved"
+    coco = json.dumps(result.to_coco() | {"answer": result.text})
+    (target / "coco.json").write_text(coco, encoding="utf-8")
     return str(target / "masks.zip"), str(target / "coco.json")
 
 
-# ----------------------------------------------------------------------------------------- examples
-
-
 def read_examples(path: Path | None, folder: Path) -> list[list[str]]:
-    """[path, question] pairs: those of a JSON, or scenes drawn into ``folder``. Raises DataError
+    """[path, question] pairs: those of a JSON, or of scenes drawn into ``folder``. Raises DataError
     naming file and entry."""
     if path is None:
-        return [_drawn(number, folder) for number in range(3)]
+        return [_draw_example(number, folder) for number in range(3)]
     entries = read_json(path)
     if not isinstance(entries, list):
         raise DataError(
@@ -216,7 +206,7 @@ def read_examples(path: Path | None, folder: Path) -> list[list[str]]:
     return found
 
 
-def _drawn(number: int, folder: Path) -> list[str]:
+def _draw_example(number: int, folder: Path) -> list[str]:
     rng = synthetic.scene_rng(0, "val", number)
     scene = synthetic.make_scene(rng)
     path = folder / f"example-{number + 1}.png"
@@ -224,23 +214,27 @@ def _drawn(number: int, folder: Path) -> list[str]:
     return [str(path), synthetic.make_query(scene, "val", rng).texts[0]]
 
 
-# --------------------------------------------------------------------------------------------- page
-
-
 @dataclass
-class Talk:
-    """One person's conversation about one picture."""
+class VisitorChat:
+    """One visitor's conversation about one picture."""
 
     session: Session
     results: list[Result] = field(default_factory=list)
 
     @property
     def messages(self) -> list[dict[str, str]]:
+        """As gradio's Chatbot takes them."""
         return [
             message
             for result in self.results
-            for message in _turn(result.question, _answer(result))
+            for message in _messages(result.question, _answer_text(result))
         ]
+
+    def result(self, chosen: int | None) -> Result | None:
+        """An answer by its index; None where there is no such answer."""
+        if chosen is None or not 0 <= chosen < len(self.results):
+            return None
+        return self.results[chosen]
 
 
 class Page:
@@ -250,134 +244,105 @@ class Page:
         self.gr, self.segmenter, self.folder = gr, segmenter, folder
 
     def open(self, path: str | None) -> tuple:
-        """A new picture: (talk, messages, choice of answers, *what ``view`` gives)."""
-        if path is None:
-            return None, [], self._choices(None), *self._nothing()
-        try:
-            talk = Talk(self.segmenter.open(path))
-        except (ValueError, OSError) as error:
-            self.gr.Warning(_public(error, path))
-            return None, [], self._choices(None), *self._nothing()
-        side = shown_side(talk.session.image)
-        return (
-            talk,
-            [],
-            self._choices(talk),
-            self._file_of(fit(talk.session.image, side)),
-            *self._nothing()[1:],
-        )
+        """A new picture: (chat, messages, choice of answers, *what ``choose`` gives)."""
+        chat = None
+        if path is not None:
+            try:
+                chat = VisitorChat(self.segmenter.open(path))
+            except (ValueError, OSError) as error:
+                self.gr.Warning(_public(error, path))
+        return chat, [], self._choices(chat), *self.choose(chat, None, ANSWER, 0)
 
-    def ask(self, talk: Talk | None, question: str, view: str, opacity: float) -> Iterator[tuple]:
-        """The answer as it comes: (talk, question, messages, choice of answers, *what ``view``
-        gives)."""
-        skip = self.gr.skip()
-        if talk is None:
+    def ask(
+        self, chat: VisitorChat | None, question: str, view: str, opacity: float
+    ) -> Iterator[tuple]:
+        """The answer as it is generated: (chat, question, messages, choice of answers, *what
+        ``choose`` gives)."""
+        if chat is None:
             raise self.gr.Error(
                 "First drop a picture, or choose one of the examples.", print_exception=False
             )
-        # the box alone cannot refuse what did not come through it
+        # The text box has a limit, too, but a request can be sent without the box.
         if len(question) > QUESTION_LENGTH:
             raise self.gr.Error(
                 f"The question is longer than {QUESTION_LENGTH} characters.", print_exception=False
             )
-        stream, said = talk.session.stream(question), ""
+        stream, text = chat.session.stream(question), ""
         try:
             for piece in stream:
-                said += piece
-                yield talk, "", [*talk.messages, *_turn(question, said)], *[skip] * 6
-            talk.results.append(stream.result)
+                text += piece
+                messages = [*chat.messages, *_messages(question, text)]
+                yield chat, "", messages, *[self.gr.skip()] * 6
+            chat.results.append(stream.result)
         except ValueError as error:
             raise self.gr.Error(_public(error), print_exception=False) from None
         finally:
             stream.close()
-        chosen = len(talk.results) - 1
-        yield (
-            talk,
-            "",
-            talk.messages,
-            self._choices(talk),
-            *self.view(talk, chosen, view, opacity),
-            *self._files(talk, chosen),
-        )
+        yield self._whole(chat, "", view, opacity)
 
-    def undo(self, talk: Talk | None, view: str, opacity: float) -> tuple:
+    def undo(self, chat: VisitorChat | None, view: str, opacity: float) -> tuple:
         """The last question back in its box; else as ``ask``."""
-        question = None if talk is None else talk.session.undo()
-        if question is None:
-            return talk, *[self.gr.skip()] * 8
-        while talk.results and talk.results[-1].question != question:
-            talk.results.pop()  # an answer without words is no turn of the conversation
-        talk.results = talk.results[:-1]
-        chosen = len(talk.results) - 1
-        shown = (*self.view(talk, chosen, view, opacity), *self._files(talk, chosen))
-        return talk, question, talk.messages, self._choices(talk), *shown
+        question = None if chat is None else chat.session.undo()
+        if chat is None or question is None:
+            return chat, *[self.gr.skip()] * 8
+        # The session remembers no answer without text, so such answers may come after the last one
+        # it remembers.
+        while chat.results and chat.results.pop().question != question:
+            pass
+        return self._whole(chat, question, view, opacity)
 
-    def reset(self, talk: Talk | None) -> tuple:
+    def reset(self, chat: VisitorChat | None) -> tuple:
         """The conversation forgotten, the picture kept; else as ``ask``."""
-        if talk is None:
-            return talk, *[self.gr.skip()] * 8
-        talk.session.reset()
-        talk.results = []
-        return (
-            talk,
-            self.gr.skip(),
-            [],
-            self._choices(talk),
-            *self.view(talk, None, ANSWER, 0),
-            *self._files(talk, None),
-        )
+        if chat is None:
+            return chat, *[self.gr.skip()] * 8
+        chat.session.reset()
+        chat.results = []
+        return self._whole(chat, self.gr.skip(), ANSWER, 0)
 
-    def view(self, talk: Talk | None, chosen: int | None, view: str, opacity: float) -> tuple:
+    def _whole(self, chat: VisitorChat, question: Any, view: str, opacity: float) -> tuple:
+        """Everything that ``ask`` gives, with the last answer chosen."""
+        shown = self.choose(chat, len(chat.results) - 1, view, opacity)
+        return chat, question, chat.messages, self._choices(chat), *shown
+
+    def view(
+        self, chat: VisitorChat | None, chosen: int | None, view: str, opacity: float
+    ) -> tuple[str | None, str, str]:
         """(picture, legend, steps of the chain) of one answer; ``opacity`` in percent."""
-        if talk is None:
-            return self._nothing()[:3]
-        if not talk.results or chosen is None or not 0 <= chosen < len(talk.results):
-            return (
-                self._file_of(fit(talk.session.image, shown_side(talk.session.image))),
-                legend(None),
-                Markup(),
-            )
-        result, alpha = talk.results[chosen], opacity / 100
-        return (
-            self._file_of(paint(result, view, alpha, shown_side(result.image))),
-            legend(result),
-            steps(result, alpha),
-        )
+        if chat is None:
+            return None, "", ""
+        image, result = chat.session.image, chat.result(chosen)
+        side = shown_side(image)
+        if result is None:
+            return self._write_picture(fit(image, side)), "", ""
+        alpha = opacity / 100
+        painted = self._write_picture(paint(result, view, alpha, side))
+        return painted, legend(result), steps(result, alpha)
 
-    def choose(self, talk: Talk | None, chosen: int | None, view: str, opacity: float) -> tuple:
-        """Another answer of the conversation: what ``view`` gives, and its files."""
-        return *self.view(talk, chosen, view, opacity), *self._files(talk, chosen)
+    def choose(
+        self, chat: VisitorChat | None, chosen: int | None, view: str, opacity: float
+    ) -> tuple:
+        """What ``view`` gives of an answer, and the two buttons to download its files, which work
+        if it has a mask."""
+        result = None if chat is None else chat.result(chosen)
+        paths: tuple[str | None, str | None] = (None, None)
+        if result is not None and result.masks:
+            paths = write_downloads(result, self.folder)
+        buttons = [self.gr.DownloadButton(value=p, interactive=p is not None) for p in paths]
+        return *self.view(chat, chosen, view, opacity), *buttons
 
-    def _file_of(self, shown: np.ndarray) -> str:
-        """A file with uint8 (h, w, 3) RGB. gradio deletes the files that it is given; those it
-        makes of arrays, it forgets."""
+    def _write_picture(self, shown: np.ndarray) -> str:
+        """A file with uint8 (h, w, 3) RGB. gradio could take the array, but would never delete the
+        file that it makes of it; a file that it is given, it deletes."""
         number, path = tempfile.mkstemp(suffix=".webp", dir=self.folder)
         with os.fdopen(number, "wb") as file:
             Image.fromarray(shown).save(file, format="WEBP", quality=90)
         return path
 
-    def _nothing(self) -> tuple:
-        return None, legend(None), Markup(), *self._files(None, None)
-
-    def _files(self, talk: Talk | None, chosen: int | None) -> tuple:
-        """The two buttons, which work if the answer has a mask."""
-        ready = (
-            talk is not None
-            and chosen is not None
-            and 0 <= chosen < len(talk.results)
-            and talk.results[chosen].masks
-        )
-        paths = save(talk.results[chosen], self.folder) if ready else (None, None)
-        return tuple(self.gr.DownloadButton(value=path, interactive=bool(ready)) for path in paths)
-
-    def _choices(self, talk: Talk | None) -> Any:
-        names = [
-            (f"{i + 1}. {result.question}", i)
-            for i, result in enumerate(talk.results if talk else [])
-        ]
-        return self.gr.Dropdown(
-            choices=names, value=len(names) - 1 if names else None, interactive=len(names) > 1
-        )
+    def _choices(self, chat: VisitorChat | None) -> Any:
+        results = chat.results if chat else []
+        names = [(f"{i}. {result.question}", i - 1) for i, result in enumerate(results, start=1)]
+        last = len(names) - 1 if names else None
+        return self.gr.Dropdown(choices=names, value=last, interactive=len(names) > 1)
 
     def build(self, examples: list[list[str]]) -> Any:
         """The page as gradio's Blocks."""
@@ -388,7 +353,7 @@ class Page:
             analytics_enabled=False,
             delete_cache=(FORGET_AFTER, FORGET_AFTER),
         ) as page:
-            talk = gr.State(None, time_to_live=FORGET_AFTER)
+            chat = gr.State(None, time_to_live=FORGET_AFTER)
             gr.Markdown(f"# Ask a picture\n{INTRODUCTION}")
             with gr.Row():
                 with gr.Column(scale=5):
@@ -401,8 +366,8 @@ class Page:
                         buttons=[],
                         elem_id="upload",
                     )
-                    # gradio would decode the file itself first, without our limits and our words
-                    # for what is wrong with it
+                    # gradio would decode the file first, with neither our limits on its size nor
+                    # our messages about what is wrong with it.
                     sent.preprocess = lambda file: None if file is None else file.path
                     messages = gr.Chatbot(
                         label="Conversation",
@@ -429,7 +394,7 @@ class Page:
                         undo = gr.Button("Take back", elem_id="undo")
                     if examples:
                         gr.Examples(
-                            examples, inputs=[sent, question], label="Examples", elem_id="examples"
+                            examples, [sent, question], label="Examples", elem_id="examples"
                         )
                 with gr.Column(scale=6):
                     result = gr.Image(
@@ -443,8 +408,7 @@ class Page:
                     with gr.Row():
                         view = gr.Radio(views, value=ANSWER, label="Show", elem_id="view", scale=3)
                         opacity = gr.Slider(
-                            0,
-                            100,
+                            maximum=100,
                             value=45,
                             step=5,
                             label="Opacity in percent",
@@ -457,59 +421,52 @@ class Page:
                         masks = gr.DownloadButton("Masks (PNG)", interactive=False, elem_id="masks")
                         coco = gr.DownloadButton("COCO JSON", interactive=False, elem_id="coco")
             shown = [result, colours, chain]
-            everything = [talk, question, messages, chosen, *shown, masks, coco]
-            # the model answers one question at a time; a drag of the slider need not wait for it
+            answer = [*shown, masks, coco]
+            everything = [chat, question, messages, chosen, *answer]
+            # The model answers one question at a time, but a drag of the slider need not wait.
             model = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
             light = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
-            sent.change(self.open, [sent], [talk, messages, chosen, *shown, masks, coco], **model)
-            inputs = [talk, question, view, opacity]
+            sent.change(self.open, [sent], [chat, messages, chosen, *answer], **model)
             answering = gr.on(
                 [ask.click, question.submit],
                 self.ask,
-                inputs,
+                [chat, question, view, opacity],
                 everything,
                 show_progress_on=[messages],
                 **model,
             )
             stop.click(None, cancels=[answering], api_visibility="private")
-            messages.clear(self.reset, [talk], everything, **model)
-            undo.click(self.undo, [talk, view, opacity], everything, **model)
-            gr.on(
-                [view.change, opacity.release],
-                self.view,
-                [talk, chosen, view, opacity],
-                shown,
-                **light,
-            )
-            chosen.input(self.choose, [talk, chosen, view, opacity], [*shown, masks, coco], **light)
+            messages.clear(self.reset, [chat], everything, **model)
+            undo.click(self.undo, [chat, view, opacity], everything, **model)
+            look = [chat, chosen, view, opacity]
+            gr.on([view.change, opacity.release], self.view, look, shown, **light)
+            chosen.input(self.choose, look, answer, **light)
         return page
 
 
-def _turn(question: str, said: str) -> list[dict[str, str]]:
-    """Two messages of the conversation, escaped: gradio takes them for HTML."""
+def _messages(question: str, answer: str) -> list[dict[str, str]]:
+    """One turn of the conversation, escaped: gradio takes messages for HTML."""
     return [
         {"role": "user", "content": escape(question)},
-        {"role": "assistant", "content": escape(said)},
+        {"role": "assistant", "content": escape(answer)},
     ]
 
 
-def _answer(result: Result) -> str:
-    """The words of an answer, and below them what is to be said about it."""
+def _answer_text(result: Result) -> str:
+    """The text of an answer and, below it, the remarks about it."""
     return "\n".join([*filter(None, [result.text]), *(f"({remark})" for remark in remarks(result))])
 
 
 def _public(error: Exception, path: str = "") -> str:
-    """One line that does not tell where files of this machine lie."""
+    """The message of an error about the file ``path`` without the folder that this machine keeps it
+    in."""
     message = one_line(error)
     return message.replace(str(Path(path).parent) + os.sep, "") if path else message
 
 
-# -------------------------------------------------------------------------------------------- start
-
-
 def serve(args: Namespace, folder: Path, block: bool = True) -> Any:
-    """Starts the page with its files in ``folder``; returns gradio's Blocks, and its address as
-    ``local_url``.
+    """Starts the page; returns gradio's Blocks, whose ``local_url`` is its address. ``block``: does
+    not return before the page ends.
 
     Nothing of this machine's disk can be read through it but what it keeps in ``folder``: pictures
     that were sent, examples, and files to download. Raises UsageError for a missing gradio or a
@@ -517,7 +474,7 @@ def serve(args: Namespace, folder: Path, block: bool = True) -> Any:
     """
     gr = import_gradio(folder)
     examples = read_examples(args.examples, folder)
-    page = Page(gr, load(args), folder).build(examples)
+    page = Page(gr, load_segmenter(args), folder).build(examples)
     page.queue(max_size=args.max_queue, default_concurrency_limit=4, api_open=False)
     theme = gr.themes.Default(
         primary_hue="blue",
@@ -534,7 +491,7 @@ def serve(args: Namespace, folder: Path, block: bool = True) -> Any:
             inbrowser=False,
             max_file_size=args.max_upload_mb * 2**20,
             allowed_paths=[],
-            state_session_capacity=MOST_PEOPLE,
+            state_session_capacity=MOST_VISITORS,
             footer_links=[],
             enable_monitoring=False,
             mcp_server=False,
@@ -550,7 +507,7 @@ def serve(args: Namespace, folder: Path, block: bool = True) -> Any:
             " port"
         ) from None
     print(f"open {page.local_url}", flush=True)
-    if args.host not in LOCAL:
+    if args.host not in LOCAL_HOSTS:
         print(
             f"warning: --host {args.host} lets every machine that can reach this one ask the model",
             file=sys.stderr,
@@ -564,7 +521,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for a mistake in flags or files."""
     distributed.prepare_environment()
     try:
-        args = read_arguments(argv)
+        args = read_page_arguments(argv)
         with tempfile.TemporaryDirectory(prefix="cores-app-") as folder:
             serve(args, Path(folder))
     except (ValueError, OSError) as error:

@@ -1,7 +1,10 @@
 """Ask a model about pictures: it answers in words and with masks.
 
-    python chat.py --version runs/demo/model                # a conversation; /help lists what can be typed
-    python chat.py --version runs/demo/model --image dog.jpg --prompt "Where is the dog's nose?" --json
+    # a conversation; /help lists what can be typed
+    python chat.py --version runs/demo/model
+
+    # one answer
+    python chat.py --version runs/demo/model --image dog.jpg --prompt "Where is its nose?" --json
 
 The model sees the picture and the conversation so far. Each mask of each level is saved as a PNG (0
 or 255, size of the picture) beside an overlay of the final ones; the paths are printed. Exit codes
@@ -18,6 +21,7 @@ import os
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +38,13 @@ from utils import distributed
 from utils.settings.arguments import OneLineParser, one_line, shown
 from utils.settings.flags import UsageError
 
-# line editing and history of what was typed, where the platform has it
+# Importing readline gives input() line editing and a history, where the platform has it.
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)  # answered in one line
+# Reported in one line; anything else is a defect of the program and shows its trace.
+MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
 HELP = """Type a question about the picture, or the path of another picture.
   /image PATH   another picture and a new conversation
   /undo         take the last question and its answer back
@@ -50,118 +55,90 @@ HELP = """Type a question about the picture, or the path of another picture.
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
-    """The flags that ``load`` reads."""
-    parser.add_argument(
-        "--version",
-        required=True,
-        help="model folder that the merge script wrote, or a published LISA or CoReS",
-    )
-    parser.add_argument("--precision", choices=list(DTYPES), help="default: as stored")
+    """The flags that ``load_segmenter`` reads."""
+    add = parser.add_argument
+    model = "model folder that the merge script wrote, or a published LISA or CoReS"
+    add("--version", required=True, help=model)
+    add("--precision", choices=list(DTYPES), help="default: as stored")
     for bits in (8, 4):
-        parser.add_argument(
-            f"--load_in_{bits}bit",
-            action="store_true",
-            help=f"{bits} bits per weight of the language model",
-        )
-    parser.add_argument(
-        "--vision_tower",
-        "--vision-tower",
-        help="CLIP of a published LISA, in place of the one it names",
+        weights = f"{bits} bits per weight of the language model"
+        add(f"--load_in_{bits}bit", action="store_true", help=weights)
+    tower = "CLIP of a published LISA, in place of the one it names"
+    add("--vision_tower", "--vision-tower", help=tower)
+    kinds = list(ATTENTION)
+    add("--attn_implementation", choices=kinds, default="auto", help="attention (default: auto)")
+    template = "conversation template (default: that of the training)"
+    add("--conv_type", choices=list(TEMPLATES), help=template)
+    add("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
+    length = "longest conversation, in tokens (default: that of the model)"
+    add("--model_max_length", type=int, help=length)
+    store = (
+        "LLM-Seg, cores+select: folder of a proposal store (default: computed for every picture)"
     )
-    parser.add_argument(
-        "--attn_implementation",
-        choices=list(ATTENTION),
-        default="auto",
-        help="attention (default: auto)",
-    )
-    parser.add_argument(
-        "--conv_type",
-        choices=list(TEMPLATES),
-        help="conversation template (default: that of the training)",
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
-    parser.add_argument(
-        "--model_max_length",
-        type=int,
-        help="longest conversation, in tokens (default: that of the model)",
-    )
-    parser.add_argument(
-        "--proposals",
-        type=Path,
-        help=(
-            "LLM-Seg, cores+select: folder of a proposal store (default: computed for every"
-            " picture)"
-        ),
-    )
+    add("--proposals", type=Path, help=store)
 
 
-def read_arguments(argv: list[str] | None) -> Namespace:
+def require_positive(args: Namespace, *names: str) -> None:
+    """Raises UsageError for a flag that is given and below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}; it must be at least 1")
+
+
+def read_chat_arguments(argv: list[str] | None) -> Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add_model_flags(parser)
-    parser.add_argument(
-        "--vis_save_path",
-        type=Path,
-        default=Path("./vis_output"),
-        help="folder for masks and overlays",
-    )
-    parser.add_argument(
-        "--image", type=Path, help="with --prompt: one answer and the end; alone: the first picture"
-    )
-    parser.add_argument("--prompt", help="the one question")
-    parser.add_argument(
-        "--json", action="store_true", help="with --prompt: print the answer as JSON"
-    )
+    add, folder = parser.add_argument, Path("./vis_output")
+    add("--vis_save_path", type=Path, default=folder, help="folder for masks and overlays")
+    image = "with --prompt: one answer and the end; alone: the first picture"
+    add("--image", type=Path, help=image)
+    add("--prompt", help="the one question")
+    add("--json", action="store_true", help="with --prompt: print the answer as JSON")
     args = parser.parse_args(argv)
-    _check(args)
-    return args
-
-
-def _check(args: Namespace) -> None:
     if args.prompt is not None and args.image is None:
         raise UsageError("--prompt needs an --image")
     if args.json and args.prompt is None:
         raise UsageError("--json needs --image and --prompt")
     if args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt is empty")
-    for name in ("max_new_tokens", "model_max_length"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}; it must be at least 1")
+    require_positive(args, "max_new_tokens", "model_max_length")
+    return args
 
 
-def load(args: Namespace) -> ReasoningSegmenter:
-    """Raises UsageError, FileNotFoundError or ValueError for flags or a folder that do not work."""
+def load_segmenter(args: Namespace) -> ReasoningSegmenter:
+    """The model that the flags of ``add_model_flags`` describe. Raises UsageError,
+    FileNotFoundError or ValueError for flags or a folder that do not work."""
     if args.load_in_4bit and args.load_in_8bit:
         raise UsageError("--load_in_4bit and --load_in_8bit exclude each other")
     bits = 4 if args.load_in_4bit else 8 if args.load_in_8bit else None
     compute = DTYPES[args.precision or "bf16"]
-    loading: dict[str, Any] = {"quantization_config": quantization(bits, compute)} if bits else {}
     attention, _ = choose_attention(args.attn_implementation, compute, distributed.device())
-    dtype = compute if bits or args.precision else "auto"
-    loading |= {
-        "attn_implementation": attention,
-        "template": args.conv_type,
-        "max_new_tokens": args.max_new_tokens,
-    }
-    loading |= {"vision_tower": args.vision_tower, "proposals": args.proposals}
-    segmenter = ReasoningSegmenter.from_pretrained(args.version, dtype=dtype, **loading)
+    segmenter = ReasoningSegmenter.from_pretrained(
+        args.version,
+        dtype=compute if bits or args.precision else "auto",
+        attn_implementation=attention,
+        template=args.conv_type,
+        max_new_tokens=args.max_new_tokens,
+        vision_tower=args.vision_tower,
+        proposals=args.proposals,
+        quantization_config=quantization(bits, compute),
+    )
     if args.model_max_length is not None:
         segmenter.processor.tokenizer.model_max_length = args.model_max_length
     return segmenter
 
 
-# ------------------------------------------------------------------------------------- conversation
-
-
-class Chat:
-    """What is typed, and what becomes of it. ``folder``: where masks go."""
+class TerminalChat:
+    """A conversation at a terminal: what was typed, and what becomes of it."""
 
     def __init__(self, segmenter: ReasoningSegmenter, folder: Path):
+        """``folder``: where masks are saved."""
         self.segmenter, self.folder = segmenter, folder
         self.session: Session | None = None
         self.answers: list[dict[str, Any]] = []
         """Of this conversation, ready for JSON."""
-        self.commands = {
+        self.commands: dict[str, Callable[[str], None]] = {
             "/image": self.open,
             "/undo": self.undo,
             "/reset": self.reset,
@@ -173,16 +150,16 @@ class Chat:
     def prompt(self) -> str:
         return "image> " if self.session is None else "question> "
 
-    def take(self, line: str) -> bool:
-        """Does what a line says; False for the end. Raises ValueError or OSError and leaves the
-        conversation as it was."""
+    def run_line(self, line: str) -> bool:
+        """Runs a command or answers a question; False for /quit. Raises ValueError or OSError and
+        then leaves the conversation as it was."""
         command, rest = [*line.split(maxsplit=1), "", ""][:2]
         if command == "/quit":
             return False
         if command in self.commands:
             self.commands[command](rest.strip())
         elif line.strip() and (self.session is None or _is_file(line)):
-            self.open(line)
+            self.open(line)  # without a picture a line can only be the path of one
         elif command.startswith("/"):
             raise ValueError(f"unknown command {shown(command)}; /help lists them")
         elif line.strip():
@@ -201,7 +178,9 @@ class Chat:
 
     def ask(self, question: str, stream: bool = False) -> tuple[Result, dict[str, Any]]:
         """The answer and its report with the files that were written; ``stream`` prints the text as
-        it comes."""
+        it is generated."""
+        if self.session is None:
+            raise ValueError("there is no picture to ask about yet")
         answer = self.session.stream(question)
         if stream:
             try:
@@ -209,11 +188,10 @@ class Chat:
                     print(shown(piece), end="", flush=True)
             finally:
                 print(flush=True)
-        result = answer.result
-        files = None
+        result, files = answer.result, None
         try:
             files = result.save(self.folder)
-        finally:
+        finally:  # An answer whose files cannot be written stays in the conversation.
             self.answers.append(result.to_dict(files))
         return result, self.answers[-1]
 
@@ -222,8 +200,10 @@ class Chat:
         if question is None:
             print("there is nothing to take back")
             return
+        # The session remembers no answer without text, so such answers may come after the last one
+        # it remembers.
         while self.answers and self.answers.pop()["question"] != question:
-            pass  # answers without words are in no history
+            pass
         print(f"taken back: {shown(question)}")
 
     def reset(self, _: str) -> None:
@@ -236,7 +216,7 @@ class Chat:
         if not self.answers:
             raise ValueError("there is no answer to save yet")
         path = _path(name) if name else self.folder / "conversation.json"
-        # a slip of the fingers must not cost a photograph
+        # A mistyped path must not overwrite a photograph.
         if path.exists() and path.suffix.lower() != ".json":
             raise ValueError(
                 f"{shown(str(path))}: there is another file of this name; give one that ends in"
@@ -256,7 +236,8 @@ def _path(text: str) -> Path:
 
 
 def _require_file(path: Path) -> None:
-    """Raises ValueError in the words of somebody who asks, not of somebody who keeps a data set."""
+    """Raises ValueError for a path that is no file. Reading it would fail, too, but with a message
+    for people who keep data sets."""
     if path.is_dir():
         raise ValueError(f"{shown(str(path))}: is a folder; give the path of a picture")
     if not path.exists():
@@ -264,39 +245,32 @@ def _require_file(path: Path) -> None:
 
 
 def _prepare_folder(folder: Path) -> None:
-    """Raises UsageError now where masks could not be saved later, when the model has been loaded
-    and has answered."""
+    """Makes the folder for masks. Raises UsageError where they cannot be saved, which is better
+    found out before the model is loaded and answers."""
+    reason = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            reason = "it is not writable"
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+    if reason is not None:
         raise UsageError(
             f"--vis_save_path {folder}: masks cannot be saved there ({reason}); give another folder"
-        ) from None
-    if not writable:
-        raise UsageError(
-            f"--vis_save_path {folder}: masks cannot be saved there (it is not writable); give"
-            " another folder"
         )
 
 
 def _is_file(text: str) -> bool:
-    with contextlib.suppress(OSError, ValueError):  # too long for a path, or with a NUL in it
+    with contextlib.suppress(OSError, ValueError):  # raised if too long for a path or with a NUL
         return _path(text).is_file()
     return False
 
 
 def remarks(result: Result) -> list[str]:
-    """What people need to know about an answer besides its words, one short sentence each; the page
-    says them, too."""
+    """What people need to know about an answer besides its text, one short sentence each."""
     found = []
-    if result.forgotten_turns:
-        which = (
-            "question was"
-            if result.forgotten_turns == 1
-            else f"{result.forgotten_turns} questions were"
-        )
+    if count := result.forgotten_turns:
+        which = "question was" if count == 1 else f"{count} questions were"
         found.append(f"the oldest {which} forgotten to make room")
     if not result.text:
         found.append("no words; this question is not remembered")
@@ -306,24 +280,22 @@ def remarks(result: Result) -> list[str]:
 
 
 def print_answer(result: Result, report: dict[str, Any]) -> None:
-    """What is to be said besides the text."""
+    """Prints everything but the text; ``report``: what ``TerminalChat.ask`` returned."""
     for remark in remarks(result):
         print(f"  ({remark})")
     if not result.masks:
         print("  no mask in this answer")
     for found, row in zip(result.masks, report["masks"], strict=True):
         for level, file in row["files"].items():
-            print(
-                f"  [{level}] {file} ({int(found.levels[level].sum())} pixels, predicted IoU"
-                f" {found.ious[level]:.2f})"
-            )
+            area, iou = int(found.levels[level].sum()), found.ious[level]
+            print(f"  [{level}] {file} ({area} pixels, predicted IoU {iou:.2f})")
     if report["overlay"]:
         print(f"  overlay {report['overlay']}")
 
 
 class _CtrlC:
-    """Ctrl-C as a KeyboardInterrupt while ``armed``, once; nothing at any other time, such as while
-    that one is answered."""
+    """The handler of SIGINT: raises KeyboardInterrupt once while ``armed`` and otherwise ignores
+    the signal, so that a second Ctrl-C cannot interrupt the handling of the first."""
 
     armed = False
 
@@ -333,7 +305,7 @@ class _CtrlC:
             raise KeyboardInterrupt
 
 
-def converse(chat: Chat, first_image: Path | None) -> None:
+def converse(chat: TerminalChat, first_image: Path | None) -> None:
     """Reads lines until /quit or the end of the input. No mistake and no Ctrl-C ends it or loses
     the conversation."""
     print(HELP)
@@ -353,10 +325,10 @@ def converse(chat: Chat, first_image: Path | None) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def _step(chat: Chat, line: str | None) -> bool:
-    """One line, asked for if there is none; False for the end."""
+def _step(chat: TerminalChat, line: str | None) -> bool:
+    """Runs one line, which is asked for if there is none; False for the end."""
     try:
-        return chat.take(input(chat.prompt) if line is None else line)
+        return chat.run_line(input(chat.prompt) if line is None else line)
     except EOFError:
         print()
         return False
@@ -371,13 +343,13 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        args = read_arguments(argv)
-        if args.prompt is not None:  # before anything large is read
+        args = read_chat_arguments(argv)
+        if args.prompt is not None:  # A mistake is reported before the model is loaded.
             _prepare_folder(args.vis_save_path)
             _require_file(args.image)
             load_image(args.image)
         transformers_logging.disable_progress_bar()
-        chat = Chat(load(args), args.vis_save_path)
+        chat = TerminalChat(load_segmenter(args), args.vis_save_path)
         if args.prompt is None:
             converse(chat, args.image)
             return 0

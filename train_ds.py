@@ -26,8 +26,8 @@ distributed.prepare_environment()  # before anything imports deepspeed
 
 from dataset.files.faults import read_skip_list  # noqa: E402
 from utils import build  # noqa: E402
-from utils.evaluation.cli import finish, modes_of  # noqa: E402
-from utils.evaluation.run import evaluate  # noqa: E402
+from utils.evaluation.cli import final_evaluation, modes_of  # noqa: E402
+from utils.evaluation.runner import evaluate  # noqa: E402
 from utils.settings.arguments import Settings, one_line, parse  # noqa: E402
 from utils.settings.flags import UsageError  # noqa: E402
 from utils.training import checkpoint, reshard  # noqa: E402
@@ -123,7 +123,7 @@ def train(s: Settings, started: float) -> None:
     if val is not None:
         if s.zero_stage < 3:  # what the merge script exports; ZeRO-3 has taken the weights apart
             checkpoint.load_weights(model, checkpoint.find_checkpoint(s.run_dir, "best"))
-        finish(model, processor, val, s, started)
+        final_evaluation(model, processor, val, s, started)
 
 
 def find_resume(s: Settings) -> Path | None:
@@ -139,7 +139,7 @@ def find_resume(s: Settings) -> Path | None:
 
 def evaluate_only(s: Settings, started: float) -> None:
     model, processor = build.load_for_evaluation(s)
-    finish(model, processor, build.build_eval(s, processor), s, started)
+    final_evaluation(model, processor, build.build_eval(s, processor), s, started)
 
 
 def main(argv: list[str] | None = None) -> int:

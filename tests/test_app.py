@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import app
-from chat import load
+from chat import load_segmenter
 from dataset.files.rle import decode_rle
 from model.inference.results import AnswerMask, Result
 from tests.scripted import scripted_model
@@ -103,7 +103,7 @@ def test_the_legend_names_colours_and_escapes():
 
 
 def test_masks_to_take_home(tmp_path):
-    archive, coco = app.save(result(masks=2), tmp_path)
+    archive, coco = app.write_downloads(result(masks=2), tmp_path)
     with zipfile.ZipFile(archive) as opened:
         pictures = {
             name: np.array(Image.open(io.BytesIO(opened.read(name)))) for name in opened.namelist()
@@ -159,19 +159,19 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
 
 
 def test_its_flags_are_all_that_loading_a_model_needs():
-    segmenter = app.load(
-        app.read_arguments(["--version", str(scripted_model()), "--max_new_tokens", "12"])
+    segmenter = app.load_segmenter(
+        app.read_page_arguments(["--version", str(scripted_model()), "--max_new_tokens", "12"])
     )
     assert segmenter.decoding.max_new_tokens == 12
 
 
 def test_it_listens_to_this_machine_alone_by_default():
-    assert app.read_arguments(["--version", "x"]).host == "127.0.0.1"
+    assert app.read_page_arguments(["--version", "x"]).host == "127.0.0.1"
 
 
 def test_its_flags_load_a_model_as_those_of_chat_do():
-    segmenter = load(
-        app.read_arguments(
+    segmenter = load_segmenter(
+        app.read_page_arguments(
             ["--version", str(scripted_model()), "--max_new_tokens", "7", "--conv_type", "tiny"]
         )
     )
@@ -198,7 +198,7 @@ class Widgets:
 def test_a_long_question_is_refused_by_the_server_too():
     page = app.Page(Widgets, None, Path())
     with pytest.raises(Widgets.Error, match="longer than 1000 characters"):
-        next(page.ask(app.Talk(None), "x" * 1001, app.ANSWER, 45))
+        next(page.ask(app.VisitorChat(None), "x" * 1001, app.ANSWER, 45))
 
 
 def test_the_conversation_says_what_was_cut_and_what_was_forgotten(tmp_path):
@@ -212,11 +212,11 @@ def test_the_conversation_says_what_was_cut_and_what_was_forgotten(tmp_path):
         "--model_max_length",
         "64",
     ]
-    page = app.Page(Widgets, load(app.read_arguments(flags)), tmp_path)
-    talk, *_ = page.open(str(photo(tmp_path / "p.png")))
+    page = app.Page(Widgets, load_segmenter(app.read_page_arguments(flags)), tmp_path)
+    visitor, *_ = page.open(str(photo(tmp_path / "p.png")))
 
     def ask(question: str) -> list[str]:
-        *_, last = page.ask(talk, question, app.ANSWER, 45)
+        *_, last = page.ask(visitor, question, app.ANSWER, 45)
         return [message["content"] for message in last[2] if message["role"] == "assistant"]
 
     (cut,) = ask("the wheel")
@@ -226,9 +226,10 @@ def test_the_conversation_says_what_was_cut_and_what_was_forgotten(tmp_path):
         answers = ask("hello")
     assert answers[:2] == [cut, "there"]
     assert "there\n(the oldest question was forgotten to make room)" in answers[2:]
-    talk.results = [replace(talk.results[-1], forgotten_turns=2)]
+    visitor.results = [replace(visitor.results[-1], forgotten_turns=2)]
     assert (
-        talk.messages[1]["content"] == "there\n(the oldest 2 questions were forgotten to make room)"
+        visitor.messages[1]["content"]
+        == "there\n(the oldest 2 questions were forgotten to make room)"
     )
 
 
@@ -253,7 +254,7 @@ def served(tmp_path_factory):
         "--max_new_tokens",
         "12",
     ]
-    page = app.serve(app.read_arguments(flags), folder, block=False)
+    page = app.serve(app.read_page_arguments(flags), folder, block=False)
     yield page.local_url.rstrip("/"), page, folder
     page.close()
 

@@ -146,8 +146,16 @@ def test_a_conversation_survives_every_mistake(photo, tmp_path, monkeypatch, cap
     assert chat.main(flags(tmp_path / "out")) == 0
     said = capsys.readouterr().out
     assert said.count("error: ") == 8
-    for words in ("there is no such picture", "not a readable image", "no answer to save", "unknown command /nonsense",
-                  "is a folder; give the path of a picture", "too long", "question is empty", "nothing to take back"):  # fmt: skip
+    for words in (
+        "there is no such picture",
+        "not a readable image",
+        "no answer to save",
+        "unknown command /nonsense",
+        "is a folder; give the path of a picture",
+        "too long",
+        "question is empty",
+        "nothing to take back",
+    ):
         assert words in said
     assert said.count(ANSWER) == 2 == said.count("  [SEG] ")
     assert len(list((tmp_path / "out").iterdir())) == 6

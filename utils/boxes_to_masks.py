@@ -1,5 +1,4 @@
-"""The command ``python -m utils.boxes_to_masks``; its code is
-utils/precompute/boxes_to_masks.py."""
+"""``python -m utils.boxes_to_masks``: the code is in utils/precompute/boxes_to_masks.py."""
 
 import sys
 

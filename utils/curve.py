@@ -1,4 +1,4 @@
-"""The command ``python -m utils.curve``; its code is utils/training/curve.py."""
+"""``python -m utils.curve``: the code is in utils/training/curve.py."""
 
 import sys
 

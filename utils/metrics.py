@@ -3,7 +3,8 @@
 H, W an image in the original frame · n scored targets. All scores are fractions in [0, 1]; only
 tables print percent.
 
-gIoU  mean over targets of intersection / union, where "nothing predicted, nothing there" is 1 (LISA, section 4.1)
+gIoU  mean over targets of intersection / union, where an empty prediction of an empty target
+      counts as 1 (LISA, section 4.1)
 cIoU  sum of all intersections / sum of all unions: large targets weigh more
 """
 
@@ -17,6 +18,9 @@ import numpy as np
 import torch
 
 Mask = TypeVar("Mask", np.ndarray, torch.Tensor)
+
+CONFIDENCE = 0.95  # of all intervals
+DRAWS, PAIRED_DRAWS = 1000, 10_000  # bootstrap samples of one system, and of two that are compared
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,14 @@ class TargetScore:
     """Where the answer held no mask for this target: 0, or 1 where the target is empty."""
     emitted: bool
     """Whether the answer held a mask for this target; always True in teacher-forced evaluation."""
-    surplus: int
-    """Masks of the answer beyond the targets of the conversation; counted with its first target
-    only."""
+    extra_masks: int
+    """Masks of the answer beyond the targets of the conversation; the first target carries the
+    count, the others 0."""
     target_area: int
     image_area: int | None = None
     """Pixels of the image, ignored ones included."""
     answer: str = ""
-    """What the model said; "" in teacher-forced evaluation."""
+    """The generated text; "" in teacher-forced evaluation."""
     first_iou: float | None = None
     """IoU of the first level's mask with the target; None without a mask or with one level only."""
     first_host_iou: float | None = None
@@ -57,8 +61,8 @@ class TargetScore:
 
     @property
     def place(self) -> str:
-        """The sample, with what tells its targets apart where there are several: "000", "000,
-        conversation 1"."""
+        """Names the target within its data set, without the indices that are 0: "000", or "000,
+        conversation 1, target 2"."""
         extra = [
             f"{word} {value}"
             for word, value in (("conversation", self.conversation), ("target", self.target))
@@ -104,27 +108,44 @@ def bootstrap(
     inter: np.ndarray,
     union: np.ndarray,
     scores: np.ndarray,
-    groups: Sequence | None = None,
-    draws: int = 1000,
-    confidence: float = 0.95,
+    groups: Sequence[Hashable] | None = None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Percentile intervals {"giou": [low, high], "ciou": [low, high]} of n targets, the same for
-    the same seed.
+    """95 % percentile intervals {"giou": [low, high], "ciou": [low, high]} of n targets, the same
+    for the same seed.
 
-    ``groups``: n keys; targets of one key (an image) are drawn together, as they rise and fall
-    together. None draws every target by itself. Raises ValueError without targets.
+    ``inter``, ``union``, ``scores``: (n,), pixels, pixels and IoUs. ``groups``: n keys; the targets
+    of one key (an image) are drawn together, because their scores are correlated. None draws every
+    target by itself. Raises ValueError without targets.
     """
     if len(scores) == 0:
         raise ValueError("no target was scored, so there is no interval; check the evaluation set")
     columns = np.stack(
         [np.asarray(c, dtype=float) for c in (scores, np.ones(len(scores)), inter, union)], axis=1
     )
-    score, count, inters, unions = _resample(columns, groups, draws, seed).T
+    score, count, inters, unions = _resample(columns, groups, DRAWS, seed).T
+    return {"giou": _interval(score / count), "ciou": _interval(iou(inters, unions))}
+
+
+def overlap_summary(
+    overlaps: Sequence[tuple[float, float, float]], groups: Sequence[Hashable], seed: int = 0
+) -> dict[str, Any]:
+    """{n, giou, giou_ci95, ciou, ciou_ci95} (fractions) of ``overlaps``, the intersection, union
+    and IoU of every target. ``groups``, ``seed``: see ``bootstrap``."""
+    inter, union, ious = np.asarray(overlaps, dtype=float).reshape(-1, 3).T
+    intervals = bootstrap(inter, union, ious, groups, seed)
     return {
-        "giou": _tails(score / count, confidence),
-        "ciou": _tails(iou(inters, unions), confidence),
+        "n": len(ious),
+        "giou": giou(ious),
+        "giou_ci95": intervals["giou"],
+        "ciou": ciou(inter, union),
+        "ciou_ci95": intervals["ciou"],
     }
+
+
+def _score_summary(scores: Sequence[TargetScore], seed: int) -> dict[str, Any]:
+    overlaps = [(s.inter, s.union, s.iou) for s in scores]
+    return overlap_summary(overlaps, [(s.dataset, s.id) for s in scores], seed)
 
 
 def _resample(
@@ -136,22 +157,22 @@ def _resample(
         sums = np.zeros((len(index), columns.shape[1]))
         np.add.at(sums, [index[key] for key in groups], columns)
         columns = sums
-    # how often each group is drawn: a matrix product then does all draws at once
+    # A draw is a row of counts, how often each group was drawn, so that one matrix product sums up
+    # all draws.
     times = np.random.default_rng(seed).multinomial(
         len(columns), np.full(len(columns), 1 / len(columns)), size=draws
     )
     return times @ columns
 
 
-def _tails(values: np.ndarray, confidence: float) -> list[float]:
-    return np.percentile(values, [50 * (1 - confidence), 50 * (1 + confidence)]).tolist()
+def _interval(values: np.ndarray) -> list[float]:
+    """[low, high]: what lies outside are 2.5 % of the values on either side."""
+    return np.percentile(values, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)]).tolist()
 
 
 def paired_bootstrap(
     a: Sequence[TargetScore],
     b: Sequence[TargetScore],
-    draws: int = 10_000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """{"giou": …, "ciou": …} of b minus a, where a[i] and b[i] are answers to the same target.
@@ -165,7 +186,7 @@ def paired_bootstrap(
     columns = np.array(
         [[1.0, x.iou, x.inter, x.union, y.iou, y.inter, y.union] for x, y in zip(a, b, strict=True)]
     )
-    sums = _resample(columns, [(x.dataset, x.id) for x in a], draws, seed)
+    sums = _resample(columns, [(x.dataset, x.id) for x in a], PAIRED_DRAWS, seed)
 
     def differences(table: np.ndarray) -> dict[str, np.ndarray]:
         n, iou_a, inter_a, union_a, iou_b, inter_b, union_b = table.T
@@ -175,7 +196,7 @@ def paired_bootstrap(
     return {
         name: {
             "difference": float(found[name][0]),
-            "ci95": _tails(drawn[name], confidence),
+            "ci95": _interval(drawn[name]),
             "share_above_zero": float((drawn[name] > 0).mean()),
         }
         for name in found
@@ -187,22 +208,25 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def summarise(scores: Sequence[TargetScore], seed: int = 0, draws: int = 1000) -> dict:
-    """The numbers of a report. None stands for what the data do not tell. Raises ValueError without
-    targets.
+def summarise_scores(scores: Sequence[TargetScore], seed: int = 0) -> dict[str, Any]:
+    """The numbers of a report; None stands for what the data do not tell.
 
-    ==================  ===========================================================================================
-    unit                "fraction"
-    n                   scored targets
-    giou, ciou          targets without a mask count as IoU 0 (1 if empty), with their area in the union
-    giou_ci95, ciou_…   bootstrap 95 % intervals over images
-    giou_short, _long   gIoU of short and of long queries
-    emission_rate       share of targets that got a mask
-    surplus_rate        masks beyond the targets, per target
-    first_iou           mean IoU of the first level's mask with the target
-    first_host_iou      mean IoU of the first level's mask with the host
-    wrong_host_rate     share of non-empty final masks that lie for more than half outside the host
-    ==================  ===========================================================================================
+    ===================  ==========================================================================
+    unit                 "fraction"
+    n                    scored targets
+    giou, ciou           a target without a mask counts as IoU 0 (1 if it is empty), with its area
+                         in the union
+    giou_ci95, ciou_…    bootstrap 95 % intervals over images
+    giou_short, …_long   gIoU of short and of long queries
+    emission_rate        share of targets that got a mask
+    extra_masks_rate     masks beyond the targets, per target
+    first_iou            mean IoU of the first level's mask with the target
+    first_host_iou       mean IoU of the first level's mask with the host
+    wrong_host_rate      share of non-empty final masks of which more than half lies outside the
+                         host
+    ===================  ==========================================================================
+
+    Raises ValueError without targets.
     """
     if not scores:
         raise ValueError(
@@ -210,11 +234,11 @@ def summarise(scores: Sequence[TargetScore], seed: int = 0, draws: int = 1000) -
         )
     return {
         "unit": "fraction",
-        **_core_summary(scores, seed, draws),
+        **_score_summary(scores, seed),
         "giou_short": _mean([s.iou for s in scores if s.is_sentence is False]),
         "giou_long": _mean([s.iou for s in scores if s.is_sentence is True]),
         "emission_rate": _mean([s.emitted for s in scores]),
-        "surplus_rate": _mean([s.surplus for s in scores]),
+        "extra_masks_rate": _mean([s.extra_masks for s in scores]),
         "first_iou": _mean([s.first_iou for s in scores]),
         "first_host_iou": _mean([s.first_host_iou for s in scores]),
         "wrong_host_rate": _mean(
@@ -223,7 +247,7 @@ def summarise(scores: Sequence[TargetScore], seed: int = 0, draws: int = 1000) -
     }
 
 
-# class -> [from, below)
+# The classes of a breakdown: name -> (lowest value, first value beyond it).
 QUERY_LENGTHS = {
     "1–8 words": (0, 9),
     "9–12 words": (9, 13),
@@ -231,7 +255,7 @@ QUERY_LENGTHS = {
     "17–24 words": (17, 25),
     "25 words and more": (25, np.inf),
 }
-QUERY_KINDS = {"short (phrases)": (0, 1), "long (sentences)": (1, 2)}  # ReasonSeg's own
+QUERY_KINDS = {"short (phrases)": (0, 1), "long (sentences)": (1, 2)}  # ReasonSeg's is_sentence
 TARGET_SIZES = {
     "no target": (0, 1e-12),
     "under 1 % of the image": (1e-12, 0.01),
@@ -248,20 +272,13 @@ def breakdown(scores: Sequence[TargetScore], seed: int = 0) -> dict[str, dict[st
     The length of a query counts the words of the question as it was asked, the request for a mask
     included.
     """
-    words = [len(score.query.split()) for score in scores]
-    shares = [
-        np.nan if score.image_area is None else score.target_area / score.image_area
-        for score in scores
-    ]
+    kinds = [np.nan if s.is_sentence is None else float(s.is_sentence) for s in scores]
+    lengths = [float(len(s.query.split())) for s in scores]
+    sizes = [np.nan if s.image_area is None else s.target_area / s.image_area for s in scores]
     return {
-        "query_length": _by_class(scores, words, QUERY_LENGTHS, seed),
-        "query_kind": _by_class(
-            scores,
-            [np.nan if s.is_sentence is None else s.is_sentence for s in scores],
-            QUERY_KINDS,
-            seed,
-        ),
-        "target_size": _by_class(scores, shares, TARGET_SIZES, seed),
+        "query_length": _by_class(scores, lengths, QUERY_LENGTHS, seed),
+        "query_kind": _by_class(scores, kinds, QUERY_KINDS, seed),
+        "target_size": _by_class(scores, sizes, TARGET_SIZES, seed),
     }
 
 
@@ -272,22 +289,7 @@ def _by_class(
         name: [score for score, value in zip(scores, values, strict=True) if low <= value < high]
         for name, (low, high) in classes.items()
     }
-    return {name: _core_summary(found, seed) for name, found in members.items() if found}
-
-
-def _core_summary(scores: Sequence[TargetScore], seed: int, draws: int = 1000) -> dict[str, Any]:
-    inter, union = np.array([s.inter for s in scores]), np.array([s.union for s in scores])
-    ious = np.array([s.iou for s in scores])
-    intervals = bootstrap(
-        inter, union, ious, [(s.dataset, s.id) for s in scores], draws=draws, seed=seed
-    )
-    return {
-        "n": len(scores),
-        "giou": giou(ious),
-        "giou_ci95": intervals["giou"],
-        "ciou": ciou(inter, union),
-        "ciou_ci95": intervals["ciou"],
-    }
+    return {name: _score_summary(found, seed) for name, found in members.items() if found}
 
 
 def score_target(
@@ -299,27 +301,16 @@ def score_target(
     """The measured fields of a TargetScore.
 
     ``masks``: bool (T, H, W), coarse to fine, or None if the answer holds none for this target,
-    which is as good as an empty mask: wrong, unless nothing was meant (gRefCOCO); ``target``,
+    which scores like an empty mask: 0, or 1 where the target is empty (gRefCOCO). ``target``,
     ``ignore`` and ``host``: bool (H, W) on the same device.
     """
-    kept = target if ignore is None else target & ~ignore
-    areas = {"target_area": int(kept.sum()), "image_area": target.shape[-2] * target.shape[-1]}
+    counted = target if ignore is None else target & ~ignore
+    area = int(counted.sum())
+    areas = {"target_area": area, "image_area": target.shape[-2] * target.shape[-1]}
     if masks is None:
-        return {
-            "inter": 0,
-            "union": areas["target_area"],
-            "iou": float(not target.any()),
-            "emitted": False,
-            **areas,
-        }
+        return {"inter": 0, "union": area, "iou": float(not target.any()), "emitted": False} | areas
     inter, union = (int(count) for count in intersection_and_union(masks[-1], target, ignore))
-    found = {
-        "inter": inter,
-        "union": union,
-        "iou": float(iou(inter, union)),
-        "emitted": True,
-        **areas,
-    }
+    found = {"inter": inter, "union": union, "iou": float(iou(inter, union)), "emitted": True}
     if len(masks) > 1:
         found["first_iou"] = mask_iou(masks[0], target, ignore)
     if host is not None:
@@ -327,4 +318,4 @@ def score_target(
         final = masks[-1] if ignore is None else masks[-1] & ~ignore
         if final.any():
             found["inside_host"] = float((final & host).sum() / final.sum())
-    return found
+    return found | areas

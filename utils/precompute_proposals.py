@@ -1,5 +1,4 @@
-"""The command ``python -m utils.precompute_proposals``; its code is
-utils/precompute/proposals.py."""
+"""``python -m utils.precompute_proposals``: the code is in utils/precompute/proposals.py."""
 
 import sys
 

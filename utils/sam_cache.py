@@ -1,4 +1,4 @@
-"""The command ``python -m utils.sam_cache``; its code is utils/precompute/sam_cache.py."""
+"""``python -m utils.sam_cache``: the code is in utils/precompute/sam_cache.py."""
 
 import sys
 

@@ -1,32 +1,29 @@
-"""What a mask is worth that took no reasoning: the whole image, the largest object, a random part
-of the right name.
+"""Trivial baselines, masks that took no reasoning: the whole image, the largest object, a random
+part of the right name.
 
-A method that does not beat these has learnt the data set's habits only. Whole image works for every
-data set; the others read the ``scene`` that SynthReason writes into its JSONs. Where a baseline
-guesses, its score is the exact expectation over all guesses, so it needs no seed and has no noise.
-H, W an image in the original frame.
+A method that does not beat them has learnt no more than the data set's habits. The whole image
+works for every data set; the other baselines read the ``scene`` that SynthReason writes into its
+JSONs. Where a baseline guesses, its score is the exact expectation over all guesses, so it needs no
+seed and has no noise. H, W an image in the original frame.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.conversation.turns import Conversation
 from dataset.files.errors import DataError
 from dataset.files.rle import decode_rle
 from dataset.files.text import read_json
 from dataset.readers.reasoning import ReasoningSegmentation
-from dataset.sample import Sample
-from utils.metrics import bootstrap, ciou, giou, intersection_and_union, iou
+from utils.metrics import intersection_and_union, iou, overlap_summary
 
 
-@dataclass(frozen=True)
-class Guess:
+class Guess(NamedTuple):
     """Expected scores of one baseline on one target, over all its equally likely guesses."""
 
     inter: float
@@ -37,19 +34,20 @@ class Guess:
     def among(
         cls, masks: Sequence[np.ndarray], target: np.ndarray, ignore: np.ndarray | None = None
     ) -> Guess:
-        """One of ``masks`` is predicted, each with the same probability. All masks are bool (H,
-        W)."""
+        """The expectation where one of ``masks`` is predicted, each with the same probability. All
+        masks are bool (H, W)."""
         inter, union = intersection_and_union(np.stack(masks), target, ignore)
         return cls(float(inter.mean()), float(union.mean()), float(iou(inter, union).mean()))
 
 
 @dataclass(frozen=True)
-class SceneObject:
-    """``mask``: bool (H, W). ``parts``: (name, bool (H, W)) of every part instance; a car has two
-    entries "wheel"."""
+class AnnotatedObject:
+    """An object of a scene with its parts."""
 
     mask: np.ndarray
+    """bool (H, W)."""
     parts: list[tuple[str, np.ndarray]]
+    """(name, bool (H, W)) of every instance of a part: a car has two entries "wheel"."""
 
     def union(self, name: str) -> np.ndarray | None:
         """All its parts of that name, bool (H, W), or None if it has none."""
@@ -61,7 +59,7 @@ class SceneObject:
 class SceneBaselines:
     """The baselines of one query about a known scene: pure functions of the scene."""
 
-    objects: list[SceneObject]
+    objects: list[AnnotatedObject]
     part: str
     """Name of the part that the query means."""
 
@@ -73,17 +71,15 @@ class SceneBaselines:
 
         Raises DataError naming ``path`` and the field that is missing or malformed.
         """
+
+        def mask(entry: dict[str, Any], field: str) -> np.ndarray:
+            return decode_rle(entry["rle"], size, path, f"scene.{field}.rle")
+
         try:
             objects = [
-                SceneObject(
-                    decode_rle(entry["rle"], size, path, "scene.objects.rle"),
-                    [
-                        (
-                            part["name"],
-                            decode_rle(part["rle"], size, path, "scene.objects.parts.rle"),
-                        )
-                        for part in entry["parts"]
-                    ],
+                AnnotatedObject(
+                    mask(entry, "objects"),
+                    [(part["name"], mask(part, "objects.parts")) for part in entry["parts"]],
                 )
                 for entry in record["scene"]["objects"]
             ]
@@ -117,15 +113,13 @@ class SceneBaselines:
         return {guess.__name__: Guess.among(guess(), target, ignore) for guess in guesses}
 
 
-def _conversations(dataset, index: int) -> Iterator[tuple[Sample, Conversation, Path | None]]:
-    """The conversations of an image, with the JSON they come from where there is one."""
-    sample, loader = dataset[index], dataset.loader
-    paths: list[Path | None] = [None] * len(sample.conversations)
-    if isinstance(loader, ReasoningSegmentation):
-        count = 1 if loader.options.texts == "first" else None
-        paths = [query.path for query in loader.queries[index] for _ in query.texts[:count]]
-    for conversation, path in zip(sample.conversations, paths, strict=True):
-        yield sample, conversation, path
+def _record_paths(loader, index: int, count: int) -> list[Path | None]:
+    """The JSON that each of the ``count`` conversations about image ``index`` comes from, None
+    where the data set keeps no such files."""
+    if not isinstance(loader, ReasoningSegmentation):
+        return [None] * count
+    texts = 1 if loader.options.texts == "first" else None
+    return [query.path for query in loader.queries[index] for _ in query.texts[:texts]]
 
 
 def score_baselines(
@@ -139,38 +133,19 @@ def score_baselines(
     guesses: dict[str, list[Guess]] = {"whole_image": []}
     groups = []
     for index in range(len(dataset)) if indices is None else indices:
-        for sample, conversation, path in _conversations(dataset, index):
-            size = sample.image.shape[:2]
-            record = {} if path is None else read_json(path)
-            scene = SceneBaselines.from_record(record, size, path) if "scene" in record else None
+        sample = dataset[index]
+        size = sample.image.shape[:2]
+        paths = _record_paths(dataset.loader, index, len(sample.conversations))
+        for conversation, path in zip(sample.conversations, paths, strict=True):
+            scene = None
+            if path is not None and "scene" in (record := read_json(path)):
+                scene = SceneBaselines.from_record(record, size, path)
             for target in conversation.masks:
                 groups.append((sample.dataset, sample.id))
                 whole = Guess.among([np.ones(size, dtype=bool)], target, conversation.ignore)
-                found = {"whole_image": whole} | (
-                    scene.score(target, conversation.ignore) if scene else {}
-                )
-                for name, guess in found.items():
-                    guesses.setdefault(name, []).append(guess)
-    return {
-        name: summary(found, groups, seed)
-        for name, found in guesses.items()
-        if len(found) == len(groups)
-    }
-
-
-def summary(
-    guesses: Sequence[Guess], groups: Sequence[tuple[str, str]], seed: int
-) -> dict[str, Any]:
-    """{n, giou, giou_ci95, ciou, ciou_ci95} of one guess per target. ``groups``: the image of each,
-    for the bootstrap."""
-    inter, union, ious = (
-        np.array([getattr(g, name) for g in guesses]) for name in ("inter", "union", "iou")
-    )
-    intervals = bootstrap(inter, union, ious, groups, seed=seed)
-    return {
-        "n": len(guesses),
-        "giou": giou(ious),
-        "giou_ci95": intervals["giou"],
-        "ciou": ciou(inter, union),
-        "ciou_ci95": intervals["ciou"],
-    }
+                guesses["whole_image"].append(whole)
+                if scene is not None:
+                    for name, guess in scene.score(target, conversation.ignore).items():
+                        guesses.setdefault(name, []).append(guess)
+    complete = {name: found for name, found in guesses.items() if len(found) == len(groups)}
+    return {name: overlap_summary(found, groups, seed) for name, found in complete.items()}

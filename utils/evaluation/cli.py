@@ -1,8 +1,13 @@
 """Measuring from the command line, without training.
 
-    python -m utils.evaluation MODEL_OR_RUN --val_dataset "ReasonSeg|val" --dataset_dir ./data      # flags of train_ds.py
-    python -m utils.evaluation compare A.json B.json --html compare.html                          # what changed, and is it real?
-    python -m utils.evaluation score --predictions FOLDER_OR_JSON --val_dataset … --dataset_dir …   # masks of another system
+    # a model or a run; all other flags are those of train_ds.py
+    python -m utils.evaluation MODEL_OR_RUN --val_dataset "ReasonSeg|val" --dataset_dir ./data
+
+    # what changed between two evaluations, and could it be chance?
+    python -m utils.evaluation compare A.json B.json --html compare.html
+
+    # masks of another system
+    python -m utils.evaluation score --predictions FOLDER_OR_JSON --val_dataset … --dataset_dir …
 
 The first and the last write the same files; docs/evaluation.md describes them.
 """
@@ -23,31 +28,27 @@ from dataset.files.write import write_text
 from dataset.mixture import EvalDataset
 from utils import distributed
 from utils.evaluation.predictions import Predictions, score_predictions
-from utils.evaluation.run import MODES, evaluate, write_reports
-from utils.report.compare import compare, read_targets
+from utils.evaluation.runner import MODES, evaluate
+from utils.evaluation.writer import write_reports
+from utils.report.compare import compare_targets, read_targets
 from utils.report.page import comparison_page
-from utils.report.results import Report
 from utils.settings.arguments import OneLineParser, Settings, one_line, parse, read_resumed
 from utils.settings.flags import UsageError
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-# ----------------------------------------------------------------------------- shared with train_ds
-
-
 def modes_of(s: Settings) -> list[str]:
     return list(MODES) if s.eval_mode == "both" else [s.eval_mode]
 
 
-def _limit(s: Settings) -> int | None:
-    """Images of the last evaluation of a program: all of them after training."""
-    return (s.eval_limit or None) if s.eval_only else None
-
-
-def evaluate_settings(model, processor, data, s: Settings) -> list[Report]:
+def final_evaluation(model, processor, data, s: Settings, started: float) -> None:
+    """Evaluates in every mode of ``s``: tables on the screen and the files of ``write_reports`` in
+    the run folder. ``started``: time.time() at the start of the program."""
     model.to(distributed.device())
-    return [
+    # --eval_limit shortens the evaluations during training, but not the one at its end.
+    limit = (s.eval_limit or None) if s.eval_only else None
+    reports = [
         evaluate(
             model,
             processor,
@@ -55,37 +56,21 @@ def evaluate_settings(model, processor, data, s: Settings) -> list[Report]:
             mode,
             batch_size=s.val_batch_size,
             max_new_tokens=s.max_new_tokens,
-            limit=_limit(s),
+            limit=limit,
             examples=s.examples,
             gallery=s.gallery,
             seed=s.seed,
-            progress=distributed.is_main(),
         )
         for mode in modes_of(s)
     ]
-
-
-def finish(model, processor, data, s: Settings, started: float) -> None:
-    """The final evaluation: tables on the screen and the files of ``write_reports`` in the run
-    folder."""
-    reports = evaluate_settings(model, processor, data, s)
     if distributed.is_main():
         config = s.saved() | {"eval_only": s.eval_only}
         name = str(s.resume or s.version) if s.eval_only else s.exp_name
+        seconds, proposals = time.time() - started, processor.proposals
         write_reports(
-            reports,
-            data,
-            s.run_dir,
-            config,
-            time.time() - started,
-            name=name,
-            proposals=processor.proposals,
-            limit=_limit(s),
+            reports, data, s.run_dir, config, seconds, name, proposals=proposals, limit=limit
         )
     distributed.barrier()
-
-
-# -------------------------------------------------------------------------------------- run a model
 
 
 def run_settings(argv: Sequence[str]) -> Settings:
@@ -104,12 +89,9 @@ def run_settings(argv: Sequence[str]) -> Settings:
         ),
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "model", help="model folder that the merge script wrote, or run folder of train_ds.py"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder for the results (default: MODEL_OR_RUN/eval/DATASET)"
-    )
+    add = parser.add_argument
+    add("model", help="model folder that the merge script wrote, or run folder of train_ds.py")
+    add("--out", type=Path, help="folder for the results (default: MODEL_OR_RUN/eval/DATASET)")
     args, flags = parser.parse_known_args(list(argv))
     model = Path(args.model)
     if not model.is_dir():
@@ -124,6 +106,7 @@ def run_settings(argv: Sequence[str]) -> Settings:
 
 
 def _source(model: Path, flags: Sequence[str]) -> list[str]:
+    """The flags of train_ds.py that load ``model``, which may be a run or a merged model."""
     from utils.build import is_merged
 
     if not is_merged(str(model)):
@@ -134,11 +117,9 @@ def _source(model: Path, flags: Sequence[str]) -> list[str]:
         return source
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     stored = PRECISIONS.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")
-    return [
-        *source,
-        "--precision",
-        "fp32" if stored == "fp16" and not torch.cuda.is_available() else stored,
-    ]
+    if stored == "fp16" and not torch.cuda.is_available():
+        stored = "fp32"  # torch cannot compute in fp16 on a CPU
+    return [*source, "--precision", stored]
 
 
 def slug(dataset: str) -> str:
@@ -147,53 +128,32 @@ def slug(dataset: str) -> str:
 
 
 def run_command(argv: Sequence[str], started: float) -> None:
-    from utils import build  # deepspeed comes with it, and takes its time
+    from utils import build  # imports deepspeed, which takes seconds that the other commands save
 
     s = run_settings(argv)
     build.refuse_half_on_cpu(s)
     distributed.start()
     torch.manual_seed(s.seed)
     model, processor = build.load_for_evaluation(s)
-    finish(model, processor, build.build_eval(s, processor), s, started)
-
-
-# ----------------------------------------------------------------------------------- score, compare
+    final_evaluation(model, processor, build.build_eval(s, processor), s, started)
 
 
 def read_score_arguments(argv: Sequence[str]) -> Namespace:
     parser = OneLineParser(prog="python -m utils.evaluation score", allow_abbrev=False)
-    parser.add_argument(
-        "--predictions",
-        type=Path,
-        required=True,
-        help="folder of PNGs named by sample, or a JSON list of RLEs",
-    )
-    parser.add_argument("--val_dataset", required=True, help="evaluation set, name|split")
-    parser.add_argument("--dataset_dir", required=True, help="root of all data sets")
-    parser.add_argument(
-        "--name", help="of the system in tables (default: name of the folder or file)"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder for the results (default: runs/NAME/eval/DATASET)"
-    )
-    parser.add_argument(
-        "--eval_mode", choices=MODES, default="free", help="how the system answered (default: free)"
-    )
-    parser.add_argument(
-        "--eval_texts",
-        choices=["first", "all"],
-        default="first",
-        help="wordings of a query that are scored",
-    )
-    parser.add_argument(
-        "--examples", type=int, default=16, help="rows of the contact sheet (default: 16)"
-    )
-    parser.add_argument(
-        "--gallery", type=int, default=8, help="answers of each kind in report.html (default: 8)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the bootstrap and of the choice of pictures"
-    )
+    add = parser.add_argument
+    masks = "folder of PNGs named by sample, or a JSON list of RLEs"
+    add("--predictions", type=Path, required=True, help=masks)
+    add("--val_dataset", required=True, help="evaluation set, name|split")
+    add("--dataset_dir", required=True, help="root of all data sets")
+    add("--name", help="of the system in tables (default: name of the folder or file)")
+    add("--out", type=Path, help="folder for the results (default: runs/NAME/eval/DATASET)")
+    how = "how the system answered (default: free)"
+    add("--eval_mode", choices=MODES, default="free", help=how)
+    wordings = "wordings of a query that are scored"
+    add("--eval_texts", choices=["first", "all"], default="first", help=wordings)
+    add("--examples", type=int, default=16, help="rows of the contact sheet (default: 16)")
+    add("--gallery", type=int, default=8, help="answers of each kind in report.html (default: 8)")
+    add("--seed", type=int, default=0, help="of the bootstrap and of the choice of pictures")
     args = parser.parse_args(list(argv))
     for flag in ("examples", "gallery", "seed"):
         if getattr(args, flag) < 0:
@@ -206,12 +166,13 @@ def read_score_arguments(argv: Sequence[str]) -> Namespace:
 def score_command(argv: Sequence[str], started: float) -> None:
     args = read_score_arguments(argv)
     predictions = Predictions.read(args.predictions)
-    # the answers' wording plays no part here; any level will do
+    # The levels only word the canonical answers, which nobody reads here.
     data = EvalDataset(
         args.dataset_dir, args.val_dataset, ("SEG",), exemplar_count=0, texts=args.eval_texts
     )
     try:
-        args.out.mkdir(parents=True, exist_ok=True)  # not after the work
+        # A folder that cannot be made is reported before the work rather than after it.
+        args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
             f"--out {args.out}: results cannot be written there ({error.strerror}); give another"
@@ -220,40 +181,31 @@ def score_command(argv: Sequence[str], started: float) -> None:
     report = score_predictions(
         predictions, data, args.eval_mode, args.examples, args.gallery, args.seed
     )
-    config = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in sorted(vars(args).items())
-    }
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items())}
     facts = {"missing_predictions": predictions.missing, "unused_predictions": predictions.unused}
     write_reports([report], data, args.out, config, time.time() - started, args.name, facts)
-    _tell("without a prediction, scored as no mask", predictions.missing)
-    _tell("predictions that belong to no target, left out", predictions.unused)
-
-
-def _tell(what: str, names: Sequence[str], shown: int = 10) -> None:
-    if names:
-        more = f" and {len(names) - shown} more, see metrics.json" if len(names) > shown else ""
-        print(f"{len(names)} {what}: {', '.join(names[:shown])}{more}")
+    for what, names in (
+        ("without a prediction, scored as no mask", predictions.missing),
+        ("predictions that belong to no target, left out", predictions.unused),
+    ):
+        if names:
+            more = f" and {len(names) - 10} more, see metrics.json" if len(names) > 10 else ""
+            print(f"{len(names)} {what}: {', '.join(names[:10])}{more}")
 
 
 def compare_command(argv: Sequence[str]) -> None:
     parser = OneLineParser(prog="python -m utils.evaluation compare", allow_abbrev=False)
-    parser.add_argument(
-        "a", type=Path, help="targets-<mode>.json of the first system, or the folder that holds it"
-    )
-    parser.add_argument("b", type=Path, help="the same of the second system, on the same data")
-    parser.add_argument("--html", type=Path, help="also write the comparison as a page")
-    parser.add_argument(
-        "--top",
-        type=int,
-        default=10,
-        help="samples that changed most, in each direction (default: 10)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    add = parser.add_argument
+    add("a", type=Path, help="targets-<mode>.json of the first system, or the folder that holds it")
+    add("b", type=Path, help="the same of the second system, on the same data")
+    add("--html", type=Path, help="also write the comparison as a page")
+    changes = "samples that changed most, in each direction (default: 10)"
+    add("--top", type=int, default=10, help=changes)
+    add("--seed", type=int, default=0, help="of the bootstrap")
     args = parser.parse_args(list(argv))
     if args.top < 0 or args.seed < 0:
         raise UsageError("--top and --seed must not be negative")
-    found = compare(read_targets(args.a), read_targets(args.b), args.top, args.seed)
+    found = compare_targets(read_targets(args.a), read_targets(args.b), args.top, args.seed)
     print(found.table())
     if args.html:
         write_text(args.html, comparison_page(found))

@@ -13,20 +13,23 @@ import numpy as np
 from pycocotools import mask as rle
 
 from dataset.proposals import Proposals, ProposalSource
-from utils.evaluation.baselines import Guess, summary
-from utils.metrics import mask_iou
+from utils.evaluation.baselines import Guess
+from utils.metrics import mask_iou, overlap_summary
 
 
 def oracle_masks(
     proposals: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """What one who knows the target would choose: proposals bool (K, H, W), target and ignore bool
-    (H, W) -> bool (H, W) each.
+    """The best choices of one who knows the target: proposals bool (K, H, W), target and ignore
+    bool (H, W) -> bool (H, W) each.
 
-    "best proposal": one alone; "iop": the union of all that lie for more than half inside the
-    target, the rule of the published code; "union": the better of both, grown by whatever proposal
-    raises the IoU most, until none does. The last is greedy, so the best union could be a little
-    better still.
+    ====================  =========================================================================
+    oracle_best_proposal  the one proposal with the highest IoU
+    oracle_iop            the union of all proposals of which more than half lies inside the target,
+                          the rule of the published code
+    oracle_union          the better of both, grown by the proposal that raises the IoU most until
+                          none does; being greedy, it may miss a slightly better union
+    ====================  =========================================================================
     """
     nothing = np.zeros_like(target)
     counted = np.ones_like(target) if ignore is None else ~ignore
@@ -61,16 +64,16 @@ def score_oracles(
 
     ``seed``: of the bootstrap. ``indices``: of the images, None for all.
     """
-    found: dict[str, list[Guess]] = {}
+    guesses: dict[str, list[Guess]] = {}
     groups = []
     for index in range(len(dataset)) if indices is None else indices:
         sample = dataset[index]
-        proposals = dense(source(sample.image, sample.name), sample.image.shape[:2])
+        size = sample.image.shape[:2]
+        proposals = dense(source(sample.image, sample.name), size)
         for conversation in sample.conversations:
             for target in conversation.masks:
                 groups.append((sample.dataset, sample.id))
                 for name, mask in oracle_masks(proposals, target, conversation.ignore).items():
-                    found.setdefault(name, []).append(
-                        Guess.among([mask], target, conversation.ignore)
-                    )
-    return {name: summary(guesses, groups, seed) for name, guesses in found.items()}
+                    guess = Guess.among([mask], target, conversation.ignore)
+                    guesses.setdefault(name, []).append(guess)
+    return {name: overlap_summary(found, groups, seed) for name, found in guesses.items()}

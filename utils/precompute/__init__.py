@@ -1,1 +1,1 @@
-"""Commands that compute once, before a run, what the run would compute again and again."""
+"""Commands that compute once, before a run, what every epoch and every run would compute again."""

@@ -1,11 +1,12 @@
 """Masks for annotations that have boxes only (EgoObjects), by SAM with each box as its prompt.
 
-    python -m utils.boxes_to_masks --annotations EgoObjectsV1_unified_train.json --images ego_objects/images \\
-        --vision_pretrained sam_vit_h_4b8939.pth --out ego_objects/instances.json
+    python -m utils.boxes_to_masks --annotations EgoObjectsV1_unified_train.json \\
+        --images ego_objects/images --vision_pretrained sam_vit_h_4b8939.pth \\
+        --out ego_objects/instances.json
 
 The result is the same file with a "segmentation" (COCO run lengths) in every annotation that had
-none, ready for ``python -m dataset.generate questions``. A run that was killed goes on with the
-same command: finished images are kept in <out>.partial.jsonl until the end.
+none, ready for ``python -m dataset.generate questions``. The same command continues a run that was
+killed: finished images are kept in <out>.partial.jsonl until the end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from utils import distributed
 from utils.settings.arguments import OneLineParser, one_line
 from utils.settings.flags import UsageError
 
-BOXES_AT_A_TIME = 32  # masks at full resolution are what takes the memory
+BOXES_AT_A_TIME = 32  # limits the memory, which the masks at full resolution dominate
 
 
 def image_name(entry: dict) -> str:
@@ -49,12 +51,10 @@ def box_masks(
     """The mask, bool (H, W), of each of ``boxes``, float (n, 4) as (x0, y0, x1, y1) in pixels of
     ``image``, uint8 (H, W, 3) RGB."""
     predictor.set_image(image)
-    size = image.shape[:2]
-    prompts = predictor.transform.apply_boxes_torch(
-        torch.as_tensor(boxes, dtype=torch.float32), size
-    ).to(predictor.device)
+    prompts = torch.as_tensor(boxes, dtype=torch.float32)
+    prompts = predictor.transform.apply_boxes_torch(prompts, image.shape[:2]).to(predictor.device)
     for part in prompts.split(BOXES_AT_A_TIME):
-        # a box is hardly ever ambiguous: one mask
+        # SAM's three masks are for ambiguous prompts such as a point; a box means one object.
         masks, _, _ = predictor.predict_torch(
             point_coords=None, point_labels=None, boxes=part, multimask_output=False
         )
@@ -83,15 +83,16 @@ def corners(entry: dict, size: tuple[int, int], source: Path) -> list[float]:
     return [float(x0), float(y0), float(x1), float(y1)]
 
 
-class Finished:
+class FinishedMasks:
     """Masks of finished images on disk, one line each; the first line says what they belong to."""
 
     def __init__(self, path: Path, identity: str):
         """Raises UsageError where ``path`` holds the masks of another SAM or other annotations."""
         self.masks: dict[int, dict[str, Any]] = {}
-        """Run lengths by annotation id, by image id."""
+        """Image id -> annotation id as text, as JSON has it -> run lengths."""
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]  # a kill cuts off the last one
+        # A kill may have cut the last line short; its image is then computed again.
+        whole = [line for line in lines if line.endswith(b"\n")]
         if whole and json.loads(whole[0]) != identity:
             raise UsageError(
                 f"{path}: holds masks of another SAM or of other annotations; remove it or choose"
@@ -111,12 +112,12 @@ class Finished:
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
+    def close(self) -> None:
+        self._stream.close()
+
     def add(self, image: int, masks: dict[str, Any]) -> None:
         self.masks[image] = masks
         self._write([image, masks])
-
-    def close(self) -> None:
-        self._stream.close()
 
 
 def convert(annotations: Path, images: Path, vision_pretrained: Path, out: Path) -> int:
@@ -141,29 +142,24 @@ def convert(annotations: Path, images: Path, vision_pretrained: Path, out: Path)
         if i["id"] in wanted and image_name(i) in there
     )
     digest = hashlib.sha256(annotations.read_bytes()).hexdigest()
-    finished = Finished(out.with_name(f"{out.name}.partial.jsonl"), f"{vision_pretrained} {digest}")
-    try:
+    partial = out.with_name(f"{out.name}.partial.jsonl")
+    with closing(FinishedMasks(partial, f"{vision_pretrained} {digest}")) as finished:
         sam, _ = load_sam(vision_pretrained)
         predictor = SamPredictor(sam.to(distributed.device()).eval())
         for name, number, entry in tqdm(todo, desc="boxes to masks", disable=None):
             if number not in finished.masks:
-                finished.add(
-                    number,
-                    _masks_of(
-                        predictor, resolve_inside(images, name), entry, wanted[number], annotations
-                    ),
-                )
-    finally:
-        finished.close()
-    found = {number: finished.masks[number] for _, number, _ in todo}
-    for number, masks in found.items():
+                path = resolve_inside(images, name)
+                masks = _masks_of(predictor, path, entry, wanted[number], annotations)
+                finished.add(number, masks)
+    numbers = {number for _, number, _ in todo}
+    for number in numbers:
         for entry in wanted[number]:
-            entry["segmentation"] = masks[str(entry["id"])]
+            entry["segmentation"] = finished.masks[number][str(entry["id"])]
             entry["area"] = int(rle_codec.area(entry["segmentation"]))
-    # images that are not there keep their boxes; whoever reads the file leaves them out
+    # Annotations of images that are not there keep their boxes only, and readers leave them out.
     write_text(out, json.dumps(content))
-    out.with_name(f"{out.name}.partial.jsonl").unlink()
-    return sum(map(len, found.values()))
+    partial.unlink()
+    return sum(len(finished.masks[number]) for number in numbers)
 
 
 def _masks_of(
@@ -189,22 +185,13 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--annotations",
-        type=Path,
-        required=True,
-        help="JSON in the format of COCO, LVIS or EgoObjects",
-    )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        required=True,
-        help="folder of the images; those that are not there are left out",
-    )
-    parser.add_argument(
-        "--vision_pretrained", type=Path, required=True, help="SAM checkpoint (.pth) or folder"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
+    add = parser.add_argument
+    formats = "JSON in the format of COCO, LVIS or EgoObjects"
+    add("--annotations", type=Path, required=True, help=formats)
+    folder = "folder of the images; those that are not there are left out"
+    add("--images", type=Path, required=True, help=folder)
+    add("--vision_pretrained", type=Path, required=True, help="SAM checkpoint (.pth) or folder")
+    add("--out", type=Path, required=True, help="JSON to write")
     try:
         args = parser.parse_args(argv)
         count = convert(args.annotations, args.images, args.vision_pretrained, args.out)

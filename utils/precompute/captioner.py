@@ -1,6 +1,7 @@
-"""A local LLaVA that describes photographs, for python -m dataset.generate questions.
+"""A local LLaVA that describes photographs.
 
---captioner utils.precompute.captioner:load --captioner_model llava-hf/llava-1.5-7b-hf
+    python -m dataset.generate questions --captioner utils.precompute.captioner:load \\
+        --captioner_model llava-hf/llava-1.5-7b-hf …
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import nn
 
 from dataset.conversation.encoding import encode_prompt
 from dataset.conversation.templates import get_template
@@ -24,13 +26,14 @@ def load(version: str, template: str = "llava_v1") -> Callable[[np.ndarray, str]
     """``describe(image, instruction)`` of the LLaVA in ``version`` (a folder or a hub name, see
     model/checkpoints/llava.py).
 
-    It takes an image, uint8 (H, W, 3) RGB, and returns the model's words, decoded greedily: the
-    same ones every time. On a GPU the weights are bfloat16. Raises what ``load_llava`` raises.
+    It takes an image, uint8 (H, W, 3) RGB, and returns the generated text. Decoding is greedy, so
+    the text is the same every time. ``template``: of the conversation. On a GPU the weights are
+    bfloat16. Raises what ``load_llava`` raises.
     """
     device = distributed.device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     backbone = load_llava(version, dtype)
-    llava, tokenizer = backbone.model.to(device).eval(), backbone.tokenizer
+    llava, tokenizer = nn.Module.to(backbone.model, device).eval(), backbone.tokenizer
     conversation = dataclasses.replace(
         get_template(template),
         image_marks=backbone.image_marks,
@@ -42,12 +45,11 @@ def load(version: str, template: str = "llava_v1") -> Callable[[np.ndarray, str]
     def describe(image: np.ndarray, instruction: str) -> str:
         pixels = backbone.image_processor(
             images=image, return_tensors="pt", input_data_format="channels_last"
-        )["pixel_values"]
-        pixels = pixels.to(device, dtype)
+        )["pixel_values"].to(device, dtype)
         count = ReasoningChain(llava, []).image_features(pixels).shape[1]
-        ids = encode_prompt(instruction, [], [], tokenizer, conversation, image_token, count, [])
-        ids = torch.tensor([ids], device=device)
-        spoken = llava.generate(
+        prompt = encode_prompt(instruction, [], [], tokenizer, conversation, image_token, count, [])
+        ids = torch.tensor([prompt], device=device)
+        generated = llava.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             pixel_values=pixels,
@@ -55,6 +57,6 @@ def load(version: str, template: str = "llava_v1") -> Callable[[np.ndarray, str]
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-        return tokenizer.decode(spoken[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        return tokenizer.decode(generated[0, len(prompt) :], skip_special_tokens=True).strip()
 
     return describe

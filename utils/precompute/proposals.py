@@ -1,13 +1,15 @@
 """Computes SAM's proposals of the images that a run will see, for --method llm_seg and
 cores+select.
 
-    python -m utils.precompute_proposals --config configs/tiny-llm-seg.yaml                    # and the flags of the run
-    python -m utils.precompute_proposals --config configs/llm-seg-7b.yaml --jobs 8 --ranks 8 --dataset_dir ./dataset_dir
+    python -m utils.precompute_proposals --config configs/tiny-llm-seg.yaml
+    python -m utils.precompute_proposals --config configs/llm-seg-7b.yaml --jobs 8 --ranks 8 \\
+        --dataset_dir ./dataset_dir
 
-What a run draws is a function of its seed, so the images are known: those of every epoch, and the
-evaluation set. One file per image goes into the store (--proposals), named by its pixels; what is
-there is not computed again, so a stopped command goes on where it was, and runs share their images.
-At the end it prints what the best possible selection would score on the evaluation set.
+Give it the flags of the run. What a run draws is a function of its seed, so the images are known:
+those of every epoch, and the evaluation set. One file per image goes into the store (--proposals),
+named by its pixels; what is there is not computed again, so a stopped command continues where it
+stopped, and runs share their images. At the end it prints what the best possible selection would
+score on the evaluation set.
 """
 
 from __future__ import annotations
@@ -17,19 +19,21 @@ import os
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from multiprocessing.queues import Queue
 
+import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dataset.proposals import ProposalSource, ProposalStore
+from dataset.proposals import Found, ProposalSource, ProposalStore
 from model.checkpoints.sam import load_sam
 from model.config import ProposalConfig
 from model.cores import CoresForReasoningSegmentation
-from model.selecting.proposals import proposals_fingerprint, make_generator
+from model.selecting.proposals import make_generator, proposals_fingerprint
 from utils import build, distributed
 from utils.evaluation.oracle import score_oracles
 from utils.report.tables import format_table
@@ -44,18 +48,10 @@ def read_arguments(argv: list[str] | None) -> tuple[Namespace, Settings]:
         description=__doc__.split("\n")[0] + " Further flags: those of train_ds.py.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        help="processes; with GPUs, process i takes GPU i modulo their number",
-    )
-    parser.add_argument(
-        "--ranks",
-        type=int,
-        default=1,
-        help="ranks of the training run: they decide how many images it draws",
-    )
+    jobs = "processes; with GPUs, process i takes GPU i modulo their number"
+    parser.add_argument("--jobs", type=int, default=1, help=jobs)
+    ranks = "ranks of the training run: they decide how many images it draws"
+    parser.add_argument("--ranks", type=int, default=1, help=ranks)
     own, rest = parser.parse_known_args(argv)
     settings = parse(rest)
     if settings.method not in SELECTING:
@@ -70,35 +66,33 @@ def read_arguments(argv: list[str] | None) -> tuple[Namespace, Settings]:
     return own, settings
 
 
-class Images(Dataset):
+class RunImages(Dataset):
     """Every image that the run draws, in its order, then every image of the evaluation set."""
 
     def __init__(self, s: Settings, ranks: int):
         prompt = build.prompt_format(s)
-        self.mixture, self.val = (
-            build.build_mixture(s, prompt),
-            None if s.no_eval else build.build_eval(s, prompt),
-        )
+        self.mixture = build.build_mixture(s, prompt)
         self.mixture.samples_per_epoch = samples_per_epoch(s) // distributed.world_size() * ranks
+        self.val = None if s.no_eval else build.build_eval(s, prompt)
         self.epochs = range(s.start_epoch, s.epochs)
 
     def __len__(self) -> int:
         return len(self.epochs) * len(self.mixture) + (0 if self.val is None else len(self.val))
 
-    def __getitem__(self, index: int):
-        """(image, name), or None for a sample without targets, which needs no proposals."""
+    def __getitem__(self, index: int) -> np.ndarray | None:
+        """uint8 (H, W, 3) RGB, or None for a sample without targets, which needs no proposals."""
         epoch, draw = divmod(index, len(self.mixture))
         if epoch < len(self.epochs):
             self.mixture.set_epoch(self.epochs[epoch])
             sample = self.mixture[draw]
         else:
+            assert self.val is not None, f"index {index} is beyond the last epoch"
             sample = self.val[index - len(self.epochs) * len(self.mixture)]
-        return (
-            (sample.image, sample.name) if any(len(c.masks) for c in sample.conversations) else None
-        )
+        return sample.image if any(len(c.masks) for c in sample.conversations) else None
 
 
-_worker: tuple[Images, ProposalSource] | None = None  # of this process
+# Of this process, set by start_worker: the images, where their proposals are kept, what makes them.
+_worker: tuple[RunImages, ProposalStore, Callable[[np.ndarray], Found]] | None = None
 
 
 def load_source(s: Settings, device: str = "cpu") -> ProposalSource:
@@ -106,8 +100,9 @@ def load_source(s: Settings, device: str = "cpu") -> ProposalSource:
     proposals need it."""
     if build.is_merged(s.version):
         model = CoresForReasoningSegmentation.from_pretrained(s.version, dtype=torch.float32)
-        return model.to(device).eval().proposal_source(s.proposals)
+        return nn.Module.to(model, device).eval().proposal_source(s.proposals)
     sam, fields = load_sam(s.vision_pretrained)[0].to(device).eval(), build.selector_config(s)
+    assert fields is not None, "read_arguments refuses a method that selects nothing"
     config = ProposalConfig(**fields["proposals"])
     store = ProposalStore(s.proposals, proposals_fingerprint(sam, config))
     return ProposalSource(
@@ -115,55 +110,61 @@ def load_source(s: Settings, device: str = "cpu") -> ProposalSource:
     )
 
 
-def start_worker(s: Settings, ranks: int, numbers) -> None:
-    """Loads data and SAM, once per process; a process whose parent is gone, killed even, ends."""
+def start_worker(s: Settings, ranks: int, numbers: Queue[int]) -> None:
+    """Loads data and SAM, once per process; each process takes one of ``numbers``. A worker whose
+    parent has ended, even by SIGKILL, ends itself."""
     global _worker
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if (parent := multiprocessing.parent_process()) is not None:
+
+        def end_with_parent() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     devices = torch.cuda.device_count()
     number = numbers.get()
-    _worker = Images(s, ranks), load_source(s, f"cuda:{number % devices}" if devices else "cpu")
+    source = load_source(s, f"cuda:{number % devices}" if devices else "cpu")
+    assert source.store is not None and source.generate is not None, "load_source sets both"
+    _worker = RunImages(s, ranks), source.store, source.generate
 
 
 def compute(index: int) -> str:
     """What happened to the image: "computed", "there" already, or "not needed"."""
-    images, source = _worker
-    found = images[index]
-    if found is None:
+    assert _worker is not None, "start_worker comes first"
+    images, store, generate = _worker
+    image = images[index]
+    if image is None:
         return "not needed"
-    image, _ = found
-    if image in source.store:
+    if image in store:
         return "there"
-    source.store.write(image, source.generate(image))
+    store.write(image, generate(image))
     return "computed"
 
 
 def results(s: Settings, ranks: int, jobs: int, total: int) -> Iterator[str]:
-    """``compute`` of every index, in ``jobs`` processes."""
-    # a forked process must not use a GPU or torch's threads
+    """``compute`` of every index below ``total``, in ``jobs`` processes."""
+    # A forked process could use neither a GPU nor torch's threads.
     context = multiprocessing.get_context("spawn")
-    numbers = context.Queue()
+    numbers: Queue[int] = context.Queue()
     for number in range(jobs):
         numbers.put(number)
-    with ExitStack() as stack:
-        if jobs == 1:
-            start_worker(s, ranks, numbers)
-            yield from map(compute, range(total))
-            return
-        pool = stack.enter_context(
-            ProcessPoolExecutor(jobs, context, start_worker, (s, ranks, numbers))
-        )
-        stack.callback(pool.shutdown, cancel_futures=True)
+    if jobs == 1:
+        start_worker(s, ranks, numbers)
+        yield from map(compute, range(total))
+        return
+    pool = ProcessPoolExecutor(jobs, context, start_worker, (s, ranks, numbers))
+    try:
         yield from pool.map(compute, range(total), chunksize=4)
+    finally:  # Stopped or failed, the command need not wait for what is still in the queue.
+        pool.shutdown(cancel_futures=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 with one line for a mistake in flags or files; 130 when interrupted."""
     try:
         own, s = read_arguments(argv)
-        images = Images(s, own.ranks)  # a wrong path is an error here, not in every process
+        images = RunImages(s, own.ranks)  # reports a wrong path once, before any process starts
         counts = {"computed": 0, "there": 0, "not needed": 0}
         with tqdm(total=len(images), unit="image") as bar:
             for result in results(s, own.ranks, own.jobs, len(images)):
@@ -171,16 +172,12 @@ def main(argv: list[str] | None = None) -> int:
                 bar.update()
                 bar.set_postfix(counts, refresh=False)
         source = load_source(s)
-        print(
-            f"{source.store.folder}: "
-            + ", ".join(f"{count} {what}" for what, count in counts.items())
-        )
+        assert source.store is not None, "load_source sets it"
+        shown = ", ".join(f"{count} {what}" for what, count in counts.items())
+        print(f"{source.store.folder}: {shown}")
         if images.val is not None:
-            scores = score_oracles(images.val, source, s.seed)
-            print(
-                f"{s.val_dataset}, the best that a selection can reach, percent [95 % interval]\n"
-                + format_table(scores)
-            )
+            print(f"{s.val_dataset}, the best that a selection can reach, percent [95 % interval]")
+            print(format_table(score_oracles(images.val, source, s.seed)))
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

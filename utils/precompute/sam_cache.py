@@ -3,7 +3,7 @@ that uses it.
 
     python -m utils.sam_cache --config FILE --sam_cache DIR    # `torchrun -m` shares the work
 
-The same command goes on where it was stopped.
+The same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import sys
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from segment_anything.modeling import Sam
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -28,17 +29,13 @@ from utils.settings.flags import UsageError
 logger = logging.getLogger(__name__)
 
 
-class _Images(Dataset):
-    """(key, pixels float (3, S, S) or None where the cache has them) of every image of some
-    loaders."""
+class LoaderImages(Dataset):
+    """Every image of some loaders, as (its key in the cache, SAM's pixels float (3, S, S)). The
+    pixels are None where the cache has the embedding, the item is None where the image is bad."""
 
     def __init__(self, loaders: list, cache: SamCache, image_size: int, skip_bad: bool):
-        self.loaders, self.cache, self.image_size, self.skip_bad = (
-            loaders,
-            cache,
-            image_size,
-            skip_bad,
-        )
+        self.loaders, self.cache = loaders, cache
+        self.image_size, self.skip_bad = image_size, skip_bad
         self.ends = np.cumsum([len(loader) for loader in loaders])
 
     def __len__(self) -> int:
@@ -47,10 +44,9 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> tuple[str, Tensor | None] | None:
         which = int(np.searchsorted(self.ends, index, side="right"))
         loader = self.loaders[which]
+        number = int(index - (self.ends[which] - len(loader)))
         try:
-            image = loader.sample(
-                int(index - (self.ends[which] - len(loader))), np.random.default_rng(index)
-            ).image
+            image = loader.sample(number, np.random.default_rng(index)).image
         except DataError as error:
             if not self.skip_bad:
                 raise
@@ -61,23 +57,17 @@ class _Images(Dataset):
 
 
 def fill(
-    sam: nn.Module,
-    cache: SamCache,
-    images: _Images,
-    share: slice,
-    workers: int,
-    progress: bool = True,
+    sam: Sam, cache: SamCache, images: LoaderImages, share: slice, workers: int, progress: bool
 ) -> dict[str, int]:
     """Embeds every image of ``share`` that the cache lacks. Returns counts: computed, present,
-    left_out."""
+    left_out. Stops early when the cache is full."""
     device, dtype = distributed.device(), next(sam.parameters()).dtype
     encoder = sam.image_encoder.to(device).eval()
     counts = {"computed": 0, "present": 0, "left_out": 0}
     indices = range(len(images))[share]
     loader = DataLoader(images, batch_size=None, sampler=indices, num_workers=workers)
-    for item in tqdm(
-        loader, total=len(indices), desc="SAM cache", unit="image", disable=not progress
-    ):
+    bar = {"total": len(indices), "desc": "SAM cache", "unit": "image", "disable": not progress}
+    for item in tqdm(loader, **bar):
         if item is None:
             counts["left_out"] += 1
         elif item[1] is None or cache.has(item[0]):
@@ -100,20 +90,15 @@ def main(argv: list[str] | None = None) -> int:
         if not s.sam_cache:
             raise UsageError("--sam_cache: name the folder to fill")
         prompt = build.prompt_format(s)
-        loaders = [
-            loader for family in build.build_mixture(s, prompt).families for loader in family
-        ]
+        families = build.build_mixture(s, prompt).families
+        loaders = [loader for family in families for loader in family]
         if not s.no_eval:
             loaders.append(build.build_eval(s, prompt).loader)
         sam, image_size = build.build_sam_only(s)
-        cache = SamCache(
-            s.sam_cache,
-            encoder_fingerprint(sam.image_encoder, image_size),
-            s.sam_cache_dtype,
-            s.sam_cache_gb,
-        )
+        identity = encoder_fingerprint(sam.image_encoder, image_size)
+        cache = SamCache(s.sam_cache, identity, s.sam_cache_dtype, s.sam_cache_gb)
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        images = _Images(loaders, cache, image_size, s.on_bad_sample == "skip")
+        images = LoaderImages(loaders, cache, image_size, s.on_bad_sample == "skip")
         counts = fill(sam, cache, images, slice(rank, None, world), s.workers, progress=rank == 0)
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
@@ -123,8 +108,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
     full = "; full, the rest is computed as it is needed" if cache.closed else ""
-    print(
-        f"{cache.folder}: {shown}; {cache.used() / GIGABYTE:.2f} GB in {cache.root}{full}",
-        flush=True,
-    )
+    size = f"{cache.used() / GIGABYTE:.2f} GB in {cache.root}"
+    print(f"{cache.folder}: {shown}; {size}{full}", flush=True)
     return 0

@@ -4,7 +4,7 @@ changed?"""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,29 @@ from dataset.files.text import read_json
 from utils.metrics import TargetScore, ciou, giou, paired_bootstrap
 from utils.report.tables import percent, score_text, signed, signed_interval, words
 
+# What two files must agree in to be compared: field -> its name in messages.
 PROTOCOL = {"dataset": "data set", "texts": "wordings", "mode": "mode"}
-FIELDS = {f.name: f for f in dataclasses.fields(TargetScore)}
-CHECKS = {
-    **dict.fromkeys(("dataset", "id", "query"), (lambda value: isinstance(value, str), "a text")),
-    **dict.fromkeys(
-        ("conversation", "target"),
-        (lambda value: type(value) is int and value >= 0, "a whole number from 0"),
+# Fields of a row that older versions wrote under another name.
+OLD_NAMES = {"surplus": "extra_masks"}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < float("inf")
+
+
+# Fields -> (a test of their value, what it should be).
+CHECKS: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
+    ("dataset", "id", "query"): (lambda value: isinstance(value, str), "a text"),
+    ("conversation", "target"): (
+        lambda value: type(value) is int and value >= 0,
+        "a whole number from 0",
     ),
-    **dict.fromkeys(
-        ("inter", "union", "target_area"),
-        (
-            lambda value: type(value) in (int, float) and 0 <= value < float("inf"),
-            "a number that is not negative",
-        ),
-    ),
-    "iou": (
-        lambda value: type(value) in (int, float) and 0 <= value <= 1,
-        "a fraction from 0 to 1",
-    ),
-    "emitted": (lambda value: isinstance(value, bool), "true or false"),
+    ("inter", "union", "target_area"): (_is_number, "a number that is not negative"),
+    ("iou",): (lambda value: _is_number(value) and value <= 1, "a fraction from 0 to 1"),
+    ("emitted",): (lambda value: isinstance(value, bool), "true or false"),
 }
-REQUIRED = {f.name for f in FIELDS.values() if f.default is dataclasses.MISSING}
+FIELDS = {f.name for f in dataclasses.fields(TargetScore)}
+REQUIRED = {f.name for f in dataclasses.fields(TargetScore) if f.default is dataclasses.MISSING}
 
 
 class NotComparable(ValueError):
@@ -55,7 +56,8 @@ class Targets:
     scores: list[TargetScore]
 
     @property
-    def by_key(self) -> dict[tuple, TargetScore]:
+    def by_key(self) -> dict[tuple[str, str, int, int], TargetScore]:
+        """(data set, image, conversation, target) -> score."""
         return {(s.dataset, s.id, s.conversation, s.target): s for s in self.scores}
 
     @property
@@ -80,32 +82,31 @@ def read_targets(path: str | Path) -> Targets:
             )
         path = files[0]
     content = read_json(path)
-    if (
-        not isinstance(content, dict)
-        or not isinstance(content.get("targets"), list)
-        or not content["targets"]
-    ):
-        raise DataError(
-            f'{path}: has no list "targets"; give a targets-<mode>.json that an evaluation wrote'
-        )
+    expected = "give a targets-<mode>.json that an evaluation wrote"
+    if not isinstance(content, dict) or not isinstance(content.get("targets"), list):
+        content = {}
+    if not content.get("targets"):
+        raise DataError(f'{path}: has no list "targets"; {expected}')
     for field in PROTOCOL:
         if not isinstance(content.get(field), str):
-            raise DataError(
-                f'{path}: has no "{field}"; give a targets-<mode>.json that an evaluation wrote'
-            )
-    scores = [_score(row, path, i) for i, row in enumerate(content["targets"])]
+            raise DataError(f'{path}: has no "{field}"; {expected}')
+    scores = [_read_score(row, path, i) for i, row in enumerate(content["targets"])]
     name = content.get("name") or path.parent.name
     return Targets(path, str(name), content["dataset"], content["texts"], content["mode"], scores)
 
 
-def _score(row: Any, path: Path, index: int) -> TargetScore:
-    if not isinstance(row, dict) or not row.keys() >= REQUIRED:
-        missing = sorted(REQUIRED - row.keys()) if isinstance(row, dict) else sorted(REQUIRED)
+def _read_score(row: Any, path: Path, index: int) -> TargetScore:
+    known = row if isinstance(row, dict) else {}
+    known = {new: known[old] for old, new in OLD_NAMES.items() if old in known} | known
+    if missing := sorted(REQUIRED - known.keys()):
         raise DataError(f"{path}: targets[{index}] has no {', '.join(missing)}")
-    for field, (fits, what) in CHECKS.items():
-        if not fits(row[field]):
-            raise DataError(f"{path}: targets[{index}].{field} is {row[field]!r}, expected {what}")
-    return TargetScore(**{key: value for key, value in row.items() if key in FIELDS})
+    for fields, (fits, what) in CHECKS.items():
+        for field in fields:
+            if not fits(known[field]):
+                raise DataError(
+                    f"{path}: targets[{index}].{field} is {known[field]!r}, expected {what}"
+                )
+    return TargetScore(**{key: value for key, value in known.items() if key in FIELDS})
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,12 @@ class Change:
     @property
     def difference(self) -> float:
         return self.b.iou - self.a.iou
+
+    def line(self) -> str:
+        """For a terminal, in percent."""
+        where = printable(f"{self.a.place}: {self.a.query}")
+        scores = f"{score_text(self.a):>7} → {score_text(self.b):>7}"
+        return f"  {signed(self.difference):>7}  {scores}  {where}"
 
 
 @dataclass
@@ -156,46 +163,32 @@ class Comparison:
 
     def table(self) -> str:
         """Everything for a terminal, in percent."""
-        counts = self.counts
+        a, b = self.a, self.b
+        wordings = "first wording" if a.texts == "first" else f"{a.texts} wordings"
         lines = [
-            f"A  {printable(self.a.name)}  ({self.a.path})",
-            f"B  {printable(self.b.name)}  ({self.b.path})",
-            (
-                f"{self.a.dataset}, {words(self.a.mode)}, {self.a.texts}"
-                f" wording{'s' if self.a.texts == 'all' else ''}: {len(self.pairs)} pairs of"
-                f" {self.images} images"
-            ),
+            f"A  {printable(a.name)}  ({a.path})",
+            f"B  {printable(b.name)}  ({b.path})",
+            f"{a.dataset}, {words(a.mode)}, {wordings}: {len(self.pairs)} pairs of {self.images}"
+            " images",
             "",
             f"{'percent':9}{'A':>7}{'B':>7}  B − A [95 % interval]",
         ]
         for metric, title in (("giou", "gIoU"), ("ciou", "cIoU")):
             entry = self.differences[metric]
             shown = f"{signed(entry['difference'])} {signed_interval(entry['ci95'])}"
-            values = f"{percent(getattr(self.a, metric)):>7}{percent(getattr(self.b, metric)):>7}"
+            values = "".join(f"{percent(getattr(side, metric)):>7}" for side in (a, b))
             lines.append(f"{title:9}{values}  {shown}  {self.verdict(metric)}")
-        lines += [
-            "",
-            (
-                f"B better on {counts['better']}, worse on {counts['worse']}, equal on"
-                f" {counts['equal']} targets"
-            ),
-        ]
+        summary = "B better on {better}, worse on {worse}, equal on {equal} targets"
+        lines += ["", summary.format_map(self.counts)]
         for title, changes in (("gained most", self.gains), ("lost most", self.losses)):
             if changes:
-                lines += ["", f"{title}:", *(_line(change) for change in changes)]
+                lines += ["", f"{title}:", *(change.line() for change in changes)]
         return "\n".join(lines)
 
 
-def _line(change: Change) -> str:
-    a, b = change.a, change.b
-    return (
-        f"  {signed(change.difference):>7}  {score_text(a):>7} → {score_text(b):>7} "
-        f" {printable(f'{a.place}: {a.query}')}"
-    )
-
-
-def compare(a: Targets, b: Targets, top: int = 10, seed: int = 0) -> Comparison:
-    """Pairs the targets of two reports. Raises NotComparable, with the reason, if they are not the
+def compare_targets(a: Targets, b: Targets, top: int = 10, seed: int = 0) -> Comparison:
+    """Pairs the targets of two reports. ``top``: how many of the largest gains and losses to keep;
+    ``seed``: of the bootstrap. Raises NotComparable, with the reason, if the targets are not the
     same ones."""
     for field, what in PROTOCOL.items():
         if getattr(a, field) != getattr(b, field):
@@ -209,41 +202,36 @@ def compare(a: Targets, b: Targets, top: int = 10, seed: int = 0) -> Comparison:
         a=a,
         b=b,
         pairs=pairs,
-        differences=paired_bootstrap(
-            [pair.a for pair in pairs], [pair.b for pair in pairs], seed=seed
-        ),
+        differences=paired_bootstrap([p.a for p in pairs], [p.b for p in pairs], seed),
         gains=[pair for pair in reversed(ranked) if pair.difference > 0][:top],
         losses=[pair for pair in ranked if pair.difference < 0][:top],
     )
 
 
 def _pairs(a: Targets, b: Targets) -> list[Change]:
-    """In the order of ``a``."""
-    ours, theirs = a.by_key, b.by_key
-    for here, there, keys in (
-        (a, b, ours.keys() - theirs.keys()),
-        (b, a, theirs.keys() - ours.keys()),
-    ):
+    """The targets of both, in the order of ``a``. Raises NotComparable."""
+    in_a, in_b = a.by_key, b.by_key
+    for here, there, keys in ((a, b, in_a.keys() - in_b.keys()), (b, a, in_b.keys() - in_a.keys())):
         if keys:
             raise NotComparable(
                 f"{here.path} has {len(keys)} targets that {there.path} has not, such as"
-                f" {_shown(min(keys))}; evaluate both on the whole set"
+                f" {_key_text(min(keys))}; evaluate both on the whole set"
             )
-    for targets, found in ((a, ours), (b, theirs)):
+    for targets, found in ((a, in_a), (b, in_b)):
         if len(found) != len(targets.scores):
             raise NotComparable(f"{targets.path}: holds a target twice")
-    for key, score in ours.items():
-        other = theirs[key]
+    pairs = [Change(score, in_b[key]) for key, score in in_a.items()]
+    for key, pair in zip(in_a, pairs, strict=True):
         for field in ("query", "target_area"):
-            if getattr(score, field) != getattr(other, field):
+            one, other = getattr(pair.a, field), getattr(pair.b, field)
+            if one != other:
                 raise NotComparable(
-                    f"{a.path} and {b.path} cannot be compared: {_shown(key)} has the"
-                    f" {field.replace('_', ' ')} {getattr(score, field)!r} in one,"
-                    f" {getattr(other, field)!r} in the other"
+                    f"{a.path} and {b.path} cannot be compared: {_key_text(key)} has the"
+                    f" {field.replace('_', ' ')} {one!r} in one, {other!r} in the other"
                 )
-    return [Change(score, theirs[key]) for key, score in ours.items()]
+    return pairs
 
 
-def _shown(key: Sequence) -> str:
+def _key_text(key: tuple[str, str, int, int]) -> str:
     dataset, id, conversation, target = key
     return f"{dataset} {id}, conversation {conversation}, target {target}"

@@ -1,8 +1,8 @@
 """The answers that a report shows: the worst, the best, some at random, and some without a mask.
 
-A gallery holds a fixed number of small JPEGs, whatever the size of the evaluation set, and chooses
-the same ones whatever the number of ranks: every candidate has a rank of its own, and the lowest
-ranks stay.
+A gallery holds a fixed number of small JPEGs, whatever the size of the evaluation set. It chooses
+the same ones whatever the order of the answers and the number of processes, because the sort key
+of an answer depends on that answer alone and the lowest keys stay.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import bisect
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 from PIL import Image
@@ -18,9 +19,9 @@ from PIL import Image
 from utils.metrics import TargetScore
 from utils.report.visualize import Example, panels
 
-KINDS = ("worst", "random", "best", "silent")
+KINDS = ("worst", "random", "best", "without_mask")  # worst and best hold a mask
 TILE = 288  # pixels of the longer side
-Order = tuple[int, int, int]  # (image, conversation, target)
+Order = tuple[int, int, int]  # indices of image, conversation and target
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,15 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A picture and why it is kept: the lower ``rank`` wins, ``order`` breaks ties."""
+class GalleryEntry:
+    """A picture of one of KINDS; of each kind those with the lowest ``key`` are kept."""
 
     kind: str
-    rank: float
-    order: Order
+    key: tuple[float, Order]
     picture: Picture
 
-    @property
-    def key(self) -> tuple[float, Order]:
-        return self.rank, self.order
 
-
-def draw(example: Example, score: TargetScore) -> Picture:
+def draw_picture(example: Example, score: TargetScore) -> Picture:
     return Picture(score, [(caption, jpeg(tile)) for caption, tile in panels(example, TILE)])
 
 
@@ -58,42 +54,37 @@ def jpeg(tile: np.ndarray) -> bytes:
 
 
 class Gallery:
-    """Keeps ``count`` pictures of each of KINDS. "silent" are answers without a mask; worst and
-    best have one."""
+    """Keeps ``count`` pictures of each of KINDS."""
 
     def __init__(self, count: int, seed: int = 0):
         self.count, self.seed = count, seed
-        self.kept: dict[str, list[Entry]] = {kind: [] for kind in KINDS}
+        self.kept: dict[str, list[GalleryEntry]] = {kind: [] for kind in KINDS}
 
     def offer(self, order: Order, score: TargetScore, example: Callable[[], Example]) -> None:
         """``example`` is called only if the answer is kept for now."""
-        wanted = {
-            kind: rank
-            for kind, rank in self._ranks(order, score).items()
-            if self._enters(kind, (rank, order))
-        }
-        if wanted:
-            picture = draw(example(), score)
-            self.add(Entry(kind, rank, order, picture) for kind, rank in wanted.items())
-
-    def _ranks(self, order: Order, score: TargetScore) -> dict[str, float]:
         chance = float(np.random.default_rng([self.seed, *order]).random())
-        if not score.emitted:
-            return {"silent": chance, "random": chance}
-        return {"worst": score.iou, "best": -score.iou, "random": chance}
+        if score.emitted:
+            ranks = {"worst": score.iou, "best": -score.iou, "random": chance}
+        else:
+            ranks = {"without_mask": chance, "random": chance}
+        wanted = [kind for kind, rank in ranks.items() if self._enters(kind, (rank, order))]
+        if wanted:
+            picture = draw_picture(example(), score)
+            self.add(GalleryEntry(kind, (ranks[kind], order), picture) for kind in wanted)
 
     def _enters(self, kind: str, key: tuple[float, Order]) -> bool:
         kept = self.kept[kind]
         return len(kept) < self.count or (bool(kept) and key < kept[-1].key)
 
-    def add(self, entries: Iterable[Entry]) -> None:
-        """Takes entries, of other ranks too; the same set is kept in whatever order they come."""
+    def add(self, entries: Iterable[GalleryEntry]) -> None:
+        """Takes entries, also those of other processes; the same ones are kept in whatever order
+        they come."""
         for entry in entries:
-            bisect.insort(self.kept[entry.kind], entry, key=lambda e: e.key)
+            bisect.insort(self.kept[entry.kind], entry, key=attrgetter("key"))
             del self.kept[entry.kind][self.count :]
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[GalleryEntry]:
         return [entry for kept in self.kept.values() for entry in kept]
 
     @property

@@ -1,5 +1,5 @@
-"""What an evaluation found, as data and as files: who answered, every target's score, and what to
-call it in one line."""
+"""What an evaluation found, as data, as files and in one line: who answered, and the score of every
+target."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "segment-anything", "n
 
 @dataclass
 class Report:
-    """What one evaluation found. All scores are fractions; ``table`` prints percent."""
+    """What one evaluation found. All scores are fractions; ``table`` and ``line`` give percent."""
 
     mode: str
     """"free" or "teacher_forced"."""
@@ -34,7 +34,7 @@ class Report:
     texts: str
     """"first" or "all" wordings of a query."""
     summary: dict[str, Any]
-    """See utils.metrics.summarise."""
+    """See utils.metrics.summarise_scores."""
     scores: list[TargetScore]
     """One per target, in the order of the evaluation set, whatever the number of ranks."""
     examples: list[Example]
@@ -85,17 +85,12 @@ class Report:
 
     def to_csv(self, path: str | Path) -> None:
         """One row per target with the fields of TargetScore; what is not known is an empty cell."""
-        rows = [dataclasses.asdict(score) for score in self.scores]
         table = io.StringIO()
-        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {
-                key: printable(value) if isinstance(value, str) else value
-                for key, value in row.items()
-            }
-            for row in rows
-        )
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(f.name for f in dataclasses.fields(TargetScore))
+        for score in self.scores:
+            values = dataclasses.astuple(score)
+            writer.writerow(printable(v) if isinstance(v, str) else v for v in values)
         write_text(Path(path), table.getvalue())
 
 

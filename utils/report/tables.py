@@ -3,6 +3,7 @@ everywhere."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from utils.metrics import TargetScore
@@ -13,7 +14,8 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def interval(pair: list[float]) -> str:
+def interval(pair: Sequence[float]) -> str:
+    """Two fractions in percent: "[31.2, 40.5]"."""
     return f"[{100 * pair[0]:.1f}, {100 * pair[1]:.1f}]"
 
 
@@ -27,16 +29,17 @@ def signed(difference: float) -> str:
     return f"{100 * difference:+.1f}".replace("-", "−")
 
 
-def signed_interval(pair: list[float]) -> str:
+def signed_interval(pair: Sequence[float]) -> str:
     return f"[{signed(pair[0])}, {signed(pair[1])}]"
 
 
 def words(name: str) -> str:
-    """ "teacher_forced" as people write it."""
+    """A name of the code as people write it: "teacher_forced" -> "teacher forced"."""
     return name.replace("_", " ")
 
 
-COLUMNS = {
+# Title of a column -> its cell, from a summary of utils.metrics or utils.evaluation.baselines.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gIoU": lambda s: f"{percent(s['giou'])} {interval(s['giou_ci95'])}",
     "cIoU": lambda s: f"{percent(s['ciou'])} {interval(s['ciou_ci95'])}",
     "short": lambda s: percent(s.get("giou_short")),
@@ -60,16 +63,14 @@ def columns(rows: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
 
 def format_table(rows: dict[str, dict[str, Any]]) -> str:
     """A text table of ``columns`` in percent with 95 % intervals."""
-    cells = columns(rows)
-    names = [words(name) for name in rows]
+    names = ["", *(words(name) for name in rows)]
     width = max(map(len, names))
-    widths = {title: max(len(title), *map(len, column)) for title, column in cells.items()}
-    lines = [" " * width + "  " + "  ".join(title.rjust(widths[title]) for title in cells)]
-    lines.append("─" * len(lines[0]))
-    for i, name in enumerate(names):
-        lines.append(
-            name.ljust(width)
-            + "  "
-            + "  ".join(cells[title][i].rjust(widths[title]) for title in cells)
-        )
+    lines = [name.ljust(width) for name in names]
+    for title, cells in columns(rows).items():
+        width = max(map(len, (title, *cells)))
+        lines = [
+            f"{line}  {cell.rjust(width)}"
+            for line, cell in zip(lines, (title, *cells), strict=True)
+        ]
+    lines.insert(1, "─" * len(lines[0]))
     return "\n".join(lines)

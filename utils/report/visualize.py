@@ -1,4 +1,4 @@
-"""Pictures for people: contact sheets of an evaluation.
+"""Contact sheets of an evaluation: pictures with the masks of an answer over them.
 
 Images are uint8 (H, W, 3) RGB, masks bool (H, W) in the same frame, colours (red, green, blue) in
 0-255.
@@ -16,12 +16,12 @@ from PIL import Image, ImageDraw
 from dataset.drawing import (
     FAINT,
     GAP,
+    GROUND_TRUTH_COLOUR,
     IGNORE_COLOUR,
     INK,
     LINE,
     MARGIN,
     PAPER,
-    GROUND_TRUTH_COLOUR,
     draw_lines,
     fit,
     font,
@@ -56,23 +56,25 @@ class Example:
 def panels(example: Example, side: int) -> list[tuple[str, np.ndarray]]:
     """(caption, uint8 tile) of the image, every level and the ground truth."""
     image = fit(example.image, side)
-    panels = [("image", image)]
+    tiles = [("image", image)]
     for level, name in enumerate(example.levels):
         if example.masks is None:
-            panels.append((f"[{name}]  not emitted", np.full_like(image, 236)))
+            tiles.append((f"[{name}]  not emitted", np.full_like(image, 236)))
             continue
         mask = example.masks[level]
-        # only the last level is meant to be the target; for the others the number would mislead
+        # Only the last level is meant to be the target, so an IoU of the others would mislead.
         last = level == len(example.levels) - 1
         score = f"  IoU {100 * mask_iou(mask, example.target, example.ignore):.0f}" if last else ""
         empty = "" if mask.any() else "  (empty)"
         tile = overlay(image, fit(mask, side), level_colour(level, len(example.levels)))
-        panels.append((f"[{name}]{score}{empty}", tile))
-    truth = image
+        tiles.append((f"[{name}]{score}{empty}", tile))
+    ground_truth = image
     if example.ignore is not None:
-        truth = overlay(truth, fit(example.ignore, side), IGNORE_COLOUR, alpha=0.7, contour=0)
-    panels.append(("ground truth", overlay(truth, fit(example.target, side), GROUND_TRUTH_COLOUR)))
-    return panels
+        ignore = fit(example.ignore, side)
+        ground_truth = overlay(image, ignore, IGNORE_COLOUR, alpha=0.7, contour=0)
+    target = fit(example.target, side)
+    tiles.append(("ground truth", overlay(ground_truth, target, GROUND_TRUTH_COLOUR)))
+    return tiles
 
 
 def draw_row(example: Example, tile: int = 256) -> Image.Image:

@@ -17,11 +17,11 @@ from dataset.collate import collate
 from dataset.conversation.turns import answer_text
 from dataset.files.errors import DataError, MissingDataError
 from dataset.mixture import EvalDataset, TrainMixture
-from dataset.readers.usable import coco_number
 from dataset.readers.llm_seg40k import LlmSeg40K
 from dataset.readers.parts import SOURCES, PartSegmentation, category_name
 from dataset.readers.referring import ReferringSegmentation, read_references, validation_images
 from dataset.readers.semantic import COCOSTUFF_CLASSES, SemanticSegmentation
+from dataset.readers.usable import coco_number
 from dataset.sample import LoaderOptions, Sample
 from tests import official_layouts as official
 from tests.backbone_toys import flags, toys

@@ -26,19 +26,22 @@ from tests.dataset_toys import (
 )
 from utils import distributed
 from utils.evaluation import cli as evaluation_cli
-from utils.evaluation import run as evaluation
-from utils.evaluation.baselines import Guess, SceneBaselines, SceneObject, score_baselines
-from utils.evaluation.run import evaluate, format_table, write_reports
+from utils.evaluation import runner
+from utils.evaluation.baselines import AnnotatedObject, Guess, SceneBaselines, score_baselines
+from utils.evaluation.runner import evaluate
+from utils.evaluation.writer import write_reports
+from utils.report.results import Report
+from utils.report.tables import format_table
 
 
 class FirstRow(torch.nn.Module):
     """Predicts columns 1 to 4 of row 1, then of row 2 … for ``groups`` targets; no mask for the ids
-    in ``silent``."""
+    in ``without_mask``."""
 
-    def __init__(self, silent: tuple[str, ...] = (), groups: int = 1):
+    def __init__(self, without_mask: tuple[str, ...] = (), groups: int = 1):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-        self.silent, self.groups = silent, groups
+        self.without_mask, self.groups = without_mask, groups
         self.batches: list[list[tuple[str, str]]] = []
         self.was_training: list[bool] = []
 
@@ -49,7 +52,7 @@ class FirstRow(torch.nn.Module):
         for group in range(self.groups):
             masks[group, 1, 1 + group, 1:5] = True
         masks[:, 0, 1:3, 1:5] = True
-        return masks[:0] if batch.info[row]["id"] in self.silent else masks
+        return masks[:0] if batch.info[row]["id"] in self.without_mask else masks
 
     def _see(self, batch) -> range:
         assert batch.sam_pixels.dtype == torch.float64, "inputs take the precision of the weights"
@@ -126,7 +129,7 @@ def test_every_target_is_scored_once_in_order(tmp_path):
 
 
 def test_free_generation_counts_a_missing_mask_as_zero(tmp_path):
-    report = run(FirstRow(silent=("000",)), toy_data(tmp_path), examples=3)
+    report = run(FirstRow(without_mask=("000",)), toy_data(tmp_path), examples=3)
     assert [(s.iou, s.emitted, s.union) for s in report.scores][:2] == [
         (0.0, False, 4),
         (0.5, True, 8),
@@ -140,7 +143,7 @@ def test_free_generation_counts_a_missing_mask_as_zero(tmp_path):
 
 def test_a_flood_of_masks_is_reported_and_does_not_help(tmp_path):
     report = run(FirstRow(groups=4), toy_data(tmp_path))
-    assert report.summary["surplus_rate"] == 3.0
+    assert report.summary["extra_masks_rate"] == 3.0
     assert report.summary["n"] == 3
 
 
@@ -162,7 +165,7 @@ def test_masks_belong_to_targets_in_their_order():
         (1, 0.5, True),
         (2, 0.0, False),
     ]
-    assert report.summary["surplus_rate"] == 0.0
+    assert report.summary["extra_masks_rate"] == 0.0
 
 
 def test_published_protocol_asks_the_first_wording_only(tmp_path):
@@ -180,7 +183,7 @@ def test_published_protocol_asks_the_first_wording_only(tmp_path):
 def test_an_image_with_many_conversations_is_split(tmp_path):
     folder = tmp_path / "reason_seg" / "ReasonSeg" / "val"
     write_image(folder / "000.jpg")
-    count = evaluation.CONVERSATIONS_PER_IMAGE + 3
+    count = runner.CONVERSATIONS_PER_PASS + 3
     record = {
         "text": [f"query {i}?" for i in range(count)],
         "is_sentence": True,
@@ -215,14 +218,14 @@ def test_ignored_pixels_do_not_count(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_ranks_share_the_images_without_counting_one_twice(tmp_path, monkeypatch, ranks):
     data = toy_data(tmp_path, count=4)
-    alone = run(FirstRow(silent=("001",)), data, examples=2, gallery=2)
+    alone = run(FirstRow(without_mask=("001",)), data, examples=2, gallery=2)
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     sent = {}
 
-    def visit(rank: int, gather) -> evaluation.Report:
+    def visit(rank: int, gather) -> Report:
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         monkeypatch.setattr(distributed, "gather_lists", gather)
-        return run(FirstRow(silent=("001",)), data, examples=2, gallery=2)
+        return run(FirstRow(without_mask=("001",)), data, examples=2, gallery=2)
 
     for rank in range(ranks):
         calls = sent.setdefault(rank, [])
@@ -244,16 +247,16 @@ def test_ranks_share_the_images_without_counting_one_twice(tmp_path, monkeypatch
     assert [s.id for s in report.scores] == [s.id for s in alone.scores]
     assert [e.name for e in report.examples] == [e.name for e in alone.examples]
     assert report.pictures == alone.pictures
-    assert set(alone.pictures) == {"worst", "random", "best", "silent"}
+    assert set(alone.pictures) == {"worst", "random", "best", "without_mask"}
 
 
 def test_limit_and_examples_are_spread_over_the_set(tmp_path):
     report = run(FirstRow(), toy_data(tmp_path, count=5), limit=3, examples=2)
     assert [s.id for s in report.scores] == ["000", "002", "004"]
     assert [e.name[-3:] for e in report.examples] == ["000", "004"]
-    assert evaluation.evenly_spaced(3, 10) == [0, 1, 2]
-    assert evaluation.evenly_spaced(7, 0) == []
-    assert len(set(evaluation.evenly_spaced(100, 99))) == 99
+    assert runner.evenly_spaced(3, 10) == [0, 1, 2]
+    assert runner.evenly_spaced(7, 0) == []
+    assert len(set(runner.evenly_spaced(100, 99))) == 99
 
 
 def test_the_training_mode_is_restored(tmp_path):
@@ -283,11 +286,11 @@ def test_a_conversation_without_a_mask_is_named(tmp_path):
     sample = data[1]
     sample.conversations[0].masks = np.zeros((0, 10, 12), dtype=bool)
     with pytest.raises(ValueError, match="001.*conversation 0: has no target mask"):
-        list(evaluation.parts_of([sample], [0]))
+        list(runner.shards_of([sample], [0]))
 
 
 def test_the_report_is_written_whole(tmp_path):
-    report = run(FirstRow(silent=("002",)), toy_data(tmp_path), seed=7)
+    report = run(FirstRow(without_mask=("002",)), toy_data(tmp_path), seed=7)
     report.config = {"lr": 0.1}
     report.to_json(tmp_path / "new" / "report.json")
     written = json.loads((tmp_path / "new" / "report.json").read_text())
@@ -310,7 +313,7 @@ def test_the_report_is_written_whole(tmp_path):
         "union": 12,
         "iou": 0.0,
         "emitted": False,
-        "surplus": 0,
+        "extra_masks": 0,
         "target_area": 12,
         "image_area": 120,
         "answer": "It is [SEG]",
@@ -372,15 +375,15 @@ def two_cars() -> SceneBaselines:
     """Host 0 (24 px) has two wheels of 2 px and a knob, host 1 (32 px) one wheel of 4 px, host 2 no
     wheel."""
     wheels = [rectangle(slice(0, 1), slice(0, 2)), rectangle(slice(2, 3), slice(0, 2))]
-    first = SceneObject(
+    first = AnnotatedObject(
         rectangle(slice(0, 3), slice(0, 8)),
         [("wheel", wheels[0]), ("wheel", wheels[1]), ("knob", wheels[0])],
     )
-    second = SceneObject(
+    second = AnnotatedObject(
         rectangle(slice(4, 8), slice(0, 8)), [("wheel", rectangle(slice(4, 5), slice(0, 4)))]
     )
     return SceneBaselines(
-        [first, second, SceneObject(rectangle(slice(3, 4), slice(0, 1)), [])], "wheel"
+        [first, second, AnnotatedObject(rectangle(slice(3, 4), slice(0, 1)), [])], "wheel"
     )
 
 

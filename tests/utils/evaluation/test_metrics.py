@@ -1,16 +1,16 @@
 """Scores against hand-computed cases and against the numbers of the published code."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.dataset_toys import SHARED
 from utils import metrics
 from utils.metrics import TargetScore
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "utils"
+REFERENCE = SHARED / "reference" / "utils"
 
 
 def row(inter: int, union: int, **fields) -> TargetScore:
@@ -25,7 +25,7 @@ def row(inter: int, union: int, **fields) -> TargetScore:
     known |= {
         "iou": float(metrics.iou(inter, union)),
         "emitted": True,
-        "surplus": 0,
+        "extra_masks": 0,
         "target_area": union,
     }
     return TargetScore(**known | {"inter": inter, "union": union} | fields)
@@ -63,7 +63,7 @@ def test_two_empty_masks_are_a_hit():
 
 
 def test_giou_is_a_mean_and_ciou_a_ratio_of_sums():
-    summary = metrics.summarise([row(1, 2, id="a"), row(90, 100, id="b")])
+    summary = metrics.summarise_scores([row(1, 2, id="a"), row(90, 100, id="b")])
     assert summary["giou"] == pytest.approx((0.5 + 0.9) / 2)
     assert summary["ciou"] == pytest.approx(91 / 102)
     assert summary["n"] == 2
@@ -72,14 +72,14 @@ def test_giou_is_a_mean_and_ciou_a_ratio_of_sums():
 
 def test_short_and_long_queries_are_told_apart():
     rows = [row(1, 4, is_sentence=False), row(1, 2, is_sentence=True), row(1, 1)]
-    summary = metrics.summarise(rows)
+    summary = metrics.summarise_scores(rows)
     assert (summary["giou_short"], summary["giou_long"]) == (0.25, 0.5)
-    assert metrics.summarise([row(1, 2)])["giou_long"] is None
+    assert metrics.summarise_scores([row(1, 2)])["giou_long"] is None
 
 
 def test_no_target_is_an_error_with_a_reason():
     with pytest.raises(ValueError, match="no target was scored"):
-        metrics.summarise([])
+        metrics.summarise_scores([])
     with pytest.raises(ValueError, match="no target was scored"):
         metrics.bootstrap(np.array([]), np.array([]), np.array([]))
 
@@ -108,7 +108,8 @@ def test_levels_and_host_are_measured_apart():
     assert found["first_host_iou"] == 0.5
     assert found["inside_host"] == pytest.approx(1 / 3)
     assert (
-        metrics.summarise([row(1, 3, inside_host=found["inside_host"])])["wrong_host_rate"] == 1.0
+        metrics.summarise_scores([row(1, 3, inside_host=found["inside_host"])])["wrong_host_rate"]
+        == 1.0
     )
     ignored = metrics.score_target(torch.stack([first, final]), target, mask((2, 2), (3, 3)), host)
     assert (ignored["iou"], ignored["inside_host"]) == (1.0, 1.0)
@@ -119,7 +120,7 @@ def test_what_cannot_be_measured_is_left_out_of_the_means():
     assert "first_iou" not in found  # one level
     assert "inside_host" not in found  # nothing predicted, so no host chosen
     rows = [row(1, 2, inside_host=0.9), row(1, 2, inside_host=0.2), row(0, 2)]
-    assert metrics.summarise(rows)["wrong_host_rate"] == 0.5
+    assert metrics.summarise_scores(rows)["wrong_host_rate"] == 0.5
 
 
 def test_bootstrap_is_repeatable_and_brackets_the_mean():
@@ -188,7 +189,7 @@ def test_validation_of_the_published_code():
             masks, target = torch.from_numpy(logits[k : k + 1] > 0), torch.from_numpy(truth[k] == 1)
             found = metrics.score_target(masks, target, torch.from_numpy(truth[k] == 255), None)
             rows.append(row(found.pop("inter"), found.pop("union"), id=str(image), **found))
-    summary = metrics.summarise(rows)
+    summary = metrics.summarise_scores(rows)
     assert len(rows) == expected["n_masks"]
     # measured: 7e-7 and 2e-8; the published gIoU has an epsilon in its count, ours is exact
     assert summary["giou"] == pytest.approx(expected["giou"], abs=1e-4)

@@ -23,10 +23,10 @@ from tests.utils.evaluation.test_evaluation import FirstRow, run, toy_data
 from tests.utils.training.test_engine import launch
 from utils.evaluation import cli as evaluation_cli
 from utils.evaluation.predictions import Predictions, read_mask, score_predictions
-from utils.evaluation.run import write_reports
+from utils.evaluation.writer import write_reports
 from utils.metrics import TargetScore, breakdown, paired_bootstrap
 from utils.report import gallery, html
-from utils.report.compare import NotComparable, compare, read_targets
+from utils.report.compare import NotComparable, compare_targets, read_targets
 
 HOSTILE = (
     "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>\u202e\x00\ud800"
@@ -42,7 +42,7 @@ def score(iou: float, image: int = 0, union: int = 100, **fields) -> TargetScore
         "target": 0,
         "query": "q",
         "is_sentence": None,
-        "surplus": 0,
+        "extra_masks": 0,
     }
     known |= {
         "inter": round(iou * union),
@@ -91,11 +91,11 @@ def check_self_contained(page: Page) -> None:
 # ---------------------------------------------------------------------------------------- the files
 
 
-def written(root: Path, *, silent=("001",), **options) -> Path:
+def written(root: Path, *, without_mask=("001",), **options) -> Path:
     """The folder of a whole evaluation in both modes."""
     data = toy_data(root / "data", count=4)
     reports = [
-        run(FirstRow(silent=silent), data, mode, examples=1, gallery=2)
+        run(FirstRow(without_mask=without_mask), data, mode, examples=1, gallery=2)
         for mode in ("free", "teacher_forced")
     ]
     write_reports(reports, data, root / "run", {"lr": 0.1}, seconds=1.0, **options)
@@ -163,10 +163,15 @@ def test_rows_of_csv_and_json_agree(tmp_path):
     assert rows[1]["first_iou"] == ""
 
 
-def test_elements_escape_whatever_is_not_markup():
-    assert html.tag("b", "<i>", html.tag("i", "&")) == "<b>&lt;i&gt;<i>&amp;</i></b>"
-    assert html.tag("p", "x", title='"', class_="a") == '<p title="&quot;" class="a">x</p>'
-    assert html.table(["a<"], [["b>"]]).count("&lt;") == 1
+def test_templates_escape_whatever_is_not_markup():
+    template = html.TEMPLATES.from_string('<p title="{{ x }}">{{ x }}{{ [1, x] }}</p>{{ raw }}')
+    page = template.render(x="<b>\"'&\x00\n", raw=template.render(x="<", raw=""))
+    assert "<b>" not in page and "\x00" not in page and "\n" not in page
+    assert page.startswith('<p title="&lt;b&gt;&#34;&#39;&amp;">')
+    assert page.count("&amp;lt;") == 3, "what was rendered is a text like any other"
+    for name in html.TEMPLATES.list_templates(extensions=["j2"]):
+        source = (html.TEMPLATES_FOLDER / name).read_text(encoding="utf-8")
+        assert "safe" not in re.findall(r"\w+", source), "no template switches the escaping off"
 
 
 def test_groups_have_their_members_and_no_others():
@@ -192,7 +197,7 @@ def test_groups_have_their_members_and_no_others():
 def test_a_gallery_keeps_the_extremes_and_draws_little(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        gallery, "draw", lambda example, s: drawn.append(s.id) or gallery.Picture(s, [])
+        gallery, "draw_picture", lambda example, s: drawn.append(s.id) or gallery.Picture(s, [])
     )
     kept = gallery.Gallery(3, seed=1)
     order = np.random.default_rng(0).permutation(1000)
@@ -202,13 +207,13 @@ def test_a_gallery_keeps_the_extremes_and_draws_little(monkeypatch):
         kind: [picture.score.id for picture in pictures] for kind, pictures in kept.pictures.items()
     }
     assert (ids["worst"], ids["best"]) == (["1", "2", "3"], ["999", "998", "997"])
-    assert all(int(i) % 10 == 0 for i in ids["silent"])
+    assert all(int(i) % 10 == 0 for i in ids["without_mask"])
     assert len(set(ids["random"])) == 3
     assert len(drawn) < 120
 
 
 def test_the_choice_does_not_depend_on_the_order_or_the_ranks(monkeypatch):
-    monkeypatch.setattr(gallery, "draw", lambda example, s: gallery.Picture(s, []))
+    monkeypatch.setattr(gallery, "draw_picture", lambda example, s: gallery.Picture(s, []))
     answers = [((i, 0, 0), score((i * 37 % 50) / 50, i, emitted=i % 4 > 0)) for i in range(60)]
 
     def keep(share) -> gallery.Gallery:
@@ -248,8 +253,8 @@ def test_paired_intervals_are_of_the_difference():
 
 def test_two_systems_are_compared_target_by_target(tmp_path, capsys):
     a, b = (
-        written(tmp_path / "a", silent=("000",), name="A<b>"),
-        written(tmp_path / "b", silent=("003",), name="other"),
+        written(tmp_path / "a", without_mask=("000",), name="A<b>"),
+        written(tmp_path / "b", without_mask=("003",), name="other"),
     )
     out = tmp_path / "out" / "compare.html"
     argv = [
@@ -308,7 +313,7 @@ def test_what_answers_other_questions_is_not_compared(tmp_path, changes, message
     first = written(tmp_path) / "targets-free.json"
     second = changed(first, tmp_path / "second.json", **changes)
     with pytest.raises(NotComparable, match=message.replace("|", r"\|")):
-        compare(read_targets(first), read_targets(second))
+        compare_targets(read_targets(first), read_targets(second))
 
 
 @pytest.mark.parametrize(
@@ -331,8 +336,9 @@ def test_a_file_that_is_no_report_is_named(tmp_path, content, message):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("id", 5), ("id", ["a"]), ("dataset", {}), ("query", None), ("conversation", [1]), ("target", 0.5), ("iou", 1.5),
-     ("iou", True), ("inter", -1), ("union", float("nan")), ("emitted", "no")],
+    [("id", 5), ("id", ["a"]), ("dataset", {}), ("query", None), ("conversation", [1]),
+     ("target", 0.5), ("iou", 1.5), ("iou", True), ("inter", -1), ("union", float("nan")),
+     ("emitted", "no")],
 )  # fmt: skip
 def test_a_row_with_another_kind_of_value_is_named(tmp_path, field, value):
     row = dataclasses.asdict(score(0.5)) | {field: value}
@@ -340,6 +346,16 @@ def test_a_row_with_another_kind_of_value_is_named(tmp_path, field, value):
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=rf"a.json: targets\[0\].{field} is .*, expected "):
         read_targets(tmp_path / "a.json")
+
+
+def test_rows_of_older_versions_are_read(tmp_path):
+    """They called the masks beyond the targets "surplus"."""
+    new = written(tmp_path, without_mask=()) / "targets-free.json"
+    rows = json.loads(new.read_text())["targets"]
+    old_rows = [{"surplus": row.pop("extra_masks") + 2} | row for row in rows]
+    old = changed(new, tmp_path / "old.json", targets=old_rows)
+    assert [s.extra_masks for s in read_targets(old).scores] == [2] * len(rows)
+    assert compare_targets(read_targets(new), read_targets(old)).counts["equal"] == len(rows)
 
 
 def test_a_folder_stands_for_its_only_file(tmp_path):
@@ -405,7 +421,7 @@ def test_masks_of_another_system_score_as_ours_do(tmp_path, kind):
 
 
 def test_scores_of_predictions_are_written_and_compared(tmp_path, capsys):
-    ours = written(tmp_path, silent=())
+    ours = written(tmp_path, without_mask=())
     masks = first_rows(3)
     masks |= {"unheard-of": masks["000"]}
     argv = [
@@ -445,7 +461,10 @@ def test_every_wording_has_its_own_prediction(tmp_path):
         write_pngs(tmp_path / "p", {"000": mask, "000.1": ~mask, "000.1.1": mask})
     )
     report = score_predictions(predictions, data)
-    assert [(s.conversation, s.iou, s.surplus) for s in report.scores] == [(0, 1.0, 0), (1, 0.0, 1)]
+    assert [(s.conversation, s.iou, s.extra_masks) for s in report.scores] == [
+        (0, 1.0, 0),
+        (1, 0.0, 1),
+    ]
     assert (predictions.missing, predictions.unused) == ([], [])
     entries = write_rles(tmp_path / "q.json", {"000": ~mask}, conversation=1, answer="there")
     report = score_predictions(Predictions.read(entries), data)
