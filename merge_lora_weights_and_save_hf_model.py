@@ -31,9 +31,8 @@ from model.processor import CoresProcessor  # noqa: E402
 from model.reasoning.lora import has_lora, merge_lora  # noqa: E402
 from utils import build  # noqa: E402
 from utils.settings.arguments import OneLineParser, one_line  # noqa: E402
-from utils.settings.flags import UsageError  # noqa: E402
+from utils.settings.flags import DTYPES, UsageError  # noqa: E402
 from utils.training import checkpoint  # noqa: E402
-from utils.training.deepspeed import DTYPES  # noqa: E402
 
 
 def read_arguments(argv: list[str] | None) -> tuple[Namespace, list[str]]:

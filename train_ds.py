@@ -1,8 +1,8 @@
 """Trains and evaluates CoReS, LISA and their ablations under DeepSpeed; see README for recipes.
 
-    python train_ds.py --config configs/tiny.yaml                                   # one process, CPU or GPU
+    python train_ds.py --config configs/tiny.yaml                         # one process, CPU or GPU
     deepspeed --num_gpus 2 train_ds.py --config configs/cores-7b.yaml --exp_name cores-7b
-    python train_ds.py --eval_only --version runs/demo/model --dataset_dir data/synthreason --val_dataset NAME
+    python train_ds.py --eval_only --version runs/demo/model --dataset_dir DATA --val_dataset NAME
 
 Everything goes to <log_base_dir>/<exp_name>: config.json, ckpt/, log.jsonl, tensorboard/,
 metrics.json, report.html, examples.png.
@@ -22,7 +22,7 @@ import torch
 
 from utils import distributed
 
-distributed.prepare_environment()  # before anything imports deepspeed
+distributed.prepare_environment()  # This comes before anything that imports deepspeed.
 
 from dataset.files.faults import read_skip_list  # noqa: E402
 from utils import build  # noqa: E402
@@ -31,7 +31,8 @@ from utils.evaluation.runner import evaluate  # noqa: E402
 from utils.settings.arguments import Settings, one_line, parse  # noqa: E402
 from utils.settings.flags import UsageError  # noqa: E402
 from utils.training import checkpoint, reshard  # noqa: E402
-from utils.training.trainer import Interrupted, Lost, NonFiniteLoss, Trainer  # noqa: E402
+from utils.training.failures import Interrupted, NonFiniteLoss, ProcessLost  # noqa: E402
+from utils.training.trainer import Trainer  # noqa: E402
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLEAR_ERRORS = (UsageError, ValueError, FileNotFoundError, OSError)
@@ -43,7 +44,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def say(*words: Any) -> None:
+def print_once(*words: Any) -> None:
+    """``print`` on the main rank."""
     if distributed.is_main():
         print(*words, flush=True)
 
@@ -53,21 +55,22 @@ def check_ranks(s: Settings) -> None:
     --global_batch_size."""
     world = distributed.world_size()
     build.refuse_half_on_cpu(s)
-    if s.zero_stage == 3 and world > 1 and not (s.no_eval or s.eval_only):
-        raise UsageError(
-            "--zero_stage 3 on several ranks cannot generate during training; add --no_eval and use"
-            " --eval_only later"
-        )
-    if s.zero_stage == 3 and world > 1 and s.sam_cache:
-        raise UsageError(
-            "--zero_stage 3: all ranks fetch SAM's weights together, but with --sam_cache only some"
-            " ranks ask; leave one out"
-        )
-    if s.zero_stage == 3 and world > 1 and "vqa" in s.dataset.split("||") and not s.eval_only:
-        raise UsageError(
-            "--zero_stage 3 on several ranks cannot train on --dataset vqa, which has no targets;"
-            " use --zero_stage 2"
-        )
+    if s.zero_stage == 3 and world > 1:
+        if not (s.no_eval or s.eval_only):
+            raise UsageError(
+                "--zero_stage 3 on several ranks cannot generate during training; add --no_eval and"
+                " use --eval_only later"
+            )
+        if s.sam_cache:
+            raise UsageError(
+                "--zero_stage 3: all ranks fetch SAM's weights together, but with --sam_cache only"
+                " some ranks ask; leave one out"
+            )
+        if "vqa" in s.dataset.split("||") and not s.eval_only:
+            raise UsageError(
+                "--zero_stage 3 on several ranks cannot train on --dataset vqa, which has no"
+                " targets; use --zero_stage 2"
+            )
     if s.global_batch_size:
         if s.global_batch_size % (s.batch_size * world):
             raise UsageError(
@@ -84,49 +87,44 @@ def train(s: Settings, started: float) -> None:
         earlier = checkpoint.load_settings(s.run_dir)
         s.refuse_changes(earlier, s.run_dir)
         reshard.refuse(resume_from, checkpoint.read_progress(resume_from), s, earlier)
-    # data first: a wrong path should not cost the loading of a model
+    # The data come first, as a wrong path should be known before a model is loaded.
     prompt = build.prompt_format(s)
     data = build.build_mixture(s, prompt)
     val = None if s.no_eval else build.build_eval(s, prompt)
     checkpoint.require_writable(s.run_dir)
     model, processor = build.build_model(s)
     sizes = build.make_trainable(model, s)
-    say("trainable:", ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+    print_once("trainable:", ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
     seed_everything(s.seed * 1000 + distributed.rank())
 
     def validate(epoch: int) -> dict[str, Any]:
         mode = modes_of(s)[0]
-        report = evaluate(
-            model,
-            processor,
-            val,
-            mode,
-            batch_size=s.val_batch_size,
-            max_new_tokens=s.max_new_tokens,
-            limit=s.eval_limit or None,
-            seed=s.seed,
-            progress=distributed.is_main(),
-        )
-        say(f"after epoch {epoch}, {mode}: " + report.line())
+        how = {"batch_size": s.val_batch_size, "max_new_tokens": s.max_new_tokens, "seed": s.seed}
+        limit, progress = s.eval_limit or None, distributed.is_main()
+        report = evaluate(model, processor, val, mode, limit=limit, progress=progress, **how)
+        print_once(f"after epoch {epoch}, {mode}: " + report.line())
         return {k: v for k, v in report.summary.items() if isinstance(v, float)}
 
     trainer = Trainer(model, processor, data, s, validate if val is not None else None)
     if resume_from:
         trainer.resume(resume_from)
-        say(f"continuing from {resume_from}, step {trainer.global_step}")
+        print_once(f"continuing from {resume_from}, step {trainer.global_step}")
     if distributed.is_main():
         checkpoint.save_settings(s.run_dir, s)
     trainer.train()
     skipped = s.run_dir / "skipped.jsonl"
     if skipped.is_file():
-        say(f"{len(read_skip_list(skipped))} bad items were left out; {skipped} names them")
+        print_once(f"{len(read_skip_list(skipped))} bad items were left out; {skipped} names them")
     if val is not None:
-        if s.zero_stage < 3:  # what the merge script exports; ZeRO-3 has taken the weights apart
+        # ``best`` is what the merge script exports. ZeRO-3 has taken the weights apart, so that
+        # nothing can be loaded into them.
+        if s.zero_stage < 3:
             checkpoint.load_weights(model, checkpoint.find_checkpoint(s.run_dir, "best"))
         final_evaluation(model, processor, val, s, started)
 
 
 def find_resume(s: Settings) -> Path | None:
+    """The checkpoint to continue from, None for a new run."""
     if s.resume not in ("", "auto"):
         return checkpoint.find_checkpoint(s.resume)
     if s.auto_resume or s.resume:
@@ -153,21 +151,19 @@ def main(argv: list[str] | None = None) -> int:
         seed_everything(settings.seed)
         (evaluate_only if settings.eval_only else train)(settings, started)
     except Interrupted as stop:
-        say(stop)
+        print_once(stop)
         return 130
-    except NonFiniteLoss as error:  # all ranks say the same
+    except NonFiniteLoss as error:  # All ranks have the same message.
         if distributed.is_main():
             print(f"error: {error}", file=sys.stderr)
         return 3
-    except Lost as error:
+    except ProcessLost as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
     except CLEAR_ERRORS as error:
-        # of whatever file of the run: such an error seldom knows its name
-        full = getattr(error, "errno", None) in DISK_FULL
-        hint = (
-            f" (in {settings.run_dir}); free space, and the same command continues" if full else ""
-        )
+        hint = ""
+        if getattr(error, "errno", None) in DISK_FULL:  # Such errors seldom name their file.
+            hint = f" (in {settings.run_dir}); free space, and the same command continues"
         print(f"error: {one_line(error)}{hint}", file=sys.stderr)
         return 2
     return 0

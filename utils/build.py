@@ -34,9 +34,8 @@ from utils.settings.arguments import (
     read_resumed,
     settings_of,
 )
-from utils.settings.flags import SELECTING, UsageError
+from utils.settings.flags import DTYPES, SELECTING, UsageError
 from utils.training import checkpoint
-from utils.training.deepspeed import DTYPES
 from utils.training.loader import samples_per_epoch
 
 # What merging may find elsewhere than training did, or does not depend on.

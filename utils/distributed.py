@@ -1,4 +1,7 @@
-"""Ranks: start-up on CPU or GPU with any launcher, and the few collectives that the rest needs."""
+"""Ranks: start-up on CPU or GPU with any launcher, and the few collectives that the rest needs.
+
+Outside a process group, every function behaves as in a world of one rank.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +21,32 @@ def device() -> torch.device:
 
 
 def prepare_environment() -> None:
-    """Makes plain ``python`` a world of one, tells DeepSpeed if there is no GPU; call before
-    importing deepspeed."""
+    """Makes plain ``python`` a world of one, and tells DeepSpeed if there is no GPU. Call it before
+    deepspeed is imported."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # DeepSpeed calls them, and every rank would say so in every run
+    # DeepSpeed calls deprecated functions; every rank would warn of them in every run.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if "RANK" not in os.environ:
-        # DeepSpeed looks whether an address is there; nobody listens on it, see start
+        # DeepSpeed wants an address to be there. Nothing listens on this one, see ``start``.
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"
         )
 
 
 def start() -> None:
-    """Joins the process group once. A world of one meets nobody, and so needs no port, which
-    another program might have taken."""
+    """Joins the process group, once. A world of one meets nobody: it uses no port, which another
+    program might have taken."""
     prepare_environment()
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
-        meeting = (
-            {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            if os.environ["WORLD_SIZE"] == "1"
-            else {}
-        )
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **meeting)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if os.environ["WORLD_SIZE"] == "1":
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
 
 
 def stop() -> None:

@@ -1,8 +1,8 @@
-"""The command line: small dataclasses by concern, a YAML file for defaults, explicit flags on top.
+"""Reads the command line and YAML files into ``Settings``, and checks them.
 
-``--config FILE`` gives defaults; a ``base: other.yaml`` key in it names a file whose values it
-changes. The flags of LISA and CoReS keep their names. A flag that cannot be honoured is refused,
-never ignored.
+``--config FILE`` gives defaults, explicit flags go before them; a ``base: other.yaml`` key in the
+file names a file whose values it changes. The flags of LISA and CoReS keep their names. A flag that
+cannot be honoured is refused, never ignored. The flags themselves are in utils/settings/flags.py.
 """
 
 from __future__ import annotations
@@ -16,55 +16,32 @@ from typing import Any, NoReturn
 
 import yaml
 
-from utils.settings.flags import GROUPS, UsageError
+from utils.settings.flags import GROUPS, EvalArguments, UsageError
 
-# What may change when a run is continued: where things are, how they are shown, how they are
-# measured.
-FREE_ON_RESUME = {
-    "resume",
-    "auto_resume",
-    "eval_only",
-    "exp_name",
-    "log_base_dir",
-    "dataset_dir",
-    "workers",
-    "print_freq",
-    "save_every",
-    "no_eval",
-    "eval_every",
-    "eval_mode",
-    "eval_limit",
-    "eval_texts",
-    "val_dataset",
-    "val_batch_size",
-    "max_new_tokens",
-    "examples",
-    "gallery",
-    "prefix_sharing",
-    "pack_tokens",
-    "attn_implementation",
-    "compile",
-    "sam_cache",
-    "sam_cache_gb",
-    "proposals",
-    "select",
-    "spike_factor",
+FIELDS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
+# What a YAML file may give for a field of a type; the first entry reads a word of the command line.
+KINDS: dict[Any, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "float | None": (float, int, type(None)),
+    "str": (str,),
+    "bool": (bool,),
 }
 
-
-# How a step is divided among ranks and micro steps: utils/training/reshard.py sees that its images
-# stay as many.
+FREE_ON_RESUME = {
+    name for name, f in FIELDS.items() if f.metadata["may_change"] or hasattr(EvalArguments, name)
+}
+# Free, too: utils/training/reshard.py checks that the steps of a continued run have as many images
+# as before, however ranks and micro steps divide them.
 DIVISION = {"batch_size", "grad_accumulation_steps", "global_batch_size"}
 
-
-# Flags of the published scripts that have no meaning here: the value named is what this program
-# does anyway.
+# Flags of the published scripts that have no meaning here, with the reason.
 REFUSED = {
     "vis_save_path": "belongs to chat.py; evaluation writes its pictures into the run folder",
 }
 
-
-# Flags whose value is a fact of the loaded weights: accepted if it says what the weights say.
+# Flags of the published scripts whose value is a fact of the loaded weights: they are accepted if
+# the weights say the same, see utils/build.py.
 FACTS = {"image_size": int, "out_dim": int, "use_mm_start_end": str}
 
 
@@ -87,51 +64,38 @@ class Settings(Namespace):
         return Path(self.log_base_dir) / self.exp_name
 
     def saved(self) -> dict[str, Any]:
-        """What a later tool needs to rebuild the run; the launcher's business is left out."""
-        return {
-            k: v
-            for k, v in sorted(vars(self).items())
-            if k not in ("local_rank", "facts", "resume", "eval_only")
-        }
+        """What a later tool needs to rebuild the run, without how this process was started."""
+        unsaved = ("local_rank", "facts", "resume", "eval_only")
+        return {k: v for k, v in sorted(vars(self).items()) if k not in unsaved}
 
     def refuse_changes(self, earlier: Settings, where: Path) -> None:
-        """Raises UsageError if continuing the run that ``earlier`` started would train with other
-        settings."""
-        # means of micro batches depend on the size of these
-        free = FREE_ON_RESUME | DIVISION - (
-            {"batch_size"} if self.loss_normalisation == "micro" else set()
+        """Raises UsageError if these settings would train the run in the folder ``where``, which
+        ``earlier`` started, in another way."""
+        free = FREE_ON_RESUME | DIVISION
+        if self.loss_normalisation == "micro":  # Means over micro batches depend on their size.
+            free -= {"batch_size"}
+        changes = ", ".join(
+            f"{name} was {getattr(earlier, name)!r} and is now {value!r}"
+            for name, value in self.saved().items()
+            if name not in free and value != getattr(earlier, name)
         )
-        changed = [
-            k for k in self.saved() if k not in free and getattr(self, k) != getattr(earlier, k)
-        ]
-        if changed:
-            shown = ", ".join(
-                f"{k} was {getattr(earlier, k)!r} and is now {getattr(self, k)!r}" for k in changed
-            )
+        if changes:
             raise UsageError(
-                f"{where}: holds a run with other settings: {shown}; choose another --exp_name or"
+                f"{where}: holds a run with other settings: {changes}; choose another --exp_name or"
                 " the earlier settings"
             )
 
 
-def _fields() -> dict[str, dataclasses.Field]:
-    return {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
-
-
-def _number(kind: str):
-    return {"int": int, "float": float, "float | None": float, "str": str}[kind]
-
-
 def shown(text: str) -> str:
-    """``text`` without what would steer the terminal."""
+    """``text`` as a terminal may show it, without control characters, which could steer it."""
     return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's own words, or its name if it has none, as they may be printed; of one that a data
-    worker raised, without the trace that torch puts before them."""
+    """The message of an error, or its class name if it has none, as one printable line."""
     text = str(error).strip()
-    # … ends with "dataset.files.write.errors.DataError: /data/a.jpg: not a readable image"
+    # torch puts the whole trace of a data worker into the message, whose last line is like
+    # "dataset.files.errors.DataError: /data/a.jpg: not a readable image".
     if "Original Traceback" in text:
         text = text.splitlines()[-1].split(": ", 1)[-1]
     return " ".join(shown(text).split()) or type(error).__name__
@@ -146,52 +110,26 @@ class OneLineParser(ArgumentParser):
 
 def build_parser() -> ArgumentParser:
     parser = OneLineParser(description="Train or evaluate CoReS and LISA.", allow_abbrev=False)
-    parser.add_argument("--config", default=None, help="YAML file with defaults")
+    parser.add_argument("--config", help="YAML file with defaults")
     for group in GROUPS:
         section = parser.add_argument_group(group.__name__)
         for f in dataclasses.fields(group):
-            _add(section, f)
-    for name in REFUSED:
-        parser.add_argument(
-            f"--{name}", nargs="?", const=True, default=None, help="refused: " + REFUSED[name]
-        )
+            text = f"{f.metadata['help']} (default: {f.default})"
+            words: dict[str, Any] = {"dest": f.name, "help": text}
+            if f.type == "bool":  # `--flag`, `--no-flag`, and LISA's `--flag true`
+                section.add_argument(f"--{f.name}", nargs="?", const=True, type=_boolean, **words)
+                words["help"] = f"turn off --{f.name}"
+                section.add_argument(f"--no-{f.name}", action="store_const", const=False, **words)
+            else:
+                names = f"--{f.name}", *f.metadata["aliases"]
+                kind, choices = KINDS[f.type][0], f.metadata["choices"]
+                section.add_argument(*names, type=kind, choices=choices, **words)
+    for name, reason in REFUSED.items():
+        parser.add_argument(f"--{name}", nargs="?", const=True, help=f"refused: {reason}")
+    checked = "checked against the weights"
     for name, kind in FACTS.items():
-        parser.add_argument(
-            f"--{name}",
-            dest=name,
-            type=kind,
-            nargs="?",
-            const="true",
-            default=None,
-            help="checked against the weights",
-        )
+        parser.add_argument(f"--{name}", type=kind, nargs="?", const="true", help=checked)
     return parser
-
-
-def _add(section, f: dataclasses.Field) -> None:
-    default = f.default
-    shown = f.metadata["help"] + f" (default: {default})"
-    if f.type == "bool":  # `--flag`, `--no-flag`, and LISA's `--flag true`
-        section.add_argument(
-            f"--{f.name}", nargs="?", const=True, default=None, type=_boolean, help=shown
-        )
-        section.add_argument(
-            f"--no-{f.name}",
-            dest=f.name,
-            action="store_const",
-            const=False,
-            help=f"turn off --{f.name}",
-        )
-        return
-    names = [f"--{f.name}", *f.metadata["aliases"]]
-    section.add_argument(
-        *names,
-        dest=f.name,
-        type=_number(f.type),
-        default=None,
-        choices=f.metadata["choices"],
-        help=shown,
-    )
 
 
 def _boolean(text: str) -> bool:
@@ -203,13 +141,12 @@ def _boolean(text: str) -> bool:
 
 
 def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a YAML file on top of those of its ``base``. Raises UsageError naming file and
-    key."""
+    """The values of a YAML file on top of those of its ``base``; ``above``: the files that name it
+    as their base. Raises UsageError naming file and key."""
     path = Path(path)
     if not path.is_file():
-        raise UsageError(
-            f"{path}: no such file ({f'base of {above[-1]}' if above else '--config'})"
-        )
+        asked_by = f"base of {above[-1]}" if above else "--config"
+        raise UsageError(f"{path}: no such file ({asked_by})")
     if path.resolve() in [p.resolve() for p in above]:
         raise UsageError(f"{path}: is its own base; remove one of the `base:` keys")
     try:
@@ -219,54 +156,40 @@ def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
     if not isinstance(values, dict):
         raise UsageError(f"{path}: must hold `key: value` lines")
     base = values.pop("base", None)
-    known = _fields()
     for key, value in values.items():
-        if key not in known:
+        if key not in FIELDS:
             raise UsageError(
                 f"{path}: unknown key {key!r}; `train_ds.py --help` lists the flags, which are the"
                 " keys"
             )
-        _check_type(path, key, value, known[key])
+        kind, choices = FIELDS[key].type, FIELDS[key].metadata["choices"]
+        # True and False are integers for Python.
+        if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+            raise UsageError(f"{path}: {key} is {value!r}, expected {kind}")
+        if choices and value not in choices:
+            among = ", ".join(map(str, choices))
+            raise UsageError(f"{path}: {key} is {value!r}; choose one of {among}")
     return (read_config(path.parent / str(base), (*above, path)) if base else {}) | values
 
 
-def _check_type(path: Path, key: str, value: Any, f: dataclasses.Field) -> None:
-    kinds = {
-        "int": (int,),
-        "float": (int, float),
-        "float | None": (int, float, type(None)),
-        "str": (str,),
-        "bool": (bool,),
-    }
-    wrong = not isinstance(value, kinds[f.type]) or (isinstance(value, bool) and f.type != "bool")
-    if wrong:
-        raise UsageError(f"{path}: {key} is {value!r}, expected {f.type}")
-    if f.metadata["choices"] and value not in f.metadata["choices"]:
-        raise UsageError(
-            f"{path}: {key} is {value!r}; choose one of"
-            f" {', '.join(map(str, f.metadata['choices']))}"
-        )
-
-
 def parse(argv: list[str] | None = None) -> Settings:
-    """Settings of a command line. Raises UsageError for what argparse does not catch."""
+    """Settings of a command line. Raises UsageError for whatever is wrong with it."""
     return parse_over({}, argv)
 
 
 def parse_over(known: dict[str, Any], argv: list[str] | None = None) -> Settings:
-    """As ``parse``, with the values ``known`` in place of the defaults; a --config file and flags
-    come on top."""
+    """As ``parse``, with the values ``known`` in place of the defaults. A run that --resume names,
+    a --config file and flags come on top, in this order."""
     given = vars(build_parser().parse_args(argv))
     config = given.pop("config")
     refused = [name for name in REFUSED if given.pop(name) is not None]
     if refused:
         raise UsageError(f"--{refused[0]}: {REFUSED[refused[0]]}; leave the flag out")
     facts = {name: value for name in FACTS if (value := given.pop(name)) is not None}
-    values = known | (
-        read_resumed(given["resume"]) if given["resume"] not in (None, "", "auto") else {}
-    )
+    resumed = given["resume"] not in (None, "", "auto")
+    values = known | (read_resumed(given["resume"]) if resumed else {})
     values |= read_config(config) if config else {}
-    # that of a config or run is meant for the evaluations between epochs
+    # The limit of a config or a run is meant for the evaluations between epochs.
     if given["eval_only"] and not given["eval_limit"]:
         values["eval_limit"] = 0
     values |= {name: value for name, value in given.items() if value is not None}
@@ -274,8 +197,8 @@ def parse_over(known: dict[str, Any], argv: list[str] | None = None) -> Settings
 
 
 def read_resumed(path: str | Path) -> dict[str, Any]:
-    """The settings of the run whose folder, or one of whose checkpoints, ``path`` is; placed where
-    it is now."""
+    """The settings of a run, of which ``path`` is the folder or a checkpoint. The run may have been
+    moved: log_base_dir and exp_name say where it is now."""
     path = Path(path).resolve()
     for folder in (path, path.parent, path.parent.parent):
         if (folder / "config.json").is_file() and (folder / "ckpt").is_dir():
@@ -288,9 +211,9 @@ def read_resumed(path: str | Path) -> dict[str, Any]:
 
 
 def settings_of(values: dict[str, Any], facts: dict[str, Any] | None = None) -> Settings:
-    """Settings with the defaults for whatever ``values`` leaves out. Raises UsageError for
-    contradictions."""
-    values = {name: f.default for name, f in _fields().items()} | values
+    """Settings with the defaults for whatever ``values`` leaves out; ``facts`` are values of FACTS.
+    Raises UsageError for contradictions."""
+    values = {name: f.default for name, f in FIELDS.items()} | values
     if values["method"] in ("lisa", "llm_seg"):
         values = values | {
             "levels": "SEG",
@@ -305,42 +228,10 @@ def settings_of(values: dict[str, Any], facts: dict[str, Any] | None = None) -> 
 
 
 def _check(s: Settings) -> None:
-    positive = (
-        "epochs",
-        "steps_per_epoch",
-        "batch_size",
-        "grad_accumulation_steps",
-        "print_freq",
-        "val_batch_size",
-        "num_classes_per_sample",
-        "max_new_tokens",
-        "model_max_length",
-        "eval_every",
-        "lora_alpha",
-        "proposal_count",
-        "proposal_points",
-        "pool_size",
-    )
-    for name in positive:
-        if getattr(s, name) < 1:
-            raise UsageError(f"--{name} is {getattr(s, name)}; it must be at least 1")
-    for name in (
-        "workers",
-        "global_batch_size",
-        "warmup_steps",
-        "save_every",
-        "exemplar_count",
-        "lora_r",
-        "start_epoch",
-        "eval_limit",
-        "examples",
-        "gallery",
-        "pack_tokens",
-        "sam_cache_gb",
-        "spike_factor",
-    ):
-        if getattr(s, name) < 0:
-            raise UsageError(f"--{name} is {getattr(s, name)}; it must not be negative")
+    for name, f in FIELDS.items():
+        minimum = f.metadata["minimum"]
+        if minimum is not None and getattr(s, name) < minimum:
+            raise UsageError(f"--{name} is {getattr(s, name)}; it must be at least {minimum}")
     if not s.level_list or s.level_list[-1] != "SEG" or len(set(s.level_list)) != len(s.level_list):
         raise UsageError(
             f"--levels {s.levels!r}: give different names that end with SEG, such as LOC,SEG"
@@ -360,9 +251,8 @@ def _check(s: Settings) -> None:
     if s.lr <= 0:
         raise UsageError(f"--lr is {s.lr}; it must be above 0")
     numbers(s.sample_rates, "--sample_rates")
-    if s.level_loss_weights and len(numbers(s.level_loss_weights, "--level_loss_weights")) != len(
-        s.level_list
-    ):
+    weights = numbers(s.level_loss_weights, "--level_loss_weights") if s.level_loss_weights else []
+    if weights and len(weights) != len(s.level_list):
         raise UsageError(
             f"--level_loss_weights {s.level_loss_weights}: give one number for each of the levels"
             f" {s.levels}"
@@ -375,6 +265,7 @@ def _check(s: Settings) -> None:
 
 
 def numbers(text: str, flag: str) -> list[float]:
+    """The numbers of a value like "9,1"; a UsageError names ``flag``."""
     try:
         return [float(part) for part in str(text).split(",")]
     except ValueError as error:

@@ -5,19 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from dataset.conversation.templates import TEMPLATES
 from dataset.proposals import RANKINGS, RULES
 from model.checkpoints.precision import ATTENTION
 
 SELECTING = ("llm_seg", "cores+select")  # methods that choose among SAM's proposals
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --precision
 
 
 class UsageError(ValueError):
     """A wrong flag, value or file: shown as one line, exit code 2."""
 
 
-def option(default: Any, help: str, *aliases: str, choices: list | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices})
+def option(
+    default: Any,
+    help: str,
+    *aliases: str,
+    choices: list | None = None,
+    minimum: int | None = None,
+    may_change: bool = False,
+) -> Any:
+    """A flag. ``may_change``: a run may be continued with another value, because the flag only says
+    where things are, how fast they go, or how they are shown."""
+    facts = {"help": help, "aliases": aliases, "choices": choices}
+    return field(default=default, metadata=facts | {"minimum": minimum, "may_change": may_change})
 
 
 @dataclass
@@ -50,9 +63,9 @@ class ModelArguments:
         None, "norm of the projected tokens; unset: LISA's plain projection"
     )
     conv_type: str = option("llava_v1", "conversation template", choices=list(TEMPLATES))
-    exemplar_count: int = option(1, "in-context exemplars before the question")
-    model_max_length: int = option(512, "longest sequence in tokens")
-    precision: str = option("bf16", "floating-point format", choices=["fp32", "bf16", "fp16"])
+    exemplar_count: int = option(1, "in-context exemplars before the question", minimum=0)
+    model_max_length: int = option(512, "longest sequence in tokens", minimum=1)
+    precision: str = option("bf16", "floating-point format", choices=list(DTYPES))
     load_in_8bit: bool = option(
         False, "hold the language model in 8 bits per weight; the mask branch stays in full"
     )
@@ -60,8 +73,8 @@ class ModelArguments:
         False, "hold the language model in 4 bits per weight (QLoRA when it trains)"
     )
     system_prompt: str = option("", "system text in place of the template's")
-    lora_r: int = option(8, "rank of LoRA; 0: no adapters")
-    lora_alpha: int = option(16, "LoRA's scale is alpha / r")
+    lora_r: int = option(8, "rank of LoRA; 0: no adapters", minimum=0)
+    lora_alpha: int = option(16, "LoRA's scale is alpha / r", minimum=1)
     lora_dropout: float = option(0.05, "dropout in front of LoRA")
     lora_target_modules: str = option("q_proj,v_proj", "layers of the language model that get LoRA")
     train_mask_decoder: bool = option(True, "train SAM's mask decoder")
@@ -91,25 +104,29 @@ class SelectArguments:
         "which proposals are united; unset: iop, with cores+select similarity, or a merged model's"
         " own rule",
         choices=["", *RULES],
+        may_change=True,
     )
     proposals: str = option(
         "",
         "folder of the proposal store, see utils/precompute/proposals.py; unset: computed whenever"
         " needed",
+        may_change=True,
     )
     proposal_ranking: str = option(
         "area",
         "which proposals are kept: the largest, the surest, or both in turns",
         choices=list(RANKINGS),
     )
-    proposal_count: int = option(50, "proposals kept per image")
-    proposal_points: int = option(32, "points that prompt SAM, per side of the image")
+    proposal_count: int = option(50, "proposals kept per image", minimum=1)
+    proposal_points: int = option(32, "points that prompt SAM, per side of the image", minimum=1)
     proposal_iou: float = option(0.88, "lowest IoU that SAM may expect of a proposal")
     proposal_stability: float = option(0.95, "lowest stability of a proposal")
     proposal_multimask: bool = option(
         True, "three proposals per point; off for a SAM that knows its single-mask token only"
     )
-    pool_size: int = option(256, "side to which features and proposals are resized for pooling")
+    pool_size: int = option(
+        256, "side to which features and proposals are resized for pooling", minimum=1
+    )
 
 
 @dataclass
@@ -138,7 +155,7 @@ class LossArguments:
 
 @dataclass
 class DataArguments:
-    dataset_dir: str = option("./data", "root of all data sets, in LISA's layout")
+    dataset_dir: str = option("./data", "root of all data sets, in LISA's layout", may_change=True)
     dataset: str = option("sem_seg||reason_seg", "families to train on, joined by ||")
     sample_rates: str = option("9,1", "how often each family is drawn")
     sem_seg_data: str = option("ade20k", "semantic data sets, joined by ||")
@@ -151,11 +168,11 @@ class DataArguments:
     own_data: str = option(
         "", "your own data sets under own/, name or name|split, joined by ||; see docs/data.md"
     )
-    val_dataset: str = option("ReasonSeg|val", "evaluation set, name|split")
+    val_dataset: str = option("ReasonSeg|val", "evaluation set, name|split", may_change=True)
     explanatory: float = option(
         0.1, "probability that a query with a known explanation asks for it"
     )
-    num_classes_per_sample: int = option(3, "most conversations per image")
+    num_classes_per_sample: int = option(3, "most conversations per image", minimum=1)
     exclude_val: bool = option(
         False,
         "never train on COCO's photos in the val and test splits of refCOCO, refCOCO+ and refCOCOg",
@@ -170,71 +187,89 @@ class DataArguments:
         "file of items to leave out of the training data, as `python -m dataset.check --fix-list`"
         " writes it",
     )
-    workers: int = option(4, "data loading processes per rank")
+    workers: int = option(4, "data loading processes per rank", minimum=0, may_change=True)
 
 
 @dataclass
 class TrainArguments:
-    exp_name: str = option("cores", "name of the run")
-    log_base_dir: str = option("./runs", "where runs are kept")
-    epochs: int = option(10, "epochs")
-    steps_per_epoch: int = option(500, "optimizer steps per epoch")
-    batch_size: int = option(2, "images per rank and micro step")
-    grad_accumulation_steps: int = option(10, "micro steps per optimizer step")
+    exp_name: str = option("cores", "name of the run", may_change=True)
+    log_base_dir: str = option("./runs", "where runs are kept", may_change=True)
+    epochs: int = option(10, "epochs", minimum=1)
+    steps_per_epoch: int = option(500, "optimizer steps per epoch", minimum=1)
+    batch_size: int = option(2, "images per rank and micro step", minimum=1)
+    grad_accumulation_steps: int = option(10, "micro steps per optimizer step", minimum=1)
     global_batch_size: int = option(
-        0, "images per optimizer step of all ranks together; sets grad_accumulation_steps. 0: unset"
+        0,
+        "images per optimizer step of all ranks together; sets grad_accumulation_steps. 0: unset",
+        minimum=0,
     )
     lr: float = option(3e-4, "peak learning rate")
     beta1: float = option(0.9, "AdamW β1")
     beta2: float = option(0.95, "AdamW β2")
     weight_decay: float = option(0.0, "AdamW weight decay")
-    warmup_steps: int = option(100, "steps of linear warm-up, before the linear decay to 0")
+    warmup_steps: int = option(
+        100, "steps of linear warm-up, before the linear decay to 0", minimum=0
+    )
     max_grad_norm: float = option(1.0, "gradient clipping")
     zero_stage: int = option(2, "DeepSpeed ZeRO stage", choices=[0, 1, 2, 3])
     offload: str = option(
         "none", "what the host holds and computes instead of the GPU", choices=["none", "optimizer"]
     )
     seed: int = option(0, "seed of everything")
-    print_freq: int = option(10, "steps between two lines of the run log")
-    save_every: int = option(0, "steps between checkpoints inside an epoch; 0: only at its end")
+    print_freq: int = option(
+        10, "steps between two lines of the run log", minimum=1, may_change=True
+    )
+    save_every: int = option(
+        0,
+        "steps between checkpoints inside an epoch; 0: only at its end",
+        minimum=0,
+        may_change=True,
+    )
     resume: str = option(
         "",
         "run or checkpoint folder to continue, its settings are the defaults; auto: the same as"
         " --auto_resume",
+        may_change=True,
     )
-    auto_resume: bool = option(True, "continue this run if it has a checkpoint")
+    auto_resume: bool = option(True, "continue this run if it has a checkpoint", may_change=True)
     spike_factor: float = option(
         3.0,
         "a loss this many times the median of the last 50 steps is reported with its samples;"
         " 0: off",
+        minimum=0,
+        may_change=True,
     )
     start_epoch: int = option(
-        0, "first epoch of a new run, counted from 0; data order and schedule start there"
+        0,
+        "first epoch of a new run, counted from 0; data order and schedule start there",
+        minimum=0,
     )
-    no_eval: bool = option(False, "no evaluation after the epochs")
-    eval_every: int = option(1, "epochs between evaluations")
+    no_eval: bool = option(False, "no evaluation after the epochs", may_change=True)
+    eval_every: int = option(1, "epochs between evaluations", minimum=1, may_change=True)
     local_rank: int = option(0, "set by the launcher")
 
 
 @dataclass
 class EvalArguments:
+    """How a run is measured. All of it may change when the run is continued."""
+
     eval_only: bool = option(
         False, "no training: evaluate a merged --version, or the run given by --resume"
     )
     eval_mode: str = option(
         "both", "how the final evaluation answers", choices=["free", "teacher_forced", "both"]
     )
-    val_batch_size: int = option(1, "images per rank in evaluation")
+    val_batch_size: int = option(1, "images per rank in evaluation", minimum=1)
     eval_limit: int = option(
-        0, "images of the evaluations between epochs, and of --eval_only; 0: all"
+        0, "images of the evaluations between epochs, and of --eval_only; 0: all", minimum=0
     )
     eval_texts: str = option(
         "first", "wordings of a query that are scored", choices=["first", "all"]
     )
-    max_new_tokens: int = option(64, "longest free answer, in tokens")
-    examples: int = option(16, "rows of the contact sheet")
+    max_new_tokens: int = option(64, "longest free answer, in tokens", minimum=1)
+    examples: int = option(16, "rows of the contact sheet", minimum=0)
     gallery: int = option(
-        8, "answers of each kind (worst, random, best, without a mask) in report.html"
+        8, "answers of each kind (worst, random, best, without a mask) in report.html", minimum=0
     )
 
 
@@ -243,25 +278,33 @@ class SpeedArguments:
     prefix_sharing: bool = option(
         True,
         "conversations of an image share its prompt; false: the published schedule, same results",
+        may_change=True,
     )
     pack_tokens: int = option(
-        0, "tokens that images may share a row up to; 0: what the largest image needs"
+        0,
+        "tokens that images may share a row up to; 0: what the largest image needs",
+        minimum=0,
+        may_change=True,
     )
     attn_implementation: str = option(
         "auto",
         "attention of the language model, see docs/performance.md",
         choices=list(ATTENTION),
+        may_change=True,
     )
     compile: bool = option(
         False,
         "torch.compile SAM's image encoder: a minute at the start; on a CPU it needs a C++"
         " compiler",
+        may_change=True,
     )
     sam_cache: str = option(
-        "", "folder that keeps SAM's image embeddings; unset: computed every time"
+        "", "folder that keeps SAM's image embeddings; unset: computed every time", may_change=True
     )
     sam_cache_dtype: str = option("fp16", "how the cache stores numbers", choices=["fp16", "int8"])
-    sam_cache_gb: float = option(0.0, "most that the cache may hold, in 10^9 bytes; 0: no limit")
+    sam_cache_gb: float = option(
+        0.0, "most that the cache may hold, in 10^9 bytes; 0: no limit", minimum=0, may_change=True
+    )
 
 
 GROUPS = (

@@ -3,13 +3,16 @@
 ::
 
     runs/NAME/config.json     the settings, read back by every later tool
-              ckpt/last, ckpt/best   each a DeepSpeed checkpoint (ZeRO shards of any world size), with the size of every file
-                                     in files.json and the place in the training in progress.json
+              ckpt/last       the state to continue from
+              ckpt/best       the state with the highest validation gIoU
+                state/        a DeepSpeed checkpoint (ZeRO shards of any number of ranks)
+                random_R.pt   random state of rank R
+                files.json    size of every file, in bytes
+                progress.json how far the training was
               log.jsonl  tensorboard/  metrics.json  examples.png
 
 A checkpoint is written beside its place and renamed when it is complete: a killed run leaves the
-previous one intact. One that was damaged later is refused: nobody should train on from weights that
-a disk has changed.
+previous one intact. One that a disk damaged later is refused.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def require_writable(run: Path) -> None:
-    """Raises UsageError if nothing can be written in the run folder, or where it will be made:
-    better now than at a save."""
+    """Raises UsageError if nothing can be written in the run folder, or where it will be made. It
+    is called early, as a run should not find this out at its first save."""
     there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     probe = there / f".probe-{distributed.rank()}"
     try:
@@ -103,17 +106,17 @@ def find_weights(path: str | Path, which: str) -> Path:
 
 
 def recover(folder: Path) -> None:
-    """Finishes a replacement that was interrupted between its two renames."""
+    """Undoes a replacement (see ``_replace``) that was interrupted between its two renames."""
     old = folder.with_name(folder.name + ".old")
     if old.is_dir() and not folder.exists():
-        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+        with contextlib.suppress(FileNotFoundError):  # Another rank may be faster.
             old.rename(folder)
 
 
 def _replace(folder: Path, partial: Path) -> None:
     """Puts the complete ``partial`` in the place of ``folder``; ``recover`` mends an interruption
     between the two renames."""
-    recover(folder)  # or the only whole checkpoint would be the ``.old`` that is removed next
+    recover(folder)  # Otherwise the next lines would remove an ``.old`` that is the only one left.
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -124,7 +127,8 @@ def _replace(folder: Path, partial: Path) -> None:
 
 
 def save(engine, folder: Path, progress: dict[str, Any]) -> None:
-    """Writes engine state and ``progress`` to ``folder``, all or nothing. Every rank calls it.
+    """Writes the engine's state, the random states and ``progress`` to ``folder``, all or nothing.
+    Every rank calls it.
 
     Raises OSError, one line, where the files cannot be written; ``folder`` is then what it was.
     """
@@ -138,7 +142,9 @@ def save(engine, folder: Path, progress: dict[str, Any]) -> None:
         torch.save(_random_state(), partial / f"random_{distributed.rank()}.pt")
         distributed.barrier()
         if distributed.is_main():
-            write_text(partial / FILES, json.dumps(_sizes(partial), indent=1) + "\n")
+            files = (path for path in sorted(partial.rglob("*")) if path.is_file())
+            sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
+            write_text(partial / FILES, json.dumps(sizes, indent=1) + "\n")
             write_text(partial / PROGRESS, json.dumps(progress, indent=1) + "\n")
             _sync_all(partial)
             _replace(folder, partial)
@@ -146,18 +152,18 @@ def save(engine, folder: Path, progress: dict[str, Any]) -> None:
 
 
 def write_progress(folder: Path, progress: dict[str, Any]) -> None:
-    """The checkpoint ``folder`` now says ``progress``: the state did not change, what is known
-    about it did."""
+    """Replaces the progress of the checkpoint ``folder``: its state did not change, but more is
+    known about it. Every rank calls it."""
     if distributed.is_main():
         saved = read_progress(folder) or {}
-        # other ranks may have saved it
+        # This stays, as the state may come from another number of ranks.
         progress = progress | {k: v for k, v in saved.items() if k == "world_size"}
         write_text(folder / PROGRESS, json.dumps(progress, indent=1) + "\n")
     distributed.barrier()
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint says about itself, None if there is none or it is damaged."""
+    """The progress.json of a checkpoint; None if there is none or it is damaged."""
     try:
         progress = json.loads((folder / PROGRESS).read_text())
     except (OSError, ValueError):
@@ -166,8 +172,7 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """``target`` becomes a copy of the checkpoint ``source``, all or nothing. The main rank does
-    it."""
+    """Makes ``target`` a copy of the checkpoint ``source``, all or nothing. Every rank calls it."""
     if distributed.is_main():
         partial = target.with_name(target.name + ".partial")
         with _one_line(partial):
@@ -180,26 +185,22 @@ def copy(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _one_line(partial: Path) -> Iterator[None]:
-    """Errors of writing name the folder; what was written of it is removed, so that the disk is as
-    full as it was."""
+    """Turns errors of writing the folder ``partial`` into an OSError, one line, and removes what
+    was written of it, so that the disk is no fuller than before."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # how torch.save reports a full disk: "[enforce fail at inline_container.cc:672] .
-        # unexpected pos 128 vs 0"
-        by_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
-        if not by_torch and not isinstance(error, OSError):
+        # torch.save reports a full disk as "[enforce fail at inline_container.cc:672] . unexpected
+        # pos 128 vs 0".
+        if isinstance(error, OSError):
+            reason = error.strerror or " ".join(str(error).split())
+        elif "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+            reason = "the disk seems to be full"
+        else:
             raise
         shutil.rmtree(partial, ignore_errors=True)
-        reason = (
-            "the disk seems to be full"
-            if by_torch
-            else error.strerror or " ".join(str(error).split())
-        )
-        free = (
-            shutil.disk_usage(next(folder for folder in partial.parents if folder.is_dir())).free
-            / 10**9
-        )
+        there = next(folder for folder in partial.parents if folder.is_dir())
+        free = shutil.disk_usage(there).free / 10**9
         raise OSError(
             f"{partial}: the checkpoint cannot be written ({reason}; {free:.2f} GB are free there);"
             " free space, and the same command continues from the last complete one"
@@ -207,11 +208,14 @@ def _one_line(partial: Path) -> Iterator[None]:
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line each. The ranks share the reading;
-    every rank gets all of it."""
-    sizes = _read_sizes(folder)
+    """What is wrong with the files of a checkpoint, one line each. Every rank calls it; they divide
+    the reading, and every rank gets all lines."""
     found = []
-    if sizes is None:
+    try:
+        sizes: dict[str, int] = dict(json.loads((folder / FILES).read_text()))
+    except FileNotFoundError:  # Checkpoints did not always have this file.
+        sizes = {}
+    except (OSError, ValueError, TypeError):
         found, sizes = [f"{folder / FILES}: damaged"], {}
     names = sorted(sizes.keys() | {str(p.relative_to(folder)) for p in folder.rglob("*.pt")})
     for name in names[distributed.rank() :: distributed.world_size()]:
@@ -227,28 +231,16 @@ def _fault(file: Path, size: int | None) -> str:
         return f"cut off: {file.stat().st_size} of {size} bytes"
     if file.suffix != ".pt":
         return ""
-    try:  # torch writes checksums but does not read them
+    try:  # torch.save writes checksums (a .pt file is a zip archive), but torch.load ignores them.
         with zipfile.ZipFile(file) as archive:
             return "damaged" if archive.testzip() else ""
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError):
         return "damaged"
 
 
-def _read_sizes(folder: Path) -> dict[str, int] | None:
-    """File names of a checkpoint and their bytes; {} if it is from before they were kept, None if
-    the list is damaged."""
-    try:
-        sizes = json.loads((folder / FILES).read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError):
-        return None
-    return sizes if isinstance(sizes, dict) else None
-
-
 def refuse_damaged(folder: Path, run: Path) -> None:
-    """Raises UsageError naming the damaged files of a checkpoint and the way on. Every rank calls
-    it."""
+    """Raises UsageError naming a damaged file of a checkpoint and the flag that goes on without it.
+    Every rank calls it."""
     found = [] if read_progress(folder) else [f"{folder / PROGRESS}: missing or damaged"]
     found += faults(folder)
     if found:
@@ -283,72 +275,59 @@ def refuse_lost(run: Path) -> None:
 
 def load(engine, folder: Path) -> dict[str, Any]:
     """Restores engine and random state; returns the progress, with the number of ranks that saved
-    it.
+    it as "world_size".
 
-    Whether the files are whole is for ``refuse_damaged`` to say, and whether these ranks may go on
-    for ``reshard.refuse``, before a model is loaded for them.
+    Call ``refuse_damaged`` and ``reshard.refuse`` before, even before a model is loaded: they tell
+    whether the files are whole and these ranks may go on.
     """
     progress = json.loads((folder / PROGRESS).read_text())
     saved = progress["world_size"]
     if saved == distributed.world_size():
-        loaded = (
-            engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)[0]
-            is not None
-        )
+        found, _ = engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
     else:
-        loaded = reshard.load(engine, folder, saved)
-    if not loaded:
+        found = reshard.load(engine, folder, saved)
+    if found is None:
         raise UsageError(f"{folder}: DeepSpeed found no state in it")
-    _restore_random_state(reshard.random_state(folder, saved, distributed.rank()))
+    state = reshard.random_state(folder, saved, distributed.rank())
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     return progress
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """The trained weights of a checkpoint (any ZeRO stage, any world size) or file, into a model
-    built as for training.
-
-    Raises UsageError naming trainable weights that are missing, and weights that the model does not
-    train.
-    """
+    """Copies the trained weights of a checkpoint (any ZeRO stage, any number of ranks) or file into
+    a model built as for training; UsageError as ``put_weights``."""
     put_weights(model, read_weights(folder), folder)
 
 
 def put_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
-    """``weights`` into ``model``: all trainable ones must be there, frozen ones may be, nothing
-    else.
+    """Copies ``weights`` into ``model``. All trainable ones must be there, frozen ones may be.
 
-    Names may be ours or those of a published LISA in training. ``source``: for the UsageError's
-    message.
+    Names may be ours or those of a published LISA in training. Raises UsageError naming ``source``
+    and the weights that are missing, unknown to the model, of another shape or not finite.
     """
     own = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
     trainable = {name for name, p in own.items() if p.requires_grad}
-    constants = {name for name, _ in model.named_buffers()}  # DeepSpeed stores them, too
+    buffers = {name for name, _ in model.named_buffers()}  # DeepSpeed stores them, too.
     linear = any(name.endswith("mm_projector.weight") for name in weights)
-    weights = {our_name(name, linear): weight for name, weight in weights.items()}
-    weights.pop(None, None)
-    missing, unexpected = (
-        sorted(trainable - weights.keys()),
-        sorted(weights.keys() - own.keys() - constants),
-    )
-    wrong = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
-    broken = sorted(
-        n for n in own.keys() & weights.keys() if not weights[n].to(own[n].dtype).isfinite().all()
-    )
-    if missing or unexpected or wrong or broken:
-        lists = {
-            "missing": missing,
-            "unexpected": unexpected,
-            "wrong shape": wrong,
-            "not finite": broken,
-        }
-        found = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
+    named = {our_name(name, linear): weight for name, weight in weights.items()}
+    weights = {name: weight for name, weight in named.items() if name is not None}
+    both = own.keys() & weights.keys()
+    faults = {
+        "missing": trainable - weights.keys(),
+        "unexpected": weights.keys() - own.keys() - buffers,
+        "wrong shape": {n for n in both if own[n].shape != weights[n].shape},
+        "not finite": {n for n in both if not weights[n].to(own[n].dtype).isfinite().all()},
+    }
+    found = "; ".join(f"{what}: {', '.join(sorted(n))}" for what, n in faults.items() if n)
+    if found:
         raise UsageError(
             f"{source}: the weights do not fit the model that the settings describe; {found}"
         )
     with torch.no_grad():
-        for name, parameter in own.items():
-            if name in weights:
-                parameter.copy_(weights[name])
+        for name in both:
+            own[name].copy_(weights[name])
 
 
 def is_run(path: Path) -> bool:
@@ -365,18 +344,12 @@ def is_adapter(path: Path) -> bool:
 
 
 def refuse_other_adapters(config: dict[str, Any], path: Path) -> None:
-    """Raises UsageError for an adapter_config.json that says more than W + (α/r)·B·A in layers that
-    it lists by name."""
+    """Raises UsageError for an adapter_config.json whose adapter is not plain LoRA, W + (α/r)·B·A,
+    in layers that it lists by name."""
     if config.get("peft_type", "LORA") != "LORA":
         raise UsageError(f"{path}: peft_type is {config['peft_type']!r}; only LORA can be merged")
-    for name in (
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "layers_to_transform",
-        "modules_to_save",
-    ):
+    variants = "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"
+    for name in (*variants, "layers_to_transform", "modules_to_save"):
         if config.get(name):
             raise UsageError(
                 f"{path}: {name} is {config[name]!r}, which this program has no place for; merge"
@@ -409,8 +382,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         if is_adapter(path):
             return read_file(next(path / name for name in ADAPTER_FILES if (path / name).is_file()))
-        if path.is_dir() and _deepspeed_state(path) is not None:
-            return _read_shards(path)
+        if path.is_dir() and (state := _deepspeed_state(path)):
+            return _read_shards(path, state)
         if path.is_dir() or path.name.endswith(".index.json"):
             return read_all(path)
         return read_file(path)
@@ -423,8 +396,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _deepspeed_state(folder: Path) -> Path | None:
-    """The folder with DeepSpeed's own files: below a checkpoint of ours, below the tag in
-    ``latest``, or itself."""
+    """The folder with DeepSpeed's files: ``state`` in a checkpoint of ours, the one that ``latest``
+    names in another's, or ``folder`` itself; None if none has any."""
     latest = folder / "latest"
     names = ["state", latest.read_text().strip()] if latest.is_file() else ["state"]
     for state in (*(folder / name for name in names if name and Path(name).name == name), folder):
@@ -433,19 +406,19 @@ def _deepspeed_state(folder: Path) -> Path | None:
     return None
 
 
-def _read_shards(folder: Path) -> dict[str, torch.Tensor]:
-    state = _deepspeed_state(folder)
-    if not any(state.glob("*_optim_states.pt")):  # ZeRO stage 0 writes no shards
+def _read_shards(folder: Path, state: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of the checkpoint ``folder`` from DeepSpeed's files in ``state``."""
+    if not any(state.glob("*_optim_states.pt")):  # Without ZeRO there are no shards.
         file = state / "mp_rank_00_model_states.pt"
         return torch.load(file, map_location="cpu", weights_only=True)["module"]
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it narrates
+        with contextlib.redirect_stdout(io.StringIO()):  # It prints what it does.
             return get_fp32_state_dict_from_zero_checkpoint(
                 str(state.parent), tag=state.name, exclude_frozen_parameters=True
             )
-    except (ValueError, FileNotFoundError) as error:  # a shard is missing
+    except (ValueError, FileNotFoundError) as error:  # A shard is missing.
         raise UsageError(f"{folder}: incomplete checkpoint: {error}") from None
 
 
@@ -456,22 +429,8 @@ def _random_state() -> dict[str, Any]:
     return state
 
 
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 def _sync_all(folder: Path) -> None:
-    """Files before the folders that name them."""
+    """Syncs files before the folders that name them, so that no name is ever without its file."""
     for path in sorted(folder.rglob("*"), key=Path.is_dir):
         sync(path)
     sync(folder)

@@ -1,17 +1,15 @@
-"""Draws the curves of runs again from their log.jsonl: the loss of the steps, the scores between
-the epochs.
+"""Draws the curves of runs from their log.jsonl: losses of the steps, scores of the validations.
 
     python -m utils.curve runs/demo                                   # runs/demo/curve.png
     python -m utils.curve runs/cores runs/lisa --out both.png         # several runs in one picture
     python -m utils.curve runs/demo --loss text,bce,dice --score giou,ciou
 
-Several runs have one colour each, their parts in one panel different line styles. Steps that
---spike_factor reported are marked.
+Each of several runs has a colour, and each value in a panel a line style. Steps that --spike_factor
+reported are marked.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,14 +51,11 @@ def series(rows: Log, kind: str, name: str) -> tuple[list[int], list[float]]:
 
 
 def refuse_unknown(logs: dict[str, Log], kind: str, names: Sequence[str]) -> None:
-    known = {
-        name
-        for rows in logs.values()
-        for row in rows
-        if row["kind"] == kind
-        for name, value in row.items()
-        if isinstance(value, (int, float))
-    } - {"step", "epoch"}
+    """Raises UsageError if one of ``names`` is in no row of ``kind``, unless there are none yet."""
+    values = (
+        item for rows in logs.values() for r in rows if r["kind"] == kind for item in r.items()
+    )
+    known = {name for name, value in values if isinstance(value, (int, float))} - {"step", "epoch"}
     for name in names:
         if known and name not in known:
             raise UsageError(
@@ -78,9 +73,9 @@ def draw(logs: dict[str, Log], losses: Sequence[str], scores: Sequence[str], out
     refuse_unknown(logs, "train", losses)
     refuse_unknown(logs, "val", scores)
     validated = any(row["kind"] == "val" for rows in logs.values() for row in rows)
-    figure, axes = pyplot.subplots(
-        1, 1 + validated, figsize=(4.8 * (1 + validated), 3.4), squeeze=False, layout="constrained"
-    )
+    columns = 1 + validated
+    size = (4.8 * columns, 3.4)
+    figure, axes = pyplot.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
     _panel(axes[0, 0], logs, "train", losses, 1, "loss")
     if validated:
         _panel(axes[0, 1], logs, "val", scores, 100, "validation, percent")
@@ -95,59 +90,44 @@ def _panel(
     for colour, (run, rows) in enumerate(logs.items()):
         for number, name in enumerate(names):
             steps, values = series(rows, kind, name)
-            label = ", ".join([run] * (len(logs) > 1) + [name])
-            marker = "o" if kind == "val" else None
-            tint = f"C{colour if len(logs) > 1 else number}"
-            style = {
-                "color": tint,
-                "linestyle": STYLES[number % len(STYLES)],
-                "marker": marker,
-                "markersize": 4,
-            }
-            axis.plot(steps, [scale * value for value in values], label=label, **style)
-        if kind == "train":
-            spikes = [row for row in rows if "median" in row and names[0] in row]
+            several = len(logs) > 1
             axis.plot(
-                [row["step"] for row in spikes],
-                [row[names[0]] for row in spikes],
-                "x",
-                color=f"C{colour}",
+                steps,
+                [scale * value for value in values],
+                label=f"{run}, {name}" if several else name,
+                color=f"C{colour if several else number}",
+                linestyle=STYLES[number % len(STYLES)],
+                marker="o" if kind == "val" else None,
+                markersize=4,
             )
+        if kind == "train":
+            # Only rows of spikes have the median of the losses before them.
+            spikes = [row for row in rows if "median" in row and names[0] in row]
+            steps = [row["step"] for row in spikes]
+            axis.plot(steps, [row[names[0]] for row in spikes], "x", color=f"C{colour}")
     axis.set(title=title, xlabel="step", ylim=(0, None), xlim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
-    """The runs' folder names, or their whole paths where two are called alike."""
+    """The runs' folder names, or their whole paths if two folders have the same name."""
     short = [run.resolve().name if run.is_dir() else run.resolve().parent.name for run in runs]
     return short if len(set(short)) == len(short) else [str(run) for run in runs]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for a mistake."""
-    parser = OneLineParser(
-        prog="python -m utils.curve",
-        description="Curves of runs, from their log.jsonl.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or log.jsonl files")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=None,
-        help="PNG to write (default: curve.png in the first run folder)",
-    )
-    parser.add_argument(
-        "--loss", default="loss", help="values of the steps, joined by commas (default: loss)"
-    )
-    parser.add_argument(
-        "--score",
-        default="giou",
-        help="values of the validations, joined by commas (default: giou)",
-    )
+    about = "Curves of runs, from their log.jsonl."
+    parser = OneLineParser(prog="python -m utils.curve", description=about, allow_abbrev=False)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="run folders, or log.jsonl files")
+    add("--out", type=Path, help="PNG to write (default: curve.png in the first run folder)")
+    commas = "joined by commas (default: %(default)s)"
+    add("--loss", default="loss", help=f"values of the steps, {commas}")
+    add("--score", default="giou", help=f"values of the validations, {commas}")
     try:
-        args: argparse.Namespace = parser.parse_args(argv)
+        args = parser.parse_args(argv)
         logs = dict(zip(names_of(args.runs), map(read_run, args.runs), strict=True))
         first = args.runs[0]
         out = args.out or (first if first.is_dir() else first.parent) / "curve.png"

@@ -10,32 +10,25 @@ import torch
 from model.cores import CoresForReasoningSegmentation
 from utils.settings.arguments import Settings
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-# ------------------------------------------------------------------------------------------- set-up
-
 
 def deepspeed_config(s: Settings) -> dict[str, Any]:
-    # the optimizer is torch's own AdamW wherever it runs: DeepSpeed's would have to be compiled on
-    # the user's machine
-    offload = (
-        {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
-        if s.offload == "optimizer"
-        else {}
-    )
+    """The optimizer is not part of it: ``make_engine`` gives torch's AdamW, even for offloading, as
+    DeepSpeed's own would have to be compiled on the user's machine."""
+    cuda = torch.cuda.is_available()
+    zero: dict[str, Any] = {
+        "stage": s.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": cuda,
+    }
+    if s.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     return {
         "train_micro_batch_size_per_gpu": s.batch_size,
         "gradient_accumulation_steps": s.grad_accumulation_steps,
         "gradient_clipping": s.max_grad_norm,
         "bf16": {"enabled": s.precision == "bf16"},
         "fp16": {"enabled": s.precision == "fp16"},
-        "zero_optimization": {
-            "stage": s.zero_stage,
-            "contiguous_gradients": True,
-            "overlap_comm": torch.cuda.is_available(),
-            **offload,
-        },
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -43,12 +36,12 @@ def deepspeed_config(s: Settings) -> dict[str, Any]:
 
 
 def learning_rate_factor(s: Settings) -> Callable[[int], float]:
-    """Linear warm-up to 1, then linear decay to 0 at the last step. A run with --start_epoch enters
-    it there."""
-    total, skipped = s.epochs * s.steps_per_epoch, s.start_epoch * s.steps_per_epoch
+    """Optimizer step, from 0 on -> share of --lr: linear warm-up to 1, then linear decay to 0 after
+    the last step. A run with --start_epoch begins in the middle."""
+    total = s.epochs * s.steps_per_epoch
 
     def factor(step: int) -> float:
-        step += skipped
+        step += s.start_epoch * s.steps_per_epoch
         if step < s.warmup_steps:
             return (step + 1) / s.warmup_steps
         return max(0.0, (total - step) / max(1, total - s.warmup_steps))
@@ -57,10 +50,10 @@ def learning_rate_factor(s: Settings) -> Callable[[int], float]:
 
 
 def make_engine(model: CoresForReasoningSegmentation, s: Settings):
-    """The DeepSpeed engine around the trainable weights."""
+    """The DeepSpeed engine around ``model``, with an optimizer of its trainable weights."""
     import deepspeed
 
-    # gloo serves; this extension would need a C++ compiler at run time
+    # Without this, DeepSpeed would compile an extension at run time; gloo does the same job.
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -18,11 +18,10 @@ WORKER_GRACE = 60  # seconds that a data worker outlives SIGTERM, so that its ra
 
 
 class RankSampler(Sampler[int]):
-    """Indices of one rank: a step takes ``world`` consecutive groups of ``batch`` samples, one for
-    each rank.
+    """Indices of one rank: a micro step takes ``world`` consecutive groups of ``batch`` samples, a
+    group for each rank. So a step has the same samples however many ranks share its total batch.
 
-    The samples of a step are therefore the same for any number of ranks that gives the same total
-    batch.
+    ``first_micro_step``: where a resumed epoch begins.
     """
 
     def __init__(self, total: int, batch: int, rank: int, world: int):
@@ -39,12 +38,13 @@ class RankSampler(Sampler[int]):
 
 
 def samples_per_epoch(s: Settings) -> int:
+    """Of all ranks together."""
     return s.steps_per_epoch * s.grad_accumulation_steps * s.batch_size * distributed.world_size()
 
 
-def _leave_signals_to_the_rank(_: int) -> None:
-    """In a data worker: launchers and terminals signal every process, and a rank without workers
-    could not end its step."""
+def _outlive_stop_signals(_: int) -> None:
+    """Starts a data worker. Launchers and terminals signal every process, but a rank whose workers
+    are gone could not end its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
@@ -52,6 +52,7 @@ def _leave_signals_to_the_rank(_: int) -> None:
 def make_loader(
     data: TrainMixture, processor: CoresProcessor, s: Settings
 ) -> tuple[DataLoader, RankSampler]:
+    """Batches of this rank, and the sampler that decides where an epoch begins."""
     sampler = RankSampler(len(data), s.batch_size, distributed.rank(), distributed.world_size())
     policy = "skip" if s.on_bad_sample == "skip" else "raise"
 
@@ -68,9 +69,9 @@ def make_loader(
         collate_fn=build,
         persistent_workers=s.workers > 0,
         prefetch_factor=4 if s.workers else None,
-        worker_init_fn=_leave_signals_to_the_rank,
-        # the loader's own seed must not come from the global generator: a resumed epoch would draw
-        # it once more
+        worker_init_fn=_outlive_stop_signals,
+        # The loader draws a seed per epoch. From the global generator, a resumed epoch would draw
+        # it a second time, and dropout would go on differently.
         generator=torch.Generator().manual_seed(s.seed),
     )
     return loader, sampler

@@ -1,5 +1,5 @@
-"""log.jsonl: one row for every reported step and every validation; a run that goes on continues it
-without doubled rows."""
+"""log.jsonl: one row for every reported step and every validation. A run that goes on continues the
+file without doubled rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dataset.files.write import write_text
 
 
 class RunLog:
-    """log.jsonl and TensorBoard: every step once, whatever happened in between.
+    """log.jsonl and TensorBoard, which have every step once even if the run did it several times.
 
-    ``done``: the last step of each kind that the run need not do again. Rows after it are dropped,
-    as they are about to be written anew, and a row that a kill cut off. Raises OSError, one line,
-    where the file cannot be written.
+    ``done``: for each kind of row, "train" and "val", the last step that the run need not do again.
+    Later rows are dropped, because they will be written anew, and so is a row that a kill cut off.
+    Every method raises OSError, one line, where the file cannot be written.
     """
 
     def __init__(self, run: Path, done: dict[str, int]):
@@ -28,9 +28,8 @@ class RunLog:
         run.mkdir(parents=True, exist_ok=True)
         with self._one_line():
             if self.path.is_file():
-                kept = [
-                    row for row in read_log(self.path) if row["step"] <= done.get(row["kind"], 0)
-                ]
+                rows = read_log(self.path)
+                kept = [row for row in rows if row["step"] <= done.get(row["kind"], 0)]
                 write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self.stream = self.path.open("a", encoding="utf-8")
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done["train"] + 1)
@@ -44,12 +43,13 @@ class RunLog:
                     self.board.add_scalar(f"{kind}/{name}", value, row["step"])
 
     def sync(self) -> None:
+        """Returns when the rows so far would survive a power cut."""
         with self._one_line():
             os.fsync(self.stream.fileno())
 
     def close(self) -> None:
         for part in (self.stream, self.board):
-            with contextlib.suppress(OSError):  # of a full disk, which has been reported
+            with contextlib.suppress(OSError):  # A full disk was reported when it was met.
                 part.close()
 
     @contextlib.contextmanager

@@ -4,6 +4,9 @@ ZeRO-1 and -2 lay the trained weights of a parameter group end to end, in float3
 zeros and give each rank an equal part of them and of AdamW's moments. For other ranks the parts are
 joined, the padding dropped, and the result cut anew; each rank reads no more than it needs. Without
 ZeRO every rank has everything, and DeepSpeed's own loading serves.
+
+Example, where _ is padding: 3 ranks have 5 weights as (0 1) (2 3) (4 _), and 2 ranks get them as
+(0 1 2) (3 4 _).
 """
 
 from __future__ import annotations
@@ -20,11 +23,11 @@ from utils.settings.flags import UsageError
 
 
 def refuse(folder: Path, progress: dict[str, Any], s: Settings, earlier: Settings) -> None:
-    """Raises UsageError if the ranks of now cannot continue the checkpoint ``folder`` of a run with
-    the settings ``earlier``.
+    """Raises UsageError if this number of ranks cannot continue the checkpoint ``folder`` of a run
+    with the settings ``earlier``.
 
-    ``progress``: what the checkpoint says about itself. The images of a step must stay as many, or
-    every later step would have other samples than in the run as it began.
+    ``progress``: that of the checkpoint. A step must have as many images as before; otherwise every
+    later step would have other samples than if the run had never stopped.
     """
     saved, now = progress["world_size"], distributed.world_size()
     if saved != now and s.zero_stage == 3:
@@ -46,9 +49,9 @@ def refuse(folder: Path, progress: dict[str, Any], s: Settings, earlier: Setting
         )
 
 
-def load(engine, folder: Path, saved: int) -> bool:
-    """Restores the engine from ``folder``, which ``saved`` other ranks wrote. False if there is
-    nothing in it.
+def load(engine, folder: Path, saved: int) -> str | None:
+    """Restores the engine from ``folder``, which another number of ranks, ``saved``, wrote. Returns
+    what DeepSpeed read, None if there was nothing.
 
     Raises UsageError if the optimizer's state is not that of ``saved`` ranks and of the engine's
     weights.
@@ -58,18 +61,18 @@ def load(engine, folder: Path, saved: int) -> bool:
         str(folder), tag="state", load_module_strict=False, load_optimizer_states=not parts
     )
     if loaded is not None and parts:
-        state = _own_state(engine.optimizer, _read_parts(folder, saved), folder)
+        state = _state_of_this_rank(engine.optimizer, _read_parts(folder, saved), folder)
         engine.optimizer.load_state_dict(
-            # of which it takes that of its rank
+            # It takes the entry of its rank.
             state_dict_list=[state] * distributed.world_size(),
             load_from_fp32_weights=engine.zero_load_from_fp32_weights(),
         )
-    return loaded is not None
+    return loaded
 
 
 def partition(parts: list[torch.Tensor], total: int, size: int, rank: int) -> torch.Tensor:
-    """The ``size`` numbers from ``rank * size`` on of the flat ``parts`` laid end to end; zeros
-    after the first ``total``."""
+    """One rank's part of the flat ``parts`` laid end to end: the ``size`` numbers from
+    ``rank * size`` on, where those after the first ``total`` are padding, zeros."""
     start, end = rank * size, min((rank + 1) * size, total)
     pieces, offset = [], 0
     for part in parts:
@@ -80,10 +83,10 @@ def partition(parts: list[torch.Tensor], total: int, size: int, rank: int) -> to
 
 
 def random_state(folder: Path, saved: int, rank: int) -> dict[str, Any]:
-    """The random state with which ``rank`` goes on after ``saved`` ranks wrote ``folder``: as
-    ``checkpoint.save`` stores it.
+    """The random state with which ``rank`` continues a checkpoint that ``saved`` ranks wrote, in
+    the form in which ``checkpoint.save`` stores it.
 
-    A rank that was there goes on with its own. One that was not starts from a hash of a saved one
+    A rank that was there goes on with its own state; a new one starts from a hash of a saved state
     and of its number.
     """
     state = torch.load(folder / f"random_{rank % saved}.pt", weights_only=True)
@@ -98,8 +101,8 @@ def random_state(folder: Path, saved: int, rank: int) -> dict[str, Any]:
 
 
 def _read_parts(folder: Path, saved: int) -> list[dict[str, Any]]:
-    """What ZeRO saved of the optimizer, by rank. Its tensors lie in mapped files: what is not used
-    is not read."""
+    """What ZeRO saved of the optimizer, by rank. Files are mapped into memory, so that only tensors
+    that are used are read."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -122,40 +125,28 @@ def _read_parts(folder: Path, saved: int) -> list[dict[str, Any]]:
     return [shard["optimizer_state_dict"] for shard in shards]
 
 
-def _own_state(optimizer, saved: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """What this rank would have saved. Its size is the engine's, whose padding depends on the
-    number of ranks."""
-    state = dict(saved[0])
-    base = state["base_optimizer_state"]
+def _state_of_this_rank(optimizer, saved: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """What this rank would have saved if it had been there."""
+    base = saved[0]["base_optimizer_state"]
     weights, moments = [], dict(base["state"])
     for i, group in enumerate(base["param_groups"]):
-        name = group["params"][0]  # one flat tensor stands for the group
-        total, size = (
-            sum(p.numel() for p in optimizer.bit16_groups[i]),
-            optimizer.single_partition_of_fp32_groups[i].numel(),
-        )
-        # without padding, the moments are with it
-        parts = [other["single_partition_of_fp32_groups"][i] for other in saved]
+        name = group["params"][0]  # ZeRO has one flat tensor per group.
+        total = sum(p.numel() for p in optimizer.bit16_groups[i])
+        size = optimizer.single_partition_of_fp32_groups[i].numel()  # With this engine's padding.
+        # ZeRO saves weights without padding, but moments with it.
+        parts = [shard["single_partition_of_fp32_groups"][i] for shard in saved]
         if sum(map(len, parts)) != total:
             raise UsageError(
                 f"{folder}: {sum(map(len, parts))} trained numbers, but the model has {total}; give"
                 " the run's settings"
             )
         weights.append(partition(parts, total, size, distributed.rank()))
-        moments[name] = {
-            key: (
-                partition(
-                    [other["base_optimizer_state"]["state"][name][key] for other in saved],
-                    total,
-                    size,
-                    distributed.rank(),
-                )
-                if value.dim()
-                else value
-            )  # the number of steps
-            for key, value in base["state"][name].items()
-        }
-    return state | {
+        moments[name] = dict(base["state"][name])
+        for key, value in moments[name].items():
+            if value.dim():  # The number of steps has no dimension and stays.
+                parts = [shard["base_optimizer_state"]["state"][name][key] for shard in saved]
+                moments[name][key] = partition(parts, total, size, distributed.rank())
+    return saved[0] | {
         "single_partition_of_fp32_groups": weights,
         "base_optimizer_state": base | {"state": moments},
     }

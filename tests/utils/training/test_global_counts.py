@@ -16,8 +16,8 @@ from utils import build, distributed
 from utils.settings.arguments import parse
 from utils.settings.flags import UsageError
 from utils.training import checkpoint, normalisation
+from utils.training.failures import refuse_without_targets
 from utils.training.loader import make_loader
-from utils.training.trainer import Trainer
 
 TEXTS = [
     "the bright thing",
@@ -209,8 +209,6 @@ def test_zero_3_on_several_ranks_needs_targets(monkeypatch):
         train_ds.check_ranks(parse(arguments("unused", 1, 4, zero_stage=3)))
     batches = [SimpleNamespace(info=[{"dataset": "own|a", "id": "7"}])]
     monkeypatch.setattr(normalisation, "counts", lambda batch: (5, 0))
-    trainer = SimpleNamespace(s=SimpleNamespace(zero_stage=3))
     with pytest.raises(UsageError, match=r"own\|a 7: a micro batch without targets"):
-        Trainer._refuse_lone_fetches(trainer, batches)
-    trainer.s.zero_stage = 2
-    Trainer._refuse_lone_fetches(trainer, batches)
+        refuse_without_targets(batches, parse(["--zero_stage", "3"]))
+    refuse_without_targets(batches, parse(["--zero_stage", "2"]))
