@@ -38,11 +38,7 @@ from tests.helpers import (
     sample,
     tiny_model,
 )
-from tests.model.selecting.test_llm_seg import (
-    SMALL,
-    few,
-    toy_flags,
-)  # noqa: F401 (dinov2 is a fixture)
+from tests.model.selecting.test_llm_seg import SMALL, few, toy_flags
 from tests.scripted import scripted_model
 from utils.evaluation import cli as evaluation_cli
 from utils.precompute import proposals as precompute_proposals
@@ -169,7 +165,7 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("case", ["sam", "dinov2", "lisa"])
-def test_a_mixed_batch_trains_both_branches(case, dinov2):  # noqa: F811
+def test_a_mixed_batch_trains_both_branches(case, dinov2):
     levels = ("SEG",) if case == "lisa" else LEVELS
     selector = {"features": "dinov2"} if case == "dinov2" else {}
     model, processor = model_with(
@@ -297,7 +293,7 @@ def test_free_answers():
         assert answer.masks.shape[1:] == (2, *size)
 
 
-def test_proposals_come_from_the_decoder_before_training(tmp_path, dinov2):  # noqa: F811
+def test_proposals_come_from_the_decoder_before_training(tmp_path, dinov2):
     """Whatever happens to the trained decoder, store and proposals stay those of the SAM it started
     from, saved or not."""
     model, processor = model_with(features_pretrained=dinov2, selector={"features": "dinov2"})
@@ -325,7 +321,7 @@ def test_proposals_come_from_the_decoder_before_training(tmp_path, dinov2):  # n
         assert torch.equal(a.masks, b.masks) and torch.equal(a.iou, b.iou)
 
 
-def test_half_precision_answers(dinov2):  # noqa: F811
+def test_half_precision_answers(dinov2):
     model, processor = model_with(features_pretrained=dinov2, selector={"features": "dinov2"})
     batch = collate(pictures(), processor, LEVELS, TEMPLATE)
     full = model(batch).losses

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Dinov2Config, Dinov2Model
 
 import chat
 import merge_lora_weights_and_save_hf_model as merge
@@ -53,17 +52,6 @@ SMALL = {
     "feature_size": 56,
     "proposals": {"points_per_side": 4, "predicted_iou": 0, "stability": 0, "nms": 1},
 }
-
-
-@pytest.fixture(scope="module")
-def dinov2(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(3)
-    config = Dinov2Config(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
 
 
 def model_with(proposals: int | None = None, **changes):

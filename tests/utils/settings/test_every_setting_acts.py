@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Dinov2Config, Dinov2Model
 
 import train_ds
 from model.checkpoints.sam import save_sam
@@ -25,7 +24,7 @@ from model.segmenting.sam import build_sam
 from tests import official_layouts as official
 from tests.backbone_toys import TOY_SAM, flags, toys
 from tests.dataset_toys import square, write_image, write_json
-from tests.helpers import randomise
+from tests.helpers import randomise, write_dinov2
 from tests.own_toys import write_table
 from utils import build
 from utils.settings.arguments import parse
@@ -235,11 +234,7 @@ def root() -> Path:
     file = root / "llava" / "model.safetensors"
     weights = {name: 1.1 * weight for name, weight in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
-    torch.manual_seed(3)
-    config = Dinov2Config(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(root / "dinov2")
+    write_dinov2(root / "dinov2")
     return root
 
 
