@@ -4,15 +4,18 @@ points.
     trial = server().start("train_ds", argv, die_at=17)
     trial.wait()                                            # -9
 
-The server is a process of its own with one thread: it imports the programs, then forks for every
-trial. A trial counts its *events*, the places where a kill could leave something half done: steps,
-rows of the log, files written, synced, renamed, removed.
+The server is a process of its own with one thread: it imports torch, DeepSpeed and the programs
+once, which takes ten seconds of a processor, then forks for every trial, which takes none. Every
+process of pytest-xdist has one server, started with the first trial. A trial of a training counts
+its *events*, the places where a kill could leave something half done: steps, rows of the log, files
+written, synced, renamed, removed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -54,9 +57,10 @@ class ForkServer:
         return json.loads(line)
 
     def start(self, program: str, argv: list[str], **job: Any) -> Trial:
-        """Runs ``program``.main(argv). ``die_at``: the event at which it is killed, counted from 0;
-        ``fault``: a name of FAULTS; ``env``: variables; ``ranks``: how many processes. One trial at
-        a time."""
+        """Runs ``program``.main(argv) of any module ``program`` that has a ``main``. ``code``: the
+        text of a program to run instead of ``main``. ``die_at``: the event at which it is killed,
+        counted from 0; ``faults``: names of FAULTS with their arguments; ``env``: variables;
+        ``ranks``: how many processes. One trial at a time."""
         self._trials += 1
         output = self.folder / f"trial-{self._trials}.txt"
         job |= {"program": program, "argv": [str(part) for part in argv], "output": str(output)}
@@ -91,9 +95,13 @@ class Trial:
         is no other's."""
         os.kill(self.pids[rank], number)
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = 300) -> int:
+        """The exit code of the first rank. What runs for longer is killed."""
         self._server._process.stdin.write("\n")
         self._server._process.stdin.flush()
+        if not select.select([self._server._process.stdout], [], [], seconds)[0]:
+            for pid in self.pids:
+                os.kill(pid, signal.SIGKILL)
         self.codes = self._server.read()
         return self.codes[0]
 
@@ -312,16 +320,13 @@ FAULTS = {
 
 
 def serve() -> None:
-    import importlib
-
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # imports print
 
     import deepspeed  # noqa: F401
 
-    programs = {
-        name: importlib.import_module(name) for name in ("train_ds", "utils.precompute.sam_cache")
-    }
+    import train_ds  # noqa: F401  (what the other programs import beside it takes no time)
+
     assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1, (
         "a fork would lose threads"
     )
@@ -330,7 +335,7 @@ def serve() -> None:
         job = json.loads(line)
         ranks = job.get("ranks", 1)
         port = free_port()
-        pids = [fork(programs, job, rank, ranks, port) for rank in range(ranks)]
+        pids = [fork(job, rank, ranks, port) for rank in range(ranks)]
         print(json.dumps(pids), file=answers)
         sys.stdin.readline()  # until then a pid stays that of the trial
         print(
@@ -339,7 +344,7 @@ def serve() -> None:
         )
 
 
-def fork(programs: dict[str, Any], job: dict[str, Any], rank: int, ranks: int, port: int) -> int:
+def fork(job: dict[str, Any], rank: int, ranks: int, port: int) -> int:
     if pid := os.fork():
         return pid
     code = 70
@@ -362,8 +367,10 @@ def fork(programs: dict[str, Any], job: dict[str, Any], rank: int, ranks: int, p
             FAULTS[name](*arguments)
         events = Events(job.get("die_at"), Path(job["output"]).with_suffix(".events"))
         watch(events)
-        code = programs[job["program"]].main(job["argv"])
+        code = run(job)
         events.write()
+    except SystemExit as end:
+        code = end.code or 0
     except BaseException:
         import traceback
 
@@ -372,6 +379,15 @@ def fork(programs: dict[str, Any], job: dict[str, Any], rank: int, ranks: int, p
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def run(job: dict[str, Any]) -> int:
+    import importlib
+
+    if "code" in job:
+        exec(job["code"], {"__name__": "__main__"})
+        return 0
+    return importlib.import_module(job["program"]).main(job["argv"])
 
 
 def free_port() -> int:

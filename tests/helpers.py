@@ -19,6 +19,8 @@ from torch import nn
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -153,6 +155,16 @@ def write_sam(folder: Path, dims: SamDims = SAM_DIMS) -> Path:
     sam = build_sam(dims)
     randomise(sam)
     save_sam(sam, dims, folder)
+    return folder
+
+
+def write_dinov2(folder: Path) -> Path:
+    """Width 24, one layer, 2×2 patches of 14 pixels."""
+    torch.manual_seed(3)
+    config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(folder)
     return folder
 
 

@@ -117,48 +117,180 @@ def test_source_keeps_the_rules(path):
         "pickles run code when they are read: use safetensors or JSON"
     )
     if path.relative_to(ROOT).parts[0] == "dataset":
-        modules = {
-            name
-            for name in imports(tree)
-            if name.startswith("torch.nn") or name.split(".")[0] == "model"
-        }
-        assert not modules, "dataset knows nothing of networks"
-    if path.relative_to(ROOT).parts[0] == "model":
-        assert not {name for name in imports(tree) if name.split(".")[0] == "utils"}, (
-            "model knows nothing of scripts"
-        )
+        networks = {name for name in imports(tree) if name.startswith("torch.nn")}
+        assert not networks, "dataset knows nothing of networks"
 
 
-def circles(sources: dict[str, str]) -> set[str]:
-    """Modules that import themselves by way of others. ``sources``: name of a module -> its
-    text."""
-    direct = {
-        name: imports(ast.parse(text)) & sources.keys() - {name} for name, text in sources.items()
-    }
-    found = set()
-    for name in sources:
-        seen, todo = set(), [name]
+def module_name(path: Path) -> str:
+    """``path``: relative to the repository; a package is named by its ``__init__``."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    module_name(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in SOURCES
+}
+PROGRAM = {name: text for name, text in MODULES.items() if name.split(".")[0] != "tests"}
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules among ``sources`` (name -> text) that it imports, wherever in its text:
+    an import inside a function or for types only hides a circle and leaves it there.
+
+    ``from model import losses`` imports model.losses; that Python runs the package's ``__init__``
+    first is not counted, for otherwise no package could import its own modules by name.
+    """
+    graph = {}
+    for name, text in sources.items():
+        found = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                full = [f"{node.module}.{alias.name}" for alias in node.names]
+                found |= {part if part in sources else node.module for part in full}
+        graph[name] = found & sources.keys() - {name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """The nodes that reach themselves by way of others."""
+
+    def reachable(node: str) -> set[str]:
+        seen, todo = set(), [node]
         while todo:
-            new = direct[todo.pop()] - seen
+            new = graph[todo.pop()] - seen
             seen |= new
             todo += new
-        found |= {name} & seen
-    return found
+        return seen
+
+    return {node for node in graph if node in reachable(node)}
 
 
-def test_no_file_of_data_and_tools_imports_itself_by_way_of_others():
-    """Nor inside a function or for types only, which hides a circle and leaves it there."""
-    sources = {}
-    for path in SOURCES:
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(
-            encoding="utf-8"
-        )
-    assert {"utils.evaluation", "utils.evaluation.__main__"} <= sources.keys()
-    assert {name for name in circles(sources) if name.split(".")[0] != "model"} == set()
-    assert circles(
-        {"a": "from b import x", "b": "def f():\n    import c", "c": "import a", "d": "import a"}
-    ) == {"a", "b", "c"}
+def room(module: str) -> str:
+    """The folder below model, dataset, utils … in which a module lives: "model.segmenting". A module
+    directly in the package is a room of its own, for some are below all folders (model.config) and
+    some above (model.cores)."""
+    return ".".join(module.split(".")[:2])
+
+
+def room_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The graph of modules, seen from so far away that only rooms are left."""
+    rooms: dict[str, set[str]] = {room(module): set() for module in graph}
+    for module, imported in graph.items():
+        rooms[room(module)] |= {room(other) for other in imported} - {room(module)}
+    return rooms
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert {"model.cores", "utils.evaluation", "utils.evaluation.__main__"} <= MODULES.keys()
+    assert circles(import_graph(MODULES)) == set()
+
+
+def test_no_room_imports_itself_by_way_of_others():
+    assert circles(room_graph(import_graph(PROGRAM))) == set()
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        "import b.c",
+        "from b import c",
+        "from b.c import x",
+        "def f():\n    import b.c",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from b.c import x",
+    ],
+)
+def test_a_circle_is_found(hidden):
+    sources = {"a": hidden, "b": "", "b.c": "from d import x", "d": "import a", "e": "import a"}
+    assert circles(import_graph(sources)) == {"a", "b.c", "d"}
+    assert circles(import_graph(sources | {"d": ""})) == set()
+
+
+def test_a_circle_of_rooms_is_found():
+    """No module imports itself, yet neither room could be read, or moved, without the other."""
+    sources = {
+        "p.a.one": "import p.b.one",
+        "p.b.one": "",
+        "p.b.two": "import p.a.two",
+        "p.a.two": "",
+    }
+    assert circles(import_graph(sources)) == set()
+    assert circles(room_graph(import_graph(sources))) == {"p.a", "p.b"}
+
+
+BELOW = {  # package: what it may import of ours; programs, scripts and benchmarks may import all
+    "dataset": {"dataset"},
+    "model": {"dataset", "model"},
+    "utils": {"dataset", "model", "utils"},
+}
+
+
+def wrong_directions(sources: dict[str, str]) -> list[str]:
+    return [
+        f"{module} imports {other}"
+        for module, imported in import_graph(sources).items()
+        for other in sorted(imported)
+        if other.split(".")[0]
+        not in BELOW.get(module.split(".")[0], {other.split(".")[0]} - {"tests"})
+    ]
+
+
+def test_imports_go_one_way():
+    """Scripts → utils → model → dataset, and nothing of the program imports its tests."""
+    assert {package for package in BELOW if package not in PROGRAM} == set()
+    sources = {name: text for name, text in MODULES.items() if not name.startswith("tests.")}
+    assert wrong_directions(sources | {"tests": ""}) == []
+
+
+def test_a_wrong_direction_is_found():
+    sources = {"model.a": "import utils.b", "utils.b": "import model.a", "chat": "import tests.c"}
+    sources |= {"tests.c": "", "dataset.d": "def f():\n    from model import a"}
+    assert wrong_directions(sources) == [
+        "model.a imports utils.b",
+        "chat imports tests.c",
+        "dataset.d imports model.a",
+    ]
+
+
+def private_imports(sources: dict[str, str]) -> set[str]:
+    """Names with a leading underscore that a module takes from another one of ours."""
+    ours = {name.split(".")[0] for name in sources}
+    return {
+        f"{module}: {node.module}.{alias.name}"
+        for module, text in sources.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ours
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    }
+
+
+def test_private_names_stay_at_home():
+    assert private_imports(MODULES) == set()
+    sources = {"a": "from b import _x, y\nfrom os import _exit", "b": "from __future__ import z"}
+    assert private_imports(sources) == {"a: b._x"}
+
+
+def classes_with_several_meanings(sources: dict[str, str]) -> dict[str, list[str]]:
+    """Class name -> the modules that define it, where they are more than one."""
+    places: dict[str, list[str]] = {}
+    for module, text in sources.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module)
+    return {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_a_class_name_means_one_thing():
+    assert classes_with_several_meanings(PROGRAM) == {}
+    twice = {"a": "class X: pass", "b": "def f():\n    class X: pass\nclass Y: pass"}
+    assert classes_with_several_meanings(twice) == {"X": ["a", "b"]}
+
+
+def test_the_caption_stays_a_caption():
+    """model/cores.py is the wiring of the figure: what is wired lives in the rooms."""
+    assert len(MODULES["model.cores"].splitlines()) <= 250
 
 
 def test_the_rules_can_be_broken():

@@ -1,17 +1,11 @@
-"""What several tests of the model share."""
+"""What several tests of models need."""
 
 import pytest
-import torch
-from transformers import Dinov2Config, Dinov2Model
+
+from tests.helpers import write_dinov2
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def dinov2(tmp_path_factory) -> str:
-    """A folder with a DINOv2 of one layer and random weights."""
-    folder = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(3)
-    config = Dinov2Config(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
+    """The folder of a DINOv2; do not change it."""
+    return str(write_dinov2(tmp_path_factory.mktemp("dinov2")))

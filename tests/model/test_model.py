@@ -259,6 +259,25 @@ def test_ignored_pixels_can_be_trained_as_background():
     assert included(batch).loss.item() != excluded(batch).loss.item()
 
 
+def test_ignored_pixels_count_at_no_level():
+    """The host of an earlier level may be anything where pixels are ignored."""
+    model, processor = tiny_model(level_loss_weights=[0.5, 1.0])
+    rows = [conversation(2, ignore=True, hosts=True), conversation(1)]
+    batch = collate([sample(*rows)], processor, LEVELS, TEMPLATE)
+    ignored = batch.ignore_masks[0]
+    assert ignored.any() and not ignored.all()
+    before = model(batch).losses
+    batch.host_masks[0] = batch.host_masks[0] & ~ignored
+    after = model(batch).losses
+    assert (after["bce"].item(), after["dice"].item()) == pytest.approx(
+        (before["bce"].item(), before["dice"].item()), rel=1e-6
+    )
+    batch.host_masks[0] = batch.host_masks[0] & ignored
+    assert model(batch).losses["bce"].item() != pytest.approx(before["bce"].item(), rel=1e-3)
+    model.config.ignore_in_loss = False
+    assert model(batch).losses["bce"].item() != pytest.approx(after["bce"].item(), rel=1e-3)
+
+
 def test_text_only_batch_costs_text_only_and_touches_everything():
     """Ranks wait for every trainable weight's gradient, so each has one, of 0, without any mask."""
     model, processor = tiny_model(pointing_weight=0.5)

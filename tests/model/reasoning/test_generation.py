@@ -470,6 +470,31 @@ def test_sampling_follows_the_seed(scene):
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_top_p_leaves_the_likeliest_tokens(scene):
+    """With almost no probability left, only the likeliest token is; at a high temperature, all of
+    them are drawn otherwise."""
+    model, processor, _ = scene
+    prompts, _, _ = prompts_and_answers(scene)
+
+    def drawn(**options) -> list[list[int]]:
+        torch.manual_seed(0)
+        answers = model.generate(prompts, processor.tokenizer, max_new_tokens=12, **options)
+        return [answer.token_ids for answer in answers]
+
+    hot = {"do_sample": True, "temperature": 5.0}
+    assert drawn(**hot, top_p=1e-6) == drawn() != drawn(**hot)
+
+
+def test_top_p_is_the_share_that_is_drawn_from():
+    """Of 0.5, 0.3, 0.15 and 0.05: three quarters are the first two, which together have as much."""
+    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log().expand(400, 4)
+    said = torch.zeros((400, 0), dtype=torch.int64)
+    torch.manual_seed(0)
+    for top_p, tokens in ((0.4, {1}), (0.75, {1, 3}), (0.9, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
+        decoding = Decoding(do_sample=True, top_p=top_p)
+        assert set(decoding.choose(said, logits).tolist()) == tokens
+
+
 def test_what_would_mix_up_states_is_refused(scene):
     model, processor, _ = scene
     prompts, _, _ = prompts_and_answers(scene)

@@ -109,6 +109,19 @@ def test_losses_by_hand():
     assert similarity_loss(iou[:1], iou[:1], present[:1], 0.05).item() == pytest.approx(0, abs=1e-7)
 
 
+def test_the_similarity_loss_looks_from_the_ground_truth():
+    """KL(p ‖ q) of p = 2/3, 1/3 and q = 1/5, 4/5, whose reverse is another number: logits over τ
+    are logarithms of the odds."""
+    tau, present = 0.5, torch.ones(1, 2, dtype=torch.bool)
+    iou = tau * torch.tensor([[2.0, 1.0]]).log()
+    similarity = tau * torch.tensor([[1.0, 4.0]]).log()
+    p, q = np.array([2 / 3, 1 / 3]), np.array([1 / 5, 4 / 5])
+    forward, reverse = (p * np.log(p / q)).sum(), (q * np.log(q / p)).sum()
+    assert abs(forward - reverse) > 0.02
+    loss = similarity_loss(similarity, iou, present, tau).item()
+    assert loss == pytest.approx(forward, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [

@@ -13,6 +13,7 @@ import torch
 
 import train_ds
 from tests.backbone_toys import flags, toys, trained_run
+from tests.fork_server import RANK_VARIABLES, free_port, server
 from utils.settings.arguments import parse
 from utils.training import checkpoint
 from utils.training.deepspeed import learning_rate_factor
@@ -189,8 +190,8 @@ def test_gradient_checkpointing_changes_nothing():
 
 def clean_environment() -> dict[str, str]:
     """Of a process outside the process group of this one."""
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {k: v for k, v in os.environ.items() if k not in ours} | {"OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    env |= {"OMP_NUM_THREADS": "1"}
     return env | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"}
 
 
@@ -200,12 +201,6 @@ def launch(*command: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         words, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=240
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -220,26 +215,19 @@ def test_a_world_of_one_needs_no_port(world):
             "from utils import distributed as d; d.start();"
             " print(d.gather_lists([d.world_size()])); d.barrier(); d.stop()"
         )
-        env = clean_environment() | world | {"MASTER_PORT": str(taken.getsockname()[1])}
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-    assert result.stdout == "[1]\n", result.stderr
+        if not world:
+            code = f"import os; [os.environ.pop(name) for name in {RANK_VARIABLES[:4]}]; {code}"
+        port = str(taken.getsockname()[1])
+        trial = server().run("code", [], code=code, env=world | {"MASTER_PORT": port})
+    assert trial.codes == [0] and trial.output == "[1]\n", trial.output
 
 
 def test_two_ranks_equal_one_rank_with_accumulation():
     """The same four samples per step, dropout off: 2 ranks × 2 images against 1 rank × 2 images × 2
     micro steps."""
     common = {"lora_dropout": 0, "global_batch_size": 4, "epochs": 1, "eval_mode": "teacher_forced"}
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    launcher = [deepspeed, "--num_gpus", 2, "--master_port", free_port()]
-    result = launch(*launcher, "train_ds.py", *flags(toys(), exp_name="two", **common))
-    assert result.returncode == 0, result.stdout + result.stderr
+    trial = server().run("train_ds", flags(toys(), exp_name="two", **common), ranks=2)
+    assert trial.codes == [0, 0], trial.output
     assert train_ds.main(flags(toys(), exp_name="one", **common)) == 0
     one, two = toys() / "runs" / "one", toys() / "runs" / "two"
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)  # measured: 5e-7
@@ -250,6 +238,22 @@ def test_two_ranks_equal_one_rank_with_accumulation():
         json.loads((run / "metrics.json").read_text())["teacher_forced"] for run in (one, two)
     ]
     assert metrics[0]["n"] == metrics[1]["n"] == 3  # odd: no image is counted twice
+
+
+@pytest.mark.parametrize(
+    "launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)]
+)
+def test_a_launcher_starts_ranks_that_know_each_other(launcher):
+    """As a user starts it, every process from nothing. Of two ranks with two images each, three per
+    step cannot be had: which one line says, so nothing has to be loaded."""
+    count = {"deepspeed": "--num_gpus", "torchrun": "--nproc_per_node"}[launcher]
+    start = [Path(sys.executable).with_name(launcher), count, 2, "--master_port", free_port()]
+    argv = flags(toys(), exp_name="launched", global_batch_size=3)
+    result = launch(*start, "train_ds.py", *argv)
+    assert result.returncode != 0
+    words = "error: --global_batch_size 3 is not divisible by 2 ranks × --batch_size 2"
+    assert result.stderr.count(words) + result.stdout.count(words) == 2
+    assert "Traceback" not in result.stderr.split(words)[0]
 
 
 def test_a_global_batch_that_the_ranks_do_not_divide(capsys):
