@@ -14,12 +14,11 @@ from dataset.generate import exemplars, questions, rephrase
 from dataset.generate.client import Abort, Stopped
 from dataset.generate.estimate import estimate_table
 from dataset.generate.flags import build_parser, read_source
-from dataset.generate.scenes import read_scenes
-from dataset.generate.session import Session
-from dataset.generate.work import write_json
+from dataset.generate.run import GenerationRun, write_json
+from dataset.generate.scenes import read_photographs
 
 
-def run_questions(args: Namespace, session: Session) -> int:
+def run_questions(args: Namespace, run: GenerationRun) -> int:
     options = questions.QuestionOptions(
         args.objects,
         args.least_share,
@@ -32,43 +31,42 @@ def run_questions(args: Namespace, session: Session) -> int:
         raise ValueError(
             f"--validation {args.validation} and --test {args.test} are more than all images"
         )
-    scenes = [
-        scene for values in args.source for scene in read_scenes(read_source(values), args.seed)
-    ]
-    twice = [name for name, count in Counter(scene.name for scene in scenes).items() if count > 1]
-    if twice:
+    sources = [read_source(values) for values in args.source]
+    photographs = [one for source in sources for one in read_photographs(source, args.seed)]
+    counts = Counter(photograph.name for photograph in photographs)
+    if twice := [name for name, count in counts.items() if count > 1]:
         raise DataError(
             f"two sources hold an image {twice[0]}; LLM-Seg40K tells images by their names, so"
             " rename one"
         )
-    captioner, chat = session.captioner(), session.chat()
-    outcome = session.run(
-        scenes, lambda scene: questions.ask_about(scene, captioner, chat, args.image_side, options)
+    captioner, chat = run.captioner(), run.chat()
+    outcome = run.do_all(
+        photographs,
+        lambda one: questions.ask_about(one, captioner, chat, args.image_side, options),
     )
     if args.dry_run:
         return 0
     asked = questions.without_repeats([one for one in outcome.results if one], options.most_repeats)
-    counts = questions.write_splits(asked, args.out, args.validation, args.test)
+    written = questions.write_splits(asked, args.out, args.validation, args.test)
     summary = (
-        f"{sum(counts.values())} questions about {sum(bool(one.pairs) for one in asked)} of"
-        f" {len(scenes)} images"
+        f"{sum(written.values())} questions about {sum(bool(one.pairs) for one in asked)} of"
+        f" {len(photographs)} images"
     )
-    return session.finish(
-        outcome, [reason for one in asked for reason in one.refused], summary, {"questions": counts}
-    )
+    refused = [reason for one in asked for reason in one.refused]
+    return run.finish(outcome, refused, summary, {"questions": written})
 
 
-def run_exemplars(args: Namespace, session: Session) -> int:
-    ExemplarLibrary(args.library)
+def run_exemplars(args: Namespace, run: GenerationRun) -> int:
+    ExemplarLibrary(args.library)  # checks it
     library = read_json(args.library)
-    domains = (
-        args.domains.split(",") if args.domains else [entry.get("domain") for entry in library]
-    )
+    domains = [entry.get("domain") for entry in library]
+    if args.domains:
+        domains = args.domains.split(",")
     domains = list(dict.fromkeys(domain.strip() for domain in domains if domain))
     if not all(domains) or not domains:
         raise ValueError("--domains holds an empty name; write them as kitchen,tools")
-    chat = session.chat()
-    outcome = session.run(
+    chat = run.chat()
+    outcome = run.do_all(
         domains, lambda domain: exemplars.grow(domain, library, args.per_domain, chat, args.rounds)
     )
     if args.dry_run:
@@ -76,32 +74,27 @@ def run_exemplars(args: Namespace, session: Session) -> int:
     whole, refused = exemplars.merge(library, outcome.results)
     write_json(args.out, whole)
     ExemplarLibrary(args.out)  # what is written can be read
-    return session.finish(
-        outcome,
-        refused,
-        f"{len(whole)} pairs, {len(whole) - len(library)} of them new",
-        {"pairs": len(whole)},
-    )
+    summary = f"{len(whole)} pairs, {len(whole) - len(library)} of them new"
+    return run.finish(outcome, refused, summary, {"pairs": len(whole)})
 
 
-def run_rephrase(args: Namespace, session: Session) -> int:
+def run_rephrase(args: Namespace, run: GenerationRun) -> int:
     if args.out.resolve() == args.data.resolve():
         raise ValueError(
             "--out is --data; the wordings go to another folder, such as"
             " reason_seg/ReasonSeg-rephrased/train"
         )
     found = rephrase.read_queries(args.data)
-    chat = session.chat()
-    outcome = session.run(
+    chat = run.chat()
+    outcome = run.do_all(
         found, lambda pair: rephrase.reword(pair[0].name, pair[1], args.wordings, chat, args.rounds)
     )
     if args.dry_run:
         return 0
     count = rephrase.write_split(args.data, found, outcome.results, args.out)
-    refused = [reason for talk in outcome.results if talk for reason in talk.refused]
-    return session.finish(
-        outcome, refused, f"{count} new wordings of {len(found)} queries", {"wordings": count}
-    )
+    refused = [reason for result in outcome.results if result for reason in result.refused]
+    summary = f"{count} new wordings of {len(found)} queries"
+    return run.finish(outcome, refused, summary, {"wordings": count})
 
 
 COMMANDS = {"questions": run_questions, "exemplars": run_exemplars, "rephrase": run_rephrase}
@@ -110,30 +103,27 @@ COMMANDS = {"questions": run_questions, "exemplars": run_exemplars, "rephrase": 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done; 1 something got no answer, and the same command goes on; 2 a wrong flag or
     file; 130 interrupted."""
-    session = None
+    run = None
     try:
         args = build_parser().parse_args(argv)
-        session = Session(args)
-        code = COMMANDS[args.command](args, session)
+        run = GenerationRun(args)
+        code = COMMANDS[args.command](args, run)
         if args.dry_run:
-            print(estimate_table(session.counts, session.prices))
+            print(estimate_table(run.estimates, run.prices))
         return code
-    # a file that is not there, a folder that cannot be written, a full disk
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # OSError: of a missing file or a full disk, for example
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (Abort, Stopped) as error:
-        print(
-            f"error: {error}; answers so far are kept, and the same command goes on",
-            file=sys.stderr,
-        )
+        kept = "answers so far are kept, and the same command goes on"
+        print(f"error: {error}; {kept}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; answers so far are kept, and the same command goes on", file=sys.stderr)
         return 130
     finally:
-        if session is not None:
-            session.close()
+        if run is not None:
+            run.close()
 
 
 if __name__ == "__main__":

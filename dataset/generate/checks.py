@@ -12,16 +12,10 @@ from typing import Any
 
 from dataset.conversation.exemplars import LOOKS_SPECIAL, normalise
 
+NEARLY_THE_SAME = 0.8  # two texts with more than this share of words in common say the same
 
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-NEARLY_THE_SAME = 0.8
-"""Two texts that share this part of their words say the same."""
-
-# What gives away that somebody drew the answer, or where. "box" and "mask" alone may be things in
-# the picture, but a question that needs a thought can do without them.
+# What gives away that somebody drew the answer, or where it is. The picture itself may show a mask or
+# a label, but a question that needs a thought can do without these words.
 _LEAKS = [
     r"\b(masks?|masked|pixels?|bbox\w*|bounding|polygons?|coordinates?|segment\w*|annotat\w*|labell?ed|outlined|highlighted)\b",
     (
@@ -52,11 +46,11 @@ _IRREGULAR = {
 }
 # Words that say which one is meant: another wording must keep them.
 _TELLING = set(
-    words(
+    normalise(
         "red orange yellow green blue purple pink brown black white grey gray golden silver left"
         " right top bottom upper lower front back middle first second third last largest smallest"
         " biggest tallest no not never without except two three four five six both"
-    )
+    ).split()
 )
 
 
@@ -74,13 +68,11 @@ def parse_object(text: str) -> dict[str, Any]:
 
 def parse_list(text: str, finish: str, name: str) -> list[Any]:
     """The list ``name`` of the JSON object in a reply. Raises ValueError with the reason."""
-    # servers have several words for a normal end
-    if finish in ("length", "content_filter", "refusal"):
-        raise ValueError(
-            "the reply was cut off; be brief"
-            if finish == "length"
-            else f"the reply ended with {finish}"
-        )
+    if finish == "length":
+        raise ValueError("the reply was cut off; be brief")
+    # These two are refused by name, as servers have several words for a normal end.
+    if finish in ("content_filter", "refusal"):
+        raise ValueError(f"the reply ended with {finish}")
     found = parse_object(text).get(name)
     if not isinstance(found, list):
         raise ValueError(f'the reply has no list "{name}"')
@@ -95,10 +87,8 @@ def check_length(text: Any, least: int, most: int, what: str) -> str | None:
         return f"the {what} has several lines"
     count = len(text.split())
     if not least <= count <= most:
-        return (
-            f"the {what} has {'too few' if count < least else 'too many'} words ({least} to {most}"
-            " are wanted)"
-        )
+        few = "too few" if count < least else "too many"
+        return f"the {what} has {few} words ({least} to {most} are wanted)"
     return None
 
 
@@ -111,12 +101,9 @@ def check_plain(text: str, what: str) -> str | None:
 
 def check_leak(question: str) -> str | None:
     """Nothing about masks, boxes, coordinates, annotations or the place in the frame."""
-    found = _LEAK.search(question)
-    return (
-        f'the question gives away where the answer is or that it was marked ("{found[0]}")'
-        if found
-        else None
-    )
+    if found := _LEAK.search(question):
+        return f'the question gives away where the answer is or that it was marked ("{found[0]}")'
+    return None
 
 
 def _forms(word: str) -> set[str]:
@@ -133,55 +120,50 @@ def _forms(word: str) -> set[str]:
     return forms
 
 
-def names(text: str, name: str) -> bool:
+def contains_name(text: str, name: str) -> bool:
     """True if ``text`` calls the thing by ``name``, in singular or plural, in one word or two; of a
     name of several words the last one is enough ("table" for "dining table")."""
-    spoken = words(text)
-    spoken += [a + b for a, b in pairwise(spoken)]  # "wine glass" for "wineglass"
-    parts = words(name)
+    words = normalise(text).split()
+    words += [a + b for a, b in pairwise(words)]  # "wine glass" for "wineglass"
+    parts = normalise(name).split()
     if not parts:
         return False
     wanted = _forms(parts[-1]) | _forms("".join(parts))
-    return any(_forms(word) & wanted for word in spoken)
+    return any(_forms(word) & wanted for word in words)
 
 
 def check_unnamed(question: str, all_names: Iterable[str]) -> str | None:
     """The question does not call its object by name."""
-    found = next((name for name in all_names if names(question, name)), None)
+    found = next((name for name in all_names if contains_name(question, name)), None)
     return f'the question names its object ("{found}")' if found else None
 
 
 def check_answer_names(answer: str, all_names: Iterable[str]) -> str | None:
     """The answer does call it by name."""
-    return (
-        None
-        if any(names(answer, name) for name in all_names)
-        else "the answer does not name its object"
-    )
-
-
-def similarity(a: str, b: str) -> float:
-    """Shared words / all words of both texts, 0 to 1."""
-    one, other = set(words(a)), set(words(b))
-    return len(one & other) / len(one | other) if one | other else 1.0
+    if any(contains_name(answer, name) for name in all_names):
+        return None
+    return "the answer does not name its object"
 
 
 def check_new(text: str, others: Iterable[str], what: str) -> str | None:
     """``text`` is not nearly the same as any of ``others``."""
-    for other in others:
-        if normalise(text) == normalise(other) or similarity(text, other) > NEARLY_THE_SAME:
+    text = normalise(text)
+    words = set(text.split())
+    for other in map(normalise, others):
+        found = set(other.split())
+        if text == other or len(words & found) / len(words | found) > NEARLY_THE_SAME:
             return f"the {what} nearly repeats another one"
     return None
 
 
 def check_different(text: str, others: Iterable[str], what: str) -> str | None:
-    """``text`` is not the same as any of ``others`` but for signs."""
+    """``text`` differs from all ``others`` in more than punctuation."""
     return f"the {what} repeats another one" if normalise(text) in map(normalise, others) else None
 
 
 def check_telling_words(wording: str, original: str) -> str | None:
     """Colours, sides, ranks, numbers and negations of the original are still there."""
-    lost = sorted(set(words(original)) & _TELLING - set(words(wording)))
+    lost = sorted(set(normalise(original).split()) & _TELLING - set(normalise(wording).split()))
     return f'the wording loses a word that matters ("{lost[0]}")' if lost else None
 
 

@@ -1,5 +1,4 @@
-"""A client of OpenAI-compatible chat endpoints that sends each request once and keeps what came
-back.
+"""Models to ask: a client of OpenAI-compatible chat endpoints, and a model in this process.
 
 A request is known by the hash of its content. One whose answer is in the journal is never sent
 again; the others are paced, retried and written down, attempt by attempt. Pictures stand in
@@ -14,6 +13,7 @@ import email.utils
 import hashlib
 import io
 import json
+import math
 import random
 import threading
 import time
@@ -35,7 +35,7 @@ RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 FATAL = {401, 402, 403, 404, 405}  # the same for every request
 LONGEST_BACKOFF = 60.0  # seconds
 LARGEST_REPLY = 1 << 23  # bytes
-# "none" or "EMPTY", which local servers take for a key, are no secrets but ordinary words
+# A shorter key, such as "none" or "EMPTY" for a local server, is an ordinary word and no secret.
 SHORTEST_SECRET = 8
 
 
@@ -66,17 +66,24 @@ class Request:
     """What it is about, for messages and the journal."""
     messages: list[dict[str, Any]]
     images: dict[str, Path] = field(default_factory=dict)
-    """What stands for a picture in ``messages`` -> its file."""
+    """The name of each picture in ``messages`` -> its file, see ``image_part``."""
     number: int = 0
-    """Raised to ask the same once more."""
+    """Another number asks the same once more."""
     more: int = 0
     """How many further requests may follow if the checks refuse the answer; for the estimate."""
     stand_in: str | None = None
     """What a dry run goes on with instead of an answer; None: it cannot go on."""
 
 
-class Chat(Protocol):
+class ChatModel(Protocol):
+    """A model to ask, or its stand-in."""
+
+    used: dict[tuple[str, str], Answer]
+    """By (stage, key): all that was asked, now or by an earlier run."""
+
     def ask(self, request: Request) -> Answer: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -137,12 +144,12 @@ class Endpoint:
         return {name: value for name, value in fields.items() if value is not None}
 
     def key(self, request: Request) -> str:
-        # the number is in the key, too: "seed" may have been removed from the body
+        # The number is in the key, too, as --extra may have removed "seed" from the body.
         content = json.dumps([self.body(request), request.number], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def picture(path: Path, side: int) -> tuple[dict[str, Any], dict[str, Path]]:
+def image_part(path: Path, side: int) -> tuple[dict[str, Any], dict[str, Path]]:
     """(message part, Request.images) of the picture in ``path``, to be sent with its longest side
     at most ``side`` pixels."""
     name = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()};side={side}"
@@ -187,25 +194,30 @@ class Pacer:
 
 
 @dataclass(frozen=True)
-class _Failure:
+class Failure:
+    """Why an attempt got no answer."""
+
     reason: str
     status: int | None = None
+    """Of HTTP; None where no whole reply came."""
     wait: float | None = None
     """Seconds that the server asks to wait."""
     retried: bool = True
+    """Whether another attempt may succeed."""
     fatal: bool = False
+    """Whether every other request would fail, too."""
 
 
 class ChatClient:
     """Asks one endpoint; used by many threads at once."""
 
     def __init__(self, endpoint: Endpoint, journal: Journal, pacer: Pacer, stop: threading.Event):
-        self.endpoint, self.journal, self.used = endpoint, journal, {}
-        """``used``: Answer by (stage, key) of all that was asked, sent now or earlier."""
+        self.endpoint, self.journal = endpoint, journal
+        self.used: dict[tuple[str, str], Answer] = {}
         self._pacer, self._stop = pacer, stop
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._guard = threading.Lock()
-        # redirects would carry the key to another host
+        # A redirect would carry the key to another host.
         self._http = httpx2.Client(timeout=httpx2.Timeout(endpoint.timeout), follow_redirects=False)
 
     def close(self) -> None:
@@ -216,46 +228,44 @@ class ChatClient:
         key = self.endpoint.key(request)
         with self._guard:
             lock = self._locks[key]
-        with lock:  # two equal requests at a time are one
+        with lock:  # the second of two equal requests finds the answer of the first
             answer = self.journal.answer(key) or self._send(key, request)
         self.used[request.stage, key] = answer
         return answer
 
     def _send(self, key: str, request: Request) -> Answer:
-        content = self._content(request)
+        body = self.endpoint.body(request)
+        text = json.dumps(body)
+        for name, path in request.images.items():
+            text = text.replace(name, data_url(read_image(path), self.endpoint.image_side))
+        content = text.encode()
         for attempt in range(self.endpoint.retries + 1):
             self._pacer.wait()
             started = time.monotonic()
             reply, outcome = self._attempt(content)
-            answer = outcome if isinstance(outcome, Answer) else None
-            facts = {
-                "stage": request.stage,
-                "item": request.item,
-                "attempt": attempt,
-                "request": self.endpoint.body(request),
-            }
-            failed = (
-                {"status": 200, "error": None}
-                if answer
-                else {"status": outcome.status, "error": outcome.reason}
+            failure = outcome if isinstance(outcome, Failure) else None
+            self.journal.append(
+                key,
+                None if isinstance(outcome, Failure) else outcome,
+                stage=request.stage,
+                item=request.item,
+                attempt=attempt,
+                request=body,
+                status=failure.status if failure else 200,
+                error=failure.reason if failure else None,
+                seconds=round(time.monotonic() - started, 3),
+                reply=reply,
             )
-            seconds = round(time.monotonic() - started, 3)
-            self.journal.append(key, answer, **facts, **failed, seconds=seconds, reply=reply)
-            if answer:
-                return answer
-            self._after(outcome, key, attempt, request)
+            if isinstance(outcome, Answer):
+                return outcome
+            self._before_retry(outcome, key, attempt, request)
+            reason = outcome.reason
         raise ChatError(
             f"{request.stage} {request.item}: no answer after {attempt + 1} attempts; the last:"
-            f" {outcome.reason}"
+            f" {reason}"
         )
 
-    def _content(self, request: Request) -> bytes:
-        text = json.dumps(self.endpoint.body(request))
-        for name, path in request.images.items():
-            text = text.replace(name, data_url(read_image(path), self.endpoint.image_side))
-        return text.encode()
-
-    def _attempt(self, content: bytes) -> tuple[str | None, Answer | _Failure]:
+    def _attempt(self, content: bytes) -> tuple[str | None, Answer | Failure]:
         """(text of the reply or None, what it means)."""
         headers = {"Content-Type": "application/json"}
         if self.endpoint.api_key:
@@ -266,19 +276,19 @@ class ChatClient:
                 "POST", self.endpoint.url, content=content, headers=headers
             ) as response:
                 text = self._scrub(_read(response, deadline))
-                return text, _judge(response.status_code, response.headers, text)
+                return text, read_reply(response.status_code, response.headers, text)
         except httpx2.UnsupportedProtocol as error:
             raise Abort(f"--base_url: {error}") from None
         except (httpx2.TimeoutException, TimeoutError):
-            return None, _Failure(f"no whole reply within {self.endpoint.timeout:g} s")
+            return None, Failure(f"no whole reply within {self.endpoint.timeout:g} s")
         except (httpx2.HTTPError, httpx2.StreamError) as error:
-            return None, _Failure(self._scrub(_line(f"{type(error).__name__}: {error}")))
+            return None, Failure(self._scrub(_shortened(f"{type(error).__name__}: {error}")))
 
     def _scrub(self, text: str) -> str:
         key = self.endpoint.api_key
         return text.replace(key, "***") if len(key) >= SHORTEST_SECRET else text
 
-    def _after(self, failure: _Failure, key: str, attempt: int, request: Request) -> None:
+    def _before_retry(self, failure: Failure, key: str, attempt: int, request: Request) -> None:
         """Waits before the next attempt. Raises Abort or ChatError where there is none, Stopped
         where the run is over."""
         if failure.fatal:
@@ -293,15 +303,15 @@ class ChatClient:
                 )
                 raise Abort(f"{self.endpoint.url}: {asked}; run the same command again later")
             self._pacer.pause(failure.wait)  # the limit is the account's, not this request's
-        # the same for every run of the same request, but different between requests: they must not
-        # all come back at once
+        # Requests that failed together must not all come back together.
         jitter = random.Random(f"{key}{attempt}").uniform(0.5, 1.0)
         if self._stop.wait(min(LONGEST_BACKOFF, self.endpoint.backoff * 2**attempt) * jitter):
             raise Stopped
 
 
 def _read(response: httpx2.Response, deadline: float) -> str:
-    """The body; a server that sends it drop by drop does not hold us beyond the ``deadline``."""
+    """The body. Raises TimeoutError at the ``deadline``, also where the server sends drop by drop
+    and no single read times out."""
     chunks, size = [], 0
     for chunk in response.iter_bytes():
         if time.monotonic() > deadline:
@@ -313,53 +323,51 @@ def _read(response: httpx2.Response, deadline: float) -> str:
     return b"".join(chunks).decode("utf-8", "replace")
 
 
-def _line(text: str, longest: int = 200) -> str:
+def _shortened(text: str, longest: int = 200) -> str:
+    """``text`` in one line."""
     text = " ".join(text.split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def _judge(status: int, headers: httpx2.Headers, text: str) -> Answer | _Failure:
+def read_reply(status: int, headers: httpx2.Headers, text: str) -> Answer | Failure:
+    """What a whole reply means."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
         content = None
     if status == 200:
-        return _read_answer(content, text)
+        return _read_completion(content, text)
     error = content.get("error") if isinstance(content, dict) else None
-    code = error.get("code") or error.get("type") if isinstance(error, dict) else None
-    said = error.get("message") if isinstance(error, dict) else error
-    reason = f"HTTP {status}: {_line(said if isinstance(said, str) else text) or 'no reason given'}"
+    code, message = None, error
+    if isinstance(error, dict):
+        code, message = error.get("code") or error.get("type"), error.get("message")
+    message = _shortened(message if isinstance(message, str) else text) or "no reason given"
+    reason = f"HTTP {status}: {message}"
     if status in FATAL or 300 <= status < 400 or code == "insufficient_quota":
-        return _Failure(
-            f"{reason}; check --base_url, --model and the key in the environment",
-            status,
-            fatal=True,
-        )
-    return _Failure(reason, status, _retry_after(headers), retried=status in RETRIED)
+        reason += "; check --base_url, --model and the key in the environment"
+        return Failure(reason, status, fatal=True)
+    return Failure(reason, status, retry_after(headers), retried=status in RETRIED)
 
 
-def _read_answer(content: Any, text: str) -> Answer | _Failure:
+def _read_completion(content: Any, text: str) -> Answer | Failure:
     try:
         choice = content["choices"][0]
-        message = choice["message"]
-        words, refusal = message.get("content"), message.get("refusal")
-        if isinstance(words, list):  # parts
-            words = "".join(part["text"] for part in words if part.get("type") == "text")
-        if not isinstance(words, str) and not refusal:
+        written, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+        if isinstance(written, list):  # parts
+            written = "".join(part["text"] for part in written if part.get("type") == "text")
+        if not isinstance(written, str) and not refusal:
             raise TypeError
+        finish = str(choice.get("finish_reason") or "stop")
         usage = content.get("usage") or {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         counts = [count if type(count) is int and count >= 0 else None for count in counts]
-        finish = (
-            "refusal" if not isinstance(words, str) else str(choice.get("finish_reason") or "stop")
-        )
-        return Answer(words or "", finish, *counts)
+        return Answer(written or "", finish if isinstance(written, str) else "refusal", *counts)
     except (TypeError, KeyError, IndexError, AttributeError):
         what = "not JSON" if content is None else "no chat completion"
-        return _Failure(f"the reply is {what}: {_line(text, 80)!r}", 200)
+        return Failure(f"the reply is {what}: {_shortened(text, 80)!r}", 200)
 
 
-def _retry_after(headers: httpx2.Headers) -> float | None:
+def retry_after(headers: httpx2.Headers) -> float | None:
     """Seconds, from a number or a date; None where it is missing or neither."""
     value = headers.get("Retry-After", "")
     try:
@@ -369,39 +377,43 @@ def _retry_after(headers: httpx2.Headers) -> float | None:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         except (ValueError, TypeError):
             return None
-    return max(0.0, seconds) if seconds == seconds else None  # NaN is a number, too
+    return None if math.isnan(seconds) else max(0.0, seconds)
 
 
-def callable_key(name: str, request: Request) -> str:
+def local_key(name: str, request: Request) -> str:
     """The key of a request to a local model."""
     content = json.dumps([name, request.messages, request.number], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-class CallableChat:
-    """A model in this process, such as a local LLaVA, behind the same journal."""
+class LocalModel:
+    """A model in this process, such as a LLaVA, behind the same journal."""
 
     def __init__(self, describe: Callable[[np.ndarray, str], str], name: str, journal: Journal):
-        """``describe(image, instruction)``: the words of the model about ``image``, uint8 (H, W, 3)
-        RGB. ``name``: which model."""
-        self.describe, self.name, self.journal, self.used = describe, name, journal, {}
+        """``describe(image, instruction)``: the model's text about ``image``, uint8 (H, W, 3) RGB.
+        ``name``: which model."""
+        self.describe, self.name, self.journal = describe, name, journal
+        self.used: dict[tuple[str, str], Answer] = {}
         self._lock = threading.Lock()
 
     def ask(self, request: Request) -> Answer:
-        key = callable_key(self.name, request)
+        key = local_key(self.name, request)
         with self._lock:  # one model, one device
             answer = self.journal.answer(key)
             if answer is None:
                 (path,) = request.images.values()
                 instruction = "\n".join(texts_of(request.messages))
                 answer = Answer(self.describe(read_image(path), instruction), "stop", 0, 0)
-                facts = {
-                    "stage": request.stage,
-                    "item": request.item,
-                    "attempt": 0,
-                    "request": {"model": self.name},
-                }
-                self.journal.append(key, answer, **facts, status=None, error=None)
+                self.journal.append(
+                    key,
+                    answer,
+                    stage=request.stage,
+                    item=request.item,
+                    attempt=0,
+                    request={"model": self.name},
+                    status=None,
+                    error=None,
+                )
         self.used[request.stage, key] = answer
         return answer
 
@@ -411,6 +423,11 @@ class CallableChat:
 
 def texts_of(messages: list[dict[str, Any]]) -> list[str]:
     """All texts of ``messages``, in order."""
-    parts = [message["content"] for message in messages]
-    parts = [[{"type": "text", "text": part}] if isinstance(part, str) else part for part in parts]
-    return [part["text"] for content in parts for part in content if part["type"] == "text"]
+    texts = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            texts.append(content)
+        else:
+            texts += [part["text"] for part in content if part["type"] == "text"]
+    return texts

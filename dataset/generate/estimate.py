@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from dataset.generate.client import NotAsked, Request, texts_of
@@ -31,39 +30,36 @@ class Price:
         return (tokens_in * self.tokens_in + tokens_out * self.tokens_out) / 1e6
 
 
-def tokens_of(text: str) -> int:
-    return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
-
-
 @dataclass
-class Count:
-    """Requests of one stage."""
+class StageEstimate:
+    """The requests of one stage."""
 
     answered: int = 0
-    """In the journal already."""
+    """Requests whose answer is in the journal already."""
     requests: int = 0
-    """To be sent."""
+    """Requests to be sent."""
     most: int = 0
-    """To be sent if the checks refuse every answer as often as they may."""
+    """Requests to be sent if the checks refuse every answer as often as they may."""
     tokens_in: int = 0
-    """Of ``most``."""
+    """Tokens of ``most`` requests."""
     tokens_out: int = 0
-    """Of ``most``, each answer as long as allowed."""
+    """Tokens of their answers, each as long as allowed."""
 
 
 class DryRun:
-    """Stands in for a client: answers from the journal, counts the rest, sends nothing."""
+    """Stands in for a model: answers from the journal, counts the other requests, sends nothing."""
 
     def __init__(
         self,
         key: Callable[[Request], str],
         answers: dict[str, Answer],
-        counts: dict[str, Count],
+        estimates: dict[str, StageEstimate],
         max_tokens: int,
         tokens_per_image: int,
     ):
-        """``key``: that of the client it stands in for."""
-        self._key, self._answers, self._counts = key, answers, counts
+        """``key``: that of the model it stands in for. ``estimates``: by stage, counted up here."""
+        self.used: dict[tuple[str, str], Answer] = {}  # a dry run makes no result
+        self._key, self._answers, self._estimates = key, answers, estimates
         self._max_tokens, self._tokens_per_image = max_tokens, tokens_per_image
         self._lock = threading.Lock()
         self._seen: set[tuple[str, str]] = set()
@@ -73,7 +69,7 @@ class DryRun:
         neither."""
         key = self._key(request)
         with self._lock:
-            # by item, too: two photos differ in what their stand-ins do not show
+            # Two photos with the same stand-in for a summary have one key, but are two requests.
             if (key, request.item) not in self._seen:
                 self._seen.add((key, request.item))
                 self._count(request, key in self._answers)
@@ -84,54 +80,44 @@ class DryRun:
         return Answer(request.stand_in, "stop")
 
     def _count(self, request: Request, answered: bool) -> None:
-        count = self._counts[request.stage]
+        estimate = self._estimates[request.stage]
         if answered:
-            count.answered += 1
+            estimate.answered += 1
             return
         texts = texts_of(request.messages)
-        asked = (
-            sum(map(tokens_of, texts))
-            + TOKENS_PER_MESSAGE * len(texts)
-            + self._tokens_per_image * len(request.images)
-        )
+        prompt = sum(math.ceil(len(text) / CHARACTERS_PER_TOKEN) for text in texts)
+        prompt += TOKENS_PER_MESSAGE * len(texts) + self._tokens_per_image * len(request.images)
         rounds = range(1 + request.more)
-        count.requests += 1
-        count.most += len(rounds)
-        # each further round repeats the talk so far
-        count.tokens_in += sum(asked + number * self._max_tokens for number in rounds)
-        count.tokens_out += len(rounds) * self._max_tokens
+        estimate.requests += 1
+        estimate.most += len(rounds)
+        # Each further round repeats the messages and the answers before it.
+        estimate.tokens_in += sum(prompt + number * self._max_tokens for number in rounds)
+        estimate.tokens_out += len(rounds) * self._max_tokens
 
     def close(self) -> None:
         """Nothing to close."""
 
 
-def new_counts() -> dict[str, Count]:
-    return defaultdict(Count)
-
-
-def estimate_table(counts: dict[str, Count], prices: dict[str, Price]) -> str:
+def estimate_table(estimates: dict[str, StageEstimate], prices: dict[str, Price]) -> str:
     """The lines that --dry_run prints."""
-    lines = [
-        f"{'stage':<12}{'answered':>10}{'requests':>10}{'at most':>10}{'tokens in':>14}{'tokens out':>14}{'USD':>10}"
-    ]
+    row = "{:<12}{:>10}{:>10}{:>10}{:>14}{:>14}{:>10}".format
+    lines = [row("stage", "answered", "requests", "at most", "tokens in", "tokens out", "USD")]
     total = 0.0
-    for stage, count in counts.items():
-        cost = prices[stage].of(count.tokens_in, count.tokens_out)
+    for stage, estimate in estimates.items():
+        cost = prices[stage].of(estimate.tokens_in, estimate.tokens_out)
         total += cost
-        numbers = f"{count.answered:>10}{count.requests:>10}{count.most:>10}{count.tokens_in:>14}{count.tokens_out:>14}"
-        lines.append(f"{stage:<12}{numbers}{cost:>10.4f}")
+        lines.append(row(stage, *astuple(estimate), f"{cost:.4f}"))
     lines.append(f"at most {total:.4f} USD at the prices given; nothing was sent")
     return "\n".join(lines)
 
 
-def spent(used: Iterable[tuple[str, Answer]], prices: dict[str, Price]) -> dict[str, Any]:
+def cost_by_stage(used: Iterable[tuple[str, Answer]], prices: dict[str, Price]) -> dict[str, Any]:
     """Requests, tokens and dollars by stage of the (stage, answer) pairs that made the result;
-    failed attempts are not in it."""
+    failed attempts are not in it. "uncounted": answers whose tokens the server did not count."""
     table: dict[str, Any] = {}
+    empty = {"requests": 0, "tokens_in": 0, "tokens_out": 0, "usd": 0.0, "uncounted": 0}
     for stage, answer in used:
-        row = table.setdefault(
-            stage, {"requests": 0, "tokens_in": 0, "tokens_out": 0, "usd": 0.0, "uncounted": 0}
-        )
+        row = table.setdefault(stage, dict(empty))
         row["requests"] += 1
         row["tokens_in"] += answer.tokens_in or 0
         row["tokens_out"] += answer.tokens_out or 0

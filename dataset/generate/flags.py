@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,13 +20,13 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the flags")
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
+def _at_least(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
         if not re.fullmatch(r"\d+", text) or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
         return int(text)
 
-    return whole
+    return whole_number
 
 
 def _amount(text: str) -> float:
@@ -49,203 +50,112 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all three commands. A wrong flag raises ValueError instead of ending the
+    process."""
     about = "Data made with a language model; docs/generate.md explains it."
     parser = _Parser(prog="python -m dataset.generate", description=about, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    command = commands.add_parser(
-        "questions", help="questions about marked objects, as LLM-Seg40K", allow_abbrev=False
-    )
+
+    what = "questions about marked objects, as LLM-Seg40K"
+    command = commands.add_parser("questions", help=what, allow_abbrev=False)
     _add_questions(command)
     _add_common(command)
-    command = commands.add_parser(
-        "exemplars", help="more pairs for the exemplar library", allow_abbrev=False
-    )
-    command.add_argument(
-        "--library", type=Path, default=LIBRARY_PATH, help="JSON that is continued"
-    )
-    command.add_argument(
-        "--domains", help="domains joined by commas (default: those of the library)"
-    )
-    command.add_argument(
-        "--per_domain", type=_whole(1), default=10, help="new pairs in every domain"
-    )
+
+    what = "more pairs for the exemplar library"
+    command = commands.add_parser("exemplars", help=what, allow_abbrev=False)
+    add = command.add_argument
+    add("--library", type=Path, default=LIBRARY_PATH, help="JSON that is continued")
+    add("--domains", help="domains joined by commas (default: those of the library)")
+    add("--per_domain", type=_at_least(1), default=10, help="new pairs in every domain")
     _add_common(command)
-    command = commands.add_parser(
-        "rephrase", help="other wordings of a split in ReasonSeg's layout", allow_abbrev=False
-    )
-    command.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="split folder, such as data/reason_seg/ReasonSeg/train",
-    )
-    command.add_argument(
-        "--wordings", type=_whole(1), default=4, help="new wordings of every query"
-    )
+
+    what = "other wordings of a split in ReasonSeg's layout"
+    command = commands.add_parser("rephrase", help=what, allow_abbrev=False)
+    add = command.add_argument
+    what = "split folder, such as data/reason_seg/ReasonSeg/train"
+    add("--data", type=Path, required=True, help=what)
+    add("--wordings", type=_at_least(1), default=4, help="new wordings of every query")
     _add_common(command)
     return parser
 
 
 def _add_questions(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     what = (
         "coco or ego_objects; instances in COCO's format; folder of the images; optionally which,"
-        " such as 2-5:6000,6-:4000 for "
+        " such as 2-5:6000,6-:4000 for 6000 images with 2 to 5 categories and 4000 with 6 or more"
+        " (default 2-); may be given several times"
     )
-    what += (
-        "6000 images with 2 to 5 categories and 4000 with 6 or more (default 2-); may be given"
-        " several times"
-    )
-    names = ("KIND", "ANNOTATIONS", "IMAGES")
-    command.add_argument(
-        "--source", nargs="+", action="append", required=True, metavar=names[0], help=what
-    )
-    command.add_argument(
-        "--captioner",
-        default="chat",
-        help="chat: an endpoint; none; module:function for a local model",
-    )
-    command.add_argument(
-        "--captioner_model",
-        default="",
-        help="model of the captioner (default: --model), or its folder",
-    )
-    command.add_argument(
-        "--captioner_url", default="", help="endpoint of the captioner (default: --base_url)"
-    )
-    command.add_argument(
-        "--captioner_key_env",
-        default="",
-        help="like --api_key_env; that one unless --captioner_url is given",
-    )
-    command.add_argument(
-        "--captioner_price_in", type=_amount, help="like --price_in, for the captioner"
-    )
-    command.add_argument(
-        "--captioner_price_out", type=_amount, help="like --price_out, for the captioner"
-    )
-    command.add_argument(
-        "--image_side",
-        type=_whole(16),
-        default=1024,
-        help="longest side of the pictures sent, in pixels",
-    )
-    command.add_argument("--tokens_per_image", type=_whole(0), default=765, help="for the estimate")
-    defaults = QuestionOptions()
-    command.add_argument(
-        "--objects",
-        type=_whole(1),
-        default=defaults.objects,
-        help="most objects asked about in an image",
-    )
-    command.add_argument(
-        "--least_share",
-        type=_amount,
-        default=defaults.least_share,
-        help="smallest object, as part of the image",
-    )
-    command.add_argument(
-        "--most_share",
-        type=_amount,
-        default=defaults.most_share,
-        help="largest object, as part of the image",
-    )
-    command.add_argument(
-        "--most_repeats",
-        type=_whole(1),
-        default=defaults.most_repeats,
-        help="how often one question may occur",
-    )
-    command.add_argument(
-        "--allow_names", action="store_true", help="a question may name its object"
-    )
-    command.add_argument(
-        "--validation", type=_amount, default=0.1, help="part of the images for validation.json"
-    )
-    command.add_argument(
-        "--test", type=_amount, default=0.1, help="part of the images for test.json"
-    )
+    add("--source", nargs="+", action="append", required=True, metavar="KIND", help=what)
+    what = "chat: an endpoint; none; module:function for a local model"
+    add("--captioner", default="chat", help=what)
+    what = "model of the captioner (default: --model), or its folder"
+    add("--captioner_model", default="", help=what)
+    add("--captioner_url", default="", help="endpoint of the captioner (default: --base_url)")
+    what = "like --api_key_env; that one unless --captioner_url is given"
+    add("--captioner_key_env", default="", help=what)
+    add("--captioner_price_in", type=_amount, help="like --price_in, for the captioner")
+    add("--captioner_price_out", type=_amount, help="like --price_out, for the captioner")
+    what = "longest side of the pictures sent, in pixels"
+    add("--image_side", type=_at_least(16), default=1024, help=what)
+    add("--tokens_per_image", type=_at_least(0), default=765, help="for the estimate")
+    default = QuestionOptions()
+    for name, of, what in (
+        ("objects", _at_least(1), "most objects asked about in an image"),
+        ("least_share", _amount, "smallest object, as part of the image"),
+        ("most_share", _amount, "largest object, as part of the image"),
+        ("most_repeats", _at_least(1), "how often one question may occur"),
+    ):
+        add(f"--{name}", type=of, default=getattr(default, name), help=what)
+    add("--allow_names", action="store_true", help="a question may name its object")
+    add("--validation", type=_amount, default=0.1, help="part of the images for validation.json")
+    add("--test", type=_amount, default=0.1, help="part of the images for test.json")
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="what to write; journal and report go to <out>.generation/",
-    )
-    command.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="only say how many requests, tokens and dollars are left",
-    )
-    command.add_argument(
-        "--rounds",
-        type=_whole(1),
-        default=2,
-        help="how often the model is asked before an item is given up",
-    )
-    group = command.add_argument_group("endpoint")
-    group.add_argument(
-        "--base_url", default="http://localhost:8000/v1", help="OpenAI-compatible endpoint"
-    )
-    group.add_argument("--model", required=True, help="name of the model")
-    group.add_argument(
-        "--api_key_env", default="OPENAI_API_KEY", help="environment variable that holds the key"
-    )
-    group.add_argument("--max_tokens", type=_whole(1), default=1200, help="longest answer")
-    group.add_argument("--temperature", type=_amount, default=0.7)
-    group.add_argument(
-        "--seed",
-        type=_whole(0),
-        default=0,
-        help="of the choice of images and, where it is honoured, of the model",
-    )
-    group.add_argument(
-        "--extra",
-        type=_object,
-        default={},
-        help="JSON object of further request fields; null removes one",
-    )
-    group.add_argument(
-        "--price_in", type=_amount, default=0.0, help="US dollars per million tokens sent"
-    )
-    group.add_argument(
-        "--price_out", type=_amount, default=0.0, help="US dollars per million tokens received"
-    )
-    group = command.add_argument_group("pace")
-    group.add_argument("--requests_per_minute", type=_amount, default=60.0, help="0: no limit")
-    group.add_argument(
-        "--concurrent", type=_whole(1), default=4, help="requests under way at a time"
-    )
-    group.add_argument("--timeout", type=_amount, default=120.0, help="seconds for a whole reply")
-    group.add_argument(
-        "--retries", type=_whole(0), default=6, help="further attempts after an error that may pass"
-    )
-    group.add_argument(
-        "--backoff",
-        type=_amount,
-        default=1.0,
-        help="seconds before the first of them; doubles with each",
-    )
-    group.add_argument(
-        "--max_wait",
-        type=_amount,
-        default=600.0,
-        help="longest pause that a server may ask for, in seconds",
-    )
-    group.add_argument(
-        "--give_up_after", type=_whole(1), default=10, help="failed items in a row that end the run"
-    )
-    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    add = command.add_argument
+    what = "what to write; journal and report go to <out>.generation/"
+    add("--out", type=Path, required=True, help=what)
+    what = "only say how many requests, tokens and dollars are left"
+    add("--dry_run", action="store_true", help=what)
+    what = "how often the model is asked before an item is given up"
+    add("--rounds", type=_at_least(1), default=2, help=what)
+
+    add = command.add_argument_group("endpoint").add_argument
+    add("--base_url", default="http://localhost:8000/v1", help="OpenAI-compatible endpoint")
+    add("--model", required=True, help="name of the model")
+    what = "environment variable that holds the key"
+    add("--api_key_env", default="OPENAI_API_KEY", help=what)
+    add("--max_tokens", type=_at_least(1), default=1200, help="longest answer")
+    add("--temperature", type=_amount, default=0.7)
+    what = "of the choice of images and, where it is honoured, of the model"
+    add("--seed", type=_at_least(0), default=0, help=what)
+    what = "JSON object of further request fields; null removes one"
+    add("--extra", type=_object, default={}, help=what)
+    add("--price_in", type=_amount, default=0.0, help="US dollars per million tokens sent")
+    add("--price_out", type=_amount, default=0.0, help="US dollars per million tokens received")
+
+    add = command.add_argument_group("pace").add_argument
+    add("--requests_per_minute", type=_amount, default=60.0, help="0: no limit")
+    add("--concurrent", type=_at_least(1), default=4, help="requests under way at a time")
+    add("--timeout", type=_amount, default=120.0, help="seconds for a whole reply")
+    what = "further attempts after an error that may pass"
+    add("--retries", type=_at_least(0), default=6, help=what)
+    what = "seconds before the first of them; doubles with each"
+    add("--backoff", type=_amount, default=1.0, help=what)
+    what = "longest pause that a server may ask for, in seconds"
+    add("--max_wait", type=_amount, default=600.0, help=what)
+    what = "failed items in a row that end the run"
+    add("--give_up_after", type=_at_least(1), default=10, help=what)
+    add("--quiet", action="store_true", help="no progress bar")
 
 
 def read_source(values: list[str]) -> Source:
     """One --source. Raises ValueError."""
     if len(values) not in (3, 4) or values[0] not in KINDS:
-        kinds = " or ".join(KINDS)
         raise ValueError(
-            f"--source {' '.join(values)}: give {kinds}, a JSON file, a folder of images and, if"
-            " wanted, which"
+            f"--source {' '.join(values)}: give {' or '.join(KINDS)}, a JSON file, a folder of"
+            " images and, if wanted, which"
         )
-    wanted = {"wanted": parse_wanted(values[3])} if len(values) == 4 else {}
-    return Source(values[0], Path(values[1]), Path(values[2]), **wanted)
+    source = Source(values[0], Path(values[1]), Path(values[2]))
+    return replace(source, wanted=parse_wanted(values[3])) if len(values) == 4 else source

@@ -3,7 +3,7 @@ before it is used."""
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import threading
@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from dataset.files.errors import DataError
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one request."""
+    """What a model answered to one request."""
 
     text: str
     finish: str
@@ -59,23 +61,24 @@ class Journal:
         """Raises DataError if another run writes to it or a line is damaged."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.path.open("ab")
+        self._lock = threading.Lock()
+        # Between processes. The system releases it if this one is killed.
+        self._process_lock = FileLock(self.path.with_suffix(".lock"), 0, thread_local=False)
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._stream.close()
+            self._process_lock.acquire()
+        except Timeout:
             raise DataError(
                 f"{self.path}: another run writes to this journal; wait for it or choose another"
                 " --out"
             ) from None
         try:
             self._answers, length = read_answers(self.path)
-        except DataError:
-            self._stream.close()
+            self._stream = self.path.open("ab")
+        except BaseException:
+            self._unlock()
             raise
-        # what a kill cut off is no record, and the next line must start on its own
+        # A line that a kill cut off is no record, and the next line must not continue it.
         self._stream.truncate(length)
-        self._lock = threading.Lock()
 
     def answer(self, key: str) -> Answer | None:
         return self._answers.get(key)
@@ -94,3 +97,11 @@ class Journal:
 
     def close(self) -> None:
         self._stream.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        # The lock's file goes while the lock is held, so nobody can hold a file that has gone.
+        # Windows refuses this, but there releasing the lock removes the file.
+        with contextlib.suppress(OSError):
+            Path(self._process_lock.lock_file).unlink()
+        self._process_lock.release()

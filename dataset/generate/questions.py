@@ -4,14 +4,16 @@ published without it.
 Result, in the layout of LLM-Seg40K (dataset/readers/llm_seg40k.py reads it)::
 
     <out>/{train,validation,test}.json
-    {photo: {"from_dataset": …, "qa_pairs": [{"question", "answer", "rle_seg", "object", "annotation_ids"}, …]}}
+    {photo: {"from_dataset": …, "qa_pairs": [pair, …]}, …}
+    pair: {"question", "answer", "rle_seg", "object", "annotation_ids"}
 
-``object`` and ``annotation_ids`` say where a mask is from; readers ignore them.
+"object" and "annotation_ids" say where a mask is from; readers ignore them.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +21,10 @@ from typing import Any
 
 from dataset.conversation.exemplars import normalise
 from dataset.generate import checks, prompts
-from dataset.generate.client import Chat, Request, picture
-from dataset.generate.scenes import Scene, SceneObject
-from dataset.generate.talk import talk
-from dataset.generate.work import write_json
+from dataset.generate.ask import ask_for_list
+from dataset.generate.client import ChatModel, Request, image_part
+from dataset.generate.run import write_json
+from dataset.generate.scenes import MarkedObject, Photograph
 
 SPLITS = ("train", "validation", "test")
 SUMMARY_WORDS = (15, 250)
@@ -30,6 +32,8 @@ SUMMARY_WORDS = (15, 250)
 
 @dataclass(frozen=True)
 class QuestionOptions:
+    """Which objects are asked about, and what a question must keep to."""
+
     objects: int = 4
     """Most objects of an image that are asked about: the largest."""
     least_share: float = 0.002
@@ -54,30 +58,34 @@ class QuestionOptions:
 
 @dataclass(frozen=True)
 class Asked:
-    """What came of one scene."""
+    """What came of one photograph."""
 
-    scene: Scene
+    photograph: Photograph
     pairs: list[dict[str, Any]]
     refused: list[str] = field(default_factory=list)
 
 
 def ask_about(
-    scene: Scene, captioner: Chat | None, chat: Chat, side: int, options: QuestionOptions
+    photograph: Photograph,
+    captioner: ChatModel | None,
+    chat: ChatModel,
+    side: int,
+    options: QuestionOptions,
 ) -> Asked:
-    """Questions about ``scene``. ``captioner``: None to go without a summary. ``side``: see
-    client.picture.
+    """Questions about ``photograph``. ``captioner``: None to go without a summary. ``side``: see
+    ``client.image_part``.
 
     Raises DataError, ChatError, Abort.
     """
-    found = scene.objects()
+    found = photograph.objects()
     fitting = [o for o in found if options.least_share <= o.share <= options.most_share]
     objects = fitting[: options.objects]
     if not objects:
-        return Asked(scene, [], ["no object of a fitting size"])
-    others = sorted({*(o.name for o in found), *scene.others} - {o.name for o in objects})
-    summary = summarise(scene, captioner, side, options.rounds) if captioner else ""
+        return Asked(photograph, [], ["no object of a fitting size"])
+    others = sorted({*(o.name for o in found), *photograph.others} - {o.name for o in objects})
+    summary = describe_photograph(photograph, captioner, side, options.rounds) if captioner else ""
     if summary is None:
-        return Asked(scene, [], ["no usable summary"])
+        return Asked(photograph, [], ["no usable summary"])
     by_name = {o.name.lower(): o for o in objects}
 
     def check(entry: Any, accepted: list[Any]) -> str | None:
@@ -89,26 +97,33 @@ def ask_about(
         return f"for these things only: {', '.join(left)}" if left else ""
 
     messages = prompts.question_messages(summary, objects, others)
-    result = talk(chat, "questions", scene.name, messages, "pairs", check, missing, options.rounds)
-    accepted = sorted(result.accepted, key=lambda entry: objects.index(by_name[object_name(entry)]))
-    return Asked(
-        scene, [_pair(entry, by_name[object_name(entry)]) for entry in accepted], result.refused
+    result = ask_for_list(
+        chat, "questions", photograph.name, messages, "pairs", check, missing, options.rounds
     )
+    pairs = []
+    for target in objects:
+        for entry in result.accepted:
+            if by_name[object_name(entry)] is target:
+                texts = {key: " ".join(entry[key].split()) for key in ("question", "answer")}
+                mask = {"rle_seg": target.rle, "object": target.name}
+                pairs.append(texts | mask | {"annotation_ids": list(target.annotation_ids)})
+    return Asked(photograph, pairs, result.refused)
 
 
-def summarise(scene: Scene, captioner: Chat, side: int, rounds: int) -> str | None:
-    """What the photograph shows, in words; None where no try gives a usable summary."""
-    part, images = picture(scene.path, side)
+def describe_photograph(
+    photograph: Photograph, captioner: ChatModel, side: int, rounds: int
+) -> str | None:
+    """A summary of what the photograph shows; None where no try gives a usable one."""
+    part, images = image_part(photograph.path, side)
+    messages = prompts.caption_messages(part)
     least, most = SUMMARY_WORDS
+    stand_in = "word " * 120  # as long as CAPTION allows
     for number in range(rounds):
-        messages = prompts.caption_messages(part)
-        stand_in = "word " * 120  # as long as it may be
-        request = Request(
-            "caption", scene.name, messages, images, number, rounds - 1 - number, stand_in
-        )
+        more = rounds - 1 - number
+        request = Request("caption", photograph.name, messages, images, number, more, stand_in)
         answer = captioner.ask(request)
         text = " ".join(answer.text.split())
-        # a summary that is cut off is still one, up to its last whole sentence
+        # A summary that is cut off is still one, up to its last whole sentence.
         text = text[: text.rfind(".") + 1] if answer.finish == "length" else text
         if checks.check_length(text, least, most, "summary") is None:
             return text
@@ -121,56 +136,44 @@ def object_name(entry: Any) -> str:
 
 
 def check_pair(
-    entry: Any, accepted: Sequence[Any], objects: dict[str, SceneObject], reasoning: bool = True
+    entry: Any, accepted: Sequence[Any], objects: dict[str, MarkedObject], reasoning: bool = True
 ) -> str | None:
     """Why a pair is refused, or None. ``objects``: those asked about, by name in lower case."""
-    target = objects.get(object_name(entry))
+    name = object_name(entry)
+    target = objects.get(name)
     if target is None:
-        return f'a pair is about none of the things ("{object_name(entry)}")'
+        return f'a pair is about none of the things ("{name}")'
     question, answer = entry.get("question"), entry.get("answer")
-    reason = checks.check_length(question, 6, 35, "question") or checks.check_length(
-        answer, 6, 40, "answer"
-    )
+    twice = name in map(object_name, accepted)
     reason = (
-        reason or checks.check_plain(question, "question") or checks.check_plain(answer, "answer")
-    )
-    reason = (
-        reason or checks.check_leak(question) or checks.check_answer_names(answer, target.names)
-    )
-    if reasoning:
-        reason = reason or checks.check_unnamed(question, target.names)
-    if not reason and object_name(entry) in map(object_name, accepted):
-        reason = "a second question about it"
-    reason = reason or checks.check_new(
-        question, [other["question"] for other in accepted], "question"
+        checks.check_length(question, 6, 35, "question")
+        or checks.check_length(answer, 6, 40, "answer")
+        or checks.check_plain(question, "question")
+        or checks.check_plain(answer, "answer")
+        or checks.check_leak(question)
+        or checks.check_answer_names(answer, target.names)
+        or (checks.check_unnamed(question, target.names) if reasoning else None)
+        or ("a second question about it" if twice else None)
+        or checks.check_new(question, [other["question"] for other in accepted], "question")
     )
     return f"{target.name}: {reason}" if reason else None
 
 
-def _pair(entry: dict[str, Any], target: SceneObject) -> dict[str, Any]:
-    texts = {key: " ".join(entry[key].split()) for key in ("question", "answer")}
-    return texts | {
-        "rle_seg": target.rle,
-        "object": target.name,
-        "annotation_ids": list(target.annotation_ids),
-    }
-
-
 def without_repeats(asked: Iterable[Asked], most: int) -> list[Asked]:
     """Leaves out a question that was asked ``most`` times before it."""
-    counts: dict[str, int] = {}
-    kept = []
+    counts: Counter[str] = Counter()
+    result = []
     for one in asked:
         pairs, refused = [], list(one.refused)
         for pair in one.pairs:
             question = normalise(pair["question"])
-            counts[question] = counts.get(question, 0) + 1
+            counts[question] += 1
             if counts[question] <= most:
                 pairs.append(pair)
             else:
                 refused.append(f"{pair['object']}: the question was asked in {most} other images")
-        kept.append(Asked(one.scene, pairs, refused))
-    return kept
+        result.append(Asked(one.photograph, pairs, refused))
+    return result
 
 
 def split_of(name: str, validation: float, test: float) -> str:
@@ -185,16 +188,16 @@ def write_splits(
 ) -> dict[str, int]:
     """Writes the splits that hold a question; returns the number of questions by split."""
     content: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
-    for one in sorted(asked, key=lambda one: one.scene.name):
+    counts = dict.fromkeys(SPLITS, 0)
+    for one in sorted(asked, key=lambda one: one.photograph.name):
         if one.pairs:
-            entry = {"from_dataset": one.scene.source.kind, "qa_pairs": one.pairs}
-            content[split_of(one.scene.name, validation, test)][one.scene.name] = entry
+            name, kind = one.photograph.name, one.photograph.source.kind
+            split = split_of(name, validation, test)
+            content[split][name] = {"from_dataset": kind, "qa_pairs": one.pairs}
+            counts[split] += len(one.pairs)
     for split, entries in content.items():
         if entries:
             write_json(out / f"{split}.json", entries)
         else:
             (out / f"{split}.json").unlink(missing_ok=True)  # of an earlier run with other flags
-    return {
-        split: sum(len(entry["qa_pairs"]) for entry in entries.values())
-        for split, entries in content.items()
-    }
+    return counts

@@ -1,12 +1,14 @@
 """Photographs with marked objects, from instance annotations in the format of COCO, LVIS or
 EgoObjects.
 
-A file is read twice, entry by entry: once to choose the images, once for the masks of the chosen ones (LVIS is 1 GB of JSON).
-What the formats differ in::
+A file is read twice, entry by entry, because LVIS is 1 GB of JSON: once to choose the images, once
+for the masks of the chosen ones. What the formats differ in:
 
-    name of an image   COCO "file_name"; LVIS only "coco_url"; EgoObjects "url". The last part of it counts.
-    LVIS               "not_exhaustive_category_ids": categories of which not all instances are marked; never asked for
-    EgoObjects         boxes without masks; `python -m utils.boxes_to_masks` makes the masks first
+- The name of an image is the last part of "file_name" (COCO), "coco_url" (LVIS has only this) or
+  "url" (EgoObjects).
+- LVIS lists in "not_exhaustive_category_ids" the categories of an image of which not all instances
+  are marked; these are never asked for.
+- EgoObjects has boxes without masks; ``python -m utils.boxes_to_masks`` makes the masks first.
 
 H, W are the size of an image in the original frame.
 """
@@ -15,17 +17,19 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as rle_codec
 
 from dataset.files.errors import DataError
 from dataset.files.images import check_size, read_image
 from dataset.files.json_stream import JsonReader, parse_stream
 from dataset.files.paths import require_folder, resolve_inside
+from dataset.files.rle import encode_rle
 from dataset.readers.coco import annotation_mask
 
 KINDS = ("coco", "ego_objects")
@@ -36,7 +40,7 @@ class Source:
     """One --source: a file of annotations and the folder of its images."""
 
     kind: str
-    """What "from_dataset" will say; the loader knows from it where the images are."""
+    """What "from_dataset" of the result will be; LLM-Seg40K's loader finds the images by it."""
     annotations: Path
     images: Path
     wanted: tuple[tuple[int, int, int | None], ...] = ((2, 10**9, None),)
@@ -44,7 +48,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class SceneObject:
+class MarkedObject:
     """All instances of one category in an image."""
 
     name: str
@@ -61,7 +65,7 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
-class Scene:
+class Photograph:
     """An image and what is marked in it."""
 
     source: Source
@@ -80,29 +84,27 @@ class Scene:
     def path(self) -> Path:
         return resolve_inside(self.source.images, self.name)
 
-    def objects(self) -> list[SceneObject]:
+    def objects(self) -> list[MarkedObject]:
         """The marked objects, largest first. Raises DataError."""
-        check_size(
-            self.size,
-            read_image(self.path).shape[:2],
-            self.path,
-            f"the size in {self.source.annotations.name}",
-        )
+        stated = f"the size in {self.source.annotations.name}"
+        check_size(self.size, read_image(self.path).shape[:2], self.path, stated)
         found = [self._object(name, instances) for name, instances in self.annotations.items()]
         return sorted(found, key=lambda found: (-found.share, found.name))
 
-    def _object(self, name: str, instances: list[tuple[int, Any]]) -> SceneObject:
-        mask = np.zeros(self.size, dtype=bool)
+    def _object(self, name: str, instances: list[tuple[int, Any]]) -> MarkedObject:
+        mask, file = np.zeros(self.size, dtype=bool), self.source.annotations
         for number, segmentation in instances:
-            where = f"annotation {number}"
             mask |= annotation_mask(
-                segmentation, self.size, self.source.annotations, where, thin=True
+                segmentation, self.size, file, f"annotation {number}", thin=True
             )
-        rle = rle_codec.encode(np.asfortranarray(mask, dtype=np.uint8))
-        rle = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
-        ids = tuple(number for number, _ in instances)
-        return SceneObject(
-            name, self.categories[name], len(instances), float(mask.mean()), _where(mask), rle, ids
+        return MarkedObject(
+            name=name,
+            names=self.categories[name],
+            count=len(instances),
+            share=float(mask.mean()),
+            where=_where(mask),
+            rle=encode_rle(mask),
+            annotation_ids=tuple(number for number, _ in instances),
         )
 
 
@@ -118,11 +120,12 @@ def _where(mask: np.ndarray) -> str:
 
 
 def parse_wanted(text: str) -> tuple[tuple[int, int, int | None], ...]:
-    """ "2-5:6000,6-:4000" -> ((2, 5, 6000), (6, 10**9, 4000)): 6,000 images with 2 to 5 categories, 4,000 with 6 or more.
+    """What of a source is wanted: "2-5:6000,6-:4000" -> ((2, 5, 6000), (6, 10**9, 4000)), 6,000
+    images with 2 to 5 categories and 4,000 with 6 or more.
 
     Raises ValueError.
     """
-    found = []
+    found: list[tuple[int, int, int | None]] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)-(\d*)(?::(\d+))?", part.strip())
         if not match:
@@ -137,14 +140,14 @@ def parse_wanted(text: str) -> tuple[tuple[int, int, int | None], ...]:
                 " least 1"
             )
         found.append((least, most, int(match[3]) if match[3] else None))
-    for (_, most, _), (least, _, _) in zip(sorted(found), sorted(found)[1:], strict=False):
+    for (_, most, _), (least, _, _) in pairwise(sorted(found)):
         if least <= most:
             raise ValueError(f"--source: {text!r} asks twice for images with {least} categories")
     return tuple(found)
 
 
 def clean_name(name: str) -> str:
-    """ "lamb_(animal)" -> "lamb"."""
+    """The name without LVIS's brackets and underscores: "lamb_(animal)" -> "lamb"."""
     return " ".join(re.sub(r"\([^)]*\)", " ", name).replace("_", " ").split()) or name
 
 
@@ -157,7 +160,7 @@ class _Image:
 
 
 class _Survey:
-    """What the first reading keeps: every image, and the categories in it."""
+    """What the first reading of a file keeps: every image, and the categories in it."""
 
     def __init__(self, source: Path):
         self.source = source
@@ -168,21 +171,18 @@ class _Survey:
 
     def take(self, key: str, entry: dict) -> None:
         if key == "images":
-            place = next(
-                (entry[field] for field in ("file_name", "coco_url", "url") if entry.get(field)),
-                None,
-            )
-            if not isinstance(place, str):
+            places = [
+                entry[field] for field in ("file_name", "coco_url", "url") if entry.get(field)
+            ]
+            if not places or not isinstance(places[0], str):
                 raise KeyError("file_name")
+            name, size = places[0].rsplit("/", 1)[-1], (entry["height"], entry["width"])
             partly = frozenset(entry.get("not_exhaustive_category_ids", ()))
-            self.images[entry["id"]] = _Image(
-                place.rsplit("/", 1)[-1], (entry["height"], entry["width"]), partly
-            )
+            self.images[entry["id"]] = _Image(name, size, partly)
         elif key == "categories":
             name = clean_name(entry["name"])
-            self.names[entry["id"]] = tuple(
-                dict.fromkeys([name, *map(clean_name, entry.get("synonyms", ()))])
-            )
+            synonyms = map(clean_name, entry.get("synonyms", ()))
+            self.names[entry["id"]] = tuple(dict.fromkeys([name, *synonyms]))
         elif key == "annotations":
             self.present[entry["image_id"]].add(entry["category_id"])
             if entry.get("iscrowd"):
@@ -197,26 +197,35 @@ class _Survey:
     ) -> list[int]:
         """Ids of the images that are in ``folder`` and asked for, sorted by name."""
         there = {path.name for path in folder.iterdir()}
-        images = sorted(
-            (image.name, number) for number, image in self.images.items() if image.name in there
-        )
+        images = sorted((image.name, i) for i, image in self.images.items() if image.name in there)
         chosen = []
         for least, most, count in wanted:
-            fitting = [
-                (name, number)
-                for name, number in images
-                if least <= len(self.complete(number)) <= most
-            ]
+            fitting = [pair for pair in images if least <= len(self.complete(pair[1])) <= most]
             if count is not None and count < len(fitting):
-                picked = np.random.default_rng([seed, least]).choice(
-                    len(fitting), size=count, replace=False
-                )
+                rng = np.random.default_rng([seed, least])
+                picked = rng.choice(len(fitting), size=count, replace=False)
                 fitting = [fitting[index] for index in sorted(picked)]
             chosen += fitting
         return [number for _, number in sorted(chosen)]
 
+    def photograph(self, source: Source, number: int, found: dict[int, list]) -> Photograph:
+        """Image ``number``. ``found``: category id -> (annotation id, segmentation) of each
+        instance."""
+        image = self.images[number]
+        present = [self.names[category][0] for category in self.present[number]]
+        # With "bat_(animal)" and "bat_(sports)" in one image nobody could tell which is meant.
+        asked = {
+            self.names[category]: sorted(instances, key=lambda pair: pair[0])
+            for category, instances in sorted(found.items())
+            if present.count(self.names[category][0]) == 1
+        }
+        categories = {names[0]: names for names in asked}
+        annotations = {names[0]: instances for names, instances in asked.items()}
+        others = tuple(sorted(set(present) - categories.keys()))
+        return Photograph(source, image.name, image.size, categories, others, annotations)
 
-def _each_entry(source: Path, keys: tuple[str, ...], take: Any) -> None:
+
+def _each_entry(source: Path, keys: tuple[str, ...], take: Callable[[str, Any], None]) -> None:
     """``take(key, entry)`` of every entry of the lists ``keys``. Raises DataError."""
 
     def parse(reader: JsonReader) -> set[str]:
@@ -243,19 +252,20 @@ def _each_entry(source: Path, keys: tuple[str, ...], take: Any) -> None:
         )
 
 
-def read_scenes(source: Source, seed: int) -> list[Scene]:
-    """The scenes that ``source`` asks for, sorted by image name. Raises DataError."""
+def read_photographs(source: Source, seed: int) -> list[Photograph]:
+    """The photographs that ``source`` asks for, sorted by image name. Raises DataError."""
     require_folder(source.images, f"the images of {source.annotations.name}")
     survey = _Survey(source.annotations)
     _each_entry(source.annotations, ("images", "annotations", "categories"), survey.take)
-    if unknown := set().union(*survey.present.values()) - survey.names.keys():
-        raise DataError(
-            f"{source.annotations}: an annotation names the unknown category {min(unknown)}"
-        )
-    if unknown := survey.present.keys() - survey.images.keys():
-        raise DataError(
-            f"{source.annotations}: an annotation names the unknown image {min(unknown)}"
-        )
+    categories = set().union(*survey.present.values())
+    for what, unknown in (
+        ("category", categories - survey.names.keys()),
+        ("image", survey.present.keys() - survey.images.keys()),
+    ):
+        if unknown:
+            raise DataError(
+                f"{source.annotations}: an annotation names the unknown {what} {min(unknown)}"
+            )
     chosen = survey.choose(source.images, source.wanted, seed)
     if not chosen:
         raise DataError(f"{source.annotations}: no image of the wanted kind is in {source.images}")
@@ -273,28 +283,4 @@ def read_scenes(source: Source, seed: int) -> list[Scene]:
             segmentations[image][category].append((entry["id"], entry["segmentation"]))
 
     _each_entry(source.annotations, ("annotations",), take)
-    return [_scene(source, survey, image, segmentations[image]) for image in chosen]
-
-
-def _scene(source: Source, survey: _Survey, number: int, segmentations: dict[int, list]) -> Scene:
-    image = survey.images[number]
-    present = [survey.names[category][0] for category in survey.present[number]]
-    # "bat_(animal)" and "bat_(sports)" in one image: nobody could tell which is meant
-    asked = [
-        category
-        for category in sorted(segmentations)
-        if present.count(survey.names[category][0]) == 1
-    ]
-    categories = {survey.names[category][0]: survey.names[category] for category in asked}
-    annotations = {
-        survey.names[category][0]: sorted(segmentations[category], key=lambda pair: pair[0])
-        for category in asked
-    }
-    return Scene(
-        source,
-        image.name,
-        image.size,
-        categories,
-        tuple(sorted(set(present) - categories.keys())),
-        annotations,
-    )
+    return [survey.photograph(source, image, segmentations[image]) for image in chosen]

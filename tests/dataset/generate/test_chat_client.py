@@ -20,8 +20,8 @@ from dataset.generate.client import (
     Pacer,
     Request,
     Stopped,
-    _judge,
-    _retry_after,
+    read_reply,
+    retry_after,
 )
 from dataset.generate.journal import Journal, read_answers
 from tests.fake_chat_server import FakeChatServer
@@ -116,7 +116,7 @@ def test_a_pause_holds_every_thread():
 
 def test_retry_after_as_number_date_and_nonsense():
     def seconds(value: str) -> float | None:
-        return _retry_after(httpx2.Headers({"Retry-After": value}))
+        return retry_after(httpx2.Headers({"Retry-After": value}))
 
     assert seconds("1.5") == 1.5
     assert seconds("-3") == 0
@@ -239,7 +239,7 @@ def test_a_stopped_run_sends_nothing(tmp_path):
     ],
 )
 def test_dialects_of_the_reply(content, text, finish):
-    answer = _judge(200, httpx2.Headers(), json.dumps(content))
+    answer = read_reply(200, httpx2.Headers(), json.dumps(content))
     assert (answer.text, answer.finish, answer.tokens_in) == (text, finish, None)
 
 
@@ -248,7 +248,7 @@ def test_dialects_of_the_reply(content, text, finish):
     ["[]", "{}", '{"choices": []}', '{"choices": [{"message": {"content": 3}}]}', "[" * 10000],
 )
 def test_replies_that_are_no_answers(content):
-    assert _judge(200, httpx2.Headers(), content).retried
+    assert read_reply(200, httpx2.Headers(), content).retried
 
 
 def test_a_torn_line_is_cut_off_and_a_damaged_one_named(tmp_path):

@@ -12,22 +12,22 @@ from dataset.files.errors import DataError
 from dataset.files.text import read_json
 from dataset.generate import checks, prompts, questions
 from dataset.generate.scenes import (
-    Scene,
-    SceneObject,
+    MarkedObject,
+    Photograph,
     Source,
     clean_name,
     parse_wanted,
-    read_scenes,
+    read_photographs,
 )
 from tests.dataset_toys import write_image, write_json
 from tests.generate_toys import SIZE, rectangle, write_photos
 
 GOOD = "What could a tired walker rest on before going further?"
 ANSWER = "The chair, because one can sit down on it."
-CHAIR = SceneObject(
+CHAIR = MarkedObject(
     "chair", ("chair", "seat"), 1, 0.1, "top left", {"size": [4, 4], "counts": "0"}, (7,)
 )
-TABLE = SceneObject(
+TABLE = MarkedObject(
     "dining table", ("dining table",), 1, 0.3, "centre", {"size": [4, 4], "counts": "0"}, (8,)
 )
 OBJECTS = {"chair": CHAIR, "dining table": TABLE}
@@ -129,7 +129,7 @@ def test_repeats():
     ],
 )  # fmt: skip
 def test_names_are_heard_in_all_forms(text, name):
-    assert checks.names(text, name)
+    assert checks.contains_name(text, name)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_names_are_heard_in_all_forms(text, name):
     [("the glass", "wineglass"), ("a chairman", "chair"), ("art", "cart"), ("anything", "")],
 )
 def test_other_words_are_no_names(text, name):
-    assert not checks.names(text, name)
+    assert not checks.contains_name(text, name)
 
 
 @given(st.text(max_size=300))
@@ -188,7 +188,9 @@ def test_text_from_elsewhere_cannot_close_a_tag():
 
 
 def test_a_question_is_not_asked_of_every_image():
-    scenes = [Scene(Source("coco", None, None), f"{i}.jpg", (4, 4), {}, (), {}) for i in range(4)]
+    scenes = [
+        Photograph(Source("coco", None, None), f"{i}.jpg", (4, 4), {}, (), {}) for i in range(4)
+    ]
     asked = [questions.Asked(scene, [{"question": GOOD, "object": "chair"}]) for scene in scenes]
     kept = questions.without_repeats(asked, 3)
     assert [len(one.pairs) for one in kept] == [1, 1, 1, 0]
@@ -206,7 +208,7 @@ def test_splits_depend_on_the_name_alone():
 
 def test_scenes_have_the_union_of_their_instances(tmp_path):
     annotations, images = write_photos(tmp_path, 4)
-    scenes = read_scenes(Source("coco", annotations, images), 0)
+    scenes = read_photographs(Source("coco", annotations, images), 0)
     assert [scene.name for scene in scenes] == [f"{i:012d}.jpg" for i in range(4)]
     first, second = scenes[0].objects()
     assert (first.name, first.count, first.where) == ("chair", 2, "top left")
@@ -245,7 +247,7 @@ def test_names_of_images_and_what_is_not_completely_marked(tmp_path):
     source = Source(
         "coco", write_json(tmp_path / "lvis.json", content), tmp_path / "photos", ((1, 9, None),)
     )
-    a, b = read_scenes(source, 0)
+    a, b = read_photographs(source, 0)
     assert (a.name, sorted(a.categories), a.others) == ("a.jpg", ["bat", "cup"], ("person",))
     assert (b.name, sorted(b.categories), b.others) == ("b.jpg", ["cup"], ("bat", "person"))
     assert a.categories["cup"] == ("cup", "mug")
@@ -257,7 +259,9 @@ def test_how_many_of_which_images(tmp_path):
     def chosen(text: str, seed: int = 0) -> list[str]:
         return [
             scene.name
-            for scene in read_scenes(Source("coco", annotations, images, parse_wanted(text)), seed)
+            for scene in read_photographs(
+                Source("coco", annotations, images, parse_wanted(text)), seed
+            )
         ]
 
     assert len(chosen("2-3")) == 10 and len(chosen("2-3:4,5-:2")) == 6
@@ -297,7 +301,7 @@ def test_broken_annotations_are_named(tmp_path, change, said):
         "coco", write_json(tmp_path / "instances.json", damaged(change)), tmp_path / "photos"
     )
     with pytest.raises(DataError, match=re.escape(said)) as error:
-        [scene.objects() for scene in read_scenes(source, 0)]
+        [scene.objects() for scene in read_photographs(source, 0)]
     assert "instances.json" in str(error.value)
 
 

@@ -1,28 +1,28 @@
-"""Asking until the checks are content: a reply is taken apart, what is good is kept, the rest is
-asked for once more."""
+"""Asking until the checks are content: the good entries of a reply are kept, the others are asked
+for once more."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dataset.generate.checks import parse_list
-from dataset.generate.client import Chat, Request
+from dataset.generate.client import ChatModel, Request
 from dataset.generate.prompts import Messages, repair
 
 
 @dataclass
-class Talk:
-    """What came of it."""
+class CheckedEntries:
+    """What the model wrote, after the checks."""
 
     accepted: list[Any] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     """One reason for every entry that was refused, in order."""
 
 
-def talk(
-    chat: Chat,
+def ask_for_list(
+    chat: ChatModel,
     stage: str,
     item: str,
     messages: Messages,
@@ -30,23 +30,23 @@ def talk(
     check: Callable[[Any, list[Any]], str | None],
     missing: Callable[[list[Any]], str],
     rounds: int,
-) -> Talk:
+) -> CheckedEntries:
     """Asks at most ``rounds`` times for the list ``name``.
 
     ``check(entry, accepted)``: why an entry is refused, or None. ``missing(accepted)``: what is
-    still wanted, in words for the model; "" ends the talk. Raises what ``Chat.ask`` raises.
+    still wanted, in words for the model; "" ends the asking. Raises what ``ChatModel.ask`` raises.
     """
-    result = Talk()
+    result = CheckedEntries()
     for number in range(rounds):
         answer = chat.ask(Request(stage, item, messages, number=number, more=rounds - 1 - number))
+        complaints: list[str] = []
         try:
-            entries: Sequence[Any] = parse_list(answer.text, answer.finish, name)
-            complaints = []
+            entries = parse_list(answer.text, answer.finish, name)
         except ValueError as error:
             entries, complaints = [], [str(error)]
         for entry in entries:
             if not missing(result.accepted):
-                break  # more than was asked for
+                break  # the model wrote more than was asked for
             reason = check(entry, result.accepted)
             if reason is None:
                 result.accepted.append(entry)
