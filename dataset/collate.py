@@ -236,6 +236,12 @@ def _proposals(samples: Sequence[Sample], processor, free: bool) -> list[Proposa
     ]
 
 
+def _encoding_settings(processor, levels, template) -> tuple:
+    """The arguments that ``encode_conversation`` and ``encode_prompt`` share, in their order."""
+    image = (processor.image_token, processor.image_token_count)
+    return (processor.tokenizer, template, *image, levels)
+
+
 def collate(
     samples: Sequence[Sample],
     processor,
@@ -257,17 +263,10 @@ def collate(
         raise ValueError(f'on_too_long must be "raise" or "skip", got {on_too_long!r}')
     for sample in samples:
         check_sample(sample, levels)
+    settings = _encoding_settings(processor, levels, template)
 
     def encode(sample: Sample, conversation: Conversation) -> Encoded:
-        return encode_conversation(
-            conversation,
-            sample.exemplars,
-            processor.tokenizer,
-            template,
-            processor.image_token,
-            processor.image_token_count,
-            levels,
-        )
+        return encode_conversation(conversation, sample.exemplars, *settings)
 
     return _assemble(samples, processor, encode, on_too_long, left=False)
 
@@ -291,19 +290,11 @@ def collate_prompts(
         dataclasses.replace(s, conversations=[_last_only(c, levels) for c in s.conversations])
         for s in samples
     ]
+    settings = _encoding_settings(processor, levels, template)
 
     def encode(sample: Sample, conversation: Conversation) -> Encoded:
         *history, (question, _) = conversation.turns
-        ids = encode_prompt(
-            question,
-            history,
-            sample.exemplars,
-            processor.tokenizer,
-            template,
-            processor.image_token,
-            processor.image_token_count,
-            levels,
-        )
+        ids = encode_prompt(question, history, sample.exemplars, *settings)
         return Encoded(ids, [IGNORE_INDEX] * len(ids))
 
     return _assemble(samples, processor, encode, "raise", left=True)

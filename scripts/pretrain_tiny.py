@@ -37,6 +37,7 @@ import json
 import math
 import re
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -69,13 +70,7 @@ from dataset.conversation.wordings import (
 )
 from dataset.synthetic import vocabulary as world
 from dataset.synthetic.queries import host_phrases, make_query, plural
-from dataset.synthetic.scenes import (
-    SIZE,
-    PartInstance,
-    SyntheticObject,
-    SyntheticScene,
-    make_scene,
-)
+from dataset.synthetic.scenes import SIZE, PartInstance, SyntheticObject, SyntheticScene, make_scene
 from model.checkpoints.sam import save_sam
 from model.config import SamDims
 from model.segmenting.sam import build_sam, decode_masks
@@ -229,23 +224,14 @@ def patch_words(scene: SyntheticScene) -> np.ndarray:
     return table
 
 
-class Projector(nn.Module):
-    """The layers of transformers' LlavaMultiModalProjector under the same names."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear_1 = nn.Linear(128, HIDDEN)
-        self.linear_2 = nn.Linear(HIDDEN, HIDDEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(x)))
-
-
 def train_clip(scenes: SceneArrays, steps: int, work: Path) -> None:
     torch.manual_seed(1)
     tables = [patch_words(scenes.scene(i)) for i in range(len(scenes.images))]
     words = torch.from_numpy(np.stack(tables))
-    tower, projector = CLIPVisionModel(clip_config()), Projector()
+    tower = CLIPVisionModel(clip_config())
+    # The names of the layers are those of transformers' LlavaMultiModalProjector.
+    layers = {"linear_1": nn.Linear(128, HIDDEN), "act": nn.GELU()}
+    projector = nn.Sequential(OrderedDict(layers | {"linear_2": nn.Linear(HIDDEN, HIDDEN)}))
     embedding = nn.Parameter(torch.randn(len(WORDS) + len(PLACES), HIDDEN) * 0.1)
     bias = nn.Parameter(torch.full((len(WORDS),), -3.0))
     rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections import Counter
+from dataclasses import fields
 
 from dataset.conversation.exemplars import ExemplarLibrary
 from dataset.files.errors import DataError
@@ -19,14 +20,8 @@ from dataset.generate.scenes import read_photographs
 
 
 def run_questions(args: Namespace, run: GenerationRun) -> int:
-    options = questions.QuestionOptions(
-        args.objects,
-        args.least_share,
-        args.most_share,
-        args.rounds,
-        not args.allow_names,
-        args.most_repeats,
-    )
+    names = [field.name for field in fields(questions.QuestionOptions)]
+    options = questions.QuestionOptions(**{name: getattr(args, name) for name in names})
     if args.validation + args.test > 1:
         raise ValueError(
             f"--validation {args.validation} and --test {args.test} are more than all images"

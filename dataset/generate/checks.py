@@ -14,8 +14,8 @@ from dataset.conversation.exemplars import LOOKS_SPECIAL, normalise
 
 NEARLY_THE_SAME = 0.8  # two texts with more than this share of words in common say the same
 
-# What gives away that somebody drew the answer, or where it is. The picture itself may show a mask or
-# a label, but a question that needs a thought can do without these words.
+# What gives away that somebody drew the answer, or where it is. The picture itself may show a mask
+# or a label, but a question that needs a thought can do without these words.
 _LEAKS = [
     r"\b(masks?|masked|pixels?|bbox\w*|bounding|polygons?|coordinates?|segment\w*|annotat\w*|labell?ed|outlined|highlighted)\b",
     (

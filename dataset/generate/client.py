@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -243,21 +244,14 @@ class ChatClient:
             self._pacer.wait()
             started = time.monotonic()
             reply, outcome = self._attempt(content)
-            failure = outcome if isinstance(outcome, Failure) else None
-            self.journal.append(
-                key,
-                None if isinstance(outcome, Failure) else outcome,
-                stage=request.stage,
-                item=request.item,
-                attempt=attempt,
-                request=body,
-                status=failure.status if failure else 200,
-                error=failure.reason if failure else None,
-                seconds=round(time.monotonic() - started, 3),
-                reply=reply,
-            )
+            facts = {"stage": request.stage, "item": request.item, "attempt": attempt}
+            facts |= {"request": body, "status": 200, "error": None}
+            times = {"seconds": round(time.monotonic() - started, 3), "reply": reply}
             if isinstance(outcome, Answer):
+                self.journal.append(key, outcome, **facts, **times)
                 return outcome
+            facts |= {"status": outcome.status, "error": outcome.reason}
+            self.journal.append(key, None, **facts, **times)
             self._before_retry(outcome, key, attempt, request)
             reason = outcome.reason
         raise ChatError(
@@ -271,10 +265,9 @@ class ChatClient:
         if self.endpoint.api_key:
             headers["Authorization"] = f"Bearer {self.endpoint.api_key}"
         deadline = time.monotonic() + self.endpoint.timeout
+        post = partial(self._http.stream, "POST", self.endpoint.url)
         try:
-            with self._http.stream(
-                "POST", self.endpoint.url, content=content, headers=headers
-            ) as response:
+            with post(content=content, headers=headers) as response:
                 text = self._scrub(_read(response, deadline))
                 return text, read_reply(response.status_code, response.headers, text)
         except httpx2.UnsupportedProtocol as error:
@@ -297,11 +290,10 @@ class ChatClient:
             raise ChatError(f"{request.stage} {request.item}: {failure.reason}")
         if failure.wait is not None:
             if failure.wait > self.endpoint.max_wait:
-                asked = (
-                    f"the server asks to wait {failure.wait:.0f} s, longer than --max_wait"
-                    f" {self.endpoint.max_wait:g}"
+                raise Abort(
+                    f"{self.endpoint.url}: the server asks to wait {failure.wait:.0f} s, longer"
+                    f" than --max_wait {self.endpoint.max_wait:g}; run the same command again later"
                 )
-                raise Abort(f"{self.endpoint.url}: {asked}; run the same command again later")
             self._pacer.pause(failure.wait)  # the limit is the account's, not this request's
         # Requests that failed together must not all come back together.
         jitter = random.Random(f"{key}{attempt}").uniform(0.5, 1.0)
@@ -404,16 +396,9 @@ class LocalModel:
                 (path,) = request.images.values()
                 instruction = "\n".join(texts_of(request.messages))
                 answer = Answer(self.describe(read_image(path), instruction), "stop", 0, 0)
-                self.journal.append(
-                    key,
-                    answer,
-                    stage=request.stage,
-                    item=request.item,
-                    attempt=0,
-                    request={"model": self.name},
-                    status=None,
-                    error=None,
-                )
+                facts = {"stage": request.stage, "item": request.item, "attempt": 0}
+                facts |= {"request": {"model": self.name}, "status": None, "error": None}
+                self.journal.append(key, answer, **facts)
         self.used[request.stage, key] = answer
         return answer
 

@@ -42,8 +42,8 @@ class QuestionOptions:
     """Neither are larger ones."""
     rounds: int = 2
     """How often the model is asked before an object is given up."""
-    reasoning: bool = True
-    """A question must not name its object."""
+    allow_names: bool = False
+    """A question may name its object."""
     most_repeats: int = 3
     """How often the same question may be asked in the whole data set."""
 
@@ -89,7 +89,7 @@ def ask_about(
     by_name = {o.name.lower(): o for o in objects}
 
     def check(entry: Any, accepted: list[Any]) -> str | None:
-        return check_pair(entry, accepted, by_name, options.reasoning)
+        return check_pair(entry, accepted, by_name, options.allow_names)
 
     def missing(accepted: list[Any]) -> str:
         done = {object_name(entry) for entry in accepted}
@@ -136,7 +136,7 @@ def object_name(entry: Any) -> str:
 
 
 def check_pair(
-    entry: Any, accepted: Sequence[Any], objects: dict[str, MarkedObject], reasoning: bool = True
+    entry: Any, accepted: Sequence[Any], objects: dict[str, MarkedObject], allow_names: bool = False
 ) -> str | None:
     """Why a pair is refused, or None. ``objects``: those asked about, by name in lower case."""
     name = object_name(entry)
@@ -152,7 +152,7 @@ def check_pair(
         or checks.check_plain(answer, "answer")
         or checks.check_leak(question)
         or checks.check_answer_names(answer, target.names)
-        or (checks.check_unnamed(question, target.names) if reasoning else None)
+        or (None if allow_names else checks.check_unnamed(question, target.names))
         or ("a second question about it" if twice else None)
         or checks.check_new(question, [other["question"] for other in accepted], "question")
     )

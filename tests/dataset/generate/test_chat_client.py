@@ -274,6 +274,9 @@ def test_two_runs_cannot_write_one_journal(tmp_path):
         Journal(tmp_path / "journal.jsonl")
     journal.close()
     Journal(tmp_path / "journal.jsonl").close()
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"], (
+        "the lock's file is gone"
+    )
 
 
 @pytest.mark.parametrize(

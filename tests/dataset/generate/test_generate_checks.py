@@ -85,10 +85,11 @@ def test_what_a_pair_is_refused_for(changes, said):
 @pytest.mark.parametrize(
     "leak",
     [
-        "the thing with the white mask", "inside the bounding box", "at (120, 44)", "at [12, 40, 60, 80]", "near x=12 here",
-        "covering 12 % of it", "covering 12.5 percent", "with centre 0.25", "in the top left", "at 120 x 340", "as annotated",
-        "on the left side of the image", "the segmented one", "according to the description", "the highlighted one",
-        "one of the important objects",
+        "the thing with the white mask", "inside the bounding box", "at (120, 44)",
+        "at [12, 40, 60, 80]", "near x=12 here", "covering 12 % of it", "covering 12.5 percent",
+        "with centre 0.25", "in the top left", "at 120 x 340", "as annotated",
+        "on the left side of the image", "the segmented one", "according to the description",
+        "the highlighted one", "one of the important objects",
     ],
 )  # fmt: skip
 def test_leaks_are_found(leak):
@@ -99,8 +100,10 @@ def test_leaks_are_found(leak):
 @pytest.mark.parametrize(
     "clean",
     [
-        "Who could carry the 2 boxes upstairs?", "What keeps the left hand warm?", "Which thing from the 1950s still works?",
-        "What would be cold at the bottom of the stairs?", "Where does the image on the wall get its light from?",
+        "Who could carry the 2 boxes upstairs?", "What keeps the left hand warm?",
+        "Which thing from the 1950s still works?",
+        "What would be cold at the bottom of the stairs?",
+        "Where does the image on the wall get its light from?",
     ],
 )  # fmt: skip
 def test_innocent_questions_pass(clean):
@@ -124,8 +127,9 @@ def test_repeats():
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("two Wine glasses", "wineglass"), ("these knives", "knife"), ("people there", "person"), ("the berries", "berry"),
-        ("buses", "bus"), ("a dining-table", "dining table"), ("tables", "dining table"), ("shelves", "shelf"), ("Chair!", "chair"),
+        ("two Wine glasses", "wineglass"), ("these knives", "knife"), ("people there", "person"),
+        ("the berries", "berry"), ("buses", "bus"), ("a dining-table", "dining table"),
+        ("tables", "dining table"), ("shelves", "shelf"), ("Chair!", "chair"),
     ],
 )  # fmt: skip
 def test_names_are_heard_in_all_forms(text, name):
