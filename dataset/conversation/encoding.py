@@ -76,7 +76,7 @@ class _SequenceWriter:
             )
         special = {*tokenizer.all_special_ids, self.image_id, *self.marks, *self.level_ids.values()}
         special -= {tokenizer.unk_token_id}  # an unknown word is ordinary text
-        # Control tokens are those that a text must never become: id -> token.
+        # The ids that a text must never become, and their tokens.
         self.control = {index: tokenizer.convert_ids_to_tokens(index) for index in special}
         self.anchor = self._plain(_ANCHOR)
         self.ids: list[int] = []
@@ -93,6 +93,7 @@ class _SequenceWriter:
         self._text += text
 
     def token(self, index: int, supervised: bool = False) -> None:
+        """Writes a special token, and drops white space before it."""
         self._text = self._text.rstrip() if self.strip else self._text.rstrip(" ")
         self._token(index, supervised)
 

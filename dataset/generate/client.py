@@ -33,7 +33,7 @@ from dataset.files.images import read_image
 from dataset.generate.journal import Answer, Journal
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
-FATAL = {401, 402, 403, 404, 405}  # the same for every request
+FATAL = {401, 402, 403, 404, 405}  # every other request would get the same
 LONGEST_BACKOFF = 60.0  # seconds
 LARGEST_REPLY = 1 << 23  # bytes
 # A shorter key, such as "none" or "EMPTY" for a local server, is an ordinary word and no secret.
@@ -345,7 +345,7 @@ def _read_completion(content: Any, text: str) -> Answer | Failure:
     try:
         choice = content["choices"][0]
         written, refusal = choice["message"].get("content"), choice["message"].get("refusal")
-        if isinstance(written, list):  # parts
+        if isinstance(written, list):  # the text may come in parts
             written = "".join(part["text"] for part in written if part.get("type") == "text")
         if not isinstance(written, str) and not refusal:
             raise TypeError
@@ -390,7 +390,7 @@ class LocalModel:
 
     def ask(self, request: Request) -> Answer:
         key = local_key(self.name, request)
-        with self._lock:  # one model, one device
+        with self._lock:  # the model is not asked by two threads at a time
             answer = self.journal.answer(key)
             if answer is None:
                 (path,) = request.images.values()
