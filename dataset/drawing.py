@@ -7,7 +7,6 @@ Images are uint8 (H, W, 3) RGB, masks bool (H, W) in the same frame, colours (re
 
 from __future__ import annotations
 
-import io
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,11 +127,9 @@ def draw_lines(
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Writes in one step: the file is never half written."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(buffer.getvalue())
+    picture.save(partial, format="PNG", optimize=True)
     partial.replace(path)
 
 

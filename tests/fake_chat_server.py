@@ -60,7 +60,7 @@ def plain(message: dict) -> str:
 
 
 def reply_to(messages: list[dict], flawed: bool) -> str:
-    """What the "model" says. ``flawed``: some entries of its first reply break a rule, those after
+    """What the "model" answers. ``flawed``: some entries of its first reply break a rule, those after
     a complaint do not."""
     pictures = [
         part["image_url"]["url"]

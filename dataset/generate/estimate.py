@@ -69,8 +69,8 @@ class DryRun:
         neither."""
         key = self._key(request)
         with self._lock:
-            # Photographs with equal objects have one key here, as their stand-in summaries are equal;
-            # their real summaries will differ, so each is counted.
+            # Photographs with equal objects have one key here, as their stand-in summaries are
+            # equal; their real summaries will differ, so each is counted.
             if (key, request.item) not in self._seen:
                 self._seen.add((key, request.item))
                 self._count(request, key in self._answers)

@@ -131,6 +131,7 @@ def describe_photograph(
 
 
 def object_name(entry: Any) -> str:
+    """The object that a pair says it is about, in lower case; "" where it says none."""
     name = entry.get("object") if isinstance(entry, dict) else None
     return " ".join(name.lower().split()) if isinstance(name, str) else ""
 

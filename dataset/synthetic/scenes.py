@@ -51,6 +51,7 @@ class SyntheticScene:
 
 
 def ellipse(x: float, y: float, rx: float, ry: float | None = None, angle: float = 0.0) -> Polygon:
+    """Centre (x, y), radii, and a turn of ``angle`` degrees."""
     t = np.linspace(0, 2 * math.pi, 28, endpoint=False)
     points = np.stack([rx * np.cos(t), (ry or rx) * np.sin(t)], axis=1)
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
@@ -157,6 +158,7 @@ def shape_of(category: str) -> tuple[list[Polygon], dict[str, list[Polygon]]]:
 
 
 def part_colour(part: str, body: Colour) -> Colour:
+    """The colour of a part on an object whose body has the colour ``body``."""
     if part in ("eye", "nose", "wheel", "knob"):
         return DARK
     if part in ("wing", "blade"):

@@ -16,7 +16,7 @@ from dataset.sample import LoaderOptions, Sample
 from tests.dataset_toys import LEVELS, ToyProcessor, word_tokenizer
 
 
-def talk(targets: int, size=(6, 8), question="What is the dog?", **fields) -> Conversation:
+def conversation(targets: int, size=(6, 8), question="What is the dog?", **fields) -> Conversation:
     masks = np.zeros((targets, *size), bool)
     for k in range(targets):
         masks[k, k, 0] = True
@@ -38,8 +38,10 @@ def build(samples, processor=None, **kwargs) -> Batch:
 def test_batch_of_two_images_and_three_conversations():
     processor = ToyProcessor(image_token_count=3)
     ignore = np.ones((6, 8), bool)
-    first = sample(talk(1, ignore=ignore), talk(2, question="What is the wheel of a red bus?"))
-    second = sample(talk(0, (4, 4), is_sentence=True), size=(4, 4), name="b")
+    first = sample(
+        conversation(1, ignore=ignore), conversation(2, question="What is the wheel of a red bus?")
+    )
+    second = sample(conversation(0, (4, 4), is_sentence=True), size=(4, 4), name="b")
     batch = build([first, second], processor)
     n, length = batch.input_ids.shape
     assert n == 3 and batch.attention_mask.shape == batch.labels.shape == (3, length)
@@ -60,11 +62,11 @@ def test_batch_of_two_images_and_three_conversations():
 
 
 def test_padding_is_on_the_right_and_the_mask_comes_from_lengths():
-    unknown = talk(0, question="zebra zebra?")  # unknown words share the id of padding
+    unknown = conversation(0, question="zebra zebra?")  # unknown words share the id of padding
     processor = ToyProcessor()
-    batch = build([sample(unknown, talk(2))], processor)
+    batch = build([sample(unknown, conversation(2))], processor)
     lengths = batch.attention_mask.sum(1).tolist()
-    alone = [build([sample(c)]).input_ids.shape[1] for c in (unknown, talk(2))]
+    alone = [build([sample(c)]).input_ids.shape[1] for c in (unknown, conversation(2))]
     assert lengths == alone
     for row, length in enumerate(lengths):
         assert batch.attention_mask[row].tolist() == [1] * length + [0] * (
@@ -75,7 +77,7 @@ def test_padding_is_on_the_right_and_the_mask_comes_from_lengths():
 
 
 def test_prompts_are_padded_on_the_left_and_end_where_the_answer_begins():
-    conversations = [talk(1), talk(1, question="What is the wheel of a red bus?")]
+    conversations = [conversation(1), conversation(1, question="What is the wheel of a red bus?")]
     whole = build([sample(*conversations)])
     batch = collate_prompts([sample(*conversations)], ToyProcessor(), LEVELS, "tiny")
     assert (batch.labels == IGNORE_INDEX).all() and batch.attention_mask[:, -1].all()
@@ -103,19 +105,19 @@ def test_prompt_of_several_turns_asks_the_last_and_keeps_its_masks():
 
 def test_exemplars_reach_the_tokens():
     plain, guided = (
-        build([sample(talk(1))]),
-        build([sample(talk(1), exemplars=[("What is a kettle?", "It is.")])]),
+        build([sample(conversation(1))]),
+        build([sample(conversation(1), exemplars=[("What is a kettle?", "It is.")])]),
     )
     assert guided.input_ids.shape[1] > plain.input_ids.shape[1]
     assert (guided.labels != IGNORE_INDEX).sum() == (plain.labels != IGNORE_INDEX).sum()
 
 
 def test_mismatch_of_tokens_and_masks_names_both_numbers_and_the_sample():
-    bad = dataclasses.replace(talk(2), masks=np.zeros((3, 6, 8), bool))
+    bad = dataclasses.replace(conversation(2), masks=np.zeros((3, 6, 8), bool))
     with pytest.raises(
         DataError, match=r"Toy a \(a.jpg\), conversation 1: 2 groups .* but 3 target masks"
     ):
-        build([sample(talk(1), bad)])
+        build([sample(conversation(1), bad)])
     with pytest.raises(DataError, match="2 groups .* but 3 target masks"):
         collate_prompts([sample(bad)], ToyProcessor(), LEVELS, "tiny")
 
@@ -130,7 +132,7 @@ def test_mismatch_of_tokens_and_masks_names_both_numbers_and_the_sample():
 )
 def test_masks_of_another_size_are_refused(fields, name):
     with pytest.raises(DataError, match=f"Toy a .*: {name} has shape"):
-        build([sample(dataclasses.replace(talk(1), **fields))])
+        build([sample(dataclasses.replace(conversation(1), **fields))])
 
 
 def test_too_long_is_an_error_that_names_the_sample_and_the_length():
@@ -138,21 +140,25 @@ def test_too_long_is_an_error_that_names_the_sample_and_the_length():
     with pytest.raises(
         DataError, match=r"Toy a .*conversation 0: 23 tokens, but model_max_length is 10"
     ):
-        build([sample(talk(1))], processor)
+        build([sample(conversation(1))], processor)
 
 
 def test_skip_leaves_out_whole_conversations_and_says_so(caplog):
     processor = ToyProcessor(word_tokenizer(model_max_length=25))
     with caplog.at_level(logging.WARNING):
-        batch = build([sample(talk(2)), sample(talk(1), name="b")], processor, on_too_long="skip")
+        batch = build(
+            [sample(conversation(2)), sample(conversation(1), name="b")],
+            processor,
+            on_too_long="skip",
+        )
     assert (
         batch.image_index.tolist() == [1] and "Toy a" in caplog.text and "left out" in caplog.text
     )
     assert batch.sam_pixels.shape[0] == 2
     with pytest.raises(DataError, match="no conversation is left"):
-        build([sample(talk(2))], processor, on_too_long="skip")
+        build([sample(conversation(2))], processor, on_too_long="skip")
     with pytest.raises(ValueError, match='must be "raise" or "skip"'):
-        build([sample(talk(2))], processor, on_too_long="cut")
+        build([sample(conversation(2))], processor, on_too_long="cut")
 
 
 def test_skip_shortens_text_only_conversations_by_whole_turns(caplog):
@@ -169,7 +175,9 @@ def test_skip_shortens_text_only_conversations_by_whole_turns(caplog):
 
 
 def test_to_changes_the_dtype_of_floats_only():
-    batch = build([sample(talk(1, ignore=np.zeros((6, 8), bool)))]).to("cpu", torch.bfloat16)
+    batch = build([sample(conversation(1, ignore=np.zeros((6, 8), bool)))]).to(
+        "cpu", torch.bfloat16
+    )
     assert batch.clip_pixels.dtype == batch.sam_pixels.dtype == torch.bfloat16
     assert batch.input_ids.dtype == batch.image_index.dtype == torch.int64
     assert batch.target_masks[0].dtype == batch.ignore_masks[0].dtype == torch.bool
