@@ -60,8 +60,8 @@ def plain(message: dict) -> str:
 
 
 def reply_to(messages: list[dict], flawed: bool) -> str:
-    """What the "model" answers. ``flawed``: some entries of its first reply break a rule, those after
-    a complaint do not."""
+    """What the "model" answers. ``flawed``: some entries of its first reply break a rule, those
+    after a complaint do not."""
     pictures = [
         part["image_url"]["url"]
         for m in messages
