@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from model import CoresForReasoningSegmentation, CoresProcessor
+from model.build import build_from_backbones
 from model.checkpoints import published
 from model.checkpoints.llava import load_llava
 from model.checkpoints.sam import PRESETS
@@ -24,7 +25,7 @@ from tests import published_shapes as facts
 from tests.helpers import LEVELS, backbones, conversation, randomise, sample, tiny_model
 from tests.parity import __main__ as parity
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+REFERENCE = Path(__file__).resolve().parents[4] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(
     not REFERENCE.is_dir(), reason=f"the golden numbers are not at {REFERENCE}"
 )
@@ -87,7 +88,7 @@ def test_llava_of_its_authors_equals_the_converted_one(tmp_path, shards, torch_f
 
 def test_a_linear_projector_is_one_layer(tmp_path):
     folder = publish_llava(tmp_path / "llava", linear=True)
-    model, processor = CoresForReasoningSegmentation.from_backbones(
+    model, processor = build_from_backbones(
         str(folder), backbones()[1], LEVELS, template="tiny"
     )
     assert "reasoning.llava.model.multi_modal_projector.linear_2.weight" not in model.state_dict()
