@@ -80,7 +80,7 @@ def check_ranks(s: Settings) -> None:
 
 def train(s: Settings, started: float) -> None:
     if not hasattr(signal, "alarm"):
-        raise UsageError("training needs POSIX (Linux, macOS or WSL): signal.alarm ends its workers")
+        raise UsageError("training needs POSIX (Linux, macOS, WSL): signal.alarm ends its workers")
     resume_from = find_resume(s)
     if resume_from:
         checkpoint.refuse_damaged(resume_from, s.run_dir)

@@ -87,8 +87,9 @@ def build_from_backbones(
     hidden, width = full.llava.get_text_config().hidden_size, dims.prompt_dim
     model.text_projection = TextProjection(hidden, width, full.text_projection_norm).to(dtype)
     if full.selector_config is not None:
-        model.selecting = Selector(full.selector_config, width).to(dtype)
-        model.selecting.encoder = None if encoder is None else encoder.to(dtype)
+        model.selecting = Selector(full.selector_config, width)
+        model.selecting.encoder = encoder
+        model.selecting.to(dtype)
     if model.segmenting.refiner is not None:
         model.segmenting.refiner = TokenRefiner(width, full.refiner_config).to(dtype)
     # Building the model around the LLaVA has reset what its config said.

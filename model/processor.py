@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 from transformers.utils import PushToHubMixin
 
 from dataset.conversation.templates import ConversationTemplate, get_template
+from dataset.proposals import ProposalSource
 from model.checkpoints.llava import add_image_token, set_spaces
 from model.checkpoints.published import is_published
 from model.checkpoints.source import (
@@ -26,6 +27,7 @@ from model.checkpoints.source import (
 )
 from model.checkpoints.weights import read_json_file
 from model.config import CoresConfig
+from model.segmenting.embedding_cache import SamCache
 from model.segmenting.frames import preprocess, resized_size
 
 FIELDS = (
@@ -70,14 +72,14 @@ class CoresProcessor(PushToHubMixin):
         self.image_token = image_token
         self.system = system
         """System text in place of the template's, None for its own."""
-        self.image_marks = tuple(image_marks) if image_marks else None
+        self.image_marks: tuple[str, str] | None = None
+        if image_marks:
+            self.image_marks = (image_marks[0], image_marks[1])
         self.strip_at_tokens = strip_at_tokens
-        self.sam_cache = None
-        """Where embeddings of SAM are looked up: ``key(image) -> str`` and ``load(key) -> (C, G, G)
-        or None``."""
-        self.proposals = None
-        """A dataset.proposals.ProposalSource for a model that selects (``model.proposal_source``);
-        not saved."""
+        self.sam_cache: SamCache | None = None
+        """Where embeddings of SAM are looked up."""
+        self.proposals: ProposalSource | None = None
+        """For a model that selects (``model.proposal_source``); not saved."""
 
     @property
     def conversation(self) -> ConversationTemplate:
@@ -110,7 +112,8 @@ class CoresProcessor(PushToHubMixin):
 
     def sam_size(self, image: np.ndarray) -> tuple[int, int]:
         """The (height, width) that ``sam`` gives an image uint8 (H, W, 3)."""
-        return resized_size(*image.shape[:2], self.image_size)
+        height, width = image.shape[:2]
+        return resized_size(height, width, self.image_size)
 
     def save_pretrained(self, folder: str | Path, **unused: Any) -> None:
         """Writes cores_processor.json, the tokenizer with its chat template, and

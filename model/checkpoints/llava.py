@@ -161,7 +161,7 @@ def add_level_tokens(
     spare, as published checkpoints have, are filled before they are enlarged.
     """
     names = [f"[{level}]" for level in levels]
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     # A tokenizer may list words that no row belongs to.
     known = {i for i in tokenizer.get_vocab().values() if i < rows}
     tokenizer.add_tokens(names, special_tokens=True)
@@ -171,10 +171,8 @@ def add_level_tokens(
     new = sorted({i for i in ids if i not in known} | set(range(rows, max(ids) + 1)))
     if new:
         with torch.no_grad():
-            for table in (
-                model.get_input_embeddings().weight,
-                model.get_output_embeddings().weight,
-            ):
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                table = layer.get_parameter("weight")
                 table[new] = table[sorted(known)].float().mean(0).to(table.dtype)
     return ids
 

@@ -196,8 +196,9 @@ def clip_sizes(vision: Any) -> tuple[int, int, int]:
     return sizes
 
 
-def clip_tokens(vision: CLIPVisionConfig, with_class_token: bool) -> int:
-    """Features that CLIP gives for one image: one for each patch, and one for its class token."""
+def clip_tokens(vision: Any, with_class_token: bool) -> int:
+    """Features that the CLIP of a CLIPVisionConfig gives for one image: one for each patch, and one
+    for its class token."""
     _, patch, side = clip_sizes(vision)
     return (side // patch) ** 2 + with_class_token
 
@@ -241,7 +242,7 @@ def their_config(
 ) -> dict[str, Any]:
     """A published config.json for one of our CoresConfigs. ``tower``: folder or hub name of its
     CLIP."""
-    llava, text = config.llava, config.llava.text_config
+    llava, text = config.llava, config.llava.get_text_config()
     rope = dict(text.rope_parameters or {})
     theta, kind = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
     return {name: getattr(text, name) for name in LLAMA_FIELDS} | {

@@ -25,9 +25,7 @@ def folder(tmp_path) -> Path:
 
 
 def build(folder: Path):
-    return build_from_backbones(
-        str(folder), backbones()[1], LEVELS, template="tiny"
-    )
+    return build_from_backbones(str(folder), backbones()[1], LEVELS, template="tiny")
 
 
 def truncate(file: Path) -> None:
