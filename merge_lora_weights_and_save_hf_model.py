@@ -1,9 +1,11 @@
-"""Folds the trained weights into one model folder, which ``from_pretrained``, ``chat.py`` and
+r"""Folds the trained weights into one model folder, which ``from_pretrained``, ``chat.py`` and
 ``--eval_only`` load.
 
     python merge_lora_weights_and_save_hf_model.py --run runs/demo --save_path runs/demo/model
-    python merge_lora_weights_and_save_hf_model.py --weight SOURCE --save_path OUT --version LLAVA --vision_pretrained SAM
-    python merge_lora_weights_and_save_hf_model.py --merged runs/demo/model --layout lisa --save_path OUT
+    python merge_lora_weights_and_save_hf_model.py --weight SOURCE --save_path OUT \
+        --version LLAVA --vision_pretrained SAM
+    python merge_lora_weights_and_save_hf_model.py --merged runs/demo/model --layout lisa \
+        --save_path OUT
 
 A run folder remembers its settings, so rank and α are never typed again; further flags of
 train_ds.py may say where the backbones are now, and are checked where they say how the weights were
@@ -20,19 +22,40 @@ import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from utils import distributed
 
 distributed.prepare_environment()  # before anything imports deepspeed
 
+from model.checkpoints.source import open_source  # noqa: E402
+from model.checkpoints.weights import read_json_file  # noqa: E402
 from model.cores import CoresForReasoningSegmentation  # noqa: E402
 from model.export import save_published  # noqa: E402
 from model.processor import CoresProcessor  # noqa: E402
 from model.reasoning.lora import has_lora, merge_lora  # noqa: E402
 from utils import build  # noqa: E402
-from utils.settings.arguments import OneLineParser, one_line  # noqa: E402
+from utils.settings.arguments import (  # noqa: E402
+    FREE_ON_RESUME,
+    OneLineParser,
+    Settings,
+    one_line,
+    parse_over,
+    read_resumed,
+)
 from utils.settings.flags import DTYPES, UsageError  # noqa: E402
 from utils.training import checkpoint  # noqa: E402
+
+# What merging may find elsewhere than training did, or does not depend on.
+FREE_IN_MERGE = FREE_ON_RESUME | {
+    "version",
+    "vision_pretrained",
+    "vision_tower",
+    "features_pretrained",
+    "precision",
+    "log_base_dir",
+    "exp_name",
+}
 
 
 def read_arguments(argv: list[str] | None) -> tuple[Namespace, list[str]]:
@@ -66,39 +89,111 @@ def read_arguments(argv: list[str] | None) -> tuple[Namespace, list[str]]:
         default="cores",
         help="of the folder (default: cores)",
     )
-    own, rest = parser.parse_known_args(argv)
-    if sum(map(bool, (own.run, own.weight, own.merged))) != 1:
+    args, rest = parser.parse_known_args(argv)
+    if sum(map(bool, (args.run, args.weight, args.merged))) != 1:
         raise UsageError("give one of --run RUN_FOLDER, --weight SOURCE and --merged MODEL_FOLDER")
-    if own.which and own.merged:
+    if args.which and args.merged:
         raise UsageError(
             "--which: --merged is one model, not the checkpoints of a run; leave the flag out"
         )
-    return own, rest
+    return args, rest
 
 
-def load(own: Namespace, rest: list[str]) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+def load(args: Namespace, rest: list[str]) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
     """The model with its adapters apart, weights in the precision to store, and its processor."""
-    if own.merged:
+    if args.merged:
         if rest:
             raise UsageError(f"{' '.join(rest)}: --merged takes no flags of the training")
-        dtype = DTYPES[own.precision] if own.precision else "auto"
-        return CoresForReasoningSegmentation.from_pretrained(
-            own.merged, dtype=dtype
-        ), CoresProcessor.from_pretrained(own.merged)
-    source = Path(own.run or own.weight)
-    if build.is_merged(str(source)):
+        source = open_source(args.merged)
+        dtype = DTYPES[args.precision] if args.precision else "auto"
+        model = CoresForReasoningSegmentation.from_pretrained(source, dtype=dtype)
+        return model, CoresProcessor.from_pretrained(source)
+    origin = Path(args.run or args.weight)
+    if build.is_finished(origin):
         raise UsageError(
-            f"{source}: is merged already; give the run folder that it came from, or --merged for"
+            f"{origin}: is merged already; give the run folder that it came from, or --merged for"
             " another layout"
         )
-    if own.run and not checkpoint.is_run(source):
+    if args.run and not checkpoint.is_run(origin):
         raise UsageError(
-            f"{source}: neither a run folder nor a checkpoint in one (--run); weights without a run"
+            f"{origin}: neither a run folder nor a checkpoint in one (--run); weights without a run"
             " go with --weight"
         )
-    if checkpoint.is_run(source):
-        return build.build_merging(source, own.which or "best", own.precision, rest)
-    return build.build_from_source(source, own.precision or "bf16", rest)
+    if checkpoint.is_run(origin):
+        settings = settings_of_run(origin, rest)
+        settings.precision = args.precision or settings.precision
+        origin = checkpoint.find_weights(origin, args.which or "best")
+        weights = checkpoint.read_weights(origin)
+    else:
+        weights = checkpoint.read_weights(origin)
+        settings = settings_without_run(origin, rest)
+        settings.precision = args.precision or "bf16"
+    return build.unmerged_model(settings, weights, origin, to_merge=True)
+
+
+def settings_of_run(run: Path, rest: list[str]) -> Settings:
+    """The settings of a run folder with the flags ``rest`` on top. They may say where things are
+    now; a UsageError refuses those that would make other weights of them."""
+    saved = read_resumed(run)
+    settings = parse_over(saved, rest)
+    for name in sorted(saved.keys() - FREE_IN_MERGE):
+        if getattr(settings, name, saved[name]) != saved[name]:
+            now = getattr(settings, name)
+            raise UsageError(
+                f"--{name} {now}: the run {run} was trained with {saved[name]}; leave the flag out"
+            )
+    if settings.version != saved["version"]:
+        refuse_other_kind(settings.version, saved, run)
+    return settings
+
+
+def refuse_other_kind(version: str, saved: dict[str, Any], run: Path) -> None:
+    """Raises UsageError where --version is a merged model and the run was trained on a backbone, or
+    the other way round."""
+    finished = build.is_finished(version)
+    if not finished and not saved["vision_pretrained"]:
+        raise UsageError(
+            f"--version {version}: is a backbone; the run {run} went on from the model"
+            f" {saved['version']}"
+        )
+    went_on = Path(saved["version"]).exists() and build.is_finished(saved["version"])
+    if finished and saved["vision_pretrained"] and not went_on:
+        raise UsageError(
+            f"--version {version}: is merged already; the run {run} was trained on the backbone"
+            f" {saved['version']}"
+        )
+
+
+def settings_without_run(origin: Path, rest: list[str]) -> Settings:
+    """For trained weights without a run folder: the flags ``rest`` must describe the model that
+    they belong to, except for what a PEFT adapter says itself."""
+    settings = parse_over({}, rest)
+    given = {flag.split("=")[0] for flag in rest}
+    if not checkpoint.is_adapter(origin):
+        if settings.lora_r and "--lora_alpha" not in given:
+            print(
+                f"{origin}: does not say with which α it was trained; --lora_alpha"
+                f" {settings.lora_alpha} is taken"
+            )
+        return settings
+    source = build.open_version(settings)
+    if not source.finished:
+        raise UsageError(
+            f"{origin}: an adapter holds no mask branch, so --version must be a finished model, not"
+            " a backbone"
+        )
+    adapter = read_json_file(origin, checkpoint.ADAPTER_CONFIG)
+    checkpoint.refuse_other_adapters(adapter, origin)
+    for name, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
+        if f"--{name}" in given and getattr(settings, name) != adapter.get(key):
+            raise UsageError(
+                f"--{name} {getattr(settings, name)}: {origin} says {adapter.get(key)}; leave the"
+                " flag out"
+            )
+        setattr(settings, name, adapter.get(key))
+    settings.lora_target_modules = ",".join(adapter["target_modules"])
+    settings.levels = ",".join(build.prompt_format(settings, source).levels)
+    return settings
 
 
 def save(
@@ -123,16 +218,16 @@ def save(
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for a mistake in flags or files."""
     try:
-        own, rest = read_arguments(argv)
-        folder = Path(own.save_path)
+        args, rest = read_arguments(argv)
+        folder = Path(args.save_path)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(
                 f"{folder}: exists and is not empty; give another --save_path or delete it"
             )
-        model, processor = load(own, rest)
+        model, processor = load(args, rest)
         if has_lora(model):
             merge_lora(model)
-        save(model, processor, folder, own.layout)
+        save(model, processor, folder, args.layout)
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

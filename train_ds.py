@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -81,6 +82,8 @@ def check_ranks(s: Settings) -> None:
 
 
 def train(s: Settings, started: float) -> None:
+    if not hasattr(signal, "alarm"):
+        raise UsageError("training needs POSIX (Linux, macOS, WSL): signal.alarm ends its workers")
     resume_from = find_resume(s)
     if resume_from:
         checkpoint.refuse_damaged(resume_from, s.run_dir)
@@ -88,11 +91,12 @@ def train(s: Settings, started: float) -> None:
         s.refuse_changes(earlier, s.run_dir)
         reshard.refuse(resume_from, checkpoint.read_progress(resume_from), s, earlier)
     # The data come first, as a wrong path should be known before a model is loaded.
-    prompt = build.prompt_format(s)
+    source = build.open_version(s)
+    prompt = build.prompt_format(s, source)
     data = build.build_mixture(s, prompt)
     val = None if s.no_eval else build.build_eval(s, prompt)
     checkpoint.require_writable(s.run_dir)
-    model, processor = build.build_model(s)
+    model, processor = build.build_model(s, source)
     sizes = build.make_trainable(model, s)
     print_once("trainable:", ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
     seed_everything(s.seed * 1000 + distributed.rank())
@@ -136,7 +140,7 @@ def find_resume(s: Settings) -> Path | None:
 
 
 def evaluate_only(s: Settings, started: float) -> None:
-    model, processor = build.load_for_evaluation(s)
+    model, processor = build.build_model(s)
     final_evaluation(model, processor, build.build_eval(s, processor), s, started)
 
 

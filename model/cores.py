@@ -10,43 +10,26 @@ the original frame.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import signature
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    Dinov2Model,
-    GenerationConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-)
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import AutoModel, PreTrainedModel
 
 from dataset.collate import Batch
 from dataset.proposals import ProposalSource
-from model.checkpoints import published
-from model.checkpoints.llava import (
-    add_image_token,
-    add_level_tokens,
-    assemble,
-    llava_class,
-    load_llava,
-    load_tokenizer,
-)
+from model.checkpoints.finished import answer_defaults, loading_arguments
+from model.checkpoints.llava import llava_class
 from model.checkpoints.precision import quantized_bits
-from model.checkpoints.sam import load_sam
-from model.checkpoints.weights import find_file, read_all, read_json_file, refuse_bad_loading
-from model.config import CoresConfig, SelectorConfig
+from model.checkpoints.source import Source, open_source
+from model.checkpoints.weights import refuse_bad_loading
+from model.config import CoresConfig
 from model.masks import (
     EncodedImages,
     Generation,
@@ -56,11 +39,10 @@ from model.masks import (
     no_masks,
 )
 from model.objective import Objective
-from model.processor import CoresProcessor
 from model.reasoning.chain import ReasoningChain
 from model.reasoning.generation import Decoding, decode, prefill, unpadded_prompts
 from model.reasoning.lora import has_lora
-from model.segmenting.chain import SegmentingChain, TokenRefiner
+from model.segmenting.chain import SegmentingChain
 from model.segmenting.frames import PIXEL_MEAN, PIXEL_STD, valid_cells
 from model.segmenting.sam import build_sam
 from model.selecting.proposals import proposal_source
@@ -110,7 +92,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     def __init__(self, config: CoresConfig):
         if config.level_token_ids is None:
             raise ValueError(
-                "config: level_token_ids is missing; `from_backbones` adds the tokens to a"
+                "config: level_token_ids is missing; `build_from_backbones` adds the tokens to a"
                 " tokenizer"
             )
         super().__init__(config)
@@ -145,154 +127,35 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             module.pixel_std.copy_(torch.tensor(PIXEL_STD)[:, None, None])
 
     @classmethod
-    def from_backbones(
+    def from_pretrained(  # type: ignore[override]  # it also takes an opened Source
         cls,
-        version: str,
-        vision_pretrained: str,
-        levels: Sequence[str] = ("LOC", "SEG"),
-        template: str = "llava_v1",
-        exemplar_count: int = 1,
-        dtype: torch.dtype = torch.float32,
-        model_max_length: int | None = None,
-        attn_implementation: str | None = None,
-        quantization_config: Any = None,
+        name: str | Path | Source,
+        *args: Any,
         vision_tower: str | None = None,
-        system: str | None = None,
-        features_pretrained: str | None = None,
-        **config: Any,
-    ) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
-        """A new model, in evaluation mode, of a LLaVA (``version``) and a SAM
-        (``vision_pretrained``).
-
-        ``config``: further fields of CoresConfig. ``model_max_length``: longest sequence in tokens,
-        None for the tokenizer's own. ``quantization_config``: transformers', for the language model
-        (``model.quantize``). ``vision_tower``: see ``load_llava``. ``system``: system text in place
-        of the template's. ``features_pretrained``: the DINOv2 of a selector that has one. Raises
-        FileNotFoundError or ValueError where parts are missing or do not fit together.
-        """
-        unknown = config.keys() - signature(CoresConfig).parameters.keys()
-        if unknown:
-            raise ValueError(f"no such field of CoresConfig: {', '.join(sorted(unknown))}")
-        sam, dims = load_sam(vision_pretrained)
-        encoder = load_dinov2(features_pretrained, config.get("selector"))
-        loading = {
-            "attn_implementation": attn_implementation,
-            "quantization_config": quantization_config,
-        }
-        backbone = load_llava(
-            version, dtype, vision_tower, **{k: v for k, v in loading.items() if v is not None}
-        )
-        llava, tokenizer = backbone.model, backbone.tokenizer
-        ids = add_level_tokens(llava, tokenizer, list(levels))
-        add_image_token(llava.config, tokenizer)
-        full = CoresConfig(
-            llava=llava.config, sam=vars(dims), levels=list(levels), level_token_ids=ids, **config
-        )
-        processor = CoresProcessor(
-            tokenizer,
-            backbone.image_processor,
-            dims.image_size,
-            _image_tokens(llava),
-            list(levels),
-            template,
-            exemplar_count,
-            system=system,
-            image_marks=backbone.image_marks,
-            strip_at_tokens=backbone.strip_at_tokens,
-        )
-        _check_fit(version, llava, processor)
-        with torch.device("meta"):  # the parts come ready made: nothing is initialised twice
-            model = cls(full)
-        model.reasoning.llava = llava
-        model.segmenting.sam = sam.to(dtype)
-        if model.segmenting.untrained is not None:
-            model.segmenting.untrained = copy.deepcopy(sam.mask_decoder)
-        model.text_projection = cls._new_text_projection(full).to(dtype)
-        if model.selecting is not None:
-            model.selecting = cls._new_selector(full).to(dtype)
-            model.selecting.encoder = None if encoder is None else encoder.to(dtype)
-        if model.segmenting.refiner is not None:
-            model.segmenting.refiner = TokenRefiner(dims.prompt_dim, full.refiner_config).to(dtype)
-        # building the model around it has reset what the config said
-        if attn_implementation is not None:
-            llava.set_attn_implementation({"": "sdpa", "text_config": attn_implementation})
-        if model_max_length is not None:
-            tokenizer.model_max_length = model_max_length
-        return model.eval(), processor
-
-    @classmethod
-    def from_pretrained(
-        cls, name: str, *args: Any, vision_tower: str | None = None, **kwargs: Any
+        **kwargs: Any,
     ) -> CoresForReasoningSegmentation:
         """As in transformers, but a missing, unexpected or wrongly shaped weight is an error that
         names it.
 
         ``name``: a folder that ``save_pretrained`` wrote, or a folder or hub name of a published
         LISA or CoReS (model/checkpoints/published.py; ``vision_tower``: its CLIP, in place of the
-        one that its config.json names). Raises FileNotFoundError where there is none and ValueError
-        for another kind of model.
+        one that its config.json names), or what ``open_source`` made of one. Raises
+        FileNotFoundError where there is none and ValueError for another kind of model.
         """
-        content = read_json_file(name, "config.json")
-        dtype = kwargs.get("dtype")
-        kwargs["dtype"] = dtype = (
-            getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        )
+        source = open_source(name, vision_tower, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
-        if published.is_published(content):
-            kwargs |= cls._published_parts(str(name), content, dtype, vision_tower)
-            dtype, source = kwargs["dtype"], None
-        elif content.get("model_type") == CoresConfig.model_type:
-            source = name
-            kwargs |= published.tower_renaming(read_all(name))
-        else:
-            found = content.get("model_type")
-            raise ValueError(
-                f"{name}: model_type is {found!r}; a merged model says {CoresConfig.model_type!r}"
-            )
-        model, info = super().from_pretrained(
-            source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        kwargs = loading_arguments(source, kwargs.pop("dtype", None)) | kwargs
+        # transformers' annotation does not know that this argument makes it a pair.
+        loaded: Any = super().from_pretrained(
+            None, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        refuse_bad_loading(str(name), info)
-        if isinstance(dtype, torch.dtype) and not quantized_bits(model):
-            model.to(dtype)  # the configs inside the config remember how they were stored
-        if find_file(name, GENERATION_CONFIG_NAME) is not None:
-            model.generation_config = GenerationConfig.from_pretrained(name)
-        return (model, info) if wants_info else model
-
-    @staticmethod
-    def _published_parts(
-        name: str, content: dict, dtype: torch.dtype | str | None, vision_tower: str | None
-    ) -> dict[str, Any]:
-        """``config``, ``state_dict`` and ``dtype`` of a published LISA or CoReS; "auto" is the
-        dtype of its weights."""
-        weights = read_all(name)
-        if not published.has_masks(weights):
-            raise ValueError(
-                f"{name}: a LLaVA without masks; it is a backbone, which needs --vision_pretrained"
-            )
-        if not isinstance(dtype, torch.dtype):
-            dtype = (
-                weights["lm_head.weight"].dtype
-                if dtype == "auto" and "lm_head.weight" in weights
-                else torch.float32
-            )
-        tokenizer = load_tokenizer(name)
-        levels = content.get("levels") or published.levels_of(tokenizer.get_vocab(), name)
-        llava, ours, _ = assemble(name, content, weights, tokenizer, dtype, vision_tower)
-        add_image_token(llava, tokenizer)
-        has_refiner = any(key.startswith(published.REFINER) for key in ours)
-        config = CoresConfig(
-            llava=llava,
-            sam=content.get("sam") or vars(published.sam_dims(weights, name)),
-            levels=levels,
-            level_token_ids=tokenizer.convert_tokens_to_ids([f"[{level}]" for level in levels]),
-            refiner=(
-                {"kind": "attention+norm", "pooling": "released"}
-                if has_refiner
-                else {"kind": "none"}
-            ),
-        )
-        return {"config": config, "state_dict": ours, "dtype": dtype}
+        model, info = loaded
+        refuse_bad_loading(source.name, info)
+        if isinstance(kwargs["dtype"], torch.dtype) and not quantized_bits(model):
+            # The configs inside the config remember how they were stored.
+            model.to(kwargs["dtype"])
+        model.generation_config = source.generation_config or model.generation_config
+        return loaded if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers. Raises ValueError while adapters are apart: nothing could read such a
@@ -465,57 +328,6 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             return [no_masks(len(self.config.levels), size, prompts.device) for size in sizes]
         images = self.encode_images(batch)
         return self.mask_branch.segment(prompts, counts, batch.image_index, images)
-
-
-def answer_defaults(config: CoresConfig) -> GenerationConfig:
-    """Greedy answers of at most 64 tokens, which end with the language model's end token."""
-    text = config.llava.text_config
-    tokens = {
-        name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    return GenerationConfig(max_new_tokens=64, do_sample=False, **tokens)
-
-
-def load_dinov2(path: str | None, selector: dict | None) -> Dinov2Model | None:
-    """The frozen feature encoder of a selector that wants one; its sizes go into ``selector``.
-    Raises ValueError or OSError."""
-    if selector is None or SelectorConfig(**selector).features != "dinov2":
-        return None
-    if not path:
-        raise ValueError(
-            "a selector with features dinov2 needs --features_pretrained, such as"
-            " facebook/dinov2-large"
-        )
-    encoder = Dinov2Model.from_pretrained(path)
-    selector["dinov2"] = encoder.config.to_diff_dict()
-    return encoder
-
-
-def _check_fit(
-    version: str, llava: LlavaForConditionalGeneration, processor: CoresProcessor
-) -> None:
-    """Raises ValueError where tokenizer or image processor would feed the model something it was
-    not made for."""
-    expected, found = llava.config.image_token_id, processor.image_token_id
-    if found != expected:
-        raise ValueError(
-            f"{version}: the tokenizer's id of {processor.image_token} is {found}, config.json says"
-            f" {expected} (image_token_index)"
-        )
-    size = llava.config.vision_config.image_size
-    given = tuple(processor.clip(np.zeros((size, 2 * size, 3), dtype=np.uint8)).shape[1:])
-    if given != (size, size):
-        raise ValueError(
-            f"{version}: preprocessor_config.json makes images of {given[0]}×{given[1]} pixels, the"
-            f" vision tower takes {size}×{size}"
-        )
-
-
-def _image_tokens(llava: LlavaForConditionalGeneration) -> int:
-    """Features that CLIP gives for one image, from its own sizes."""
-    vision = llava.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return patches if llava.config.vision_feature_select_strategy == "default" else patches + 1
 
 
 def _predicting(batch: Batch) -> Tensor:

@@ -32,7 +32,7 @@ def save_published(
     refuse_unpublishable(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    linear = published.is_linear_config(model.config.llava)
+    linear = published.has_linear_projector(model.config.llava)
     weights = {
         name: tensor
         for name, tensor in model.state_dict().items()

@@ -15,14 +15,21 @@ from transformers import AutoProcessor
 from transformers.utils import PushToHubMixin
 
 from dataset.conversation.templates import ConversationTemplate, get_template
-from model.checkpoints import published
-from model.checkpoints.llava import IMAGE_TOKEN, add_image_token, load_tokenizer, set_spaces
-from model.checkpoints.published import CLIPImageProcessor
-from model.checkpoints.weights import find_file, read_all, read_json_file
+from dataset.proposals import ProposalSource
+from model.checkpoints.llava import add_image_token, set_spaces
+from model.checkpoints.published import is_published
+from model.checkpoints.source import (
+    IMAGE_TOKEN,
+    PROCESSOR_FILE,
+    CLIPImageProcessor,
+    Source,
+    open_source,
+)
+from model.checkpoints.weights import read_json_file
 from model.config import CoresConfig
+from model.segmenting.embedding_cache import SamCache
 from model.segmenting.frames import preprocess, resized_size
 
-FILE = "cores_processor.json"
 FIELDS = (
     "image_size",
     "image_token_count",
@@ -65,14 +72,14 @@ class CoresProcessor(PushToHubMixin):
         self.image_token = image_token
         self.system = system
         """System text in place of the template's, None for its own."""
-        self.image_marks = tuple(image_marks) if image_marks else None
+        self.image_marks: tuple[str, str] | None = None
+        if image_marks:
+            self.image_marks = (image_marks[0], image_marks[1])
         self.strip_at_tokens = strip_at_tokens
-        self.sam_cache = None
-        """Where embeddings of SAM are looked up: ``key(image) -> str`` and ``load(key) -> (C, G, G)
-        or None``."""
-        self.proposals = None
-        """A dataset.proposals.ProposalSource for a model that selects (``model.proposal_source``);
-        not saved."""
+        self.sam_cache: SamCache | None = None
+        """Where embeddings of SAM are looked up."""
+        self.proposals: ProposalSource | None = None
+        """For a model that selects (``model.proposal_source``); not saved."""
 
     @property
     def conversation(self) -> ConversationTemplate:
@@ -105,7 +112,8 @@ class CoresProcessor(PushToHubMixin):
 
     def sam_size(self, image: np.ndarray) -> tuple[int, int]:
         """The (height, width) that ``sam`` gives an image uint8 (H, W, 3)."""
-        return resized_size(*image.shape[:2], self.image_size)
+        height, width = image.shape[:2]
+        return resized_size(height, width, self.image_size)
 
     def save_pretrained(self, folder: str | Path, **unused: Any) -> None:
         """Writes cores_processor.json, the tokenizer with its chat template, and
@@ -119,7 +127,7 @@ class CoresProcessor(PushToHubMixin):
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         fields = {name: getattr(self, name) for name in FIELDS}
-        (folder / FILE).write_text(json.dumps(fields, indent=1) + "\n")
+        (folder / PROCESSOR_FILE).write_text(json.dumps(fields, indent=1) + "\n")
 
     def _write_chat_template(self) -> None:
         tokens = [f"[{level}]" for level in self.levels]
@@ -133,56 +141,40 @@ class CoresProcessor(PushToHubMixin):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: str | Path | Source,
         template: str = "llava_v1",
         vision_tower: str | None = None,
         **unused: Any,
     ) -> CoresProcessor:
-        """Of a folder or hub name with one of our models, or with a published LISA or CoReS.
+        """Of a folder or hub name with one of our models, or with a published LISA or CoReS, or of
+        what ``open_source`` made of one; all processors of one Source share its tokenizer.
 
         ``template``, ``vision_tower``: for a published one, whose files do not say. Raises
         FileNotFoundError where there is no processor, ValueError naming a field that does not fit.
         """
-        file = find_file(source, FILE)
-        if file is None:
-            return cls._from_published(str(source), template, vision_tower)
-        fields = read_json_file(source, FILE)
-        try:
-            return cls(
-                load_tokenizer(str(source)), CLIPImageProcessor.from_pretrained(source), **fields
-            )
-        except TypeError as error:
-            raise ValueError(f"{file}: {error}; save the processor again") from error
-
-    @classmethod
-    def _from_published(
-        cls, source: str, template: str, vision_tower: str | None
-    ) -> CoresProcessor:
-        config = read_json_file(source, "config.json") if find_file(source, "config.json") else {}
-        if not published.is_published(config):
+        source = open_source(source, vision_tower, **unused)
+        file = source.file(PROCESSOR_FILE)
+        if file is not None:
+            fields = read_json_file(source.folder, PROCESSOR_FILE)
+            try:
+                return cls(source.tokenizer, source.image_processor, **fields)
+            except TypeError as error:
+                raise ValueError(f"{file}: {error}; save the processor again") from error
+        if source.file("config.json") is None or not is_published(source.config):
             raise FileNotFoundError(
-                f"{source}/{FILE}: not found; --version needs the folder of a merged model"
+                f"{source.name}/{PROCESSOR_FILE}: not found; --version needs the folder of a merged"
+                " model"
             )
-        tokenizer = load_tokenizer(source)
-        tower = published.tower_of(config, source, vision_tower)
-        vision = published.tower_config(tower)
-        marks = (
-            published.IMAGE_MARKS
-            if published.uses_image_marks(config, tokenizer.get_vocab())
-            else None
-        )
-        levels = config.get("levels") or published.levels_of(tokenizer.get_vocab(), source)
-        llava = published.llava_config(config, vision, len(tokenizer), len(tokenizer))
-        add_image_token(llava, tokenizer)
+        add_image_token(source.llava, source.tokenizer)
         return cls(
-            tokenizer,
-            published.tower_processor(tower, vision),
-            published.sam_dims(read_all(source), source).image_size,
-            llava.image_seq_length,
-            levels,
+            source.tokenizer,
+            source.image_processor,
+            source.sam_dims.image_size,
+            source.llava.image_seq_length,
+            source.levels,
             template,
             exemplar_count=0,
-            image_marks=marks,
+            image_marks=source.image_marks,
             strip_at_tokens=True,
         )
 

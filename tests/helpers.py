@@ -30,6 +30,7 @@ from transformers import (
 from dataset.conversation.turns import Conversation
 from dataset.conversation.wordings import answer
 from dataset.sample import Sample
+from model.build import build_from_backbones
 from model.checkpoints.sam import save_sam
 from model.config import SamDims
 from model.cores import CoresForReasoningSegmentation
@@ -195,7 +196,7 @@ def tiny_model(
     CoresConfig."""
     torch.manual_seed(2)
     llava, sam = backbones(patches, select, tied)
-    return CoresForReasoningSegmentation.from_backbones(
+    return build_from_backbones(
         llava, sam, levels, template=TEMPLATE, exemplar_count=0, **config
     )
 

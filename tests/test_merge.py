@@ -17,6 +17,7 @@ from model import CoresForReasoningSegmentation
 from model.reasoning.lora import add_lora, has_lora
 from tests.backbone_toys import flags, toys, trained_run
 from utils import build
+from utils.settings.arguments import parse_over
 from utils.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,7 +116,7 @@ def test_an_adapter_of_peft_on_a_finished_model(tmp_path):
         == 0
     )
     base = CoresForReasoningSegmentation.from_pretrained(finished).state_dict()
-    settings = build.parse_over({}, ["--version", str(finished), "--precision", "fp32"])
+    settings = parse_over({}, ["--version", str(finished), "--precision", "fp32"])
     model, _ = build.build_model(settings)
     add_lora(model, r=2, alpha=6)
     torch.manual_seed(1)

@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 from segment_anything.modeling import Sam
+from torch import Tensor
+from transformers import CLIPVisionConfig
 
 from dataset.mixture import EvalDataset, TrainMixture
 from dataset.proposals import ProposalSource
-from model.checkpoints import published
+from model.build import build_from_backbones
 from model.checkpoints.precision import choose_attention, quantization
+from model.checkpoints.published import clip_sizes
 from model.checkpoints.sam import load_sam
-from model.checkpoints.weights import find_file, looks_like_path, read_json_file
+from model.checkpoints.source import Source, open_source, open_tower
 from model.cores import CoresForReasoningSegmentation
-from model.processor import FILE as PROCESSOR_FILE
 from model.processor import CoresProcessor
 from model.reasoning.chain import enable_checkpointing
 from model.reasoning.lora import add_lora, load_adapter
@@ -26,28 +28,11 @@ from model.reasoning.prefix_sharing import PrefixSharing
 from model.segmenting.embedding_cache import SamCache, encoder_fingerprint
 from model.trainable import set_trainable
 from utils import distributed
-from utils.settings.arguments import (
-    FREE_ON_RESUME,
-    Settings,
-    numbers,
-    parse_over,
-    read_resumed,
-    settings_of,
-)
+from utils.settings.arguments import Settings, numbers, read_resumed, settings_of
 from utils.settings.flags import DTYPES, SELECTING, UsageError
 from utils.training import checkpoint
 from utils.training.loader import samples_per_epoch
 
-# What merging may find elsewhere than training did, or does not depend on.
-FREE_IN_MERGE = FREE_ON_RESUME | {
-    "version",
-    "vision_pretrained",
-    "vision_tower",
-    "features_pretrained",
-    "precision",
-    "log_base_dir",
-    "exp_name",
-}
 # name: hidden size, patch size, image size
 VISION_TOWERS = {
     "openai/clip-vit-large-patch14": (1024, 14, 224),
@@ -55,14 +40,18 @@ VISION_TOWERS = {
 }
 
 
-def is_merged(version: str) -> bool:
-    """Whether ``version`` is a finished model, ours or a published LISA or CoReS, rather than a
-    backbone."""
-    if (Path(version) / PROCESSOR_FILE).is_file():
-        return True
-    return published.is_whole(version) or (
-        not looks_like_path(version) and find_file(version, PROCESSOR_FILE) is not None
-    )
+def open_version(s: Settings) -> Source:
+    """What --version names, opened once for all that follows. Raises FileNotFoundError."""
+    return open_source(s.version, s.vision_tower)
+
+
+def is_finished(path: str | Path) -> bool:
+    """Whether ``path`` holds a finished model, ours or a published LISA or CoReS. What cannot be
+    read holds none: whoever opens it in earnest will say why."""
+    try:
+        return open_source(path).finished
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 class PromptFormat(NamedTuple):
@@ -72,10 +61,11 @@ class PromptFormat(NamedTuple):
     exemplar_count: int
 
 
-def prompt_format(s: Settings) -> PromptFormat:
+def prompt_format(s: Settings, source: Source | None = None) -> PromptFormat:
     """Raises UsageError if a model's files are not there, before anything large is read."""
-    if is_merged(s.version):
-        processor = finished_processor(s)
+    source = source or open_version(s)
+    if source.finished:
+        processor = finished_processor(s, source)
         return PromptFormat(processor.levels, processor.exemplar_count)
     if not s.vision_pretrained:
         raise UsageError(
@@ -86,69 +76,132 @@ def prompt_format(s: Settings) -> PromptFormat:
     return PromptFormat(s.level_list, s.exemplar_count)
 
 
-def build_model(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
-    """A new model from backbones, or a merged one to go on from; weights in --precision, nothing
-    trainable yet."""
-    loading: dict[str, Any] = {"vision_tower": s.vision_tower or None}
+def build_model(
+    s: Settings, source: Source | None = None
+) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+    """The model that the settings ask for, by one of three ways in: a new model from backbones, a
+    finished model (to evaluate, or to go on from), or an unmerged run (to evaluate --resume).
+
+    Weights are in --precision and nothing is trainable yet. ``source``: of --version, if it has
+    been opened.
+    """
+    if s.eval_only and s.resume:
+        run = s.run_dir if s.resume == "auto" else s.resume
+        model, processor, _ = build_trained(run, precision=s.precision)
+        processor.proposals = select_as(model, s)
+        return model, processor
+    source = source or open_version(s)
+    loading: dict[str, Any] = {"dtype": DTYPES[s.precision]}
     if s.bits:
         loading["quantization_config"] = quantization(s.bits, DTYPES[s.precision])
-    if is_merged(s.version):
-        processor = finished_processor(s)
-        if processor.levels != s.level_list:
-            raise UsageError(
-                f"{s.version}: was trained with the levels {','.join(processor.levels)}, --levels"
-                f" says {s.levels}"
-            )
-        model = CoresForReasoningSegmentation.from_pretrained(
-            s.version, dtype=DTYPES[s.precision], **loading
+    if source.finished:
+        model, processor = _finished_model(s, source, loading)
+    elif s.eval_only:
+        raise UsageError(
+            f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version"
+            " or --resume RUN"
         )
-        processor.tokenizer.model_max_length = s.model_max_length
-        model.config.set_losses(**loss_config(s))
-        refuse_other_method(s, model)
     else:
-        prompt_format(s)
-        model, processor = CoresForReasoningSegmentation.from_backbones(
-            s.version,
-            s.vision_pretrained,
-            s.level_list,
-            template=s.conv_type,
-            exemplar_count=s.exemplar_count,
-            dtype=DTYPES[s.precision],
-            model_max_length=s.model_max_length,
-            refiner=(
-                {"kind": "none"}
-                if s.refiner == "none"
-                else {"prototypes": s.refiner, "pooling": s.pooling}
-            ),
-            text_projection_norm=s.text_projection_norm,
-            system=s.system_prompt or None,
-            features_pretrained=s.features_pretrained or None,
-            selector=selector_config(s),
-            **loading,
-            **loss_config(s),
-        )
+        model, processor = _new_model(s, source, loading)
     check_facts(s, model, processor)
     set_speed(model, processor, s)
-    # data loading processes have no network: with workers, training reads the store only
-    processor.proposals = model.proposal_source(s.proposals or None, generate=s.workers == 0)
+    if s.eval_only:
+        processor.proposals = select_as(model, s)
+    else:
+        # Data loading processes have no network: with workers, training reads the store only.
+        processor.proposals = model.proposal_source(s.proposals or None, generate=s.workers == 0)
     return model, processor
+
+
+def _new_model(
+    s: Settings, source: Source, loading: dict[str, Any]
+) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+    prompt_format(s, source)  # It names the files that are missing.
+    refiner = {"prototypes": s.refiner, "pooling": s.pooling}
+    return build_from_backbones(
+        source,
+        s.vision_pretrained,
+        s.level_list,
+        template=s.conv_type,
+        exemplar_count=s.exemplar_count,
+        model_max_length=s.model_max_length,
+        refiner={"kind": "none"} if s.refiner == "none" else refiner,
+        text_projection_norm=s.text_projection_norm,
+        system=s.system_prompt or None,
+        features_pretrained=s.features_pretrained or None,
+        selector=selector_config(s),
+        **loading,
+        **loss_config(s),
+    )
+
+
+def _finished_model(
+    s: Settings, source: Source, loading: dict[str, Any]
+) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+    processor = finished_processor(s, source)
+    if s.eval_only:
+        s.levels = ",".join(processor.levels)
+    elif processor.levels != s.level_list:
+        raise UsageError(
+            f"{s.version}: was trained with the levels {','.join(processor.levels)}, --levels"
+            f" says {s.levels}"
+        )
+    model = CoresForReasoningSegmentation.from_pretrained(source, **loading)
+    processor.tokenizer.model_max_length = s.model_max_length
+    model.config.set_losses(**loss_config(s))
+    if not s.eval_only:
+        refuse_other_method(s, model)
+    return model, processor
+
+
+def build_trained(
+    run: str | Path, which: str = "best", precision: str | None = None
+) -> tuple[CoresForReasoningSegmentation, CoresProcessor, Settings]:
+    """The unmerged model of a run folder, or of one of its checkpoints, and its settings.
+
+    ``precision``: of the weights, instead of the run's. Raises UsageError if there is no such
+    checkpoint.
+    """
+    settings = settings_of(read_resumed(run))
+    settings.precision = precision or settings.precision
+    folder = checkpoint.find_checkpoint(run, which)
+    return *unmerged_model(settings, checkpoint.read_weights(folder), folder), settings
+
+
+def unmerged_model(
+    s: Settings, weights: dict[str, Tensor], origin: Path, to_merge: bool = False
+) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+    """The model that ``s`` describes with trained ``weights`` in it and its adapters apart, in
+    evaluation mode.
+
+    ``weights``: as ``checkpoint.read_weights`` reads them from ``origin``, which errors name.
+    ``to_merge``: nothing is rounded twice, so weights are held in full --precision, never in 4 or 8
+    bits, and adapters in float32.
+    """
+    if to_merge:
+        s.load_in_4bit = s.load_in_8bit = False
+        s.attn_implementation = "eager"  # Nothing is computed.
+    model, processor = build_model(s)
+    make_trainable(model, s)
+    if to_merge:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+    put = load_adapter if checkpoint.is_adapter(origin) else checkpoint.put_weights
+    put(model, weights, origin)
+    return model.eval(), processor
 
 
 def refuse_other_method(s: Settings, model: CoresForReasoningSegmentation) -> None:
     """Raises UsageError if training would go on from a model of a method that another mask branch
     belongs to."""
-    chain = model.selecting is not None and model.config.decodes
-    found = (
-        "a CoReS or LISA"
-        if model.selecting is None
-        else "a CoReS with a selector"
-        if chain
-        else "an LLM-Seg"
-    )
-    if (model.selecting is not None, chain) != (
-        s.method in SELECTING,
-        s.method == "cores+select",
-    ) and not s.eval_only:
+    if model.selecting is None:
+        found, methods = "a CoReS or LISA", {"cores", "lisa"}
+    elif model.config.decodes:
+        found, methods = "a CoReS with a selector", {"cores+select"}
+    else:
+        found, methods = "an LLM-Seg", {"llm_seg"}
+    if s.method not in methods:
         raise UsageError(f"{s.version}: is {found}, --method says {s.method}")
 
 
@@ -192,22 +245,20 @@ def refuse_no_compiler(s: Settings) -> None:
         )
 
 
-def build_sam_only(s: Settings) -> tuple[Sam, int]:
-    """The SAM that these settings train with, in --precision, and its image size."""
-    if is_merged(s.version):
-        model, processor = build_model(s)
+def build_sam_only(s: Settings, source: Source) -> tuple[Sam, int]:
+    """The SAM that these settings train with, in --precision, and its image size. ``source``: of
+    --version."""
+    if source.finished:
+        model, processor = build_model(s, source)
         return model.segmenting.sam, processor.image_size
-    prompt_format(s)
     sam, dims = load_sam(s.vision_pretrained)
     return sam.to(DTYPES[s.precision]), dims.image_size
 
 
-def finished_processor(s: Settings) -> CoresProcessor:
+def finished_processor(s: Settings, source: Source) -> CoresProcessor:
     """Of a finished model; --conv_type and --system_prompt speak for a published one, whose files
     say neither."""
-    processor = CoresProcessor.from_pretrained(
-        s.version, template=s.conv_type, vision_tower=s.vision_tower or None
-    )
+    processor = CoresProcessor.from_pretrained(source, template=s.conv_type)
     processor.system = s.system_prompt or processor.system
     return processor
 
@@ -284,16 +335,11 @@ def check_facts(
             f"--use_mm_start_end {str(marked).lower()}: the tokenizer of {s.version} {found}; leave"
             " the flag out"
         )
-    found = model.config.llava.vision_config
-    if s.vision_tower and _tower_sizes(s.vision_tower) != (
-        found.hidden_size,
-        found.patch_size,
-        found.image_size,
-    ):
+    width, patch, side = clip_sizes(model.config.llava.vision_config)
+    if s.vision_tower and _tower_sizes(s.vision_tower) != (width, patch, side):
         raise UsageError(
             f"--vision-tower {s.vision_tower}: the tower is part of {s.version}, which has width"
-            f" {found.hidden_size}, patches of {found.patch_size} and images of {found.image_size}"
-            " pixels; leave the flag out"
+            f" {width}, patches of {patch} and images of {side} pixels; leave the flag out"
         )
 
 
@@ -308,28 +354,9 @@ def _tower_sizes(tower: str) -> tuple[int, int, int]:
     if tower in VISION_TOWERS:
         return VISION_TOWERS[tower]
     try:
-        config = published.tower_config(tower)
+        return clip_sizes(CLIPVisionConfig.from_pretrained(open_tower(tower).folder))
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(f"--vision-tower {tower}: {error}; leave the flag out") from None
-    return config.hidden_size, config.patch_size, config.image_size
-
-
-def load_for_evaluation(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
-    """The model of the run --resume, or the merged --version. Raises UsageError for a backbone."""
-    if s.resume:
-        model, processor, _ = build_trained(
-            s.run_dir if s.resume == "auto" else s.resume, precision=s.precision
-        )
-    elif is_merged(s.version):
-        s.levels = ",".join(finished_processor(s).levels)
-        model, processor = build_model(s)
-    else:
-        raise UsageError(
-            f"--eval_only: {s.version} is a backbone without a mask branch; give a merged --version"
-            " or --resume RUN"
-        )
-    processor.proposals = select_as(model, s)
-    return model, processor
 
 
 def make_trainable(model: CoresForReasoningSegmentation, s: Settings) -> dict[str, int]:
@@ -341,121 +368,6 @@ def make_trainable(model: CoresForReasoningSegmentation, s: Settings) -> dict[st
     if s.gradient_checkpointing:
         enable_checkpointing(model.reasoning.llava)
     return set_trainable(model, lora=bool(s.lora_r), train_mask_decoder=s.train_mask_decoder)
-
-
-def build_trained(
-    run: str | Path, which: str = "best", precision: str | None = None
-) -> tuple[CoresForReasoningSegmentation, CoresProcessor, Settings]:
-    """The model of a run folder, or of one of its checkpoints, with its trained weights and
-    adapters still apart.
-
-    ``precision``: of the weights, instead of the run's. Raises UsageError if there is no such
-    checkpoint.
-    """
-    settings = settings_of(read_resumed(run))
-    folder = checkpoint.find_checkpoint(run, which)
-    settings.precision = precision or settings.precision
-    model, processor = build_model(settings)
-    make_trainable(model, settings)
-    checkpoint.load_weights(model, folder)
-    return model.eval(), processor, settings
-
-
-def build_merging(
-    run: str | Path, which: str, precision: str | None, rest: list[str]
-) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
-    """The model of a run folder in the precision to store, its adapters apart in float32.
-
-    ``rest``: flags of train_ds.py on top of the run's settings. They may say where things are now;
-    a UsageError refuses those that would make other weights of them.
-    """
-    saved = read_resumed(run)
-    settings = parse_over(saved, rest)
-    for name in sorted(saved.keys() - FREE_IN_MERGE):
-        if getattr(settings, name, saved[name]) != saved[name]:
-            now = getattr(settings, name)
-            raise UsageError(
-                f"--{name} {now}: the run {run} was trained with {saved[name]}; leave the flag out"
-            )
-    _refuse_other_kind(saved, settings, run)
-    settings.precision = precision or settings.precision
-    model, processor = _unmerged(settings)
-    checkpoint.load_weights(model, checkpoint.find_weights(run, which))
-    return model.eval(), processor
-
-
-def _refuse_other_kind(saved: dict[str, Any], settings: Settings, run: str | Path) -> None:
-    """Raises UsageError where --version is a merged model and the run was trained on a backbone, or
-    the other way round."""
-    moved = settings.version != saved["version"]
-    on_backbone = saved["vision_pretrained"] and not (
-        Path(saved["version"]).exists() and is_merged(saved["version"])
-    )
-    if moved and not saved["vision_pretrained"] and not is_merged(settings.version):
-        raise UsageError(
-            f"--version {settings.version}: is a backbone; the run {run} went on from the model"
-            f" {saved['version']}"
-        )
-    if moved and on_backbone and is_merged(settings.version):
-        raise UsageError(
-            f"--version {settings.version}: is merged already; the run {run} was trained on the"
-            f" backbone {saved['version']}"
-        )
-
-
-def build_from_source(
-    source: Path, precision: str, rest: list[str]
-) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
-    """As ``build_merging``, for trained weights without a run folder: ``rest`` must describe the
-    model they belong to."""
-    weights = checkpoint.read_weights(source)
-    settings = parse_over({}, rest)
-    settings.precision = precision
-    if not checkpoint.is_adapter(source):
-        if settings.lora_r and not _given("lora_alpha", rest):
-            print(
-                f"{source}: does not say with which α it was trained; --lora_alpha"
-                f" {settings.lora_alpha} is taken"
-            )
-        model, processor = _unmerged(settings)
-        checkpoint.put_weights(model, weights, source)
-        return model.eval(), processor
-    if not is_merged(settings.version):
-        raise UsageError(
-            f"{source}: an adapter holds no mask branch, so --version must be a finished model, not"
-            " a backbone"
-        )
-    adapter = read_json_file(source, checkpoint.ADAPTER_CONFIG)
-    checkpoint.refuse_other_adapters(adapter, source)
-    for name, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
-        if _given(name, rest) and getattr(settings, name) != adapter.get(key):
-            raise UsageError(
-                f"--{name} {getattr(settings, name)}: {source} says {adapter.get(key)}; leave the"
-                " flag out"
-            )
-        setattr(settings, name, adapter.get(key))
-    settings.lora_target_modules = ",".join(adapter["target_modules"])
-    settings.levels = ",".join(finished_processor(settings).levels)
-    model, processor = _unmerged(settings)
-    load_adapter(model, weights, source)
-    return model.eval(), processor
-
-
-def _given(name: str, flags: list[str]) -> bool:
-    return any(flag.split("=")[0] == f"--{name}" for flag in flags)
-
-
-def _unmerged(s: Settings) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
-    """Weights in full precision of ``s.precision``, never in 4 or 8 bits, adapters in float32:
-    nothing is rounded twice."""
-    s.load_in_4bit = s.load_in_8bit = False
-    s.attn_implementation = "eager"  # nothing is computed
-    model, processor = build_model(s)
-    make_trainable(model, s)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-    return model, processor
 
 
 def build_mixture(s: Settings, prompt: PromptFormat | CoresProcessor) -> TrainMixture:

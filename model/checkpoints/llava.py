@@ -4,21 +4,20 @@ and teaching it the answer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import Metaspace
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
 from model.checkpoints import published
-from model.checkpoints.published import CLIPImageProcessor
-from model.checkpoints.weights import read_all, read_json_file, refuse_bad_loading
-
-IMAGE_TOKEN = "<image>"
+from model.checkpoints.source import IMAGE_TOKEN, CLIPImageProcessor, Kind, Source, open_source
+from model.checkpoints.weights import refuse_bad_loading
 
 
 class LinearProjector(nn.Module):
@@ -26,7 +25,8 @@ class LinearProjector(nn.Module):
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        width, _, _ = published.clip_sizes(config.vision_config)
+        self.linear_1 = nn.Linear(width, config.get_text_config().hidden_size)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear_1(features)
@@ -43,7 +43,7 @@ class LinearLlava(LlavaForConditionalGeneration):
 def llava_class(config: LlavaConfig) -> type[LlavaForConditionalGeneration]:
     """transformers' own class wherever its projector fits: it converts checkpoints of its older
     versions."""
-    return LinearLlava if published.is_linear_config(config) else LlavaForConditionalGeneration
+    return LinearLlava if published.has_linear_projector(config) else LlavaForConditionalGeneration
 
 
 @dataclass
@@ -60,100 +60,70 @@ class Backbone:
 
 
 def load_llava(
-    version: str, dtype: torch.dtype = torch.float32, vision_tower: str | None = None, **kwargs: Any
+    version: str | Path | Source,
+    dtype: torch.dtype = torch.float32,
+    vision_tower: str | None = None,
+    **kwargs: Any,
 ) -> Backbone:
-    """The LLaVA of a hub name or a folder, in transformers' layout or in its authors'
-    (model/checkpoints/published.py).
+    """The LLaVA of a hub name, a folder or what was opened of one, in transformers' layout or in
+    its authors' (model/checkpoints/published.py).
 
     ``vision_tower``: CLIP for a checkpoint that does not hold its own, in place of the one that its
     config.json names. ``kwargs`` go to ``from_pretrained``: attn_implementation,
     quantization_config, …. Raises FileNotFoundError for what is not there and ValueError, naming
     what was found, for another kind of model or for weights that are missing or left over.
     """
-    config = read_json_file(version, "config.json")
-    if config.get("model_type") != "llava":
+    source = open_source(version, vision_tower)
+    if source.config.get("model_type") != "llava":
         raise ValueError(
-            f"{version}: --version needs a model of type 'llava', this is"
-            f" {config.get('model_type')!r}"
+            f"{source.name}: --version needs a model of type 'llava', this is"
+            f" {source.config.get('model_type')!r}"
         )
-    if published.is_published(config):
-        return _load_published(version, config, dtype, vision_tower, kwargs)
-    # only mapped: names a file that is missing or damaged, which transformers does not
-    read_all(version)
-    model, info = LlavaForConditionalGeneration.from_pretrained(
-        version, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-    )
-    refuse_bad_loading(version, info)
-    return Backbone(model, load_tokenizer(version), CLIPImageProcessor.from_pretrained(version))
-
-
-def _load_published(
-    version: str, config: dict, dtype: torch.dtype, vision_tower: str | None, kwargs: dict
-) -> Backbone:
-    weights = read_all(version)
-    if published.has_masks(weights):
+    if source.kind is Kind.PUBLISHED_CORES:
         raise ValueError(
-            f"{version}: is a whole LISA or CoReS, not a LLaVA; load it without --vision_pretrained"
+            f"{source.name}: is a whole LISA or CoReS, not a LLaVA; load it without"
+            " --vision_pretrained"
         )
-    tokenizer = load_tokenizer(version)
-    full, ours, image_processor = assemble(version, config, weights, tokenizer, dtype, vision_tower)
-    state = {name.removeprefix(published.LLAVA): tensor for name, tensor in ours.items()}
-    loading = {
-        "config": full,
-        "state_dict": state,
-        "dtype": dtype,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-    }
-    model, info = llava_class(full).from_pretrained(None, **loading, **kwargs)
-    refuse_bad_loading(version, info)
-    marks = (
-        published.IMAGE_MARKS if published.uses_image_marks(config, tokenizer.get_vocab()) else None
+    theirs = source.kind is Kind.PUBLISHED_LLAVA
+    if theirs:
+        config: LlavaConfig = source.llava
+        state = {
+            name.removeprefix(published.LLAVA): tensor
+            for name, tensor in weights_with_tower(source, dtype).items()
+        }
+    else:
+        config = LlavaConfig.from_pretrained(source.folder)
+        state = source.hand_over_weights()
+    loaded: Any = llava_class(config).from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **kwargs,
     )
-    return Backbone(model, tokenizer, image_processor, marks, strip_at_tokens=True)
+    model, info = loaded
+    refuse_bad_loading(source.name, info)
+    model.generation_config = source.generation_config or model.generation_config
+    marks = source.image_marks if theirs else None
+    return Backbone(model, source.tokenizer, source.image_processor, marks, strip_at_tokens=theirs)
 
 
-def assemble(
-    version: str,
-    config: dict,
-    weights: Mapping[str, Tensor],
-    tokenizer,
-    dtype: torch.dtype,
-    vision_tower: str | None = None,
-) -> tuple[LlavaConfig, dict[str, Tensor], CLIPImageProcessor]:
-    """(LlavaConfig, all weights under our names, image processor) of a published checkpoint, its
-    CLIP included."""
-    try:
-        linear = published.is_linear(config)
-        tower = published.tower_of(config, version, vision_tower)
-        vision = published.tower_config(tower)
-        rows = weights["model.embed_tokens.weight"].shape[0]
-        full = published.llava_config(config, vision, rows, image_token_id(tokenizer))
-    except KeyError as error:
-        raise ValueError(f"{version}: has no weight {error}") from None
-    except ValueError as error:
-        raise ValueError(
-            str(error) if str(error).startswith(version) else f"{version}: {error}"
-        ) from None
-    ours = published.to_ours(weights, linear)
+def weights_with_tower(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All weights of a published checkpoint under our names, handed over, with those of its CLIP,
+    which may lie elsewhere."""
+    linear = published.has_linear_projector(source.llava)
+    ours = published.to_ours(source.hand_over_weights(), linear)
     if not any(name.startswith(published.TOWER) for name in ours):
-        ours |= published.tower_weights(tower, dtype)
-    return full, ours, published.tower_processor(tower, vision)
-
-
-def load_tokenizer(source: str):
-    """The tokenizer of a folder or hub name, able to pad. Raises ValueError where there is none
-    that can be read."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{source}: has no tokenizer that can be read: {' '.join(str(error).split())}"
-        ) from None
-    # masks come from lengths, so padding may share an id with a real token
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
+        tower = CLIPVisionModel.from_pretrained(
+            None,
+            config=source.vision,
+            state_dict=source.tower.hand_over_weights(),
+            dtype=dtype,
+        )
+        ours |= {published.TOWER + name: tensor for name, tensor in tower.state_dict().items()}
+    return ours
 
 
 def set_spaces(tokenizer, strip: bool, tokens: Sequence[str]) -> bool:
@@ -167,7 +137,7 @@ def set_spaces(tokenizer, strip: bool, tokens: Sequence[str]) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and isinstance(backend.pre_tokenizer, Metaspace):
         backend.pre_tokenizer.prepend_scheme = "always" if strip else "first"
-    # by which LlamaTokenizer builds the same, whatever its file says
+    # LlamaTokenizer rebuilds its spacing from this field, whatever its file says.
     if hasattr(tokenizer, "legacy"):
         tokenizer.legacy = tokenizer.init_kwargs["legacy"] = strip
     tokenizer.add_tokens(
@@ -191,8 +161,8 @@ def add_level_tokens(
     spare, as published checkpoints have, are filled before they are enlarged.
     """
     names = [f"[{level}]" for level in levels]
-    rows = model.get_input_embeddings().weight.shape[0]
-    # a tokenizer may list words that no row belongs to
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
+    # A tokenizer may list words that no row belongs to.
     known = {i for i in tokenizer.get_vocab().values() if i < rows}
     tokenizer.add_tokens(names, special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(names)
@@ -201,18 +171,10 @@ def add_level_tokens(
     new = sorted({i for i in ids if i not in known} | set(range(rows, max(ids) + 1)))
     if new:
         with torch.no_grad():
-            for table in (
-                model.get_input_embeddings().weight,
-                model.get_output_embeddings().weight,
-            ):
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                table = layer.get_parameter("weight")
                 table[new] = table[sorted(known)].float().mean(0).to(table.dtype)
     return ids
-
-
-def image_token_id(tokenizer) -> int:
-    """The id of "<image>", or the one that it will get."""
-    known = tokenizer.get_vocab()
-    return known.get(IMAGE_TOKEN, len(tokenizer))
 
 
 def add_image_token(config: LlavaConfig, tokenizer) -> None:

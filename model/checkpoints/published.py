@@ -1,11 +1,13 @@
 """The layouts in which the authors of LLaVA, LISA and CoReS publish their models, and their
-translation to and from ours.
+translation to and from ours: names of weights and fields of config.json. It opens no file.
 
 ::
 
-    LLaVA   model.layers.*  model.embed_tokens  model.norm  lm_head  model.mm_projector  model.vision_tower.vision_tower.*
+    LLaVA   model.layers.*  model.embed_tokens  model.norm  lm_head  model.mm_projector
+            model.vision_tower.vision_tower.*
     LISA    the same, and model.visual_model.* (SAM), model.text_hidden_fcs.0.*, a token [SEG]
-    CoReS   the same, a token [SEG_SEMA] before [SEG]; one variant has transformer_cross_attention_layers.* (refiner)
+    CoReS   the same, and a token [SEG_SEMA] before [SEG]; one variant has a refiner,
+            transformer_cross_attention_layers.*
 
 All say ``"model_type": "llava"`` in config.json, as transformers' own LLaVA does, but name other
 architectures. The CLIP tower is often left out; then config.json names it.
@@ -24,26 +26,19 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig
 
 from model.checkpoints.sam import detect_dims
-from model.checkpoints.weights import find_file, read_all, read_json_file
-from model.config import SamDims
-
-# what all these checkpoints were trained with: Pillow's resizing; the other one differs by up to
-# 0.015
-try:
-    from transformers import CLIPImageProcessorPil as CLIPImageProcessor
-except ImportError:
-    from transformers import CLIPImageProcessor
+from model.config import CoresConfig, SamDims
 
 HF_ARCHITECTURE = "LlavaForConditionalGeneration"
 IMAGE_MARKS = ("<im_start>", "<im_end>")
-LEVEL_CHAINS = (("SEG_SEMA", "SEG"), ("LOC", "SEG"), ("SEG",))  # by their tokens, the longest first
+# A tokenizer may have the tokens of several chains; the longest is the one it was trained with.
+LEVEL_CHAINS = (("SEG_SEMA", "SEG"), ("LOC", "SEG"), ("SEG",))
 LLAVA = "reasoning.llava."
 TOWER = f"{LLAVA}model.vision_tower."
 PROJECTOR = f"{LLAVA}model.multi_modal_projector."
 SAM = "segmenting.sam."
 REFINER = "segmenting.refiner."
 
-# (their prefix, our prefix), the first that fits counts
+# (their prefix, our prefix); the first that fits counts.
 PREFIXES = (
     ("model.visual_model.", SAM),
     ("model.text_hidden_fcs.0.", "text_projection."),
@@ -54,8 +49,8 @@ PREFIXES = (
     ("model.", f"{LLAVA}model.language_model."),
 )
 THEIR_TOWER = "model.vision_tower.vision_tower.vision_model."
-# constants that old versions of transformers stored; their values follow from the config
-# fields of a LLaMA's config that both sides name alike; rope_theta and rope_scaling are older names
+# Fields of a LLaMA's config that both sides call alike; only rope_theta and rope_scaling, which
+# transformers calls rope_parameters today, are translated apart.
 LLAMA_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -72,6 +67,7 @@ LLAMA_FIELDS = (
     "tie_word_embeddings",
     "attention_bias",
 )
+# Constants that old versions of transformers stored as weights; they follow from config.json.
 LEFTOVERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 MLP_LAYERS = {"0.": "linear_1.", "2.": "linear_2."}
 
@@ -90,25 +86,15 @@ def has_masks(names: Iterable[str]) -> bool:
     return any(name.startswith("model.visual_model.") for name in names)
 
 
-def is_whole(source: str | Path) -> bool:
-    """Whether a folder or hub name holds a published LISA or CoReS: read off its config and the
-    names of its weights."""
-    try:
-        return is_published(read_json_file(source, "config.json")) and has_masks(read_all(source))
-    except (FileNotFoundError, ValueError):
-        return False
-
-
 @cache
 def clip_prefix() -> str:
     """What this version of transformers puts before the names of a CLIP tower's weights: it changed
     over time."""
+    smallest = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
     with torch.device("meta"):
-        model = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-            )
-        )
+        model = CLIPVisionModel(smallest)
     return "vision_model." if next(iter(model.state_dict())).startswith("vision_model.") else ""
 
 
@@ -132,14 +118,11 @@ def our_name(name: str, linear_projector: bool) -> str | None:
     for theirs, ours in PREFIXES:
         if name.startswith(theirs):
             rest = name.removeprefix(theirs)
-            return ours + (_our_projector(rest, linear_projector) if ours == PROJECTOR else rest)
+            if ours != PROJECTOR:
+                return ours + rest
+            layer = "linear_1." if linear_projector else MLP_LAYERS.get(rest[:2], rest[:2])
+            return ours + layer + (rest if linear_projector else rest[2:])
     return name
-
-
-def _our_projector(rest: str, linear: bool) -> str:
-    if linear:
-        return f"linear_1.{rest}"
-    return MLP_LAYERS.get(rest[:2], rest[:2]) + rest[2:]
 
 
 def their_name(name: str, linear_projector: bool) -> str:
@@ -161,12 +144,11 @@ def their_name(name: str, linear_projector: bool) -> str:
 
 def to_ours(weights: Mapping[str, Tensor], linear_projector: bool) -> dict[str, Tensor]:
     """Published weights under our names."""
-    renamed = {our_name(name, linear_projector): tensor for name, tensor in weights.items()}
-    renamed.pop(None, None)
-    return renamed
+    renamed = ((our_name(name, linear_projector), tensor) for name, tensor in weights.items())
+    return {name: tensor for name, tensor in renamed if name is not None}
 
 
-def is_linear(config: Mapping[str, Any]) -> bool:
+def says_linear_projector(config: Mapping[str, Any]) -> bool:
     """Whether the projector is one linear layer. Raises ValueError for a kind other than linear and
     mlp2x_gelu."""
     kind = config.get("mm_projector_type") or "linear"
@@ -184,7 +166,7 @@ def sam_dims(weights: Mapping[str, Tensor], source: str | Path) -> SamDims:
     )
 
 
-def levels_of(vocabulary: Mapping[str, int], source: str | Path) -> list[str]:
+def levels_of_vocabulary(vocabulary: Mapping[str, int], source: str | Path) -> list[str]:
     """The chain whose tokens a tokenizer has. Raises ValueError where it has none."""
     for chain in LEVEL_CHAINS:
         if all(f"[{level}]" in vocabulary for level in chain):
@@ -195,52 +177,30 @@ def levels_of(vocabulary: Mapping[str, int], source: str | Path) -> list[str]:
     )
 
 
-def tower_of(config: Mapping[str, Any], source: str | Path, override: str | None) -> str:
-    """Folder or hub name of the CLIP tower: ``override``, or what config.json names.
-
-    A relative folder is looked for beside the checkpoint first. Raises ValueError where neither
-    names one.
-    """
-    name = override or config.get("mm_vision_tower") or config.get("vision_tower")
+def tower_name(config: Mapping[str, Any], source: str | Path) -> str:
+    """Folder or hub name of the CLIP tower, as config.json says. Raises ValueError where it names
+    none."""
+    name = config.get("mm_vision_tower") or config.get("vision_tower")
     if not isinstance(name, str) or not name:
         raise ValueError(
             f"{source}: config.json names no mm_vision_tower; give --vision-tower,"
             " openai/clip-vit-large-patch14 say"
         )
-    beside = Path(source) / name
-    return str(beside) if not override and beside.is_dir() else name
+    return name
 
 
-def tower_config(tower: str) -> CLIPVisionConfig:
-    """Sizes of a CLIP tower. Raises FileNotFoundError naming the flag that can point at a local
-    copy."""
-    try:
-        found = find_file(tower, "config.json")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}; --vision-tower takes a local folder of this CLIP"
-        ) from None
-    if found is None:
-        raise FileNotFoundError(
-            f"{tower}: has no config.json; --vision-tower needs a CLIP folder or hub name"
-        )
-    return CLIPVisionConfig.from_pretrained(found.parent)
+def clip_sizes(vision: Any) -> tuple[int, int, int]:
+    """Hidden size, patch size and image size, both in pixels, of a CLIPVisionConfig."""
+    sizes = vision.hidden_size, vision.patch_size, vision.image_size
+    assert all(isinstance(size, int) for size in sizes), "CLIP's patches and images are square"
+    return sizes
 
 
-def tower_processor(tower: str, vision: CLIPVisionConfig) -> CLIPImageProcessor:
-    """CLIP's image transform: the tower's own, or CLIP's standard one at its size."""
-    if find_file(tower, "preprocessor_config.json") is not None:
-        return CLIPImageProcessor.from_pretrained(tower)
-    size = vision.image_size
-    return CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    )
-
-
-def tower_weights(tower: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tower's weights under our names."""
-    model = CLIPVisionModel.from_pretrained(tower, dtype=dtype)
-    return {TOWER + name: tensor for name, tensor in model.state_dict().items()}
+def clip_tokens(vision: Any, with_class_token: bool) -> int:
+    """Features that the CLIP of a CLIPVisionConfig gives for one image: one for each patch, and one
+    for its class token."""
+    _, patch, side = clip_sizes(vision)
+    return (side // patch) ** 2 + with_class_token
 
 
 def llava_config(
@@ -257,24 +217,32 @@ def llava_config(
         for name in ("rope_theta", "rope_scaling")
         if config.get(name) is not None
     }
-    linear = is_linear(config)
+    linear = says_linear_projector(config)
+    extra: dict[str, Any] = {"projector_layers": 1 if linear else 2}  # a field of ours
     return LlavaConfig(
         text_config=LlamaConfig(**text, vocab_size=rows),
         vision_config=vision,
         image_token_index=image_token_id,
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2 + (select == "cls_patch"),
+        image_seq_length=clip_tokens(vision, select == "cls_patch"),
         projector_hidden_act="linear" if linear else "gelu",
-        projector_layers=1 if linear else 2,
         vision_feature_select_strategy="default" if select == "patch" else "full",
         vision_feature_layer=config.get("mm_vision_select_layer", -2),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        **extra,
     )
 
 
-def their_config(config, architecture: str, tower: str, image_marks: bool) -> dict[str, Any]:
+def has_linear_projector(llava: LlavaConfig) -> bool:
+    """``says_linear_projector`` for transformers' config as ``llava_config`` makes it."""
+    return getattr(llava, "projector_layers", 2) == 1
+
+
+def their_config(
+    config: CoresConfig, architecture: str, tower: str, image_marks: bool
+) -> dict[str, Any]:
     """A published config.json for one of our CoresConfigs. ``tower``: folder or hub name of its
     CLIP."""
-    llava, text = config.llava, config.llava.text_config
+    llava, text = config.llava, config.llava.get_text_config()
     rope = dict(text.rope_parameters or {})
     theta, kind = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
     return {name: getattr(text, name) for name in LLAMA_FIELDS} | {
@@ -283,8 +251,8 @@ def their_config(config, architecture: str, tower: str, image_marks: bool) -> di
         "vocab_size": text.vocab_size,
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else {"type": kind, **rope},
-        "mm_hidden_size": llava.vision_config.hidden_size,
-        "mm_projector_type": "linear" if is_linear_config(llava) else "mlp2x_gelu",
+        "mm_hidden_size": clip_sizes(llava.vision_config)[0],
+        "mm_projector_type": "linear" if has_linear_projector(llava) else "mlp2x_gelu",
         "mm_vision_tower": tower,
         "mm_vision_select_layer": llava.vision_feature_layer,
         "mm_vision_select_feature": (
@@ -292,17 +260,12 @@ def their_config(config, architecture: str, tower: str, image_marks: bool) -> di
         ),
         "mm_use_im_start_end": image_marks,
         "out_dim": config.sam["prompt_dim"],
-        # ours: neither the number of SAM's heads nor the use of a token leaves a trace in the
-        # weights
+        # These two fields are ours: neither the number of SAM's heads nor the use of a token leaves
+        # a trace in the weights.
         "sam": config.sam,
         "levels": config.levels,
         "train_mask_decoder": True,
     }
-
-
-def is_linear_config(llava: LlavaConfig) -> bool:
-    """``is_linear`` for transformers' config as ``llava_config`` makes it."""
-    return getattr(llava, "projector_layers", 2) == 1
 
 
 def uses_image_marks(config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> bool:

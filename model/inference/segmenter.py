@@ -28,6 +28,7 @@ from dataset.conversation.encoding import encode_prompt
 from dataset.conversation.turns import Conversation, Turn, answer_from_ids, text_from_ids
 from dataset.files.errors import DataError
 from dataset.sample import Sample
+from model.checkpoints.source import Source, open_source
 from model.cores import CoresForReasoningSegmentation
 from model.inference.inputs import ImageLike, clean_question, clean_questions, load_image
 from model.inference.results import AnswerMask, Result, Stream
@@ -64,7 +65,7 @@ class ReasoningSegmenter:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | Source,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         template: str | None = None,
@@ -83,11 +84,10 @@ class ReasoningSegmenter:
         that selects; what it lacks is computed, and kept there. Raises FileNotFoundError or
         ValueError for a folder that holds no such model.
         """
-        processor = CoresProcessor.from_pretrained(str(path), vision_tower=vision_tower)
+        source = open_source(path, vision_tower, **kwargs)
+        processor = CoresProcessor.from_pretrained(source)
         processor.template = template or processor.template
-        model = CoresForReasoningSegmentation.from_pretrained(
-            str(path), dtype=dtype, vision_tower=vision_tower, **kwargs
-        )
+        model = CoresForReasoningSegmentation.from_pretrained(source, dtype=dtype, **kwargs)
         # Quantised weights are on their device already.
         if kwargs.get("quantization_config") is None:
             model = model.to(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.checkpoints import published
 from model.checkpoints.precision import quantized_bits
-from model.checkpoints.weights import compare
+from model.checkpoints.weights import refuse_mismatch
 
 
 def add_lora(
@@ -58,7 +58,7 @@ def load_adapter(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
     """
     expected = {name: p for name, p in model.named_parameters() if "lora_" in name}
     found = {ours: weight for name, weight in weights.items() if (ours := our_name(name))}
-    compare({name: p.shape for name, p in expected.items()}, found, source)
+    refuse_mismatch({name: p.shape for name, p in expected.items()}, found, source)
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(found[name])

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from dataset.collate import collate
 from model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor, RefinerConfig
+from model.build import build_from_backbones
 from model.checkpoints.llava import add_level_tokens, load_llava
 from model.losses import bce_per_mask, dice_per_mask, pointing_per_token
 from model.reasoning.chain import enable_checkpointing
@@ -506,13 +507,13 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
     preprocessor.write_text(text.replace("32", "48"))
     sam = backbones()[1]
     with pytest.raises(ValueError, match="images of 48×48 pixels, the vision tower takes 32×32"):
-        CoresForReasoningSegmentation.from_backbones(str(tmp_path), sam)
+        build_from_backbones(str(tmp_path), sam)
     preprocessor.write_text(text)
     config = tmp_path / "config.json"
     fields = json.loads(config.read_text())
     config.write_text(json.dumps(fields | {"image_token_index": 7}))
     with pytest.raises(ValueError, match=r"the tokenizer's id of <image> is 3, config.json says 7"):
-        CoresForReasoningSegmentation.from_backbones(str(tmp_path), sam)
+        build_from_backbones(str(tmp_path), sam)
 
 
 @pytest.mark.parametrize(("tied", "spare_rows"), [(False, 0), (True, 0), (False, 1), (False, 10)])

@@ -379,7 +379,7 @@ class Case:
         self.model.zero_grad()
         loss.backward()
         own = {name: p.grad for name, p in self.model.named_parameters()}
-        linear = published.is_linear_config(self.model.config.llava)
+        linear = published.has_linear_projector(self.model.config.llava)
         recorded = self.meta["grad_norms"].get(run, {})
         largest = max(recorded.values(), default=0.0)
         allowed = self.table.factor * self.table.noise.get(f"grad_norms.{run}", UNRECORDED_NORM)

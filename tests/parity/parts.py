@@ -16,8 +16,8 @@ from dataset.conversation.encoding import Encoded, encode_conversation, encode_t
 from dataset.conversation.templates import ConversationTemplate, get_template
 from dataset.conversation.turns import AnswerToken, Conversation
 from dataset.readers.reasoning import paint_shapes, read_record
-from model.checkpoints.llava import IMAGE_TOKEN, load_tokenizer
-from model.checkpoints.published import IMAGE_MARKS, CLIPImageProcessor
+from model.checkpoints.published import IMAGE_MARKS
+from model.checkpoints.source import IMAGE_TOKEN, CLIPImageProcessor, load_tokenizer
 from model.losses import bce_per_mask, dice_per_mask
 from model.segmenting.frames import preprocess, resize_longest_side, to_original
 from tests.parity.table import METRIC_TOLERANCE, Table, read_tensors

@@ -107,9 +107,9 @@ def run_settings(argv: Sequence[str]) -> Settings:
 
 def _source(model: Path, flags: Sequence[str]) -> list[str]:
     """The flags of train_ds.py that load ``model``, which may be a run or a merged model."""
-    from utils.build import is_merged
+    from utils.build import is_finished
 
-    if not is_merged(str(model)):
+    if not is_finished(model):
         read_resumed(model)  # a UsageError if it is no run
         return ["--resume", str(model)]
     source = ["--version", str(model)]
@@ -134,7 +134,7 @@ def run_command(argv: Sequence[str], started: float) -> None:
     build.refuse_half_on_cpu(s)
     distributed.start()
     torch.manual_seed(s.seed)
-    model, processor = build.load_for_evaluation(s)
+    model, processor = build.build_model(s)
     final_evaluation(model, processor, build.build_eval(s, processor), s, started)
 
 

@@ -98,8 +98,9 @@ _worker: tuple[RunImages, ProposalStore, Callable[[np.ndarray], Found]] | None =
 def load_source(s: Settings, device: str = "cpu") -> ProposalSource:
     """Store and generator of the SAM of --vision_pretrained, or of a merged model, in float32 as
     proposals need it."""
-    if build.is_merged(s.version):
-        model = CoresForReasoningSegmentation.from_pretrained(s.version, dtype=torch.float32)
+    source = build.open_version(s)
+    if source.finished:
+        model = CoresForReasoningSegmentation.from_pretrained(source, dtype=torch.float32)
         return nn.Module.to(model, device).eval().proposal_source(s.proposals)
     sam, fields = load_sam(s.vision_pretrained)[0].to(device).eval(), build.selector_config(s)
     assert fields is not None, "read_arguments refuses a method that selects nothing"

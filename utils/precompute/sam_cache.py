@@ -89,12 +89,13 @@ def main(argv: list[str] | None = None) -> int:
         s = parse(argv)
         if not s.sam_cache:
             raise UsageError("--sam_cache: name the folder to fill")
-        prompt = build.prompt_format(s)
+        source = build.open_version(s)
+        prompt = build.prompt_format(s, source)
         families = build.build_mixture(s, prompt).families
         loaders = [loader for family in families for loader in family]
         if not s.no_eval:
             loaders.append(build.build_eval(s, prompt).loader)
-        sam, image_size = build.build_sam_only(s)
+        sam, image_size = build.build_sam_only(s, source)
         identity = encoder_fingerprint(sam.image_encoder, image_size)
         cache = SamCache(s.sam_cache, identity, s.sam_cache_dtype, s.sam_cache_gb)
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

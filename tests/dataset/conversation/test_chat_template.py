@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessor
 from dataset.conversation.encoding import IGNORE_INDEX, encode_conversation
 from dataset.conversation.templates import TEMPLATES
 from dataset.conversation.turns import AnswerToken, Conversation, answer_text
-from model.checkpoints.llava import load_tokenizer
+from model.checkpoints.source import load_tokenizer
 from model.processor import CoresProcessor
 from tests.dataset_toys import IMAGE, SHARED, metaspace_tokenizer
 

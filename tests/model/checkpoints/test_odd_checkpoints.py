@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from model import CoresForReasoningSegmentation
+from model.build import build_from_backbones
 from model.checkpoints.llava import load_llava
 from model.checkpoints.sam import load_sam
-from model.checkpoints.weights import find_file
+from model.checkpoints.source import open_source
 from tests.helpers import LEVELS, backbones
 
 
@@ -25,9 +25,7 @@ def folder(tmp_path) -> Path:
 
 
 def build(folder: Path):
-    return CoresForReasoningSegmentation.from_backbones(
-        str(folder), backbones()[1], LEVELS, template="tiny"
-    )
+    return build_from_backbones(str(folder), backbones()[1], LEVELS, template="tiny")
 
 
 def truncate(file: Path) -> None:
@@ -86,7 +84,7 @@ def offline_hub(tmp_path, monkeypatch) -> Path:
 
 def test_a_hub_that_cannot_be_asked_is_no_hub_that_lacks_the_file(offline_hub):
     with pytest.raises(FileNotFoundError, match="owner/name: the hub cannot be reached"):
-        find_file("owner/name", "config.json")
+        open_source("owner/name")
 
 
 def test_what_the_cache_has_of_a_model_is_enough_without_the_hub(offline_hub):
@@ -95,8 +93,9 @@ def test_what_the_cache_has_of_a_model_is_enough_without_the_hub(offline_hub):
     (snapshot / "config.json").write_text("{}")
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("c0ffee")
-    assert find_file("owner/name", "config.json") == snapshot / "config.json"
-    assert find_file("owner/name", "cores_processor.json") is None
+    source = open_source("owner/name")
+    assert source.file("config.json") == snapshot / "config.json"
+    assert source.file("cores_processor.json") is None
 
 
 @pytest.mark.parametrize("extra", [["[SEG]"], [f"<extra{i}>" for i in range(5)]])

@@ -177,7 +177,7 @@ def test_a_cache_of_what_is_never_looked_at_is_refused(tmp_path):
         str(tmp_path),
     ]
     with pytest.raises(UsageError, match="looks at DINOv2's features"):
-        build.load_for_evaluation(parse(argv))
+        build.build_model(parse(argv))
 
 
 def test_a_model_saved_before_there_were_selectors_loads_unchanged(tmp_path):

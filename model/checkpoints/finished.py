@@ -1,0 +1,71 @@
+"""What ``from_pretrained`` of a finished model needs of a checkpoint: config, weights under our
+names, and the format to hold them in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from model.checkpoints import published
+from model.checkpoints.llava import add_image_token, weights_with_tower
+from model.checkpoints.source import Kind, Source
+from model.config import CoresConfig
+
+
+def loading_arguments(source: Source, dtype: torch.dtype | str | None) -> dict[str, Any]:
+    """``config``, ``state_dict``, ``dtype`` and ``key_mapping`` for transformers'
+    ``from_pretrained``.
+
+    ``dtype``: as there; "auto" is that of the stored weights. Raises ValueError for a checkpoint
+    that is no whole model.
+    """
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    if published.is_published(source.config):
+        return _of_published(source, dtype)
+    if source.kind is not Kind.CORES:
+        found = source.config.get("model_type")
+        raise ValueError(
+            f"{source.name}: model_type is {found!r}; a merged model says"
+            f" {CoresConfig.model_type!r}"
+        )
+    weights = source.hand_over_weights()
+    renaming = published.tower_renaming(weights)
+    return {"config": str(source.folder), "state_dict": weights, "dtype": dtype} | renaming
+
+
+def _of_published(source: Source, dtype: torch.dtype | str | None) -> dict[str, Any]:
+    if source.kind is not Kind.PUBLISHED_CORES:
+        raise ValueError(
+            f"{source.name}: a LLaVA without masks; it is a backbone, which needs"
+            " --vision_pretrained"
+        )
+    if not isinstance(dtype, torch.dtype):
+        stored = source.weights.get("lm_head.weight")
+        dtype = stored.dtype if dtype == "auto" and stored is not None else torch.float32
+    levels = source.levels
+    sam = vars(source.sam_dims)
+    weights = weights_with_tower(source, dtype)
+    add_image_token(source.llava, source.tokenizer)
+    config = CoresConfig(
+        llava=source.llava,
+        sam=sam,
+        levels=levels,
+        level_token_ids=source.tokenizer.convert_tokens_to_ids([f"[{level}]" for level in levels]),
+        refiner=(
+            {"kind": "attention+norm", "pooling": "released"}
+            if any(name.startswith(published.REFINER) for name in weights)
+            else {"kind": "none"}
+        ),
+    )
+    return {"config": config, "state_dict": weights, "dtype": dtype}
+
+
+def answer_defaults(config: CoresConfig) -> GenerationConfig:
+    """Greedy answers of at most 64 tokens, which end with the language model's end token."""
+    text = config.llava.get_text_config()
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: getattr(text, name, None) for name in names}
+    return GenerationConfig(max_new_tokens=64, do_sample=False, **tokens)
