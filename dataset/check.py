@@ -1,18 +1,19 @@
 """Looks at the data before a training does: what is there, what is missing and where it belongs,
 what is broken.
 
-    python -m dataset.check --dataset_dir ./dataset_dir                       # opens eight images of every data set
+    python -m dataset.check --dataset_dir ./dataset_dir    # opens eight images of every data set
     python -m dataset.check --dataset_dir ./dataset_dir --all --out check --fix-list bad.jsonl
 
-``--out`` gets a contact sheet for every data set: images with their targets and queries.
-``--fix-list`` gets one line for every bad item; ``train_ds.py --skip_list bad.jsonl`` leaves
-exactly these out. Exit code: 0; 1 if something is bad; 2 for a wrong flag.
+``--out`` is a folder for contact sheets, one for every data set: images with their targets and
+queries. ``--fix-list`` is a file for the bad items, one a line; ``train_ds.py --skip_list
+bad.jsonl`` leaves out exactly these. Exit code: 0; 1 if something is bad; 2 for a wrong flag.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,31 +29,30 @@ from dataset.drawing import QueryCard, card_sheet
 from dataset.files.errors import MissingDataError
 from dataset.files.faults import BadItem, Faults, write_skip_list
 from dataset.files.paths import require_folder
-from dataset.registry import Entry, Loader, entries
+from dataset.registry import DatasetEntry, entries
 from dataset.sample import LoaderOptions, Sample
 
 LEVELS = ("LOC", "SEG")
 SHEET_CELLS = 24  # pictures on a contact sheet
-CELLS_PER_IMAGE = 2  # at least; an image with many queries leaves room for others
+CELLS_PER_IMAGE = 2  # queries shown of one image; more only if few images are opened
 
 
 @dataclass
 class Finding:
-    """One split of one data set."""
+    """What was found about one split of one data set."""
 
     name: str
     """As --val_dataset has it: "ReasonSeg|val"."""
     missing: list[str] = field(default_factory=list)
     """Official names of files that are not there."""
     absent: str = ""
-    """What its files lack: a split that a file of several splits does not hold, all of its
-    images."""
+    """Why its files are not enough: they lack this split, or all of its images."""
     error: str = ""
     """Why it cannot be opened at all."""
     images: int = 0
     opened: int = 0
-    counts: Counter = field(default_factory=Counter)
-    """In the opened images: "queries", "targets", "empty" ones of these, "answers" without any."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """In the opened images: "queries", "targets" and, among these, "empty" ones."""
     bad: list[BadItem] = field(default_factory=list)
     cells: list[QueryCard] = field(default_factory=list)
 
@@ -61,6 +61,7 @@ class Finding:
         return not self.bad and not self.error
 
     def line(self) -> str:
+        """The finding as one line of the report."""
         if self.missing:
             return f"incomplete: {', '.join(self.missing)} is not there"
         if self.absent:
@@ -68,18 +69,17 @@ class Finding:
         if self.error:
             return f"cannot be opened: {self.error}"
         counts = self.counts
-        parts = [
-            f"{self.images} images",
-            f"{self.opened} opened: {counts['queries']} queries, {counts['targets']} targets",
-        ]
-        parts[1] += f" ({counts['empty']} empty)" if counts["empty"] else ""
-        parts += [f"{len(self.bad)} bad"] if self.bad else []
-        return ", ".join(parts)
+        empty = f" ({counts['empty']} empty)" if counts["empty"] else ""
+        bad = f", {len(self.bad)} bad" if self.bad else ""
+        return (
+            f"{self.images} images, {self.opened} opened: {counts['queries']} queries,"
+            f" {counts['targets']} targets{empty}{bad}"
+        )
 
 
-def inspect(entry: Entry, split: str, root: Path, samples: int | None) -> Finding:
-    """Opens ``samples`` images of a split, spread evenly, or all of them for None, after the checks
-    that its loader makes."""
+def inspect(entry: DatasetEntry, split: str, root: Path, samples: int | None) -> Finding:
+    """Opens a split, which runs the checks of its loader, and then ``samples`` of its images,
+    spread evenly over it, or all of them for None."""
     finding = Finding(f"{entry.name}|{split}", missing=entry.missing(root, split))
     if finding.missing:
         return finding
@@ -91,38 +91,31 @@ def inspect(entry: Entry, split: str, root: Path, samples: int | None) -> Findin
         finding.absent = str(error)
     except ValueError as error:
         finding.error = str(error)
-    if finding.absent or finding.error:
-        finding.bad = list(faults.found.values())
-        return finding
-    finding.images = len(loader)
-    count = len(loader) if samples is None else min(samples, len(loader))
-    chosen = np.linspace(0, len(loader) - 1, count).round().astype(int).tolist()
-    for index in tqdm(chosen, desc=finding.name, unit="image", leave=False, disable=None):
-        _open_one(loader, index, faults, finding, max(CELLS_PER_IMAGE, SHEET_CELLS // count))
+    else:
+        finding.images = len(loader)
+        count = len(loader) if samples is None else min(samples, len(loader))
+        chosen = np.linspace(0, len(loader) - 1, count).round().astype(int).tolist()
+        for index in tqdm(chosen, desc=finding.name, unit="image", leave=False, disable=None):
+            with faults.guard(loader.dataset, loader.path(index)):
+                sample = loader.sample(index, np.random.default_rng(index))
+                check_sample(sample, LEVELS)
+                finding.opened += 1
+                _add_sample(sample, finding, max(CELLS_PER_IMAGE, SHEET_CELLS // count))
     finding.bad = list(faults.found.values())
     return finding
 
 
-def _open_one(loader: Loader, index: int, faults: Faults, finding: Finding, cells: int) -> None:
-    with faults.guard(loader.dataset, loader.path(index)):
-        sample = loader.sample(index, np.random.default_rng(index))
-        check_sample(sample, LEVELS)
-        finding.opened += 1
-        _count(sample, finding, cells)
-
-
-def _count(sample: Sample, finding: Finding, cells: int) -> None:
-    """Adds the sample's numbers, and its first ``cells`` queries to the contact sheet."""
+def _add_sample(sample: Sample, finding: Finding, cells: int) -> None:
+    """Adds the counts of a sample to ``finding``, and its first ``cells`` queries to the contact
+    sheet."""
     for number, conversation in enumerate(sample.conversations):
         finding.counts["queries"] += len(conversation.turns)
         finding.counts["targets"] += len(conversation.masks)
-        finding.counts["empty"] += (
-            int((~conversation.masks.any(axis=(1, 2))).sum()) if len(conversation.masks) else 0
-        )
+        finding.counts["empty"] += sum(not mask.any() for mask in conversation.masks)
         if number < cells and len(finding.cells) < SHEET_CELLS:
             question, reply = conversation.turns[0]
             note = "" if len(conversation.masks) else answer_text(reply)
-            # every question ends with it
+            # Questions about sentences end with the same request, which the sheet leaves out.
             query = question.removesuffix(SENTENCE_QUESTIONS[0].removeprefix("{text}"))
             finding.cells.append(
                 QueryCard(
@@ -133,9 +126,9 @@ def _count(sample: Sample, finding: Finding, cells: int) -> None:
 
 def inspect_all(
     root: Path, samples: int | None, only: list[str] | None = None
-) -> tuple[list[Finding], list[Entry]]:
+) -> tuple[list[Finding], list[DatasetEntry]]:
     """(findings of all splits of which something is there, sets of which nothing is). Raises
-    ValueError for an unknown name."""
+    ValueError for an unknown name in ``only``."""
     known = entries(root)
     if only and (unknown := set(only) - {entry.name for entry in known}):
         names = ", ".join(dict.fromkeys(entry.name for entry in known))
@@ -151,11 +144,10 @@ def inspect_all(
     return findings, absent
 
 
-def report(findings: list[Finding], absent: list[Entry]) -> str:
+def report(findings: list[Finding], absent: list[DatasetEntry]) -> str:
     """What was found, as text."""
-    width = max(
-        [len(finding.name) for finding in findings] + [len(entry.name) for entry in absent] + [0]
-    )
+    names = [finding.name for finding in findings] + [entry.name for entry in absent]
+    width = max(map(len, names), default=0)
     lines = []
     for finding in findings:
         lines.append(f"{finding.name.ljust(width)}  {finding.line()}")
@@ -165,18 +157,13 @@ def report(findings: list[Finding], absent: list[Entry]) -> str:
     if absent:
         lines += ["", "Not there, and where it is expected:"]
     for entry in absent:
-        splits = _braces(list(dict.fromkeys(entry.splits.values())))
-        expected = ", ".join((*entry.files, *entry.shared)).replace("{split}", splits)
-        lines.append(
-            f"{entry.name.ljust(width)}  {expected}"
-            + (f"  ({entry.source})" if entry.source else "")
-        )
-    # half characters cannot be printed
+        splits = list(dict.fromkeys(entry.splits.values()))
+        shown = splits[0] if len(splits) == 1 else "{" + ",".join(splits) + "}"
+        expected = ", ".join((*entry.files, *entry.shared)).replace("{split}", shown)
+        source = f"  ({entry.source})" if entry.source else ""
+        lines.append(f"{entry.name.ljust(width)}  {expected}{source}")
+    # File names may hold half of a surrogate pair, which cannot be printed.
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
-
-
-def _braces(splits: list[str]) -> str:
-    return splits[0] if len(splits) == 1 else "{" + ",".join(splits) + "}"
 
 
 def write_sheets(findings: list[Finding], folder: Path) -> list[Path]:
@@ -184,18 +171,15 @@ def write_sheets(findings: list[Finding], folder: Path) -> list[Path]:
     written = []
     for finding in findings:
         if finding.cells:
-            path = (
-                folder / f"{finding.name.replace('|', '-').replace(':', '-').replace('/', '-')}.png"
-            )
+            path = folder / f"{re.sub('[|:/]', '-', finding.name)}.png"
             card_sheet(finding.cells, path, f"{finding.name}: {finding.line()}")
             written.append(path)
     return written
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dataset.check", description=__doc__.split("\n")[0]
-    )
+    description = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m dataset.check", description=description)
     parser.add_argument(
         "--dataset_dir", required=True, type=Path, help="root of all data sets, as for train_ds.py"
     )
@@ -208,9 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--only", help='names of data sets, joined by "||" (default: whatever is there)'
     )
     parser.add_argument(
-        "--fix-list",
-        type=Path,
-        help="file for the bad items, to be given to train_ds.py --skip_list",
+        "--fix-list", type=Path, help="file for the bad items, for train_ds.py --skip_list"
     )
     return parser
 
@@ -219,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)  # exits with 2 by itself
     logger = logging.getLogger("dataset")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # what is left out is in the report
+    logger.setLevel(logging.ERROR)  # The report names what is left out.
     try:
         if args.samples < 1:
             raise ValueError(f"--samples is {args.samples}; it must be at least 1")

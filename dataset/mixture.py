@@ -1,7 +1,7 @@
-"""What the command line calls data sets: the training mixture and the evaluation sets.
+"""What a run reads: the mixture of data sets to train on, and the data set to evaluate on.
 
-A training sample is a pure function of (seed, epoch, index); workers, ranks and restarts change
-nothing.
+A training sample is a pure function of (seed, epoch, index): the numbers of workers and ranks and
+restarts change nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from dataset.conversation import exemplars
 from dataset.files.errors import DataError, NothingToAsk
-from dataset.files.faults import BadItem, Faults, read_skip_list
+from dataset.files.faults import Faults, read_skip_list
 from dataset.files.paths import require_folder
 from dataset.readers.referring import validation_images
 from dataset.registry import TRAINING, Loader, open_evaluation, open_training
@@ -38,26 +38,22 @@ def _names(text: str, flag: str) -> list[str]:
 def build_family(
     name: str, dataset_dir: str | Path, data: dict[str, str], options: LoaderOptions
 ) -> list[Loader]:
-    """The loaders of one name of --dataset. ``data``: family -> the names inside it, joined by
-    "||".
+    """The loaders of one name in --dataset. ``data``: family -> the names of its data sets, joined
+    by "||".
 
-    Raises ValueError that lists the known names, DataError for missing or broken files.
+    Raises ValueError, which lists the known names, or DataError for missing or broken files.
     """
     if name not in KNOWN:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(KNOWN)}")
-    return [
-        open_training(name, dataset_dir, part, options)
-        for part in _names(data[name], f"--{name}_data")
-    ]
+    names = _names(data[name], f"--{name}_data")
+    return [open_training(name, dataset_dir, one, options) for one in names]
 
 
 def with_exemplars(sample: Sample, rng: np.random.Generator, count: int) -> Sample:
-    """The sample with ``count`` exemplars drawn by ``rng``; none repeats one of its own
-    questions."""
-    queries = [
-        question for conversation in sample.conversations for question, _ in conversation.turns
-    ]
-    sample.exemplars = exemplars.draw_exemplars(rng, count, queries)
+    """The sample with ``count`` exemplars drawn by ``rng``, none of which repeats a question of the
+    sample."""
+    questions = [question for c in sample.conversations for question, _ in c.turns]
+    sample.exemplars = exemplars.draw_exemplars(rng, count, questions)
     return sample
 
 
@@ -89,20 +85,17 @@ class TrainMixture(Dataset):
         skip_list: str | Path = "",
         report: str | Path | None = None,
     ):
-        """``dataset``: names of KNOWN joined by "||", with one rate each in ``sample_rates``.
-        ``explanatory``: probability that a query with a known explanation asks for it.
-        ``on_bad_sample``: "raise" stops at a file that cannot be used, "skip" logs it and takes
-        another one, the same in every run. ``exclude_val``: no source shows a photo of COCO that
+        """``dataset``: names of families (KNOWN) joined by "||", with one rate each in
+        ``sample_rates``. ``explanatory``: probability that a query with a known explanation asks
+        for it. ``on_bad_sample``: "raise" stops at a file that cannot be used, "skip" logs it and
+        takes another one, the same in every run. ``exclude_val``: leave out all photos of COCO that
         the val and test splits of refCOCO, refCOCO+ and refCOCOg hold. ``skip_list``: file of items
-        that are left out (dataset/files/faults.py). ``report``: file to which skipped items are
-        added. Raises ValueError or DataError for whatever can be known now."""
+        to leave out (dataset/files/faults.py). ``report``: file to which bad items are added.
+        Raises ValueError or DataError for everything that can be checked without drawing."""
         names = _names(dataset, "--dataset")
         rates = np.array(sample_rates, dtype=float)
-        if (
-            rates.shape != (len(names),)
-            or not np.all(rates >= 0)
-            or not 0 < sum(rates.tolist()) < float("inf")
-        ):
+        sound = rates.shape == (len(names),) and bool(np.all(rates >= 0))
+        if not sound or not 0 < sum(rates.tolist()) < float("inf"):
             found = list(sample_rates)
             raise ValueError(
                 f"--sample_rates {found}: give {len(names)} numbers for {names}, finite, none"
@@ -127,7 +120,9 @@ class TrainMixture(Dataset):
         data |= {"reason_seg": reason_seg_data, "vqa": vqa_data, "own": own_data}
         self.families = [build_family(name, dataset_dir, data, options) for name in names]
         if skip_list:
-            self._say_what_is_left_out(skip_list, listed)
+            counts = sorted(self.faults.left_out.items())
+            shown = ", ".join(f"{count} of {name}" for name, count in counts if count) or "none"
+            logger.warning("%s: has %d items, left out: %s", skip_list, len(listed), shown)
         self.rates = rates / rates.sum()
         self.samples_per_epoch = samples_per_epoch
         self.seed = seed
@@ -135,16 +130,11 @@ class TrainMixture(Dataset):
         self.on_bad_sample = on_bad_sample
         self.bad_samples = 0
         _try_exemplars(exemplar_count)
-        # shared memory, so that persistent workers see the new epoch, too
+        # The epoch is in shared memory, so that persistent workers see the new one.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
-    def _say_what_is_left_out(self, skip_list: str | Path, listed: list[BadItem]) -> None:
-        counts = {name: count for name, count in sorted(self.faults.left_out.items()) if count}
-        shown = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
-        logger.warning("%s: has %d items, left out: %s", skip_list, len(listed), shown)
-
     def set_epoch(self, epoch: int) -> None:
-        """Call before iterating over the epoch."""
+        """Sets the epoch that samples are a function of; call it before iterating."""
         self._epoch[0] = epoch
 
     def __len__(self) -> int:
@@ -155,12 +145,12 @@ class TrainMixture(Dataset):
             raise IndexError(index)
         key = [self.seed, int(self._epoch[0]), index]
         for attempt in range(MAX_REPLACEMENTS):
-            # the first attempt has the plain key, so a replacement changes no other sample
+            # Only repeated attempts have a longer key, so a replacement changes no other sample.
             rng = np.random.default_rng(np.random.SeedSequence(key + [attempt] * (attempt > 0)))
             try:
                 return self._draw(rng)
             except NothingToAsk:
-                continue  # a sound image, only not one to learn from
+                continue  # The image is sound, so it is neither counted nor reported as bad.
             except DataError as error:
                 if self.on_bad_sample == "raise":
                     raise
@@ -187,7 +177,8 @@ class TrainMixture(Dataset):
 
 
 def _try_exemplars(count: int) -> None:
-    """An exemplar count that the library cannot serve is an error now, not at the first sample."""
+    """Raises ValueError for an exemplar count that the library cannot serve, which would otherwise
+    be raised by the first sample."""
     if count < 0:
         raise ValueError(f"--exemplar_count must not be negative, got {count}")
     exemplars.draw_exemplars(np.random.default_rng(0), count)
@@ -208,8 +199,9 @@ class EvalDataset(Dataset):
         """``name``: "ReasonSeg|val", "ReasonSeg|testshort", "SynthReason|val" (a folder under
         reason_seg and its split), "LLM-Seg40K|val", "refcoco|unc|testA", "coco|val2017",
         "own:parts|val", or a semantic set such as "ade20k|validation". ``texts``: "first" scores
-        the first wording of a query as published, "all" every one; the referring sets score every
-        sentence. Exemplars depend on (seed, index) only. Raises ValueError or DataError."""
+        the first wording of a query as published, "all" every wording; the referring sets score
+        every sentence in any case. Exemplars depend on (seed, index) only. Raises ValueError or
+        DataError."""
         require_folder(dataset_dir, "the data")
         options = LoaderOptions(tuple(levels), training=False, texts=texts)
         self.loader: Loader = open_evaluation(dataset_dir, name, options)

@@ -13,9 +13,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 SAMPLES = SHARED / "samples" / "dataset_dir"
 LEVELS = ("LOC", "SEG")
 IMAGE = "<image>"
-TEXT = """USER: ASSISTANT: It appears on. It is. Another What is the dog in this image? Please output segmentation mask.
-A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and
-polite answers to the user's questions. Sure, the wheel of a red bus; a kettle pours from its spout."""
+TEXT = """USER: ASSISTANT: It appears on. It is. Another What is the dog in this image?
+Please output segmentation mask. A chat between a curious user and an artificial intelligence
+assistant. The assistant gives helpful, detailed, and polite answers to the user's questions. Sure,
+the wheel of a red bus; a kettle pours from its spout."""
 
 
 def _wrap(backend: Tokenizer, model_max_length: int) -> PreTrainedTokenizerFast:
@@ -24,7 +25,7 @@ def _wrap(backend: Tokenizer, model_max_length: int) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        pad_token="<unk>",  # padding that shares its id with a real token, as LLaMA users do
+        pad_token="<unk>",  # LLaMA's users also pad with the id of a real token.
         model_max_length=model_max_length,
     )
     names = [IMAGE, "[LOC]", "[PART]", "[SEG]"]
@@ -66,7 +67,7 @@ def metaspace_tokenizer(model_max_length: int = 512) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator(TEXT.splitlines(), trainer)
-    # the trainer marks the bytes as special; as plain vocabulary they serve the fall-back
+    # The trainer marks the bytes as special, but the fall-back needs them as plain vocabulary.
     state = json.loads(backend.to_str())
     state["added_tokens"] = [
         token for token in state["added_tokens"] if not token["content"].startswith("<0x")

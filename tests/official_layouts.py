@@ -22,7 +22,7 @@ from PIL import Image
 Box = tuple[int, int, int, int]  # (x0, y0, x1, y1), the last column and row outside
 Size = tuple[int, int]  # (H, W)
 
-# COCO's numbers of the photos
+# COCO's numbers of the photos that are written.
 TRAIN, VAL, TEST_A, TEST_B, TEST_G, CROWDED = 9, 25, 30, 34, 581857, 36
 PHOTOS = (TRAIN, VAL, TEST_A, TEST_B, TEST_G, CROWDED)
 EXCLUDED = {VAL, TEST_A, TEST_B, TEST_G}
@@ -154,8 +154,8 @@ def write_cocostuff(root: Path) -> Layout:
     samples: dict[str, list[Expected]] = {}
     for number in PHOTOS:
         label = np.full(size_of(number), 255, np.uint8)
-        label[:5], label[8:12, 3:9] = 170, 0  # wall-brick; person
-        label[12:15], label[15, 2] = 156, 17  # sky; one pixel of a dog
+        label[:5], label[8:12, 3:9] = 170, 0  # the values of "wall-brick" and "person"
+        label[12:15], label[15, 2] = 156, 17  # "sky", and one pixel of "dog"
         if number == CROWDED:
             label[:] = 255
             label[:5] = 170
@@ -318,7 +318,7 @@ def write_partimagenet(root: Path) -> Layout:
         annotation(
             0, 0, 0, [polygon(boxes[0]), [5, 5, 8, 8], [1, 1], polygon(boxes[1])], iscrowd=0
         ),
-        annotation(1, 0, 26, [[5, 5, 8, 8]], iscrowd=0),  # nothing is left of it
+        annotation(1, 0, 26, [[5, 5, 8, 8]], iscrowd=0),  # Two points enclose no pixel.
         annotation(2, 0, 25, runs(drawn(size, (20, 20, 25, 25))), iscrowd=0),
         annotation(3, 0, 25, runs(drawn(size, (24, 20, 30, 25))), iscrowd=1),
     ]
@@ -659,8 +659,18 @@ def write_everything(root: Path) -> Layout:
     write_llava(root)
     layout = write_refcoco(root) | write_refcoco(root, "refcoco+", protocol=0)
     for write in (
-        write_ade20k, write_cocostuff, write_mapillary, write_paco, write_pascal_part, write_partimagenet, write_coco,
-        write_refcocog, write_refclef, write_grefcoco, write_llm_seg40k, write_reason_seg,
-    ):  # fmt: skip
+        write_ade20k,
+        write_cocostuff,
+        write_mapillary,
+        write_paco,
+        write_pascal_part,
+        write_partimagenet,
+        write_coco,
+        write_refcocog,
+        write_refclef,
+        write_grefcoco,
+        write_llm_seg40k,
+        write_reason_seg,
+    ):
         layout |= write(root)
     return layout

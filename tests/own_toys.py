@@ -10,7 +10,8 @@ import numpy as np
 from tests.dataset_toys import write_image, write_json
 
 SIZE = (10, 12)
-RECTANGLE = [[2, 2], [6, 2], [6, 5], [2, 5]]  # as COCO's polygon 4 × 3 pixels, as labelme's 5 × 4
+# 4 × 3 pixels as a polygon of COCO's, 5 × 4 as one of labelme's, whose outline belongs to it.
+RECTANGLE = [[2, 2], [6, 2], [6, 5], [2, 5]]
 
 
 def box(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:

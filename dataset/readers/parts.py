@@ -73,7 +73,7 @@ class PartSource:
     """Images may lie in a folder named as the first nine letters of the file name."""
 
 
-SOURCES = {
+PART_SOURCES = {
     "paco_lvis": PartSource(
         "vlpart/paco/annotations/paco_lvis_v1_{split}.json",
         ("coco",),
@@ -121,12 +121,14 @@ class PartSegmentation:
     def __init__(
         self, dataset_dir: str | Path, name: str, options: LoaderOptions, split: str | None = None
     ):
-        """``name``: a key of SOURCES; ``split`` defaults to its training split. Raises ValueError
-        or DataError."""
-        if name not in SOURCES:
-            raise ValueError(f"unknown data set of parts {name!r}; known: {', '.join(SOURCES)}")
+        """``name``: a key of PART_SOURCES; ``split`` defaults to its training split. Raises
+        ValueError or DataError."""
+        if name not in PART_SOURCES:
+            raise ValueError(
+                f"unknown data set of parts {name!r}; known: {', '.join(PART_SOURCES)}"
+            )
         self.options = options
-        self.kind = SOURCES[name]
+        self.kind = PART_SOURCES[name]
         split = split or self.kind.train_split
         self.dataset = f"{name}|{split}"
         root = Path(dataset_dir)

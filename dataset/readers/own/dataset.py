@@ -5,8 +5,8 @@
     <dataset_dir>/own/<name>/train.json, val.json …      COCO's format
     <dataset_dir>/own/<name>/{train,val,…}/*.json        labelme, one JSON beside each image
     <dataset_dir>/own/<name>/train.jsonl, val.csv …      a table, one query per row
-    <dataset_dir>/own/<name>/train.parquet, val/ …       the same as Parquet, or a saved Hugging Face
-                                                         dataset (dataset/readers/own/arrow.py)
+    <dataset_dir>/own/<name>/train.parquet, val/ …       the same as Parquet, or saved by Hugging
+                                                         Face datasets (own/arrow.py)
 
 One file may hold everything: ``own/<name>.json``, ``.jsonl``, ``.csv`` or ``.parquet``, or one of
 these alone in ``own/<name>/``. Its rows or images may name their ``split``; those that do not are

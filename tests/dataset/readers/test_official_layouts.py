@@ -18,7 +18,7 @@ from dataset.conversation.turns import answer_text
 from dataset.files.errors import DataError, MissingDataError
 from dataset.mixture import EvalDataset, TrainMixture
 from dataset.readers.llm_seg40k import LlmSeg40K
-from dataset.readers.parts import SOURCES, PartSegmentation, category_name
+from dataset.readers.parts import PART_SOURCES, PartSegmentation, category_name
 from dataset.readers.referring import ReferringSegmentation, read_references, validation_images
 from dataset.readers.semantic import COCOSTUFF_CLASSES, SemanticSegmentation
 from dataset.readers.usable import coco_number
@@ -332,11 +332,17 @@ def test_a_source_without_any_photo_left_is_an_error(root):
 @pytest.mark.parametrize(
     ("name", "number"),
     [
-        ("000000581857.jpg", 581857), ("train2017/000000581857.jpg", 581857), ("COCO_train2014_000000581857.jpg", 581857),
-        ("COCO_val2014_000000000042.png", 42), ("2008_000002.jpg", None), ("19.jpg", None), ("n01440764_10029.JPEG", None),
-        ("0000005818570.jpg", None), ("", None),
+        ("000000581857.jpg", 581857),
+        ("train2017/000000581857.jpg", 581857),
+        ("COCO_train2014_000000581857.jpg", 581857),
+        ("COCO_val2014_000000000042.png", 42),
+        ("2008_000002.jpg", None),
+        ("19.jpg", None),
+        ("n01440764_10029.JPEG", None),
+        ("0000005818570.jpg", None),
+        ("", None),
     ],
-)  # fmt: skip
+)
 def test_the_number_of_a_photo(name, number):
     assert coco_number(name) == number
 
@@ -723,7 +729,9 @@ def test_real_names_of_cocostuff():
     ],
 )
 def test_real_names_of_parts_are_readable(file, source, things, parts):
-    names = [category_name(entry["name"], SOURCES[source].separator) for entry in categories(file)]
+    names = [
+        category_name(entry["name"], PART_SOURCES[source].separator) for entry in categories(file)
+    ]
     assert (sum(n.part is None for n in names), sum(n.part is not None for n in names)) == (
         things,
         parts,
