@@ -241,9 +241,8 @@ class BothSchedules:
             return [int(token) for token, _ in speak(context, hidden, self.end, free, [prompt])]
 
         def published() -> list[int]:
-            return PublishedSchedule(self.model, self.processor, free).generate(
-                prompt, features, pixels
-            )[0]
+            schedule = PublishedSchedule(self.model, self.processor, free)
+            return schedule.generate(prompt, features, pixels)[0]
 
         return ours, published
 
