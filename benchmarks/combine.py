@@ -66,7 +66,7 @@ def candidates(
     count, everything = len(proposals), with_mask(proposals, mask)
     best = np.arange(count) == (int(alone.similarity.argmax()) if count else -1)
     selected = pick(proposals, alone.iop.numpy()[:count] > 0.5)
-    sure = among.iop.numpy()
+    iops = among.iop.numpy()
     found = {
         "cores": mask,
         "iop": selected,
@@ -74,9 +74,9 @@ def candidates(
         "among, similarity": pick(
             everything, np.arange(count + 1) == int(among.similarity.argmax())
         ),
-        "among, iop": pick(everything, sure > 0.5),
+        "among, iop": pick(everything, iops > 0.5),
         "verified": (
-            mask if not selected.any() or sure[count] >= sure[:count].max(initial=0) else selected
+            mask if not selected.any() or iops[count] >= iops[:count].max(initial=0) else selected
         ),
         "either": mask | selected,
     }
