@@ -1,38 +1,35 @@
-"""Answers, follow-up questions and evaluation, against the schedule of the published code, in one
-run.
+"""Answers, follow-up questions and evaluation against the schedule of the published code.
 
     python -m benchmarks.chat --size small --json benchmarks/results/chat.json
 
-Published schedule (LISA, CoReS): no key-value cache, so that every token reads the whole prompt
-again; CLIP once more for every token; SAM's encoder once more for every question; one question at a
-time. Here it is written with this model's own parts, so both sides have the same weights, prompts
-and decoder, and their tokens and masks are checked to be equal. Where the reference could be made
-slower in good faith it is not: it computes logits of the last position only.
+The published schedule (LISA, CoReS) has no KV cache, so that every token reads the whole prompt
+again; it runs CLIP for every token and SAM's encoder for every question, and answers one question
+at a time. It is written here with the parts of our model, so that both sides have the same weights,
+prompts and decoder; it is checked that they give the same tokens and masks. Unlike the published
+code, it computes logits of the last position only.
 
-Four comparisons, each timed alternately, --repeats times; the ratio is that of the medians:
-generation       --tokens tokens with the image's CLIP features given on both sides; only the cache differs
-follow_up        one more question about a picture, in an open session: text and masks
-follow_up_alike  the same, answered as the question before was: "It appears on [LOC]. It is [SEG]."
-evaluation       free generation for --queries questions about one picture, text and masks
+There are four comparisons. The sides take turns, --repeats times; the ratio is that of the medians.
 
-Weights are random and seeded. All but follow_up_alike say --tokens tokens, [LOC] and [SEG] at fixed
-places and greedy in between, but no word twice: a random model repeats itself, and here repetitions
-are drafted (model/reasoning/generation.py). So no draft helps there; only trained models, which
-follow_up_alike stands for, answer as they did before. Every follow-up question is a new one.
+generation       --tokens tokens. Both sides are given CLIP's features, only the KV cache differs.
+follow_up        One more question about a picture, in an open session: text and masks.
+follow_up_alike  The same, answered like the question before: "It appears on [LOC]. It is [SEG]."
+evaluation       Free generation for --queries questions about one picture: text and masks.
+
+Weights are random and seeded. Answers have --tokens tokens, [LOC] and [SEG] at fixed places and
+greedy ones in between, but none twice: random models repeat themselves, and our side would draft
+the repetitions (model/reasoning/generation.py), which is no fair comparison. Only in
+follow_up_alike drafts help, as they do for trained models. Every follow-up question is a new one.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +43,8 @@ from transformers import (
     LlavaConfig,
 )
 
-from benchmarks.synthreason import ROOT
+from benchmarks.shared import ROOT, alternate, benchmark_parser, seconds, write_json
+from benchmarks.sizes import ModelSize, clip_size, llama_size
 from dataset.collate import collate_prompts
 from dataset.conversation.encoding import encode_prompt
 from dataset.conversation.turns import Conversation
@@ -64,117 +62,94 @@ from model.reasoning.generation import KVCache, decode
 
 RESULTS = ROOT / "benchmarks" / "results" / "chat.json"
 LEVELS = ["LOC", "SEG"]
+Schedules = tuple[Callable[[], Any], Callable[[], Any]]
 COMPARISONS = ("generation", "follow_up", "follow_up_alike", "evaluation")
-# asked in turns
+# These are asked in turns.
 FOLLOW_UPS = ("And which part of it is for hearing?", "What does this animal smell with?")
 
 
-@dataclass(frozen=True)
-class Size:
-    """Width, layers and heads of the language model; width, layers, heads and pixels of CLIP and of
-    SAM."""
-
-    llama: tuple[int, int, int]
-    clip: tuple[int, int, int, int]
-    sam: tuple[int, int, int, int]
-    prompt_dim: int = 256
+def sam_size(side: int, width: int, depth: int, heads: int, window: int, prompt: int) -> SamDims:
+    """Global attention in two blocks, in the middle and at the end, and windows in the others, as
+    SAM mixes them."""
+    return SamDims(side, 16, width, depth, heads, (depth // 2 - 1, depth - 1), window, prompt)
 
 
 SIZES = {
-    "tiny": Size((32, 2, 4), (32, 2, 2, 28), (32, 2, 2, 64), prompt_dim=32),
-    "small": Size((512, 8, 8), (256, 6, 4, 224), (192, 6, 6, 1024)),
+    "tiny": ModelSize(
+        llama_size(32, 85, 2, 4), clip_size(32, 2, 2, 14, 28), sam_size(64, 32, 2, 2, 2, 32)
+    ),
+    "small": ModelSize(
+        llama_size(512, 1365, 8, 8),
+        clip_size(256, 6, 4, 14, 224),
+        sam_size(1024, 192, 6, 6, 14, 256),
+    ),
 }
 
 
-def build(size: Size, vocabulary: int = 0) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
-    """A model with random weights; patches of 14 for CLIP and 16 for SAM, as in LISA.
+def build_random(
+    size: ModelSize, vocabulary: int = 0
+) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
+    """A model with random weights, and the tokenizer of assets/tiny.
 
-    ``vocabulary``: rows of the word tables where that is more than the tokenizer of assets/tiny
-    has. Llama's 32,000 would be 40 % of the weights read for a token at this width (LLaVA-7B: 2 %).
+    ``vocabulary``: rows of the word tables, where that is more than the tokenizer has. With Llama's
+    32,000, a token would read 40 % of its weights from the tables at this width (LLaVA-7B: 2 %).
     """
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny" / "llava")
     tokenizer.model_max_length = 4096
     tokenizer.add_tokens([f"[{level}]" for level in LEVELS], special_tokens=True)
-    width, layers, heads, pixels = size.clip
-    vision = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        image_size=pixels,
-        patch_size=14,
-        projection_dim=width,
-    )
-    tokens = (pixels // 14) ** 2
-    width, layers, heads = size.llama
     text = LlamaConfig(
+        **size.llama,
         vocab_size=max(vocabulary, len(tokenizer)),
-        hidden_size=width,
-        intermediate_size=8 * width // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
         max_position_embeddings=4096,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    vision = CLIPVisionConfig(**size.clip, projection_dim=size.clip["hidden_size"])
     llava = LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=False,
                         image_token_index=tokenizer.convert_tokens_to_ids("<image>"))  # fmt: skip
-    width, layers, heads, side = size.sam
-    every = layers // 2  # global attention in two blocks, windows in the others, as SAM mixes them
-    sam = SamDims(
-        side,
-        16,
-        width,
-        layers,
-        heads,
-        (every - 1, layers - 1),
-        14 if side > 64 else 2,
-        size.prompt_dim,
-    )
     ids = tokenizer.convert_tokens_to_ids([f"[{level}]" for level in LEVELS])
-    model = CoresForReasoningSegmentation(CoresConfig(llava, vars(sam), LEVELS, ids)).eval()
-    with torch.no_grad():  # SAM starts its relative positions and its position embedding at zero
+    model = CoresForReasoningSegmentation(CoresConfig(llava, vars(size.sam), LEVELS, ids)).eval()
+    with torch.no_grad():  # SAM's position embeddings begin at zero, where they would do nothing.
         for parameter in model.segmenting.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    pixels = size.clip[3]
+    pixels, side = size.clip["image_size"], size.sam.image_size
     clip = CLIPImageProcessor(
         size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels}
     )
     return model, CoresProcessor(
-        tokenizer, clip, side, tokens, LEVELS, "llava_v1", exemplar_count=1
+        tokenizer, clip, side, size.image_tokens, LEVELS, "llava_v1", exemplar_count=1
     )
 
 
 @dataclass(frozen=True)
-class Script:
-    """A logits processor: the model says ``ids``, and where they are None what it likes of what it
-    has not said; then the end."""
+class ForcedTokens:
+    """A logits processor that forces the tokens ``ids``, then ``end``. Where an id is None, the
+    model chooses among the tokens that are neither special nor in the answer yet."""
 
     ids: tuple[int | None, ...]
     level_ids: list[int]
     end: int
 
-    def __call__(self, said: Tensor, logits: Tensor) -> Tensor:
-        place = said.shape[1]
+    def __call__(self, generated: Tensor, logits: Tensor) -> Tensor:
+        place = generated.shape[1]
         forced = self.ids[place] if place < len(self.ids) else self.end
         if forced is not None:
             return torch.full_like(logits, -torch.inf).index_fill_(1, torch.tensor([forced]), 0.0)
-        logits = logits.scatter(1, said, -torch.inf)
+        logits = logits.scatter(1, generated, -torch.inf)
         logits[:, [*self.level_ids, self.end]] = -torch.inf
         return logits
 
 
-def free_script(length: int, level_ids: list[int], end: int) -> Script:
+def free_tokens(length: int, level_ids: list[int], end: int) -> ForcedTokens:
     """``length`` tokens with one [LOC] and one [SEG] among them."""
     ids: list[int | None] = [None] * length
     ids[length // 3], ids[length - 2] = level_ids
-    return Script(tuple(ids), level_ids, end)
+    return ForcedTokens(tuple(ids), level_ids, end)
 
 
-class Published:
-    """The published schedule: one question at a time, everything again for every token or
-    question."""
+class PublishedSchedule:
+    """One question at a time, everything again for every token or question."""
 
     def __init__(
         self, model: CoresForReasoningSegmentation, processor: CoresProcessor, decoding: Decoding
@@ -185,60 +160,57 @@ class Published:
     def generate(
         self, prompt: list[int], features: Tensor | None, clip_pixels: Tensor
     ) -> tuple[list[int], Tensor]:
-        """(token ids, states (M, d)); CLIP runs for every token unless its ``features`` (1, P, d)
-        are given."""
+        """(M token ids, hidden states (M, d)). CLIP runs for every token, unless its ``features``
+        (1, P, d) are given."""
         reasoning, end = self.model.reasoning, self.processor.tokenizer.eos_token_id
-        said: list[int] = []
+        generated: list[int] = []
         states: list[Tensor] = []
         zero = torch.zeros(1, dtype=torch.int64)
-        while len(said) < self.decoding.max_new_tokens:
+        while len(generated) < self.decoding.max_new_tokens:
             seen = reasoning.image_features(clip_pixels) if features is None else features
-            ids = torch.tensor([prompt + said])
+            ids = torch.tensor([prompt + generated])
             hidden = reasoning.hidden_states(
                 reasoning.embed(ids, seen, zero), torch.ones_like(ids)
             )[:, -1]
             token = int(
                 self.decoding.choose(
-                    torch.tensor([said], dtype=torch.int64), reasoning.llava.lm_head(hidden)
+                    torch.tensor([generated], dtype=torch.int64), reasoning.llava.lm_head(hidden)
                 )
             )
             if token == end:
                 break
-            said.append(token)
+            generated.append(token)
             states.append(hidden)
-        return said, torch.cat(states)
+        return generated, torch.cat(states)
 
     @torch.no_grad()
     def answer(self, image: np.ndarray, prompt: list[int]) -> tuple[list[int], np.ndarray]:
-        """(token ids, masks bool (K, T, H, W)) of one question; the picture is read from its pixels
-        on."""
+        """(token ids, masks bool (K, T, H, W)) of one question about ``image``, uint8 (H, W, 3)."""
         batch = ReasoningSegmenter(self.model, self.processor).collate([(image, "image", ["?"])])
         generated, states = self.generate(prompt, None, batch.clip_pixels)
         prompts, counts = self.model.group_prompts([states], [generated])
-        (found,) = self.model.mask_branch.segment(
-            prompts, counts, batch.image_index, self.model.encode_images(batch)
-        )
+        images = self.model.encode_images(batch)
+        (found,) = self.model.mask_branch.segment(prompts, counts, batch.image_index, images)
         return generated, found.masks.numpy()
 
 
-class Comparison:
-    """A prompt, a picture, and both ways to answer."""
+class BothSchedules:
+    """A prompt, a picture, and two ways to answer: each method returns a call of ours and one of
+    the published schedule, which give the same."""
 
-    def __init__(self, size: Size, tokens: int, queries: int, vocabulary: int = 0):
-        self.model, self.processor = build(size, vocabulary)
+    def __init__(self, size: ModelSize, tokens: int, queries: int, vocabulary: int = 0):
+        self.model, self.processor = build_random(size, vocabulary)
         self.tokens, self.queries = tokens, queries
         self.segmenter = ReasoningSegmenter(self.model, self.processor, tokens)
-        self.level_ids, self.end = (
-            self.model.config.level_token_ids,
-            self.processor.tokenizer.eos_token_id,
-        )
-        self.speak_by(free_script(tokens - 1, self.level_ids, self.end))
+        self.level_ids = self.model.config.level_token_ids
+        self.end = self.processor.tokenizer.eos_token_id
+        self.force(free_tokens(tokens - 1, self.level_ids, self.end))
         self.image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
 
-    def speak_by(self, script: Script) -> None:
-        """Both sides, from now on."""
-        self.segmenter.decoding = Decoding(len(script.ids) + 1, logits_processor=(script,))
-        self.published = Published(self.model, self.processor, self.segmenter.decoding)
+    def force(self, tokens: ForcedTokens) -> None:
+        """Makes both sides generate ``tokens`` from now on."""
+        self.segmenter.decoding = Decoding(len(tokens.ids) + 1, logits_processor=(tokens,))
+        self.published = PublishedSchedule(self.model, self.processor, self.segmenter.decoding)
 
     def prompt(self, question: str, history: Sequence = ()) -> list[int]:
         p = self.processor
@@ -254,11 +226,9 @@ class Comparison:
         )
 
     @torch.no_grad()
-    def generation(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        prompt, pixels = (
-            self.prompt("Where is the part that lets the dog smell?"),
-            self.processor.clip(self.image)[None],
-        )
+    def generation(self) -> Schedules:
+        prompt = self.prompt("Where is the part that lets the dog smell?")
+        pixels = self.processor.clip(self.image)[None]
         features, reasoning = self.model.reasoning.image_features(pixels), self.model.reasoning
         free = replace(self.segmenter.decoding, max_new_tokens=self.tokens - 1)
 
@@ -270,54 +240,45 @@ class Comparison:
             return [int(token) for token, _ in decode(cache, hidden, self.end, free, [prompt])]
 
         def published() -> list[int]:
-            return Published(self.model, self.processor, free).generate(prompt, features, pixels)[0]
+            schedule = PublishedSchedule(self.model, self.processor, free)
+            return schedule.generate(prompt, features, pixels)[0]
 
         return ours, published
 
-    def follow_up(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def follow_up(self) -> Schedules:
         session = self.segmenter.open(self.image)
         session.ask("Where is the dog?")
-        questions, prompts = (
-            cycle(FOLLOW_UPS),
-            cycle([self.prompt(question, session.turns) for question in FOLLOW_UPS]),
-        )
+        questions = cycle(FOLLOW_UPS)
+        prompts = cycle([self.prompt(question, session.turns) for question in FOLLOW_UPS])
         published = self.published
 
         def ours() -> tuple[list[int], np.ndarray]:
             result = session.ask(next(questions))
             session.undo()
-            return result.token_ids, np.stack(
-                [np.stack(list(m.levels.values())) for m in result.masks]
-            )
+            levels = [np.stack(list(mask.levels.values())) for mask in result.masks]
+            return result.token_ids, np.stack(levels)
 
         return ours, lambda: published.answer(self.image, next(prompts))
 
-    def follow_up_alike(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def follow_up_alike(self) -> Schedules:
         turn = ("Where is the dog?", answer(LEVELS))
         before = self.prompt(turn[0])
-        said = self.prompt("?", [turn])[len(before) :]  # the answer, its end and the next question
-        self.speak_by(Script(tuple(said[: said.index(self.end)]), self.level_ids, self.end))
+        after = self.prompt("?", [turn])[len(before) :]  # the answer, its end, the next question
+        self.force(ForcedTokens(tuple(after[: after.index(self.end)]), self.level_ids, self.end))
         return self.follow_up()
 
-    def evaluation(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def evaluation(self) -> Schedules:
         parts = ("smell", "hear", "see", "run", "bite", "bark", "swim", "dig")
         questions = [
             f"Which part lets the dog {parts[i % len(parts)]}?" for i in range(self.queries)
         ]
         prompts = [self.prompt(question) for question in questions]
         nothing = np.zeros((0, *self.image.shape[:2]), dtype=bool)
-        talks = [Conversation([(question, [])], nothing) for question in questions]
+        asked = [Conversation([(question, [])], nothing) for question in questions]
+        exemplars = self.segmenter.exemplars
+        sample = Sample(self.image, "picture", asked, "reasoning", "benchmark", "0", exemplars)
 
         def ours() -> list[tuple[list[int], np.ndarray]]:
-            sample = Sample(
-                self.image,
-                "picture",
-                talks,
-                "reasoning",
-                "benchmark",
-                "0",
-                self.segmenter.exemplars,
-            )
             batch = collate_prompts([sample], self.processor, LEVELS, self.processor.conversation)
             found = self.model.generate(
                 batch, self.processor.tokenizer, **vars(self.segmenter.decoding)
@@ -327,18 +288,15 @@ class Comparison:
         return ours, lambda: [self.published.answer(self.image, prompt) for prompt in prompts]
 
 
-def check_equal(name: str, ours: Any, published: Any) -> dict[str, Any]:
-    """Raises RuntimeError unless both sides said the same tokens and no mask differs in more than
-    one pixel of 10,000."""
-    pairs = (
-        [(ours, published)]
-        if name.startswith("follow_up")
-        else list(zip(ours, published, strict=True))
-    )
+def check_answers(name: str, ours: Any, published: Any) -> dict[str, Any]:
+    """Raises RuntimeError unless both sides generated the same tokens and no mask differs in more
+    than one pixel of 10,000."""
     if name == "generation":
         if ours != published:
             raise RuntimeError(f"generation: {ours} against {published}")
         return {"tokens": len(ours)}
+    single = name.startswith("follow_up")
+    pairs = [(ours, published)] if single else list(zip(ours, published, strict=True))
     differing = 0.0
     for (ids, masks), (reference_ids, reference) in pairs:
         if ids != reference_ids or masks.shape != reference.shape or not len(masks):
@@ -352,76 +310,56 @@ def check_equal(name: str, ours: Any, published: Any) -> dict[str, Any]:
     return {"tokens": sum(len(ids) for (ids, _), _ in pairs), "pixels_that_differ": differing}
 
 
-def compare(
+def time_both(
     name: str, ours: Callable[[], Any], published: Callable[[], Any], repeats: int
 ) -> dict[str, Any]:
-    """Seconds of both sides, alternately; the first call of each checks that they agree and is not
-    timed."""
-    facts = check_equal(name, ours(), published())
-    seconds: dict[str, list[float]] = {"ours": [], "published": []}
-    for _ in range(repeats):
-        for side, run in (("published", published), ("ours", ours)):
-            started = time.perf_counter()
-            run()
-            seconds[side].append(time.perf_counter() - started)
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
-    return {
-        **facts,
-        "ratio": medians["published"] / medians["ours"],
-        "median_seconds": medians,
-        "seconds": seconds,
-    }
+    """Seconds of both sides, which take turns. The first call of each is not timed: it checks that
+    they agree."""
+    facts = check_answers(name, ours(), published())
+    sides = {"published": partial(seconds, published), "ours": partial(seconds, ours)}
+    taken = alternate(sides, repeats)
+    medians = {side: statistics.median(values) for side, values in taken.items()}
+    ratio = medians["published"] / medians["ours"]
+    return {**facts, "ratio": ratio, "median_seconds": medians, "seconds": taken}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument(
-        "--tokens", type=int, default=32, help="new tokens of every answer, the end token included"
-    )
-    parser.add_argument("--queries", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--vocabulary", type=int, default=0, help="words, where more than the tokenizer's"
-    )
-    parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser = benchmark_parser(__doc__)
+    add = parser.add_argument
+    add("--size", choices=list(SIZES), default="small")
+    add("--tokens", type=int, default=32, help="new tokens of an answer, the end token included")
+    add("--queries", type=int, default=5)
+    add("--repeats", type=int, default=3)
+    add("--threads", type=int, default=1)
+    add("--vocabulary", type=int, default=0, help="words, where more than the tokenizer's")
+    add("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     results = {}
     for name in args.only:
-        comparison = Comparison(SIZES[args.size], args.tokens, args.queries, args.vocabulary)
-        results[name] = compare(name, *getattr(comparison, name)(), args.repeats)
+        both = BothSchedules(SIZES[args.size], args.tokens, args.queries, args.vocabulary)
+        results[name] = time_both(name, *getattr(both, name)(), args.repeats)
         medians = results[name]["median_seconds"]
         print(
-            f"{name:15}  {results[name]['ratio']:6.1f}×   published {medians['published']:8.3f} s   "
-            f"here {medians['ours']:8.3f} s",
+            f"{name:15}  {results[name]['ratio']:6.1f}×   published {medians['published']:8.3f} s"
+            f"   here {medians['ours']:8.3f} s",
             flush=True,
         )
-    if args.json:
-        flags = {name: value for name, value in vars(args).items() if name not in ("json", "only")}
-        shown = " ".join(
-            ["python -m benchmarks.chat", *(f"--{name} {value}" for name, value in flags.items())]
-        )
-        machine = {
+    flags = {name: value for name, value in vars(args).items() if name not in ("json", "only")}
+    words = [f"--{name} {value}" for name, value in flags.items()]
+    facts = {
+        "command": " ".join(["python -m benchmarks.chat", *words]),
+        "machine": {
             "processor": platform.machine(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-        }
-        prompt = len(comparison.prompt("Where is the dog?"))
-        facts = {
-            "prompt_tokens": prompt,
-            "new_tokens": args.tokens,
-            "queries": args.queries,
-            "results": results,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps({"command": shown, "machine": machine, **facts}, indent=1) + "\n"
-        )
+        },
+        "prompt_tokens": len(both.prompt("Where is the dog?")),
+        "new_tokens": args.tokens,
+        "queries": args.queries,
+        "results": results,
+    }
+    write_json(args.json, facts)
     return 0
 
 

@@ -1,32 +1,32 @@
-"""The chain proposes, the selector chooses: CoReS's final mask as one more proposal of a trained
-LLM-Seg.
+"""CoReS's final mask as one more proposal, among which a trained LLM-Seg selects.
 
-    python -m benchmarks.combine --llm_seg runs/synthreason/llm_seg-0 --cores runs/synthreason/cores-0 --json FILE
+    python -m benchmarks.combine --llm_seg runs/synthreason/llm_seg-0 \\
+        --cores runs/synthreason/cores-0 --json FILE
     python -m benchmarks.combine --joint runs/synthreason/cores+select-0 --json FILE
 
 Two models answer teacher-forced (the runs of ``python -m benchmarks.synthreason``), or both
 branches of one that was trained with ``--method cores+select``. Rows of the result, where "among"
 means that CoReS's mask stands among the proposals:
 
-cores, iop, similarity    each model (branch) alone, LLM-Seg by two of its rules
-among, similarity         whatever is most similar to [SEG]
-among, iop                the union of everything with IoP > 0.5
-verified                  CoReS's mask if its IoP is at least that of every proposal, else LLM-Seg's choice by IoP
-either                    the union of CoReS's mask and LLM-Seg's choice by IoP
-better                    the better of these two, by one who knows the target
+cores, iop, similarity  each model (branch) alone, LLM-Seg by two of its rules
+among, similarity       whatever is most similar to [SEG]
+among, iop              the union of everything with IoP > 0.5
+verified                CoReS's mask if its IoP is at least that of every proposal, else LLM-Seg's
+                        choice by IoP
+either                  the union of CoReS's mask and LLM-Seg's choice by IoP
+better                  the better of CoReS's mask and LLM-Seg's choice, by its IoU with the target
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.shared import benchmark_parser, write_json
 from dataset.collate import Batch, collate
 from dataset.conversation.turns import Conversation
 from dataset.mixture import EvalDataset
@@ -66,7 +66,7 @@ def candidates(
     count, everything = len(proposals), with_mask(proposals, mask)
     best = np.arange(count) == (int(alone.similarity.argmax()) if count else -1)
     selected = pick(proposals, alone.iop.numpy()[:count] > 0.5)
-    sure = among.iop.numpy()
+    iops = among.iop.numpy()
     found = {
         "cores": mask,
         "iop": selected,
@@ -74,9 +74,9 @@ def candidates(
         "among, similarity": pick(
             everything, np.arange(count + 1) == int(among.similarity.argmax())
         ),
-        "among, iop": pick(everything, sure > 0.5),
+        "among, iop": pick(everything, iops > 0.5),
         "verified": (
-            mask if not selected.any() or sure[count] >= sure[:count].max(initial=0) else selected
+            mask if not selected.any() or iops[count] >= iops[:count].max(initial=0) else selected
         ),
         "either": mask | selected,
     }
@@ -107,7 +107,7 @@ class Selecting:
 
 
 def of_one(scores: Scores, target: int) -> Scores:
-    """Of one target, without the columns of proposals that its image does not have."""
+    """The scores of one target, without the columns that pad its image's proposals."""
     there = scores.present[target]
     return Scores(*(getattr(scores, f.name)[target][there] for f in dataclasses.fields(Scores)))
 
@@ -181,31 +181,18 @@ def summary(scores: dict[str, list[tuple[int, int]]]) -> dict[str, dict[str, flo
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--cores",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="runs of CoReS, one after the other, with --llm_seg",
-    )
+    parser = benchmark_parser(__doc__)
+    cores = "runs of CoReS, one after the other, with --llm_seg"
+    parser.add_argument("--cores", type=Path, nargs="+", default=[], help=cores)
     parser.add_argument("--llm_seg", type=Path, help="run of LLM-Seg")
     parser.add_argument("--joint", type=Path, nargs="+", default=[], help="runs of cores+select")
-    parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args(argv)
     if bool(args.cores) != bool(args.llm_seg) or not (args.cores or args.joint):
         parser.error("give --cores and --llm_seg, or --joint")
     results = {run.name: combine(run, args.llm_seg) for run in args.cores} | {
         run.name: joint(run) for run in args.joint
     }
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps({"unit": "fraction", "mode": "teacher_forced", "runs": results}, indent=1)
-            + "\n"
-        )
+    write_json(args.json, {"unit": "fraction", "mode": "teacher_forced", "runs": results})
     print(f"{'gIoU / cIoU, percent':22}" + "".join(f"{name:>16}" for name in results))
     for row in next(iter(results.values())):
         cells = (

@@ -1,11 +1,10 @@
-"""Start of a rank on a file of PACO-LVIS' size: the memory-mapped index against
-``pycocotools.COCO``, in one run.
+"""How a rank starts on a file of PACO-LVIS' size: our memory-mapped index against pycocotools.
 
-    python -m benchmarks.data_index --json benchmarks/results/data_index.json      # 3 GB of disk, 6 GB of memory, minutes
+    python -m benchmarks.data_index --json FILE    # 3 GB of disk, 6 GB of memory, minutes
 
-Every measurement is a process of its own. The annotation file is generated; its entries have the
-fields and about the lengths of PACO-LVIS (boxes, polygons, attributes), in no order. It is in the
-page cache when it is read, for both readers alike.
+Every measurement is a process of its own. The annotation file is generated: its entries have the
+fields and about the lengths of those of PACO-LVIS (boxes, polygons, attributes), in random order.
+The file is in the page cache when either reader reads it.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ import contextlib
 import io
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,13 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.shared import benchmark_parser, in_a_process, machine, memory_mb, write_json
+
 IMAGES, CATEGORIES = 45_000, 531
 MAX_START_SECONDS, MAX_GROWTH_MB = 5.0, 200.0
 READS = 2_000  # images whose annotations are read after the start
-
-
-# ----------------------------------------------------------------------------------------- the file
 
 
 def _polygon(rng: np.random.Generator) -> str:
@@ -42,7 +37,7 @@ def _polygon(rng: np.random.Generator) -> str:
 
 
 def generate(path: Path, megabytes: int, seed: int = 0) -> dict:
-    """Writes the file; returns what is in it."""
+    """Writes the annotation file; returns what is in it."""
     rng = np.random.default_rng(seed)
     polygons = [_polygon(rng) for _ in range(5_000)]
     image_ids = rng.choice(600_000, IMAGES, replace=False)
@@ -87,22 +82,8 @@ def generate(path: Path, megabytes: int, seed: int = 0) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------- measurements
-
-
-def memory() -> dict[str, float]:
-    """MB of this process: VmHWM (peak), VmRSS, RssAnon (its own) and RssFile (shared, the system
-    may take it back)."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {
-        words[0][:-1]: int(words[1]) / 1024
-        for words in lines
-        if words[0] in ("VmHWM:", "VmRSS:", "RssAnon:", "RssFile:")
-    }
-
-
 def start_index(path: Path, cache: Path) -> Callable[[], None]:
-    """What CocoInstances does at its start; returns what it does later."""
+    """Does what CocoInstances does at its start; returns a function that reads annotations."""
     from dataset.files.index import CocoIndex
 
     index = CocoIndex.open(path, cache)
@@ -130,19 +111,19 @@ def start_pycocotools(path: Path, _: Path) -> Callable[[], None]:
     return read
 
 
-def measure(reader: str, path: Path, cache: Path) -> dict[str, float]:
+def measure_start(reader: str, path: Path, cache: Path) -> dict[str, float]:
     """Seconds and memory of one start in this process, then of reading ``READS`` images."""
     import pycocotools.coco  # noqa: F401
 
-    import dataset.files.index  # noqa: F401 (what is imported is no part of the start)
+    import dataset.files.index  # noqa: F401 (imports are no part of the start)
 
-    before = memory()
+    before = memory_mb()
     started = time.perf_counter()
     read = {"index": start_index, "pycocotools": start_pycocotools}[reader](path, cache)
-    seconds, after = time.perf_counter() - started, memory()
+    seconds, after = time.perf_counter() - started, memory_mb()
     started = time.perf_counter()
     read()
-    later, reading = memory(), time.perf_counter() - started
+    later, reading = memory_mb(), time.perf_counter() - started
     found = {
         "seconds": seconds,
         "rss_growth_mb": after["VmRSS"] - before["VmRSS"],
@@ -155,44 +136,19 @@ def measure(reader: str, path: Path, cache: Path) -> dict[str, float]:
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def in_process(reader: str, path: Path, cache: Path) -> dict[str, float]:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.data_index",
-        "--measure",
-        reader,
-        str(path),
-        str(cache),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(
-            f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}"
-        )
-    return json.loads(done.stdout)
-
-
-def run(folder: Path, megabytes: int) -> dict:
+def measure_all(folder: Path, megabytes: int) -> dict:
     """The whole benchmark in ``folder``."""
     path, cache = folder / "annotations.json", folder / "cache"
     content = generate(path, megabytes)
-    two_hours = time.time() - 7200  # a file this old is known by its size, time and inode
+    two_hours = time.time() - 7200  # The index knows a file this old by size, time and inode.
     os.utime(path, (two_hours, two_hours))
-    results = {
-        "file": content,
-        "machine": f"{os.cpu_count()} × {platform.machine()}, Python {platform.python_version()}",
-    }
-    for name, reader in (
-        ("first_start", "index"),
-        ("second_start", "index"),
-        ("pycocotools", "pycocotools"),
-    ):
-        results[name] = in_process(reader, path, cache)
+    results: dict = {"file": content, "machine": machine()}
+    starts = {"first_start": "index", "second_start": "index", "pycocotools": "pycocotools"}
+    for name, reader in starts.items():
+        results[name] = in_a_process("benchmarks.data_index", "--measure", reader, path, cache)
         print(f"{name}: {results[name]}", flush=True)
-    results["index_megabytes"] = round(
-        sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()) / 1e6
-    )
+    sizes = [p.stat().st_size for p in cache.rglob("*") if p.is_file()]
+    results["index_megabytes"] = round(sum(sizes) / 1e6)
     second = results["second_start"]
     results["within_limits"] = (
         second["seconds"] < MAX_START_SECONDS and second["rss_growth_mb"] < MAX_GROWTH_MB
@@ -201,10 +157,7 @@ def run(folder: Path, megabytes: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="where results are written")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--megabytes", type=int, default=650, help="size of the generated file")
     parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
     parser.add_argument(
@@ -213,17 +166,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.measure:
         reader, path, cache = args.measure
-        print(json.dumps(measure(reader, Path(path), Path(cache))))
+        print(json.dumps(measure_start(reader, Path(path), Path(cache))))
         return 0
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        results = run(Path(folder), args.megabytes)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(
-        "within limits"
-        if results["within_limits"]
-        else f"over the limits: {MAX_START_SECONDS} s, {MAX_GROWTH_MB} MB"
-    )
+        results = measure_all(Path(folder), args.megabytes)
+    write_json(args.json, results)
+    limits = f"limits: {MAX_START_SECONDS} s, {MAX_GROWTH_MB} MB"
+    print(f"{'within' if results['within_limits'] else 'over'} the {limits}")
     return 0 if results["within_limits"] else 1
 
 

@@ -1,21 +1,31 @@
-"""Memory of training on each GPU, computed without the weights and without a GPU.
+"""Memory of training and of a chat, computed without the weights and without a GPU.
 
-    python -m benchmarks.memory                                          # the recipes of docs/recipes.md
-    python -m benchmarks.memory --write docs/recipes.md                  # puts their table between the marks of that file
-    python -m benchmarks.memory --model 7b --world 4 --zero_stage 2 --batch_size 1 --offload optimizer
+    python -m benchmarks.memory                                   # the recipes of docs/recipes.md
+    python -m benchmarks.memory --write docs/recipes.md           # their table, between its marks
+    python -m benchmarks.memory --model 7b --world 4 --zero_stage 2 --offload optimizer
+    python -m benchmarks.memory --chat --write docs/chat.md              # a chat with a 13B model
+    python -m benchmarks.memory --weights --write docs/checkpoints.md    # weights of all presets
 
-The model is built on the meta device, so weights are counted exactly. Bytes on a GPU of W, with n
-trainable weights:
+Models are built on the meta device, so weights and buffers are counted exactly. What bitsandbytes
+packs are the linear layers inside the language model's decoder blocks; 8-bit rows carry one float32
+scale each, 4-bit blocks of 64 one 8-bit scale and its share of a float32 one per 256 blocks; all
+else stays 16-bit. Bytes of training on each of W GPUs, with n trainable weights:
 
-    weights        frozen and trainable ones at 2 bytes (fp32: 4), packed ones as bitsandbytes packs them; ZeRO-3: divided by W
-    gradients      2 n, divided by W from ZeRO-2 on; + 4 n / W in float32 while the optimizer works; + ZeRO's two buckets
-    optimizer      12 n (float32 copy and two moments), divided by W from ZeRO-1 on; 0 with --offload optimizer, then on the host
-    activations    the most that is alive at once in a forward and backward pass of each part, run on the meta device operation by
-                   operation: the language model (with or without --gradient_checkpointing), then on top of what it keeps the
-                   encoder of SAM (none with --sam_cache), then mask decoder and mask losses, then the vocabulary
+weights      frozen and trainable ones at 2 bytes (fp32: 4), packed ones as above; ZeRO-3: divided
+             by W
+gradients    2 n, divided by W from ZeRO-2 on; + 4 n / W in float32 while the optimizer works;
+             + ZeRO's two buckets
+optimizer    12 n (float32 copy and two moments), divided by W from ZeRO-1 on; 0 with --offload
+             optimizer, then on the host
+activations  the most that is alive at once in a forward and backward pass of each part, run on the
+             meta device operation by operation: the language model (with or without
+             --gradient_checkpointing), then on top of what it keeps the encoder of SAM (none with
+             --sam_cache), then mask decoder and mask losses, then the vocabulary
 
 The rest of the GPU is "left", for what is not counted: CUDA and the allocator (about 1 to 2 GiB),
-bitsandbytes' unpacked layer and ZeRO-3's fetched layers. Computed, not measured on a GPU;
+bitsandbytes' unpacked layer and ZeRO-3's fetched layers. A chat needs the weights, keys and values
+of --context tokens and, estimated, the largest moment of SAM's encoder: a global attention block on
+one picture, as three copies of its heads × 4096² logits. Computed, not measured on a GPU;
 tests/benchmarks/test_memory.py compares the activations with real steps on a CPU.
 """
 
@@ -25,28 +35,49 @@ import argparse
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from benchmarks.chat_memory import GIB, PRECISIONS, show
-from benchmarks.train_step import LEVEL_IDS, SIZES, Size, build_batch, build_model
-from model import losses
-from model.cores import CoresForReasoningSegmentation
+from benchmarks.sizes import (
+    CLIP_224,
+    CLIP_336,
+    LLAMA_7B,
+    LLAMA_13B,
+    STEP_13B,
+    STEP_SIZES,
+    ModelSize,
+    StepSize,
+)
+from benchmarks.train_step import LEVEL_IDS, build_batch, build_model, packed
+from model import CoresConfig, CoresForReasoningSegmentation, losses
+from model.checkpoints.sam import PRESETS
+from utils.settings.flags import DTYPES
 
-LLAMA_13B = {
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-}
-MODELS = {"7b": SIZES["7b-v1.5"], "13b": replace(SIZES["7b-v1.5"], llama=LLAMA_13B)}
+GIB = 2**30
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in numbers
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {  # bytes of a weight that is not packed, and of one that is
+    "fp32": (4.0, 4.0),
+    "bf16": (2.0, 2.0),
+    "8-bit": (2.0, 1.0),
+    "4-bit": (2.0, 0.5 + 1 / 64 + 4 / (64 * 256)),
+}
+TRAINED = {"7b": STEP_SIZES["7b-v1.5"], "13b": STEP_13B}
+VIT_H, CHAT_13B = PRESETS["vit_h"], "13B v1.5 (336 px, mlp2x_gelu)"
+PUBLISHED = {  # a model, layers of its projector
+    "7B v1 (224 px, linear)": (ModelSize(LLAMA_7B, CLIP_224, VIT_H), 1),
+    "7B v1.5 (336 px, mlp2x_gelu)": (ModelSize(LLAMA_7B, CLIP_336, VIT_H), 2),
+    "13B v1 (224 px, linear)": (ModelSize(LLAMA_13B, CLIP_224, VIT_H), 1),
+    CHAT_13B: (ModelSize(LLAMA_13B, CLIP_336, VIT_H), 2),
+}
+
+
+# ---------------------------------------------------------------------------------------- training
 
 
 @dataclass(frozen=True)
@@ -108,9 +139,9 @@ class Alive(TorchDispatchMode):
         self.now -= self.sizes.pop(key, 0)
 
 
-def measure(compute: Callable[[], Tensor]) -> tuple[int, int]:
-    """(bytes kept for the backward pass, most bytes at once in both passes) of ``compute``;
-    weights' gradients are dropped."""
+def bytes_alive(compute: Callable[[], Tensor]) -> tuple[int, int]:
+    """(bytes kept for the backward pass, most bytes at once in both passes) of ``compute``, see
+    ``drop_gradients``."""
     with Alive() as alive:
         result = compute()
         kept = alive.now
@@ -120,7 +151,8 @@ def measure(compute: Callable[[], Tensor]) -> tuple[int, int]:
 
 
 def drop_gradients(model: nn.Module) -> None:
-    """Gradients are counted apart: a weight forgets its own as soon as it has one."""
+    """Makes every weight forget its gradient as soon as it has one, as gradients are counted
+    apart."""
 
     def forget(p: Tensor) -> None:
         p.grad = None
@@ -131,17 +163,13 @@ def drop_gradients(model: nn.Module) -> None:
 
 
 def activations(
-    model: CoresForReasoningSegmentation, size: Size, sam_cache: bool
+    model: CoresForReasoningSegmentation, size: StepSize, sam_cache: bool
 ) -> dict[str, int]:
-    """Part -> most bytes alive at once while it works, with what earlier parts keep. ``model``: on
-    the meta device."""
+    """Part -> most bytes alive at once while it works, those included that earlier parts keep.
+    ``model`` is on the meta device."""
     dtype = model.text_projection[0].weight.dtype
     batch = build_batch(size, "cpu", torch.float32)
-    plan = model.reasoning.sharing.plan(
-        batch.input_ids, batch.attention_mask, batch.image_index, "sdpa"
-    )
-    wanted = torch.zeros_like(plan.source, dtype=torch.bool).flatten()
-    wanted[plan.place[:, :-1][batch.labels[:, 1:] >= 0]] = True
+    plan, wanted = packed(model, batch)
     count, grid, width = len(batch.input_ids), size.sam.grid, size.sam.prompt_dim
     hidden_size, words = size.llama["hidden_size"], int((batch.labels[:, 1:] >= 0).sum())
 
@@ -150,9 +178,7 @@ def activations(
 
     def language_model() -> Tensor:
         embeddings = zeros(*plan.source.shape, hidden_size)
-        return model.reasoning.hidden_states(
-            embeddings, plan.mask().to("meta"), wanted=wanted.view_as(plan.source)
-        )
+        return model.reasoning.hidden_states(embeddings, plan.mask().to("meta"), wanted=wanted)
 
     def clip() -> Tensor:
         with torch.no_grad():
@@ -177,28 +203,28 @@ def activations(
         labels = torch.zeros(words, dtype=torch.int64, device="meta")
         return losses.text_loss(model.reasoning.llava.lm_head(zeros(words, hidden_size)), labels)
 
-    kept, peak = measure(language_model)
-    decoded = measure(masks)
+    kept, peak = bytes_alive(language_model)
+    kept_masks, peak_masks = bytes_alive(masks)
     return {
-        "CLIP": measure(clip)[1],
+        "CLIP": bytes_alive(clip)[1],
         "language model": peak,
-        "SAM's encoder": 0 if sam_cache else kept + measure(encoder)[1],
-        "mask decoder": kept + decoded[1],
-        "vocabulary": kept + decoded[0] + measure(vocabulary)[1],
+        "SAM's encoder": 0 if sam_cache else kept + bytes_alive(encoder)[1],
+        "mask decoder": kept + peak_masks,
+        "vocabulary": kept + kept_masks + bytes_alive(vocabulary)[1],
     }
 
 
-def build(size: Size, setup: Setup) -> CoresForReasoningSegmentation:
+def build_trained(size: StepSize, setup: Setup) -> CoresForReasoningSegmentation:
+    """A model ready to train, on the meta device."""
     with torch.device("meta"):
         model = build_model(size, setup.checkpointing).to(DTYPES[setup.precision])
     drop_gradients(model)
     return model
 
 
-def memory(size: Size, setup: Setup) -> dict[str, float]:
-    """Part -> bytes on each GPU; "host" is the memory that offloading takes there, for each
-    rank."""
-    model, size = build(size, setup), replace(size, images=setup.batch)
+def training_memory(size: StepSize, setup: Setup) -> dict[str, float]:
+    """Part -> bytes on each GPU; "host": bytes that offloading takes there, for each rank."""
+    model, size = build_trained(size, setup), replace(size, images=setup.batch)
     plain, small = PRECISIONS[
         "4-bit" if setup.bits == 4 else "8-bit" if setup.bits else setup.precision
     ]
@@ -222,84 +248,184 @@ def memory(size: Size, setup: Setup) -> dict[str, float]:
     }
 
 
-def row(name: str, gigabytes: int, size: Size, setup: Setup) -> str:
-    found = memory(size, setup)
-    gpu = sum(v for part, v in found.items() if part != "host")
-    images = f"{setup.batch} image{'s' * (setup.batch > 1)}"
-    how = f"ZeRO-{setup.stage}, {f'{setup.bits} bits' if setup.bits else setup.precision}, {images}"
-    how += ", cache" * setup.sam_cache + ", offload" * setup.offload
-    cells = [f"{v / GIB:.1f}" for v in found.values()]
-    left = gigabytes * 1e9 / GIB - gpu / GIB
-    return (
-        f"| {name} | {how} | "
-        + " | ".join(cells[:4])
-        + f" | **{gpu / GIB:.1f}** | {left:.1f} | {cells[4]} |"
+def training_table(rows: dict[str, tuple[int, str, Setup]]) -> str:
+    """Markdown, in GiB. ``rows``: name -> GPU memory in GB, model, setup, as in RECIPES."""
+    heads = ["how", "weights", "gradients", "optimizer", "activations", "**sum**", "left", "host"]
+    lines = [f"| GiB on each GPU | {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * 7]
+    for name, (gigabytes, model, setup) in rows.items():
+        found = training_memory(TRAINED[model], setup)
+        host = found.pop("host")
+        gpu = sum(found.values())
+        images = f"{setup.batch} image{'s' * (setup.batch > 1)}"
+        kind = f"{setup.bits} bits" if setup.bits else setup.precision
+        how = f"ZeRO-{setup.stage}, {kind}, {images}"
+        how += ", cache" * setup.sam_cache + ", offload" * setup.offload
+        cells = " | ".join(f"{size / GIB:.1f}" for size in found.values())
+        left = (gigabytes * 1e9 - gpu) / GIB
+        tail = f"**{gpu / GIB:.1f}** | {left:.1f} | {host / GIB:.1f}"
+        lines.append(f"| {name} | {how} | {cells} | {tail} |")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------- chat
+
+
+def build_published(size: ModelSize, projector_layers: int) -> CoresForReasoningSegmentation:
+    """A CoReS of this size on the meta device."""
+    words = {"vocab_size": 32066, "max_position_embeddings": 4096}
+    llava = LlavaConfig(
+        text_config=LlamaConfig(**size.llama, **words),
+        vision_config=CLIPVisionConfig(**size.clip),
+        tie_word_embeddings=False,
+        projector_layers=projector_layers,
     )
+    config = CoresConfig(llava, asdict(size.sam), ["LOC", "SEG"], [32064, 32065])
+    with torch.device("meta"):
+        return CoresForReasoningSegmentation(config)
 
 
-def format_table(rows: list[str]) -> str:
-    """Markdown, in GiB."""
-    heads = [
-        "GiB on each GPU",
-        "how",
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "**sum**",
-        "left",
-        "host",
+def parts(model: CoresForReasoningSegmentation) -> dict[str, int]:
+    """Part -> numbers in its parameters and buffers."""
+    llava = model.reasoning.llava
+    count = {
+        "language model, decoder blocks": _count(llava.model.language_model.layers),
+        "language model, word tables and norm": (
+            _count(llava.model.language_model) + _count(llava.lm_head)
+        ),
+        "CLIP and its projector": (
+            _count(llava.model.vision_tower) + _count(llava.model.multi_modal_projector)
+        ),
+        "SAM": _count(model.segmenting.sam),
+        "projection and refiner": (
+            _count(model.text_projection) + _count(model.segmenting) - _count(model.segmenting.sam)
+        ),
+    }
+    count["language model, word tables and norm"] -= count["language model, decoder blocks"]
+    if sum(count.values()) != _count(model):
+        raise RuntimeError(
+            f"the parts have {sum(count.values())} parameters, the model {_count(model)}"
+        )
+    return count
+
+
+def _count(module: nn.Module) -> int:
+    return sum(t.numel() for t in (*module.parameters(), *module.buffers()))
+
+
+def chat_memory(model: CoresForReasoningSegmentation, context: int) -> dict[str, dict[str, float]]:
+    """Precision -> part -> bytes. ``context``: tokens whose keys and values are kept."""
+    text, sam = model.config.llava.text_config, model.config.sam_dims
+    modules = model.reasoning.llava.model.language_model.layers.modules()
+    packed_weights = [m.weight for m in modules if isinstance(m, nn.Linear)]
+    linear, rows = sum(w.numel() for w in packed_weights), sum(len(w) for w in packed_weights)
+    kept = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * context
+    logits = sam.num_heads * sam.grid**4
+    table = {}
+    for name, (plain, small) in PRECISIONS.items():
+        sizes = {part: plain * number for part, number in parts(model).items()}
+        sizes["language model, decoder blocks"] += (small - plain) * linear + (
+            4 * rows if name == "8-bit" else 0
+        )
+        sizes[f"keys and values, {context} tokens"] = plain * kept
+        sizes["SAM's encoder at work (estimate)"] = 3 * plain * logits
+        table[name] = sizes
+    return table
+
+
+def chat_table(model: CoresForReasoningSegmentation, context: int) -> str:
+    """Markdown, in GiB; the second column in millions."""
+    table, numbers = chat_memory(model, context), parts(model)
+    lines = [
+        "| GiB | million weights | " + " | ".join(table) + " |",
+        "| --- | ---: |" + " ---: |" * len(table),
     ]
-    return "\n".join(["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * 7, *rows])
+    for part in next(iter(table.values())):
+        cells = [f"{sizes[part] / GIB:.2f}" for sizes in table.values()]
+        lines.append(
+            f"| {part} | {f'{numbers[part] / 1e6:,.1f}' if part in numbers else ''} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    sums = [f"**{sum(sizes.values()) / GIB:.1f}**" for sizes in table.values()]
+    lines.append(f"| **sum** | {sum(numbers.values()) / 1e6:,.1f} | " + " | ".join(sums) + " |")
+    return "\n".join(lines)
+
+
+def weights_table() -> str:
+    """Markdown: GiB of weights of every published model with SAM ViT-H, by precision."""
+    columns = " | ".join(PRECISIONS)
+    lines = [f"| GiB of weights, with SAM ViT-H | millions | {columns} |"]
+    lines.append("| --- |" + " ---: |" * (1 + len(PRECISIONS)))
+    for name, size in PUBLISHED.items():
+        model = build_published(*size)
+        numbers = parts(model)
+        sizes = [sum(row[part] for part in numbers) for row in chat_memory(model, 1).values()]
+        cells = " | ".join(f"{size / GIB:.1f}" for size in sizes)
+        lines.append(f"| {name} | {sum(numbers.values()) / 1e6:,.0f} | {cells} |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------ command
+
+
+def put_between_marks(file: Path, name: str, table: str) -> None:
+    """``table`` between <!-- name --> and <!-- end --> of a Markdown file. Raises ValueError if it
+    lacks them."""
+    start, stop = f"<!-- {name} -->", "<!-- end -->"
+    before, mark, rest = file.read_text(encoding="utf-8").partition(start)
+    _, end, after = rest.partition(stop)
+    if not mark or not end:
+        raise ValueError(f"{file}: has no marks {start} … {stop}")
+    file.write_text(f"{before}{mark}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument(
-        "--model", choices=list(MODELS), help="one row for this model instead of the recipes"
-    )
-    p.add_argument("--gpu_gb", type=int, default=24, help="memory of a GPU in 10^9 bytes")
-    p.add_argument("--world", type=int, default=1)
-    p.add_argument("--zero_stage", type=int, choices=[0, 1, 2, 3], default=2)
-    p.add_argument("--batch_size", type=int, default=1)
-    p.add_argument("--precision", choices=list(DTYPES), default="bf16")
-    p.add_argument("--bits", type=int, choices=[0, 4, 8], default=0)
-    p.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
-    p.add_argument("--offload", choices=["none", "optimizer"], default="none")
-    p.add_argument("--sam_cache", action="store_true")
-    p.add_argument("--write", type=Path, help="a Markdown file with the two marks")
+    layout = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    add = p.add_argument
+    add("--chat", action="store_true", help="a chat with a 13B model")
+    add("--weights", action="store_true", help="weights alone, every published model")
+    add("--context", type=int, default=2048, help="tokens of the chat, 576 of the picture included")
+    add("--model", choices=list(TRAINED), help="training of this model instead of the recipes")
+    add("--gpu_gb", type=int, default=24, help="memory of a GPU in 10^9 bytes")
+    add("--world", type=int, default=1)
+    add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=2)
+    add("--batch_size", type=int, default=1)
+    add("--precision", choices=["fp32", "bf16"], default="bf16")
+    add("--bits", type=int, choices=[0, 4, 8], default=0)
+    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    add("--offload", choices=["none", "optimizer"], default="none")
+    add("--sam_cache", action="store_true")
+    add("--write", type=Path, help="a Markdown file with the marks of the table")
     args = p.parse_args(argv)
-    if args.world < 1 or args.batch_size < 1:
-        p.error("--world and --batch_size must be at least 1")
-    if args.model:
-        offload, keep = args.offload == "optimizer", not args.gradient_checkpointing
+    for name in ("world", "batch_size", "context"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.weights:
+        table = weights_table()
+    elif args.chat:
+        table = chat_table(build_published(*PUBLISHED[CHAT_13B]), args.context)
+    elif args.model:
         setup = Setup(
-            args.world,
-            args.zero_stage,
-            args.batch_size,
-            args.precision,
-            args.bits,
-            not keep,
-            offload,
-            args.sam_cache,
+            world=args.world,
+            stage=args.zero_stage,
+            batch=args.batch_size,
+            precision=args.precision,
+            bits=args.bits,
+            checkpointing=args.gradient_checkpointing,
+            offload=args.offload == "optimizer",
+            sam_cache=args.sam_cache,
         )
-        rows = [
-            row(
-                f"{args.world}×{args.gpu_gb} GB, {args.model}",
-                args.gpu_gb,
-                MODELS[args.model],
-                setup,
-            )
-        ]
+        name = f"{args.world}×{args.gpu_gb} GB, {args.model}"
+        table = training_table({name: (args.gpu_gb, args.model, setup)})
     else:
-        rows = [
-            row(name, gigabytes, MODELS[model], setup)
-            for name, (gigabytes, model, setup) in RECIPES.items()
-        ]
-    table = format_table(rows)
-    show(table, args.write, "benchmarks.memory", p)
+        table = training_table(RECIPES)
+    print(table)
+    if args.write:
+        try:
+            put_between_marks(args.write, "benchmarks.memory", table)
+        except ValueError as error:
+            p.error(str(error))
     return 0
 
 

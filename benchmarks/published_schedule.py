@@ -1,9 +1,9 @@
-"""The schedule of the published code, on our model: what it computes again, and what nobody reads.
+"""The schedule of the published code, on our model: it computes things several times, or in vain.
 
 Every conversation brings its own copy of the image through CLIP and the language model; logits and
 projected tokens are made at every position; SAM is segment-anything's own code, one image at a
 time; all masks of the original frame are kept for the backward pass. Losses and gradients are ours,
-so the two can be compared step by step.
+so that the two can be compared step by step.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ from model.segmenting.sam import position_encoding
 
 @contextmanager
 def stock_parts(model: CoresForReasoningSegmentation) -> Iterator[None]:
-    """SAM's image encoder as segment-anything wrote it; checkpointing, if it is on, for the last
-    layer, too."""
-    encoder, layers = (
-        set_fast(model.segmenting.sam.image_encoder, False),
-        model.reasoning.llava.model.language_model.layers,
-    )
+    """Makes SAM's image encoder run as segment-anything wrote it. Gradient checkpointing, if it is
+    on, covers the last layer of the language model, too, which ours leaves out."""
+    encoder = set_fast(model.segmenting.sam.image_encoder, False)
+    layers = model.reasoning.llava.model.language_model.layers
     last = layers[-1].gradient_checkpointing
     layers[-1].gradient_checkpointing = layers[0].gradient_checkpointing
     try:
@@ -73,7 +71,7 @@ def _mask_losses(
         if not len(chosen):
             continue
         with torch.no_grad():
-            # not a compiled one
+            # ``forward`` skips what --compile has put around the encoder.
             embedding = model.segmenting.sam.image_encoder.forward(batch.sam_pixels[image][None])
         resized = batch.resized_sizes[image]
         valid = valid_cells(resized, c.sam["image_size"], c.sam_dims.grid, tokens.device)

@@ -1,15 +1,14 @@
-"""CoReS against LISA, and LLM-Seg, on SynthReason: same pre-trained parts, data, order, steps and
-learning rate; several seeds.
+"""CoReS against LISA, and LLM-Seg, on SynthReason, with several seeds.
 
-    python -m benchmarks.synthreason                       # 5 seeds × 2 methods, half an hour on 2 free cores
-    python -m benchmarks.synthreason --methods llm_seg     # adds its rows (or those of cores+select); fill the store first,
-                                                           # see docs/llm_seg.md
-    python -m benchmarks.synthreason --table               # only print what benchmarks/results/synthreason.json holds
+    python -m benchmarks.synthreason                    # 5 seeds × 2 methods, half an hour, 2 cores
+    python -m benchmarks.synthreason --methods llm_seg  # adds rows; see docs/llm_seg.md before
+    python -m benchmarks.synthreason --table            # prints benchmarks/results/synthreason.json
 
-Each run is ``train_ds.py --config configs/tiny.yaml --method M --seed S``, the command of ``make
-demo``; LLM-Seg has its own config. A finished run is kept in ``--runs`` and not repeated, so an
-interrupted comparison goes on where it stopped, and rows of other methods and seeds stay in the
-results file. Two runs share the machine by default, one thread each: that is faster than one after
+Methods start from the same pre-trained parts and have the same data, order, steps and learning
+rate. Each run is ``train_ds.py --config configs/tiny.yaml --method M --seed S``, the command of
+``make demo``; LLM-Seg has its own config. A finished run is kept in ``--runs`` and not repeated, so
+an interrupted comparison goes on where it stopped, and rows of other methods and seeds stay in the
+results file. Two runs share the machine by default, one thread each, which is faster than one after
 the other with two threads.
 """
 
@@ -21,39 +20,35 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.shared import ROOT, benchmark_parser, write_json
+
 RESULTS = ROOT / "benchmarks" / "results" / "synthreason.json"
-CONFIGS = {  # of methods that --config does not fit
+CONFIGS = {  # configs of the methods that --config does not fit
     "llm_seg": "configs/tiny-llm-seg.yaml",
     "cores+select": "configs/tiny-cores-select.yaml",
 }
 
 
 def command(method: str, seed: int, args: argparse.Namespace) -> list[str]:
-    return [
-        sys.executable,
-        "train_ds.py",
-        "--config",
-        CONFIGS.get(method, args.config),
-        "--method",
-        method,
-        "--seed",
-        str(seed),
-        "--dataset_dir",
-        args.dataset_dir,
-        "--log_base_dir",
-        str(args.runs),
-        "--exp_name",
-        f"{method}-{seed}",
-        *args.extra,
-    ]
+    flags = {
+        "config": CONFIGS.get(method, args.config),
+        "method": method,
+        "seed": seed,
+        "dataset_dir": args.dataset_dir,
+        "log_base_dir": args.runs,
+        "exp_name": f"{method}-{seed}",
+    }
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    return [sys.executable, "train_ds.py", *words, *args.extra]
 
 
-def run(method: str, seed: int, args: argparse.Namespace) -> dict:
+def train_and_evaluate(method: str, seed: int, args: argparse.Namespace) -> dict:
     """Trains and evaluates once; returns the row of the results file. Raises RuntimeError with the
     log's end if the run fails."""
     folder = Path(args.runs) / f"{method}-{seed}"
@@ -84,7 +79,7 @@ def table(runs: list[dict]) -> str:
         rows = [row for row in runs if row["method"] == method]
 
         def cell(*keys: str, rows: list[dict] = rows) -> str:
-            values = [100 * _get(row, *keys) for row in rows]
+            values = [100 * reduce(getitem, keys, row) for row in rows]
             spread = f" ± {np.std(values, ddof=1):4.1f}" if len(values) > 1 else " " * 7
             return f"{np.mean(values):6.1f}{spread}"
 
@@ -98,23 +93,15 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _get(row: dict, *keys: str) -> float:
-    for key in keys:
-        row = row[key]
-    return row
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser(__doc__)
+    parser.set_defaults(json=RESULTS)
     parser.add_argument("--config", default="configs/tiny.yaml")
     parser.add_argument("--dataset_dir", default="data/synthreason")
     parser.add_argument("--methods", nargs="+", default=["cores", "lisa"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/synthreason"))
-    parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the results file and stop")
     args, args.extra = parser.parse_known_args(argv)
     if args.table:
@@ -122,19 +109,16 @@ def main(argv: list[str] | None = None) -> None:
         return
     jobs = [(method, seed) for seed in args.seeds for method in args.methods]
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = list(pool.map(lambda job: run(*job, args), jobs))
+        runs = list(pool.map(lambda job: train_and_evaluate(*job, args), jobs))
     earlier = (
         json.loads(args.json.read_text()) if args.json.exists() else {"command": "", "runs": []}
     )
     runs = [row for row in earlier["runs"] if (row["method"], row["seed"]) not in jobs] + runs
-    args.json.parent.mkdir(parents=True, exist_ok=True)
     shown = " ".join(
         ["python -m benchmarks.synthreason", *(sys.argv[1:] if argv is None else argv)]
     )
     shown = "; ".join(filter(None, dict.fromkeys([*earlier["command"].split("; "), shown])))
-    args.json.write_text(
-        json.dumps({"command": shown, "unit": "fraction", "runs": runs}, indent=1) + "\n"
-    )
+    write_json(args.json, {"command": shown, "unit": "fraction", "runs": runs})
     print(table(runs))
 
 

@@ -1,36 +1,33 @@
-"""One training step: the published schedule against ours. Same weights, same batch, same losses
-(checked).
+"""One training step: the published schedule against ours, with the same weights, batch and losses.
 
-    python -m benchmarks.train_step --size small --json FILE      # time, peak memory and FLOPs, about five minutes on a CPU
-    python -m benchmarks.train_step --size 7b-v1.5 --only flops   # a table for 7B and ViT-H, on no device at all
+    python -m benchmarks.train_step --size small --json FILE      # five minutes on a CPU
+    python -m benchmarks.train_step --size 7b-v1.5 --only flops   # 7B and ViT-H, on no device
+    python -m benchmarks.train_step --size 7b-v1.5 --precision bf16 --gradient_checkpointing \\
+        --peak_tflops 989 --json FILE                             # a GPU
 
-A step is forward, backward and AdamW. The schedules alternate in one process; times are medians.
-Memory is measured in a process per schedule: on a CPU the highest resident set above that of the
-process before it built anything, on a GPU the allocator's peak. FLOPs are counted operation by
-operation (multiply and add are two) and attributed to the part that called; what has no matrix in
-it (norms, resizing, softmax) counts nothing: of the losses, the logits of the vocabulary do.
-Tokens/s counts those of the batch, however often a schedule reads them; model FLOP utilisation is
-the schedule's own FLOPs (recomputation included) over what the device could have done in that time,
-for which --peak_tflops speaks.
+A step is forward, backward and AdamW; it is checked that the losses agree.
 
-    python -m benchmarks.train_step --size 7b-v1.5 --precision bf16 --gradient_checkpointing --peak_tflops 989 --json FILE   # a GPU
+time    The schedules take turns in one process; medians. Tokens/s counts those of the batch,
+        however often a schedule reads them. Model FLOP utilisation is the schedule's own FLOPs,
+        recomputation included, over what the device could have done in that time, --peak_tflops.
+memory  A process per schedule: on a CPU the highest resident set above that of the process before
+        it built anything, on a GPU the allocator's peak.
+flops   Counted operation by operation (multiply and add are two) and attributed to the part that
+        called. What multiplies no matrices (norms, resizing, softmax, most of the losses) counts
+        nothing; the logits of the vocabulary do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,82 +35,30 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from benchmarks import published_schedule
+from benchmarks.shared import alternate, benchmark_parser, in_a_process, memory_mb, write_json
+from benchmarks.sizes import STEP_SIZES, StepSize
 from dataset.collate import Batch
-from dataset.files.write import write_text
-from model.checkpoints.sam import PRESETS
-from model.config import CoresConfig, SamDims
+from model.config import CoresConfig
 from model.cores import CoresForReasoningSegmentation
 from model.reasoning.chain import enable_checkpointing
 from model.reasoning.lora import add_lora
 from model.segmenting.embedding_cache import SamCache
 from model.segmenting.frames import resized_size
 from model.trainable import set_trainable
+from utils.settings.flags import DTYPES
 
 VOCABULARY, IMAGE_ID, LEVEL_IDS = 32_003, 32_000, [32_001, 32_002]
 SCHEDULES = ("published", "ours", "cached")
 
 
-@dataclass(frozen=True)
-class Size:
-    """A model and a batch. ``prefix``: tokens of system text and one exemplar, before the image."""
-
-    llama: dict
-    clip: dict
-    sam: SamDims
-    images: int = 2
-    conversations: int = 3
-    prefix: int = 95
-    suffix: int = 80
-    answer: int = 20
-    original: tuple[int, int] = field(default=(480, 640))
-
-    @property
-    def image_tokens(self) -> int:
-        return (self.clip["image_size"] // self.clip["patch_size"]) ** 2
-
-
-def _llama(width: int, inner: int, depth: int, heads: int) -> dict:
-    return {
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-    }
-
-
-def _clip(width: int, depth: int, heads: int, patch: int, image: int) -> dict:
-    return _llama(width, 4 * width, depth, heads) | {"patch_size": patch, "image_size": image}
-
-
-TOY_SAM = SamDims(128, 16, 32, 2, 2, (1,), 3, 32, 4, 32, 16, 16)
-# ViT-B's proportions: heads of 64
-SMALL_SAM = SamDims(embed_dim=192, depth=6, num_heads=3, global_attn_indexes=(2, 5))
-LLAMA_7B = _llama(4096, 11008, 32, 32)
-SIZES = {
-    "toy": Size(
-        _llama(32, 64, 2, 2),
-        _clip(32, 2, 2, 16, 64),
-        TOY_SAM,
-        prefix=10,
-        suffix=12,
-        answer=6,
-        original=(48, 64),
-    ),
-    "small": Size(_llama(512, 1376, 8, 8), _clip(256, 6, 4, 14, 224), SMALL_SAM),
-    "7b-v1": Size(LLAMA_7B, _clip(1024, 24, 16, 14, 224), PRESETS["vit_h"], images=1),
-    "7b-v1.5": Size(LLAMA_7B, _clip(1024, 24, 16, 14, 336), PRESETS["vit_h"], images=1),
-}
-
-
-def build_model(size: Size, checkpointing: bool) -> CoresForReasoningSegmentation:
-    """A model with random weights, ready to train as the paper does, but without dropout: the
+def build_model(size: StepSize, checkpointing: bool) -> CoresForReasoningSegmentation:
+    """A model with random weights, ready to train as the paper does, but without dropout, since
     losses are compared."""
+    text = size.llama | {"vocab_size": VOCABULARY, "max_position_embeddings": 4096}
     config = CoresConfig(
         llava=LlavaConfig(
             vision_config=CLIPVisionConfig(**size.clip),
-            text_config=LlamaConfig(
-                **size.llama, vocab_size=VOCABULARY, max_position_embeddings=4096
-            ),
+            text_config=LlamaConfig(**text),
             image_token_index=IMAGE_ID,
         ),
         sam=asdict(size.sam),
@@ -127,33 +72,32 @@ def build_model(size: Size, checkpointing: bool) -> CoresForReasoningSegmentatio
     return model.train()
 
 
-def build_batch(size: Size, device: torch.device | str, dtype: torch.dtype) -> Batch:
+def build_batch(size: StepSize, device: torch.device | str, dtype: torch.dtype) -> Batch:
     """Random pictures, tokens and targets; every conversation ends with an answer that has one
     token per level."""
     generator = torch.Generator().manual_seed(0)
+
+    def words(count: int) -> Tensor:
+        return torch.randint(3, IMAGE_ID, (count,), generator=generator)
+
     rows, labels = [], []
     for _ in range(size.images):
-        prefix = torch.cat(
-            [_words(size.prefix, generator), torch.full((size.image_tokens,), IMAGE_ID)]
-        )
+        prefix = torch.cat([words(size.prefix), torch.full((size.image_tokens,), IMAGE_ID)])
         for _ in range(size.conversations):
-            suffix = _words(size.suffix, generator)
+            suffix = words(size.suffix)
             suffix[-4], suffix[-2] = LEVEL_IDS[0], LEVEL_IDS[1]
             rows.append(torch.cat([prefix, suffix]))
-            labels.append(
-                rows[-1].clone().index_fill_(0, torch.arange(len(rows[-1]) - size.answer), -100)
-            )
+            labels.append(rows[-1].clone())
+            labels[-1][: -size.answer] = -100
     count = len(rows)
     names = [{"dataset": "random", "id": str(i), "image_path": "none"} for i in range(count)]
-    side, original = size.sam.image_size, size.original
+    side, clip_side, original = size.sam.image_size, size.clip["image_size"], size.original
     batch = Batch(
         input_ids=torch.stack(rows),
         attention_mask=torch.ones(count, len(rows[0]), dtype=torch.int64),
         labels=torch.stack(labels),
         image_index=torch.arange(size.images).repeat_interleave(size.conversations),
-        clip_pixels=torch.randn(
-            size.images, 3, size.clip["image_size"], size.clip["image_size"], generator=generator
-        ),
+        clip_pixels=torch.randn(size.images, 3, clip_side, clip_side, generator=generator),
         sam_pixels=torch.randn(size.images, 3, side, side, generator=generator),
         original_sizes=[original] * size.images,
         resized_sizes=[resized_size(*original, side)] * size.images,
@@ -165,8 +109,15 @@ def build_batch(size: Size, device: torch.device | str, dtype: torch.dtype) -> B
     return batch.to(device, dtype)
 
 
-def _words(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(3, IMAGE_ID, (count,), generator=generator)
+def packed(model: CoresForReasoningSegmentation, batch: Batch):
+    """The plan by which conversations share rows of the language model, and which of its outputs
+    the losses read, bool (rows, length)."""
+    plan = model.reasoning.sharing.plan(
+        batch.input_ids, batch.attention_mask, batch.image_index, "sdpa"
+    )
+    wanted = torch.zeros_like(plan.source, dtype=torch.bool).flatten()
+    wanted[plan.place[:, :-1][batch.labels[:, 1:] >= 0]] = True
+    return plan, wanted.view_as(plan.source)
 
 
 @contextmanager
@@ -179,43 +130,38 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-# -------------------------------------------------------------------------------------------- steps
-
-
 class Bench:
-    """The model, its batch, an optimizer that moves nothing (lr 0: every step sees the same
-    weights) and a cache."""
+    """A model, its batch, a cache of SAM's embeddings, and an optimizer whose learning rate is 0,
+    so that every step sees the same weights."""
 
-    def __init__(self, size: Size, args: argparse.Namespace, cache_folder: str):
+    def __init__(self, size: StepSize, args: argparse.Namespace, cache_folder: str):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+        self.dtype = dtype = DTYPES[args.precision]
         torch.manual_seed(0)
-        with self.device, _default_dtype(dtype):  # 7B is never there twice, nor in float32
+        # Built where and as it stays: there may be no room for 7B twice, or in float32.
+        with self.device, _default_dtype(dtype):
             self.model = build_model(size, args.gradient_checkpointing)
         self.model.to(self.device, dtype)
         self.attention = args.attn_implementation
         if args.compile:
             self.model.segmenting.sam.image_encoder.compile()
         self.batch = build_batch(size, self.device, dtype)
-        self.dtype = dtype
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=0.0, weight_decay=0.0)
         self.cache = SamCache(cache_folder, "benchmark", args.sam_cache_dtype)
 
     def fill_cache(self) -> None:
+        """Before the schedule "cached" can take a step."""
         for i, pixels in enumerate(self.batch.sam_pixels):
             self.cache.store(f"{i:02d}", self.model.segmenting.encode(pixels[None])[0])
 
     def cached_batch(self) -> Batch:
-        """The batch as a data loader brings it when the cache has every image; reading the files is
-        part of the step."""
+        """The batch as a data loader brings it when the cache has every image. It reads the files,
+        which is therefore part of the step."""
         found = [self.cache.load(f"{i:02d}") for i in range(len(self.batch.original_sizes))]
-        fields = vars(self.batch) | {
-            "sam_embeddings": found,
-            "sam_keys": ["" for _ in found],
-            "sam_pixels": self.batch.sam_pixels[:0],
-        }
-        return Batch(**fields).to(self.device, self.dtype)
+        pixels, keys = self.batch.sam_pixels[:0], [""] * len(found)
+        batch = replace(self.batch, sam_embeddings=found, sam_keys=keys, sam_pixels=pixels)
+        return batch.to(self.device, self.dtype)
 
     def losses(self, schedule: str) -> dict[str, Tensor]:
         attention = "sdpa" if schedule == "published" else self.attention
@@ -226,35 +172,29 @@ class Bench:
         return {"loss": output.loss} | output.losses
 
     def step(self, schedule: str) -> dict:
-        """Seconds of one step's parts, and its losses."""
-        marks, cpu = [self._now()], time.process_time()
+        """Seconds of a step and of its parts, and its losses."""
+        started, cpu = self._now(), time.process_time()
         self.optimizer.zero_grad()
         found = self.losses(schedule)
-        marks.append(self._now())
+        forward = self._now()
         found["loss"].backward()
-        marks.append(self._now())
+        backward = self._now()
         self.optimizer.step()
-        marks.append(self._now())
-        seconds = dict(
-            zip(
-                ("forward", "backward", "optimizer"),
-                (b - a for a, b in zip(marks, marks[1:], strict=False)),
-                strict=True,
-            )
-        )
+        done = self._now()
         return {
-            "total": marks[-1] - marks[0],
+            "total": done - started,
             "cpu": time.process_time() - cpu,
-            **seconds,
+            "forward": forward - started,
+            "backward": backward - forward,
+            "optimizer": done - backward,
             "losses": {name: float(value.detach()) for name, value in found.items()},
         }
 
     def gradients(self, schedule: str) -> list[Tensor]:
         self.optimizer.zero_grad()
         self.losses(schedule)["loss"].backward()
-        return [
-            p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in self.trainable
-        ]
+        none = torch.zeros_like
+        return [none(p) if p.grad is None else p.grad.clone() for p in self.trainable]
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -262,7 +202,7 @@ class Bench:
         return time.perf_counter()
 
 
-def check_equal(reference: dict[str, float], found: dict[str, float], tolerance: float) -> None:
+def check_losses(reference: dict[str, float], found: dict[str, float], tolerance: float) -> None:
     """Raises ValueError if a loss differs by more than ``tolerance``, relative."""
     for name, value in reference.items():
         if abs(found[name] - value) > tolerance * abs(value):
@@ -270,15 +210,13 @@ def check_equal(reference: dict[str, float], found: dict[str, float], tolerance:
 
 
 def measure_time(bench: Bench, args: argparse.Namespace) -> dict:
+    """Schedule -> losses, seconds of every round, and their medians."""
     tolerance = {"fp32": 1e-4, "bf16": 3e-2}[args.precision]
     bench.fill_cache()
-    expected = {name: bench.step(name)["losses"] for name in SCHEDULES}  # also warms up
-    check_equal(expected["published"], expected["ours"], tolerance)
-    check_equal(expected["published"], expected["cached"], 10 * tolerance)
-    rounds: dict[str, list[dict]] = {name: [] for name in SCHEDULES}
-    for _ in range(args.repeats):
-        for name in SCHEDULES:
-            rounds[name].append(bench.step(name))
+    expected = {name: bench.step(name)["losses"] for name in SCHEDULES}  # This also warms up.
+    check_losses(expected["published"], expected["ours"], tolerance)
+    check_losses(expected["published"], expected["cached"], 10 * tolerance)
+    rounds = alternate({name: partial(bench.step, name) for name in SCHEDULES}, args.repeats)
     keys = ("total", "cpu", "forward", "backward", "optimizer")
     return {
         name: (
@@ -289,69 +227,33 @@ def measure_time(bench: Bench, args: argparse.Namespace) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------- memory
-
-
 def measure_memory(schedule: str, args: argparse.Namespace) -> dict:
-    """Call in a fresh process: bytes of weights, and the peak of two steps above what the process
-    began with."""
-    begin = _resident()
+    """Bytes of weights, and the peak of two steps above what the process began with. Call it in a
+    fresh process."""
+    begin = round(memory_mb()["VmRSS"] * 2**20)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(SIZES[args.size], args, folder)
+        bench = Bench(STEP_SIZES[args.size], args, folder)
         if schedule == "cached":
-            # of zeros: their encoder must not be part of the peak
-            for i in range(SIZES[args.size].images):
-                dims = SIZES[args.size].sam
+            # The encoder must not be part of the peak, so the cache is filled with zeros.
+            for i in range(STEP_SIZES[args.size].images):
+                dims = STEP_SIZES[args.size].sam
                 bench.cache.store(f"{i:02d}", torch.zeros(dims.prompt_dim, dims.grid, dims.grid))
         for _ in range(2):
             bench.step(schedule)
     if bench.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - begin
+        peak = round(memory_mb()["VmHWM"] * 2**20) - begin
     weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
     return {"peak_bytes": peak, "begin_bytes": begin, "weight_bytes": weights}
 
 
-def _resident() -> int:
-    if not Path("/proc/self/statm").exists():
-        raise OSError(
-            "memory is read from /proc/self/statm, which only Linux has; leave it out with --only"
-            " time flops"
-        )
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
 def memory_in_a_process(schedule: str, args: argparse.Namespace) -> dict:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.train_step",
-        "--size",
-        args.size,
-        "--memory_of",
-        schedule,
-    ]
-    command += ["--attn_implementation", args.attn_implementation]
-    command += [
-        "--precision",
-        args.precision,
-        "--threads",
-        str(args.threads),
-        "--sam_cache_dtype",
-        args.sam_cache_dtype,
-    ]
-    command += ["--compile"] * args.compile
-    command += ["--gradient_checkpointing"] * args.gradient_checkpointing
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1]
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-# -------------------------------------------------------------------------------------------- FLOPs
+    names = ("size", "attn_implementation", "precision", "threads", "sam_cache_dtype")
+    flags = [f"--{name}={getattr(args, name)}" for name in names]
+    switches = ("compile", "gradient_checkpointing")
+    flags += [f"--{name}" for name in switches if getattr(args, name)]
+    return in_a_process("benchmarks.train_step", "--memory_of", schedule, *flags)
 
 
 def _attention(query, key, value, *_, **__) -> int:
@@ -360,7 +262,8 @@ def _attention(query, key, value, *_, **__) -> int:
 
 
 def _attention_backward(grad, query, key, value, *_, **__) -> int:
-    return _attention(query, key, value) * 5 // 2  # scores again, then four products instead of two
+    # The scores are computed again; then there are four products instead of two.
+    return _attention(query, key, value) * 5 // 2
 
 
 def _addmm_(own, first, second, **_) -> int:
@@ -368,7 +271,7 @@ def _addmm_(own, first, second, **_) -> int:
 
 
 aten = torch.ops.aten
-UNKNOWN_TO_TORCH = {  # operations that torch's counter leaves out
+UNKNOWN_TO_TORCH = {  # Operations that torch's counter leaves out.
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     aten._scaled_dot_product_fused_attention_overrideable: _attention,
@@ -377,8 +280,8 @@ UNKNOWN_TO_TORCH = {  # operations that torch's counter leaves out
 }
 
 
-def _count(compute: Callable[[], Tensor]) -> int:
-    """FLOPs of ``compute``, and of the backward pass of what it returns if that has one."""
+def flops(compute: Callable[[], Tensor]) -> int:
+    """Of ``compute`` and, if its result needs one, of the backward pass."""
     with FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH) as counter:
         result = compute()
         if result.requires_grad:
@@ -386,23 +289,16 @@ def _count(compute: Callable[[], Tensor]) -> int:
     return counter.get_total_flops()
 
 
-def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
-    """FLOPs of a step by schedule and part, forward and backward. Computed on no device: nothing is
-    allocated."""
+def count_flops(size: StepSize, checkpointing: bool) -> dict[str, dict[str, int]]:
+    """Schedule -> part -> FLOPs of a step, forward and backward, counted on the meta device, where
+    nothing is allocated."""
     with torch.device("meta"):
         model = build_model(size, checkpointing)
         grid, width = size.sam.grid, size.sam.prompt_dim
-        embeddings, valid = (
-            torch.zeros(size.images, width, grid, grid),
-            torch.ones(size.images, grid, grid),
-        )
+        embeddings = torch.zeros(size.images, width, grid, grid)
+        valid = torch.ones(size.images, grid, grid)
     batch = build_batch(size, "cpu", torch.float32)
-    plan = model.reasoning.sharing.plan(
-        batch.input_ids, batch.attention_mask, batch.image_index, "sdpa"
-    )
-    wanted = torch.zeros_like(plan.source, dtype=torch.bool).flatten()
-    wanted[plan.place[:, :-1][batch.labels[:, 1:] >= 0]] = True
-    wanted = wanted.view_as(plan.source)
+    plan, wanted = packed(model, batch)
     sam_pixels = batch.sam_pixels.to("meta")
     supervised = int((batch.labels[:, 1:] >= 0).sum())
     count, levels, image_index = len(batch.input_ids), len(LEVEL_IDS), batch.image_index.to("meta")
@@ -432,63 +328,53 @@ def count_flops(size: Size, checkpointing: bool) -> dict[str, dict[str, int]]:
         ]
         return torch.cat(masks)[:, -1]
 
-    heads = model.reasoning.llava.lm_head, model.text_projection
+    def decoder() -> Tensor:
+        tokens = zeros(count, levels, width)
+        return model.segmenting(tokens, embeddings, image_index, valid)[0][:, -1]
+
+    lm_head, projection = model.reasoning.llava.lm_head, model.text_projection
     length, d = batch.input_ids.shape[1], size.llama["hidden_size"]
+    causal = torch.ones(count, 1, length, length, dtype=torch.bool).tril()
     with published_schedule.stock_parts(model):
         published = {
-            "CLIP": _count(lambda: clip(count)),
-            "LLM": _count(
-                lambda: llm(torch.ones(count, 1, length, length, dtype=torch.bool).tril(), None)
-            ),
-            "loss": _count(lambda: heads[0](zeros(count * length, d))),
-            "text projection": _count(lambda: heads[1](zeros(count * length, d))),
-            "SAM encoder": _count(stock),
-            "mask decoder": _count(chains),
+            "CLIP": flops(lambda: clip(count)),
+            "LLM": flops(lambda: llm(causal, None)),
+            "loss": flops(lambda: lm_head(zeros(count * length, d))),
+            "text projection": flops(lambda: projection(zeros(count * length, d))),
+            "SAM encoder": flops(stock),
+            "mask decoder": flops(chains),
         }
     ours = {
-        "CLIP": _count(lambda: clip(size.images)),
-        "LLM": _count(lambda: llm(plan.mask(), wanted)),
-        "loss": _count(lambda: heads[0](zeros(supervised, d))),
-        "text projection": _count(lambda: heads[1](zeros(count * levels, d))),
-        "SAM encoder": _count(lambda: model.segmenting.encode(sam_pixels)),
-        "mask decoder": _count(
-            lambda: model.segmenting(zeros(count, levels, width), embeddings, image_index, valid)[
-                0
-            ][:, -1]
-        ),
+        "CLIP": flops(lambda: clip(size.images)),
+        "LLM": flops(lambda: llm(plan.mask(), wanted)),
+        "loss": flops(lambda: lm_head(zeros(supervised, d))),
+        "text projection": flops(lambda: projection(zeros(count * levels, d))),
+        "SAM encoder": flops(lambda: model.segmenting.encode(sam_pixels)),
+        "mask decoder": flops(decoder),
     }
     return {"published": published, "ours": ours, "cached": ours | {"SAM encoder": 0}}
 
 
-# ------------------------------------------------------------------------------------------- report
-
-
 def ratios(result: dict) -> dict[str, float]:
     """Ours divided by published, of whatever was measured."""
-    out: dict[str, float] = {}
-    for kind, read in (("time", "total"), ("cpu_time", "cpu")):
-        if "seconds" in result:
-            own = result["seconds"]
-            out[kind] = own["ours"][read] / own["published"][read]
-            out[f"{kind}_cached"] = own["cached"][read] / own["published"][read]
+    totals: dict[str, dict[str, float]] = {}  # of a quantity, by schedule
+    if "seconds" in result:
+        for kind, key in (("time", "total"), ("cpu_time", "cpu")):
+            totals[kind] = {name: result["seconds"][name][key] for name in SCHEDULES}
     if "memory" in result:
-        peaks = {name: memory["peak_bytes"] for name, memory in result["memory"].items()}
-        out |= {
-            "peak_memory": peaks["ours"] / peaks["published"],
-            "peak_memory_cached": peaks["cached"] / peaks["published"],
-        }
+        totals["peak_memory"] = {name: m["peak_bytes"] for name, m in result["memory"].items()}
     if "flops" in result:
-        totals = {name: sum(parts.values()) for name, parts in result["flops"].items()}
-        out |= {
-            "flops": totals["ours"] / totals["published"],
-            "flops_cached": totals["cached"] / totals["published"],
-        }
+        totals["flops"] = {name: sum(parts.values()) for name, parts in result["flops"].items()}
+    out: dict[str, float] = {}
+    for kind, by in totals.items():
+        out[kind] = by["ours"] / by["published"]
+        out[f"{kind}_cached"] = by["cached"] / by["published"]
     return out
 
 
-def rates(result: dict, size: Size, peak_tflops: float | None) -> dict[str, dict[str, float]]:
-    """Tokens/s by schedule and, where FLOPs and the device's peak are known, the share of it that
-    is used."""
+def rates(result: dict, size: StepSize, peak_tflops: float | None) -> dict[str, dict[str, float]]:
+    """Tokens/s by schedule and, where FLOPs and the device's peak are known, the share of the peak
+    that is used."""
     if "seconds" not in result:
         return {}
     seconds = {name: result["seconds"][name]["total"] for name in SCHEDULES}
@@ -496,13 +382,12 @@ def rates(result: dict, size: Size, peak_tflops: float | None) -> dict[str, dict
     found = {"tokens_per_second": {name: tokens / seconds[name] for name in SCHEDULES}}
     if peak_tflops and "flops" in result:
         done = {name: sum(result["flops"][name].values()) for name in SCHEDULES}
-        found["utilisation"] = {
-            name: done[name] / seconds[name] / (1e12 * peak_tflops) for name in SCHEDULES
-        }
+        able = {name: seconds[name] * 1e12 * peak_tflops for name in SCHEDULES}
+        found["utilisation"] = {name: done[name] / able[name] for name in SCHEDULES}
     return found
 
 
-def table(result: dict) -> str:
+def step_table(result: dict) -> str:
     """What was measured, a line for each quantity and a column for each schedule."""
     lines = [f"{'':24}" + "".join(f"{name:>14}" for name in SCHEDULES)]
 
@@ -525,41 +410,23 @@ def table(result: dict) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--size", choices=list(SIZES), default="small")
-    p.add_argument("--json", type=Path, help="file for all numbers")
-    p.add_argument(
-        "--only",
-        nargs="+",
-        choices=["time", "memory", "flops"],
-        default=["time", "memory", "flops"],
-    )
-    p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    p.add_argument(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="recompute the language model's activations, in all schedules",
-    )
-    p.add_argument(
-        "--attn_implementation",
-        choices=["sdpa", "flex_attention"],
-        default="sdpa",
-        help="of our language model",
-    )
-    p.add_argument(
-        "--compile", action="store_true", help="torch.compile SAM's image encoder in our schedule"
-    )
-    p.add_argument(
-        "--peak_tflops",
-        type=float,
-        help="what the device can do in --precision, dense (H100, H200 in bf16: 989)",
-    )
-    p.add_argument("--sam_cache_dtype", choices=["fp16", "int8"], default="fp16")
-    p.add_argument("--memory_of", choices=SCHEDULES, help=argparse.SUPPRESS)
+    p = benchmark_parser(__doc__)
+    add, kinds = p.add_argument, ["time", "memory", "flops"]
+    add("--size", choices=list(STEP_SIZES), default="small")
+    add("--only", nargs="+", choices=kinds, default=kinds)
+    add("--repeats", type=int, default=5)
+    add("--threads", type=int, default=1)
+    add("--precision", choices=["fp32", "bf16"], default="fp32")
+    recompute = "recompute the language model's activations, in all schedules"
+    add("--gradient_checkpointing", action="store_true", help=recompute)
+    attention = ["sdpa", "flex_attention"]
+    add("--attn_implementation", choices=attention, default="sdpa", help="of our language model")
+    compiled = "torch.compile SAM's image encoder in our schedule"
+    add("--compile", action="store_true", help=compiled)
+    peak = "what the device can do in --precision, dense (H100, H200 in bf16: 989)"
+    add("--peak_tflops", type=float, help=peak)
+    add("--sam_cache_dtype", choices=["fp16", "int8"], default="fp16")
+    add("--memory_of", choices=SCHEDULES, help=argparse.SUPPRESS)
     return p
 
 
@@ -574,20 +441,19 @@ def main(argv: list[str] | None = None) -> dict:
     settings = {k: v for k, v in vars(args).items() if k not in ("memory_of", "json")}
     result: dict = {
         "settings": settings | {"device": device, "torch": torch.__version__},
-        "size": asdict(SIZES[args.size]),
+        "size": asdict(STEP_SIZES[args.size]),
     }
     if "flops" in args.only:
-        result["flops"] = count_flops(SIZES[args.size], args.gradient_checkpointing)
+        result["flops"] = count_flops(STEP_SIZES[args.size], args.gradient_checkpointing)
     if "memory" in args.only:
         result["memory"] = {name: memory_in_a_process(name, args) for name in SCHEDULES}
     if "time" in args.only:
         with tempfile.TemporaryDirectory() as folder:
-            result["seconds"] = measure_time(Bench(SIZES[args.size], args, folder), args)
+            result["seconds"] = measure_time(Bench(STEP_SIZES[args.size], args, folder), args)
     result["ratio"] = ratios(result)
-    result["rate"] = rates(result, SIZES[args.size], args.peak_tflops)
-    if args.json:
-        write_text(args.json, json.dumps(result, indent=1) + "\n")
-    print(table(result), flush=True)
+    result["rate"] = rates(result, STEP_SIZES[args.size], args.peak_tflops)
+    write_json(args.json, result)
+    print(step_table(result), flush=True)
     return result
 
 

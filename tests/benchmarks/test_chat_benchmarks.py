@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks import chat, chat_memory
-from model.checkpoints.sam import PRESETS
+from benchmarks import chat, memory
 from tests.test_repo import ROOT
 
 
 @pytest.fixture(scope="module")
 def large():
-    return chat_memory.build(chat_memory.VICUNA_13B, chat_memory.CLIP, PRESETS["vit_h"])
+    return memory.build_published(*memory.PUBLISHED[memory.CHAT_13B])
 
 
 def test_both_schedules_agree_and_are_timed(tmp_path, capsys):
@@ -61,13 +60,13 @@ def test_a_difference_is_found():
     mask = np.zeros((1, 2, 50, 50), dtype=bool)
     other = mask.copy()
     other[0, 1, :2] = True
-    chat.check_equal("follow_up", ([1, 2], mask), ([1, 2], mask))
+    chat.check_answers("follow_up", ([1, 2], mask), ([1, 2], mask))
     same, nothing = ([1, 2], mask), ([1], mask[:0])
     for ours, published in ((same, ([1, 3], mask)), (same, ([1, 2], other)), (nothing, nothing)):
         with pytest.raises(RuntimeError, match="evaluation"):
-            chat.check_equal("evaluation", [ours], [published])
+            chat.check_answers("evaluation", [ours], [published])
     with pytest.raises(RuntimeError, match="generation"):
-        chat.check_equal("generation", [1], [2])
+        chat.check_answers("generation", [1], [2])
 
 
 def test_stored_ratios_keep_their_promise():
@@ -83,10 +82,10 @@ def test_a_13b_model_is_counted_right(large):
     assert all(p.is_meta for p in large.parameters())
     d, wide = 5120, 13824
     blocks = 40 * (4 * d * d + 3 * d * wide + 2 * d)
-    parts = chat_memory.parts(large)
+    parts = memory.parts(large)
     assert parts["language model, decoder blocks"] == blocks
     assert parts["SAM"] == pytest.approx(641e6, rel=1e-3), "SAM ViT-H's published size"
-    table = chat_memory.memory(large, 1000)
+    table = memory.chat_memory(large, 1000)
     assert table["bf16"]["language model, decoder blocks"] == 2 * blocks
     assert table["bf16"]["keys and values, 1000 tokens"] == 2 * 2 * 40 * 5120 * 1000
     assert table["fp32"]["SAM"] == 2 * table["bf16"]["SAM"] == 2 * table["4-bit"]["SAM"]
@@ -98,13 +97,11 @@ def test_a_13b_model_is_counted_right(large):
 
 
 def test_the_table_of_the_docs_is_the_computed_one(large):
-    assert chat_memory.format_table(large, 2048) in (ROOT / "docs" / "chat.md").read_text(
-        encoding="utf-8"
-    )
+    assert memory.chat_table(large, 2048) in (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
 
 
 def test_marks_that_are_missing_are_said(tmp_path, capsys):
     (tmp_path / "a.md").write_text("no marks")
     with pytest.raises(SystemExit, match="2"):
-        chat_memory.main(["--write", str(tmp_path / "a.md")])
+        memory.main(["--chat", "--write", str(tmp_path / "a.md")])
     assert "has no marks" in capsys.readouterr().err

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from benchmarks import memory
-from benchmarks.train_step import SIZES, _llama, build_batch, build_model
+from benchmarks.sizes import STEP_SIZES, llama_size
+from benchmarks.train_step import build_batch, build_model
 from tests.utils.training.test_engine import ROOT
 
 MEDIUM = replace(
-    SIZES["small"],
-    llama=_llama(192, 512, 6, 6),
-    sam=replace(SIZES["small"].sam, image_size=512, embed_dim=96, depth=3),
+    STEP_SIZES["small"],
+    llama=llama_size(192, 512, 6, 6),
+    sam=replace(STEP_SIZES["small"].sam, image_size=512, embed_dim=96, depth=3),
 )
 
 
@@ -26,7 +27,7 @@ def test_activations_are_those_of_a_real_step(checkpointing):
     than the CPU's.
     """
     computed = memory.activations(
-        memory.build(MEDIUM, memory.Setup(precision="fp32", checkpointing=checkpointing)),
+        memory.build_trained(MEDIUM, memory.Setup(precision="fp32", checkpointing=checkpointing)),
         MEDIUM,
         False,
     )
@@ -57,19 +58,20 @@ def test_the_sum_is_what_a_process_took():
         "memory"
     ]["ours"]["peak_bytes"]
     setup = memory.Setup(stage=0, batch=2, precision="fp32", checkpointing=False)
-    computed = sum(memory.memory(SIZES["small"], setup).values())
+    computed = sum(memory.training_memory(STEP_SIZES["small"], setup).values())
     assert computed == pytest.approx(measured, rel=0.2)  # 2.05 GB against 2.43 GB
 
 
 def test_shares_by_hand(monkeypatch):
     monkeypatch.setattr(memory, "activations", lambda *_: {"all": 0})
-    size = SIZES["toy"]
-    model = memory.build(size, memory.Setup())
+    size = STEP_SIZES["toy"]
+    model = memory.build_trained(size, memory.Setup())
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    alone = memory.memory(size, memory.Setup(stage=2))
+    alone = memory.training_memory(size, memory.Setup(stage=2))
     assert alone["optimizer"] == 12 * n and alone["host"] == 0
     eight = {
-        stage: memory.memory(size, memory.Setup(world=8, stage=stage)) for stage in (0, 1, 2, 3)
+        stage: memory.training_memory(size, memory.Setup(world=8, stage=stage))
+        for stage in (0, 1, 2, 3)
     }
     assert [eight[stage]["optimizer"] for stage in (0, 1, 2, 3)] == [
         12 * n,
@@ -84,9 +86,9 @@ def test_shares_by_hand(monkeypatch):
         0.75 * n + bucket,
     ]
     assert eight[3]["weights"] == pytest.approx(eight[0]["weights"] / 8)
-    away = memory.memory(size, memory.Setup(offload=True))
+    away = memory.training_memory(size, memory.Setup(offload=True))
     assert away["optimizer"] == 0 and away["host"] == 16 * n
-    assert memory.memory(size, memory.Setup(bits=4))["weights"] < alone["weights"]
+    assert memory.training_memory(size, memory.Setup(bits=4))["weights"] < alone["weights"]
 
 
 def test_the_document_has_every_recipe():

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from benchmarks import published_schedule, train_step
+from benchmarks.sizes import STEP_SIZES
 from benchmarks.train_step import (
-    SIZES,
     UNKNOWN_TO_TORCH,
     Bench,
     build_model,
-    check_equal,
+    check_losses,
     count_flops,
 )
 from dataset.collate import collate
@@ -22,7 +22,7 @@ from utils.settings.arguments import parse
 
 def bench(folder, *flags):
     return Bench(
-        SIZES["toy"], train_step.parser().parse_args(["--size", "toy", *flags]), str(folder)
+        STEP_SIZES["toy"], train_step.parser().parse_args(["--size", "toy", *flags]), str(folder)
     )
 
 
@@ -30,9 +30,9 @@ def bench(folder, *flags):
 def test_schedules_have_equal_losses_and_gradients(tmp_path, flags):
     subject = bench(tmp_path, *flags)
     published, ours = (subject.step(name)["losses"] for name in ("published", "ours"))
-    check_equal(published, ours, 1e-5)
+    check_losses(published, ours, 1e-5)
     with pytest.raises(ValueError, match="disagree: bce"):
-        check_equal(published, ours | {"bce": 1.01 * ours["bce"]}, 1e-5)
+        check_losses(published, ours | {"bce": 1.01 * ours["bce"]}, 1e-5)
     theirs, own = subject.gradients("published"), subject.gradients("ours")
     largest = max(float(g.abs().max()) for g in theirs)
     for a, b in zip(theirs, own, strict=True):
@@ -84,9 +84,9 @@ def test_memory_is_measured():
 def test_counted_parts_are_the_whole_step(tmp_path):
     """The parts, counted on no device, against a real step counted at once."""
     subject = bench(tmp_path)
-    parts = count_flops(SIZES["toy"], checkpointing=False)
+    parts = count_flops(STEP_SIZES["toy"], checkpointing=False)
     for name in ("published", "ours"):
-        whole = train_step._count(lambda name=name: subject.losses(name)["loss"])
+        whole = train_step.flops(lambda name=name: subject.losses(name)["loss"])
         assert sum(parts[name].values()) == pytest.approx(whole, rel=0.02)
 
 
@@ -95,20 +95,20 @@ def test_what_torch_does_not_count_is_counted():
     forward = 2 * 2 * 8 * 8 * (4 + 4)
     attend = torch.nn.functional.scaled_dot_product_attention
     with torch.no_grad():
-        assert train_step._count(lambda: attend(q, q, q)) == forward
+        assert train_step.flops(lambda: attend(q, q, q)) == forward
         assert (
-            train_step._count(lambda: torch.zeros(3, 5).addmm_(torch.ones(3, 4), torch.ones(4, 5)))
+            train_step.flops(lambda: torch.zeros(3, 5).addmm_(torch.ones(3, 4), torch.ones(4, 5)))
             == 2 * 3 * 4 * 5
         )
-    assert train_step._count(lambda: attend(q, q, q)) == forward * 7 // 2
+    assert train_step.flops(lambda: attend(q, q, q)) == forward * 7 // 2
     assert len(UNKNOWN_TO_TORCH) == 5
 
 
 def test_checkpointing_is_counted():
-    plain, again = (count_flops(SIZES["toy"], c)["published"]["LLM"] for c in (False, True))
+    plain, again = (count_flops(STEP_SIZES["toy"], c)["published"]["LLM"] for c in (False, True))
     assert 1.3 * plain < again < 1.6 * plain
     assert build_model(
-        SIZES["toy"], True
+        STEP_SIZES["toy"], True
     ).reasoning.llava.model.language_model.gradient_checkpointing
 
 
@@ -127,4 +127,4 @@ def test_the_demo_has_the_losses_of_the_published_schedule(tmp_path):
         name: float(value.detach())
         for name, value in published_schedule.forward(model, batch).items()
     }
-    check_equal({name: published[name] for name in ("text", "bce", "dice")}, ours, 2e-5)
+    check_losses({name: published[name] for name in ("text", "bce", "dice")}, ours, 2e-5)

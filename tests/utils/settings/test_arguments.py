@@ -113,15 +113,17 @@ def test_booleans_take_a_bare_flag_or_a_word(flags, value):
     assert parse(flags).auto_resume is value
 
 
-LISA = """--local_rank=1 --version llava --vision_pretrained sam.pth --dataset_dir ./dataset --precision bf16
---dataset sem_seg||refer_seg||vqa||reason_seg --sample_rates 9,3,3,1
---sem_seg_data ade20k||cocostuff||pascal_part||paco_lvis||mapillary --refer_seg_data refclef||refcoco||refcoco+||refcocog
---exclude_val --exp_name lisa-7b --lora_r 4 --lora_alpha 8 --lora_dropout 0.1
---lora_target_modules q_proj --model_max_length 600 --val_dataset ReasonSeg|val --log_base_dir ./runs --epochs 3
---steps_per_epoch 5 --batch_size 2 --grad_accumulation_steps 4 --val_batch_size 1 --workers 2 --lr 0.0003
---ce_loss_weight 1.0 --dice_loss_weight 0.5 --bce_loss_weight 2.0 --beta1 0.9 --beta2 0.95 --num_classes_per_sample 3
---no_eval --eval_only --print_freq 1 --start_epoch 0 --gradient_checkpointing --train_mask_decoder --auto_resume
---conv_type llava_v1 --out_dim 256 --image_size 1024 --vision-tower openai/clip-vit-large-patch14"""
+LISA = """--local_rank=1 --version llava --vision_pretrained sam.pth --dataset_dir ./dataset
+--precision bf16 --dataset sem_seg||refer_seg||vqa||reason_seg --sample_rates 9,3,3,1
+--sem_seg_data ade20k||cocostuff||pascal_part||paco_lvis||mapillary --refer_seg_data
+refclef||refcoco||refcoco+||refcocog --exclude_val --exp_name lisa-7b --lora_r 4
+--lora_alpha 8 --lora_dropout 0.1 --lora_target_modules q_proj --model_max_length 600
+--val_dataset ReasonSeg|val --log_base_dir ./runs --epochs 3 --steps_per_epoch 5
+--batch_size 2 --grad_accumulation_steps 4 --val_batch_size 1 --workers 2 --lr 0.0003
+--ce_loss_weight 1.0 --dice_loss_weight 0.5 --bce_loss_weight 2.0 --beta1 0.9 --beta2
+0.95 --num_classes_per_sample 3 --no_eval --eval_only --print_freq 1 --start_epoch 0
+--gradient_checkpointing --train_mask_decoder --auto_resume --conv_type llava_v1
+--out_dim 256 --image_size 1024 --vision-tower openai/clip-vit-large-patch14"""
 
 
 def test_the_command_line_of_lisa():
