@@ -32,7 +32,7 @@ from dataset.synthetic import write as synthetic
 from model.inference.results import Result
 from model.inference.segmenter import ReasoningSegmenter, Session
 from utils import distributed
-from utils.report.gallery import jpeg
+from utils.report.gallery import encode_jpeg
 from utils.report.html import TEMPLATES
 from utils.settings.arguments import OneLineParser, one_line
 from utils.settings.flags import UsageError
@@ -151,7 +151,10 @@ def steps(result: Result, alpha: float) -> str:
         meaning = "the answer" if i == len(names) else "where to look"
         views[name] = f"{i}. [{name}] {meaning}"
     return STEPS.render(
-        tiles=[(caption, jpeg(paint(result, view, alpha, TILE))) for view, caption in views.items()]
+        tiles=[
+            (caption, encode_jpeg(paint(result, view, alpha, TILE)))
+            for view, caption in views.items()
+        ]
     )
 
 

@@ -96,7 +96,7 @@ class SceneBaselines:
         return [max((o.mask for o in self.objects), key=np.sum)]
 
     def random_part_of_the_right_name(self) -> list[np.ndarray]:
-        """Every instance of the part in the scene, whoever it belongs to."""
+        """Every instance of the part in the scene, on whichever object."""
         return [mask for o in self.objects for name, mask in o.parts if name == self.part]
 
     def right_part_of_a_random_host(self) -> list[np.ndarray]:

@@ -166,7 +166,7 @@ def read_score_arguments(argv: Sequence[str]) -> Namespace:
 def score_command(argv: Sequence[str], started: float) -> None:
     args = read_score_arguments(argv)
     predictions = Predictions.read(args.predictions)
-    # The levels only word the canonical answers, which nobody reads here.
+    # The levels only word the canonical answers, which play no part in scoring.
     data = EvalDataset(
         args.dataset_dir, args.val_dataset, ("SEG",), exemplar_count=0, texts=args.eval_texts
     )

@@ -65,8 +65,8 @@ class Collector:
     ) -> None:
         """Scores one answer, whose k-th mask, bool (T, H, W) or None, belongs to the k-th target.
 
-        Targets beyond the masks were not answered. Masks beyond the targets count, together with
-        ``extra_masks``, as masks that nobody asked for. ``answer``: the generated text.
+        Targets beyond the masks were not answered. Masks beyond the targets add to
+        the count ``extra_masks``. ``answer``: the generated text.
         """
         extra_masks += max(0, len(masks) - len(truth.targets))
         for k, target in enumerate(truth.targets):

@@ -130,7 +130,7 @@ def start_worker(s: Settings, ranks: int, numbers: Queue[int]) -> None:
     _worker = RunImages(s, ranks), source.store, source.generate
 
 
-def compute(index: int) -> str:
+def compute_image(index: int) -> str:
     """What happened to the image: "computed", "there" already, or "not needed"."""
     assert _worker is not None, "start_worker comes first"
     images, store, generate = _worker
@@ -143,8 +143,8 @@ def compute(index: int) -> str:
     return "computed"
 
 
-def results(s: Settings, ranks: int, jobs: int, total: int) -> Iterator[str]:
-    """``compute`` of every index below ``total``, in ``jobs`` processes."""
+def compute_all(s: Settings, ranks: int, jobs: int, total: int) -> Iterator[str]:
+    """``compute_image`` of every index below ``total``, in ``jobs`` processes."""
     # A forked process could use neither a GPU nor torch's threads.
     context = multiprocessing.get_context("spawn")
     numbers: Queue[int] = context.Queue()
@@ -152,11 +152,11 @@ def results(s: Settings, ranks: int, jobs: int, total: int) -> Iterator[str]:
         numbers.put(number)
     if jobs == 1:
         start_worker(s, ranks, numbers)
-        yield from map(compute, range(total))
+        yield from map(compute_image, range(total))
         return
     pool = ProcessPoolExecutor(jobs, context, start_worker, (s, ranks, numbers))
     try:
-        yield from pool.map(compute, range(total), chunksize=4)
+        yield from pool.map(compute_image, range(total), chunksize=4)
     finally:  # Stopped or failed, the command need not wait for what is still in the queue.
         pool.shutdown(cancel_futures=True)
 
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         images = RunImages(s, own.ranks)  # reports a wrong path once, before any process starts
         counts = {"computed": 0, "there": 0, "not needed": 0}
         with tqdm(total=len(images), unit="image") as bar:
-            for result in results(s, own.ranks, own.jobs, len(images)):
+            for result in compute_all(s, own.ranks, own.jobs, len(images)):
                 counts[result] += 1
                 bar.update()
                 bar.set_postfix(counts, refresh=False)

@@ -43,10 +43,10 @@ class GalleryEntry:
 
 
 def draw_picture(example: Example, score: TargetScore) -> Picture:
-    return Picture(score, [(caption, jpeg(tile)) for caption, tile in panels(example, TILE)])
+    return Picture(score, [(caption, encode_jpeg(tile)) for caption, tile in panels(example, TILE)])
 
 
-def jpeg(tile: np.ndarray) -> bytes:
+def encode_jpeg(tile: np.ndarray) -> bytes:
     """``tile``: uint8 (h, w, 3) RGB."""
     buffer = io.BytesIO()
     Image.fromarray(tile).save(buffer, format="JPEG", quality=88)
