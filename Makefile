@@ -13,14 +13,15 @@ setup: ## make .venv (shared between clones; only the first time is slow)
 	@scripts/setup.sh
 
 test: setup ## the default tests: a few minutes, no GPU, no download
-	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n 2 --dist loadfile  # one thread each: twice as fast on 2 cores
+	OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n 2 --dist worksteal  # one thread each: twice as fast on 2 cores
 
 test-all: setup ## every test, the slow ones too (GPU tests skip themselves without a GPU)
 	$(PYTHON_VENV) -m pytest -m ""
 
-lint: setup ## check style
+lint: setup ## check style and types
 	$(PYTHON_VENV) -m ruff check .
 	$(PYTHON_VENV) -m ruff format --check .
+	$(PYTHON_VENV) -m mypy
 
 format: setup ## repair style
 	$(PYTHON_VENV) -m ruff check --fix .

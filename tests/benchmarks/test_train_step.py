@@ -1,6 +1,7 @@
 """The benchmark of a training step measures what it says, at a size for tests."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ from dataset.collate import collate
 from dataset.synthetic.write import write_synthreason
 from utils import build
 from utils.settings.arguments import parse
+
+
+@cache
+def counted(checkpointing: bool) -> dict:
+    """Counting takes seconds, and every time the same is counted."""
+    return count_flops(STEP_SIZES["toy"], checkpointing)
 
 
 def bench(folder, *flags):
@@ -84,7 +91,7 @@ def test_memory_is_measured():
 def test_counted_parts_are_the_whole_step(tmp_path):
     """The parts, counted on no device, against a real step counted at once."""
     subject = bench(tmp_path)
-    parts = count_flops(STEP_SIZES["toy"], checkpointing=False)
+    parts = counted(checkpointing=False)
     for name in ("published", "ours"):
         whole = train_step.flops(lambda name=name: subject.losses(name)["loss"])
         assert sum(parts[name].values()) == pytest.approx(whole, rel=0.02)
@@ -105,7 +112,7 @@ def test_what_torch_does_not_count_is_counted():
 
 
 def test_checkpointing_is_counted():
-    plain, again = (count_flops(STEP_SIZES["toy"], c)["published"]["LLM"] for c in (False, True))
+    plain, again = (counted(checkpointing)["published"]["LLM"] for checkpointing in (False, True))
     assert 1.3 * plain < again < 1.6 * plain
     assert build_model(
         STEP_SIZES["toy"], True

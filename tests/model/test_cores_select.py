@@ -29,6 +29,7 @@ from model.trainable import set_trainable
 from tests.backbone_toys import toys
 from tests.helpers import (
     LEVELS,
+    REALIGNED,
     TEMPLATE,
     backbones,
     conversation,
@@ -319,7 +320,10 @@ def test_proposals_come_from_the_decoder_before_training(tmp_path, dinov2):
     again = CoresForReasoningSegmentation.from_pretrained(tmp_path / "model").eval()
     batch = collate(pictures(), processor, LEVELS, TEMPLATE)
     for a, b in zip(model.segment(batch), again.segment(batch), strict=True):
-        assert torch.equal(a.masks, b.masks) and torch.equal(a.iou, b.iou)
+        assert (a.masks != b.masks).sum() <= 1, (
+            "a pixel at the threshold may fall on its other side"
+        )
+        torch.testing.assert_close(a.iou, b.iou, **REALIGNED)
 
 
 def test_half_precision_answers(dinov2):

@@ -22,6 +22,7 @@ from model.segmenting.sam import decode_masks, mask_prompt, no_mask_prompt, posi
 from model.trainable import set_trainable
 from tests.helpers import (
     LEVELS,
+    REALIGNED,
     TEMPLATE,
     backbones,
     conversation,
@@ -609,7 +610,8 @@ def test_pooling_by_hand():
     assert not empty.any()
     marked = features.clone()
     marked[..., 3] = 1000.0  # padding does not get in
-    assert torch.equal(prototypes(marked, logits, valid, RefinerConfig())[0], pooled[:, :1])
+    again = prototypes(marked, logits, valid, RefinerConfig())[0]
+    torch.testing.assert_close(again, pooled[:, :1], **REALIGNED)
     pooled, empty = prototypes(
         features, logits, valid, RefinerConfig(prototypes="regions", region_grid=2)
     )
@@ -770,8 +772,9 @@ def test_reload_gives_the_same(tmp_path, tied):
         assert isinstance(loaded, CoresForReasoningSegmentation)
         assert loaded.config.bce_weight == 3.0
         ours, theirs = model(batch), loaded(loaded_batch)
-        assert torch.equal(ours.loss, theirs.loss)
-        assert torch.equal(torch.cat(ours.low_res), torch.cat(theirs.low_res))
+        # the same numbers at other addresses in memory: sums are vectorised otherwise there
+        torch.testing.assert_close(ours.loss, theirs.loss, **REALIGNED)
+        torch.testing.assert_close(torch.cat(ours.low_res), torch.cat(theirs.low_res), **REALIGNED)
     buffers = dict(loaded.named_buffers())  # also those that no checkpoint holds
     assert not [
         name for name, value in model.named_buffers() if not torch.equal(value, buffers[name])

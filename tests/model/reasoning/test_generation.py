@@ -471,8 +471,8 @@ def test_sampling_follows_the_seed(scene):
 
 
 def test_top_p_leaves_the_likeliest_tokens(scene):
-    """With almost no probability left, only the likeliest token is; at a high temperature, all of
-    them are drawn otherwise."""
+    """With almost no probability left, only the likeliest token is, and so it is near temperature
+    0; at a high temperature, all of them are drawn."""
     model, processor, _ = scene
     prompts, _, _ = prompts_and_answers(scene)
 
@@ -483,6 +483,7 @@ def test_top_p_leaves_the_likeliest_tokens(scene):
 
     hot = {"do_sample": True, "temperature": 5.0}
     assert drawn(**hot, top_p=1e-6) == drawn() != drawn(**hot)
+    assert drawn(do_sample=True, temperature=1e-4) == drawn()
 
 
 def test_top_p_is_the_share_that_is_drawn_from():

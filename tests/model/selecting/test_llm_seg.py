@@ -31,6 +31,7 @@ from model.selecting.targets import iop_loss, proposal_targets, similarity_loss
 from model.trainable import set_trainable
 from tests.backbone_toys import flags, toys
 from tests.helpers import (
+    REALIGNED,
     TEMPLATE,
     conversation,
     gradient_orders,
@@ -326,7 +327,8 @@ def test_saving_keeps_every_mask(tmp_path, features, dinov2):
     again = CoresForReasoningSegmentation.from_pretrained(tmp_path).eval()
     batch = collate(two_pictures(), processor, SEG, TEMPLATE)
     for a, b in zip(model.segment(batch), again.segment(batch), strict=True):
-        assert torch.equal(a.masks, b.masks) and torch.equal(a.iou, b.iou)
+        assert torch.equal(a.masks, b.masks), "unions of proposals, which were not read anew"
+        torch.testing.assert_close(a.iou, b.iou, **REALIGNED)
     assert again.config.selector == model.config.selector
 
 

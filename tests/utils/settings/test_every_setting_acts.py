@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_ds
+from dataset.sample import Sample
 from model.checkpoints.sam import save_sam
 from model.segmenting.sam import build_sam
 from tests import official_layouts as official
@@ -212,6 +213,15 @@ def root() -> Path:
     write_json(root / "llava_dataset" / "other.json", spoken)
     write_table(root, name="first")
     write_table(root, name="second")
+    rows = [
+        {
+            "image": "0.jpg",
+            "query": f"thing {i}",
+            "polygons": [[[i, i], [i + 4, i], [i + 4, i + 4]]],
+        }
+        for i in range(4)
+    ]
+    write_table(root, rows, name="several")
     many = root / "reason_seg" / "Many" / "train"
     write_image(many / "0.jpg", (24, 32))
     shapes = [square(3, 3, 20, 14), square(0, 0, 31, 5, "ignore")]
@@ -240,13 +250,17 @@ def root() -> Path:
 
 def drawn(changes: dict[str, Any], count: int = 80) -> list:
     """What the first samples of an epoch ask and answer."""
+    return [
+        (sample.dataset, sample.id, sample.exemplars, [c.turns for c in sample.conversations])
+        for sample in samples(changes, count)
+    ]
+
+
+def samples(changes: dict[str, Any], count: int) -> list[Sample]:
     s = parse(flags(toys(), **COMMON | DATA_BASE | changes))
     data = build.build_mixture(s, build.PromptFormat(s.level_list, s.exemplar_count))
     data.samples_per_epoch = count
-    return [
-        (sample.dataset, sample.id, sample.exemplars, [c.turns for c in sample.conversations])
-        for sample in (data[i] for i in range(count))
-    ]
+    return [data[i] for i in range(count)]
 
 
 @cache
@@ -271,6 +285,28 @@ def test_every_query_of_an_image_is_drawn_sooner_or_later():
     assert {len(turns) for *_, turns in found} == {2}
     asked = {question for *_, turns in found for ((question, _),) in turns}
     assert {i for i in range(5) if any(f"thing {i} " in q for q in asked)} == set(range(5))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"dataset": "sem_seg", "sem_seg_data": "cocostuff"},
+        {"dataset": "sem_seg", "sem_seg_data": "paco_lvis"},
+        {"dataset": "refer_seg", "refer_seg_data": "refcoco"},
+        {"dataset": "reason_seg", "reason_seg_data": "LLM-Seg40K|train"},
+        {"dataset": "own", "own_data": "several"},
+    ],
+    ids=lambda source: list(source.values())[1],
+)
+def test_every_target_of_an_image_is_drawn_sooner_or_later(source):
+    """One at a time, as many different ones as all at a time."""
+    found = []
+    for count in (1, 50):
+        limited = source | {"sample_rates": "1", "num_classes_per_sample": count}
+        asked = [(s.id, c) for s in samples(limited, 80) for c in s.conversations]
+        found.append({(name, c.masks.tobytes()) for name, c in asked})
+        assert len(asked) == 80 or count > 1
+    assert found[0] == found[1] and len(found[0]) > len({name for name, _ in found[0]})
 
 
 # -------------------------------------------------------------------------------------------- model
