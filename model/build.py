@@ -18,7 +18,8 @@ from model.checkpoints.published import clip_sizes, clip_tokens
 from model.checkpoints.sam import load_sam
 from model.checkpoints.source import Source, open_source
 from model.config import CoresConfig, SelectorConfig
-from model.cores import CoresForReasoningSegmentation, TextProjection
+from model.connection import TextProjection
+from model.cores import CoresForReasoningSegmentation
 from model.processor import CoresProcessor
 from model.segmenting.chain import TokenRefiner
 from model.selecting.selector import Selector

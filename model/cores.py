@@ -30,20 +30,14 @@ from model.checkpoints.precision import quantized_bits
 from model.checkpoints.source import Source, open_source
 from model.checkpoints.weights import refuse_bad_loading
 from model.config import CoresConfig
-from model.masks import (
-    EncodedImages,
-    Generation,
-    MaskBranch,
-    Segmentation,
-    group_states,
-    no_masks,
-)
+from model.connection import TextProjection
+from model.masks import Generation, MaskBranch, Segmentation, group_states
 from model.objective import Objective
 from model.reasoning.chain import ReasoningChain
 from model.reasoning.generation import Decoding, decode, prefill, unpadded_prompts
-from model.reasoning.lora import has_lora
+from model.reasoning.lora import refuse_apart_or_packed
 from model.segmenting.chain import SegmentingChain
-from model.segmenting.frames import PIXEL_MEAN, PIXEL_STD, valid_cells
+from model.segmenting.frames import PIXEL_MEAN, PIXEL_STD
 from model.segmenting.sam import build_sam
 from model.selecting.proposals import proposal_source
 from model.selecting.selector import Selector
@@ -51,7 +45,7 @@ from model.selecting.selector import Selector
 
 @dataclass
 class CoresOutput:
-    """Of one training or teacher-forced pass."""
+    """What one training or teacher-forced pass gives."""
 
     loss: Tensor
     """(): what is minimised."""
@@ -59,26 +53,14 @@ class CoresOutput:
     """Its parts, each () and unweighted: text, then bce and dice of decoded masks, similarity and
     iop of a selector, and pointing where it is used."""
     low_res: list[Tensor]
-    """N × float (K, T, 4G, 4G): mask logits, low-res frame; none where only proposals are
-    selected."""
+    """N × (K, T, 4G, 4G): low-res mask logits; empty where only proposals are selected."""
     iou: list[Tensor]
-    """N × float (K, T): SAM's own prediction of its masks' IoU; likewise."""
-
-
-class TextProjection(nn.Sequential):
-    """Hidden state (…, d) -> prompt token (…, C): LISA's Linear, ReLU, Linear, then an optional
-    LayerNorm whose output has about the norm ``norm``."""
-
-    def __init__(self, hidden: int, width: int, norm: float | None):
-        linear, project = nn.Linear(hidden, hidden), nn.Linear(hidden, width)
-        super().__init__(linear, nn.ReLU(inplace=True), project)
-        if norm is not None:
-            layer_norm = nn.LayerNorm(width)
-            nn.init.constant_(layer_norm.weight, norm / width**0.5)  # Before it, the norm is √C.
-            self.append(layer_norm)
+    """N × (K, T): SAM's own prediction of its masks' IoU; likewise."""
 
 
 class CoresForReasoningSegmentation(PreTrainedModel):
+    """Reasoning segmentation by CoReS, LISA, LLM-Seg or CoReS with a selector: its config says."""
+
     config: CoresConfig
     config_class = CoresConfig
     base_model_prefix = "cores"
@@ -91,33 +73,18 @@ class CoresForReasoningSegmentation(PreTrainedModel):
 
     def __init__(self, config: CoresConfig):
         if config.level_token_ids is None:
-            raise ValueError(
-                "config: level_token_ids is missing; `build_from_backbones` adds the tokens to a"
-                " tokenizer"
-            )
+            raise ValueError("config: level_token_ids is missing; build_from_backbones sets it")
         super().__init__(config)
-        self.reasoning = ReasoningChain(
-            llava_class(config.llava)(config.llava), config.level_token_ids
-        )
-        sam, proposes = build_sam(config.sam_dims), config.selector is not None and config.decodes
+        llava, width = llava_class(config.llava)(config.llava), config.sam["prompt_dim"]
+        sam, selector = build_sam(config.sam_dims), config.selector_config
+        proposes = selector is not None and config.decodes
+        self.reasoning = ReasoningChain(llava, config.level_token_ids)
+        hidden = llava.config.get_text_config().hidden_size
+        self.text_projection = TextProjection(hidden, width, config.text_projection_norm)
         self.segmenting = SegmentingChain(sam, config.refiner_config, config.decode_chunk, proposes)
-        self.selecting = self._new_selector(config)
-        self.text_projection = self._new_text_projection(config)
+        self.selecting = None if selector is None else Selector(selector, width)
         self.generation_config = answer_defaults(config)
         self.post_init()
-
-    @staticmethod
-    def _new_text_projection(config: CoresConfig) -> TextProjection:
-        hidden, width = config.llava.text_config.hidden_size, config.sam["prompt_dim"]
-        return TextProjection(hidden, width, config.text_projection_norm)
-
-    @staticmethod
-    def _new_selector(config: CoresConfig) -> Selector | None:
-        return (
-            None
-            if config.selector is None
-            else Selector(config.selector_config, config.sam["prompt_dim"])
-        )
 
     def _init_weights(self, module: nn.Module) -> None:
         """Modules initialise themselves when built; only what no checkpoint holds is filled in
@@ -127,12 +94,8 @@ class CoresForReasoningSegmentation(PreTrainedModel):
             module.pixel_std.copy_(torch.tensor(PIXEL_STD)[:, None, None])
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # it also takes an opened Source
-        cls,
-        name: str | Path | Source,
-        *args: Any,
-        vision_tower: str | None = None,
-        **kwargs: Any,
+    def from_pretrained(  # type: ignore[override]  # It takes an opened Source, too.
+        cls, name: str | Path | Source, *args: Any, vision_tower: str | None = None, **kwargs: Any
     ) -> CoresForReasoningSegmentation:
         """As in transformers, but a missing, unexpected or wrongly shaped weight is an error that
         names it.
@@ -145,11 +108,11 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         source = open_source(name, vision_tower, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs = loading_arguments(source, kwargs.pop("dtype", None)) | kwargs
-        # transformers' annotation does not know that this argument makes it a pair.
-        loaded: Any = super().from_pretrained(
-            None, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = super().from_pretrained(None, *args, **kwargs)
+        model, info = (
+            loaded  # transformers does not annotate the pair that the first flag asks for.
         )
-        model, info = loaded
         refuse_bad_loading(source.name, info)
         if isinstance(kwargs["dtype"], torch.dtype) and not quantized_bits(model):
             # The configs inside the config remember how they were stored.
@@ -158,16 +121,9 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         return loaded if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers. Raises ValueError while adapters are apart: nothing could read such a
-        folder."""
-        if has_lora(self):
-            raise ValueError(
-                "the model has LoRA adapters; merge them with `merge_lora` before `save_pretrained`"
-            )
-        if bits := quantized_bits(self):
-            raise ValueError(
-                f"the model is held in {bits} bits; load it in full precision to save it"
-            )
+        """As in transformers. Raises ValueError for adapters apart and packed weights, because
+        nothing could read such a folder."""
+        refuse_apart_or_packed(self)
         super().save_pretrained(*args, **kwargs)
         self.generation_config.save_pretrained(args[0] if args else kwargs["save_directory"])
 
@@ -195,12 +151,10 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     def proposal_source(
         self, folder: str | Path | None, generate: bool = True
     ) -> ProposalSource | None:
-        """Where ``collate`` gets proposals for this model; set it as ``processor.proposals``. None
-        for a model that selects nothing; arguments as of model.selecting.proposals."""
-        selector = self.config.selector_config
-        if selector is None:
-            return None
-        return proposal_source(self.segmenting, selector, folder, generate)
+        """What a model with a selector needs as ``processor.proposals``, None for another; see
+        model.selecting.proposals."""
+        selector, segmenting = self.config.selector_config, self.segmenting
+        return None if selector is None else proposal_source(segmenting, selector, folder, generate)
 
     def forward(self, batch: Batch) -> CoresOutput:
         """Text loss and mask losses of a batch with its answers in it (training, teacher-forced
@@ -215,7 +169,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         if not sum(counts):
             parts |= objective.without_targets(prompts)
         else:
-            images, chain_masks = self.encode_images(batch), None
+            images, chain_masks = branch.encode(batch), None
             if self.config.decodes:
                 logits, iou = branch.decode_levels(prompts, counts, index, images)
                 parts |= objective.mask_losses(logits, prompts, batch, counts)
@@ -233,26 +187,22 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         """Teacher-forced masks: the answers, with their tokens, are in the batch. One Segmentation
         per conversation."""
         hidden = self.hidden_states(batch, wanted=_predicting(batch))
-        return self._masks(*self.prompt_tokens(hidden, batch), batch)
+        return self.mask_branch.segment_batch(*self.prompt_tokens(hidden, batch), batch)
 
     @torch.no_grad()
     def generate(
         self, batch: Batch, tokenizer: Any, max_new_tokens: int = 64, **decoding: Any
     ) -> list[Generation]:
         """Free answers to left-padded prompts (``collate_prompts``), with masks for every complete
-        group of tokens.
+        group of tokens; an answer that lacks a level's token before [SEG] has none there.
 
-        ``decoding``: further fields of model.reasoning.generation.Decoding; greedy unless they say
-        otherwise. An answer that lacks a level's token before [SEG] has no group there and so no
-        mask: it counts as not emitted. Raises ValueError for an unknown option and for a model in
-        training mode.
+        ``decoding``: further fields of model.reasoning.generation.Decoding; greedy by default.
+        Raises ValueError for an unknown option and for a model in training mode.
         """
         if self.training:
             raise ValueError("generate needs a model in evaluation mode: call `model.eval()` first")
-        options, end = (
-            Decoding.of(max_new_tokens=max_new_tokens, **decoding),
-            tokenizer.eos_token_id,
-        )
+        options = Decoding.of(max_new_tokens=max_new_tokens, **decoding)
+        end = tokenizer.eos_token_id
         features = self.reasoning.image_features(batch.clip_pixels)
         cache, hidden = prefill(self.reasoning, batch, features)
         steps = list(decode(cache, hidden, end, options, unpadded_prompts(batch)))
@@ -260,12 +210,12 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         ids, states = (torch.stack(part, dim=1) for part in zip(*steps, strict=True))
         answers = [list(takewhile(lambda token: token != end, row)) for row in ids.tolist()]
         before_end = [row[: len(a)] for row, a in zip(states, answers, strict=True)]
-        found = self._masks(*self.group_prompts(before_end, answers), batch)
+        prompts, counts = self.group_prompts(before_end, answers)
+        found = self.mask_branch.segment_batch(prompts, counts, batch)
+        texts = [tokenizer.decode(answer).strip() for answer in answers]
         return [
-            Generation(
-                f.masks, f.iou, answer, tokenizer.decode(answer).strip(), len(answer) < ids.shape[1]
-            )
-            for f, answer in zip(found, answers, strict=True)
+            Generation(f.masks, f.iou, answer, text, finished=len(answer) < ids.shape[1])
+            for f, answer, text in zip(found, answers, texts, strict=True)
         ]
 
     def hidden_states(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
@@ -273,9 +223,8 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         all."""
         with torch.no_grad():
             features = self.reasoning.image_features(batch.clip_pixels)
-        return self.reasoning(
-            batch.input_ids, batch.attention_mask, batch.image_index, features, wanted
-        )
+        tokens = batch.input_ids, batch.attention_mask, batch.image_index
+        return self.reasoning(*tokens, features, wanted)
 
     def prompt_tokens(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, list[int]]:
         """The projected answer tokens (K, T, C) of all conversations, and how many targets each
@@ -291,43 +240,8 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     ) -> tuple[Tensor, list[int]]:
         """The projected tokens (K, T, C) of every complete group in free answers, and how many
         groups each has; arguments as of model.masks.group_states."""
-        chosen, counts = group_states(states, answers, self.config.level_token_ids)
+        chosen, counts = group_states(states, answers, self.reasoning.level_token_ids)
         return self.text_projection(chosen), counts
-
-    @torch.no_grad()
-    def encode_images(self, batch: Batch) -> EncodedImages:
-        """Runs the frozen encoders of the mask branch on the B images of a batch: SAM's where its
-        embedding is used, and the DINOv2 of a selector that has one."""
-        if self.selecting is not None and batch.proposals is None:
-            raise ValueError(
-                "the batch has no proposals; set `processor.proposals ="
-                " model.proposal_source(folder)` before collate"
-            )
-        pixels, dims = batch.sam_pixels, self.config.sam_dims
-        separate = self.selecting is not None and self.selecting.encoder is not None
-        embeddings = features = None
-        if self.config.decodes or not separate:
-            embeddings = features = self.segmenting.encode(pixels, batch.cached)
-        if separate:
-            features = self.selecting.encode(pixels)
-        valid = [
-            valid_cells(s, dims.image_size, dims.grid, pixels.device) for s in batch.resized_sizes
-        ]
-        return EncodedImages(
-            embeddings,
-            features,
-            torch.stack(valid),
-            batch.original_sizes,
-            batch.resized_sizes,
-            batch.proposals,
-        )
-
-    def _masks(self, prompts: Tensor, counts: list[int], batch: Batch) -> list[Segmentation]:
-        if not len(prompts):  # SAM's encoder is the most expensive part, and nothing needs it here.
-            sizes = [batch.original_sizes[image] for image in batch.image_index.tolist()]
-            return [no_masks(len(self.config.levels), size, prompts.device) for size in sizes]
-        images = self.encode_images(batch)
-        return self.mask_branch.segment(prompts, counts, batch.image_index, images)
 
 
 def _predicting(batch: Batch) -> Tensor:

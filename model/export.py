@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 from model.checkpoints import published
-from model.checkpoints.precision import quantized_bits
 from model.cores import CoresForReasoningSegmentation
 from model.processor import CoresProcessor
-from model.reasoning.lora import has_lora
+from model.reasoning.lora import refuse_apart_or_packed
 
 CLIP_FOLDER = "clip"
 
@@ -62,10 +61,7 @@ def save_published(
 def refuse_unpublishable(model: CoresForReasoningSegmentation) -> None:
     """Raises ValueError naming what LISA's layout cannot hold."""
     config = model.config
-    if has_lora(model):
-        raise ValueError("the model has LoRA adapters; merge them before writing LISA's layout")
-    if bits := quantized_bits(model):
-        raise ValueError(f"the model is held in {bits} bits; load it in full precision to save it")
+    refuse_apart_or_packed(model)
     if config.selector is not None:
         raise ValueError(
             "LISA's layout has no place for a selector, which this model has; keep it in its own"

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset.collate import Batch
 from dataset.proposals import Proposals
 from model.config import CoresConfig
 from model.segmenting.chain import SegmentingChain
-from model.segmenting.frames import to_grid, to_original
+from model.segmenting.frames import to_grid, to_original, valid_cells
 from model.segmenting.sam import position_encoding
 from model.selecting.selector import Scores, Selector, united
 
@@ -108,7 +109,7 @@ def group_states(
 class MaskBranch:
     """From prompt tokens to masks, with the parts that do it.
 
-    All methods take ``prompts`` (K, T, C), the projected answer tokens of N conversations;
+    The methods take ``prompts`` (K, T, C), the projected answer tokens of N conversations;
     ``counts``, N numbers of targets, which sum to K; ``image_index`` int64 (N,), the image of each
     conversation; and the encoded ``images``.
     """
@@ -116,6 +117,33 @@ class MaskBranch:
     config: CoresConfig
     segmenting: SegmentingChain
     selecting: Selector | None
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> EncodedImages:
+        """Runs the frozen encoders on the B images of a batch: SAM's where its embedding is used,
+        and the DINOv2 of a selector that has one. Raises ValueError for a selector whose batch has
+        no proposals."""
+        if self.selecting is not None and batch.proposals is None:
+            raise ValueError(
+                "the batch has no proposals; set `processor.proposals ="
+                " model.proposal_source(folder)` before collate"
+            )
+        pixels, dims = batch.sam_pixels, self.config.sam_dims
+        embeddings = features = None
+        if self.config.decodes or self.selecting is None or self.selecting.encoder is None:
+            embeddings = features = self.segmenting.encode(pixels, batch.cached)
+        if self.selecting is not None and self.selecting.encoder is not None:
+            features = self.selecting.encode(pixels)
+        side, grid, sizes = dims.image_size, dims.grid, (batch.original_sizes, batch.resized_sizes)
+        valid = [valid_cells(size, side, grid, pixels.device) for size in batch.resized_sizes]
+        return EncodedImages(embeddings, features, torch.stack(valid), *sizes, batch.proposals)
+
+    def segment_batch(self, prompts: Tensor, counts: list[int], batch: Batch) -> list[Segmentation]:
+        """The masks of every conversation of a batch, whose images are encoded for them."""
+        if not len(prompts):  # The encoders are the most expensive part, and nothing needs them.
+            sizes = [batch.original_sizes[image] for image in batch.image_index.tolist()]
+            return [no_masks(prompts.shape[1], size, prompts.device) for size in sizes]
+        return self.segment(prompts, counts, batch.image_index, self.encode(batch))
 
     def segment(
         self, prompts: Tensor, counts: list[int], image_index: Tensor, images: EncodedImages

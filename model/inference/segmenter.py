@@ -88,11 +88,10 @@ class ReasoningSegmenter:
         processor = CoresProcessor.from_pretrained(source)
         processor.template = template or processor.template
         model = CoresForReasoningSegmentation.from_pretrained(source, dtype=dtype, **kwargs)
-        # Quantised weights are on their device already.
-        if kwargs.get("quantization_config") is None:
-            model = model.to(
-                ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-            )
+        if kwargs.get("quantization_config") is None:  # Packed weights are on their device already.
+            if device == "auto":
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            torch.nn.Module.to(model, device)
         processor.proposals = model.proposal_source(proposals)
         stored = model.generation_config.max_new_tokens or 64
         return cls(model, processor, stored if max_new_tokens is None else max_new_tokens)
@@ -257,7 +256,7 @@ class Session:
     def _images(self) -> EncodedImages:
         """The picture as the mask branch needs it: encoded for the first mask, or by read_ahead."""
         assert self._batch is not None
-        images = self.segmenter.model.encode_images(self._batch)
+        images = self.segmenter.model.mask_branch.encode(self._batch)
         self._batch = None  # Its pixels, 12 MB, are not needed again.
         return images
 

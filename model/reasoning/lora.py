@@ -78,6 +78,17 @@ def has_lora(model: nn.Module) -> bool:
     return any(isinstance(module, LoraLayer) for module in model.modules())
 
 
+def refuse_apart_or_packed(model: nn.Module) -> None:
+    """Raises ValueError for a model whose weights are not whole tensors of their own: with adapters
+    apart, or packed in 4 or 8 bits."""
+    if has_lora(model):
+        raise ValueError(
+            "the model has LoRA adapters; merge them with `merge_lora` before it is saved"
+        )
+    if bits := quantized_bits(model):
+        raise ValueError(f"the model is held in {bits} bits; load it in full precision to save it")
+
+
 def merge_lora(model: nn.Module) -> nn.Module:
     """Folds the adapters into the weights, W' = W + (α/r)·B·A, and removes them, in place; returns
     the model.
