@@ -4,8 +4,7 @@
                             └─► hidden states h⁰…hᵀ ─► text_projection ─► SegmentingChain
                                                                              └─► one mask per token
 
-B images · N conversations · L tokens · K targets · T levels · C prompt width · (H, W) an image in
-the original frame.
+N conversations · L tokens · K targets · T levels · C prompt width · (H, W) the original frame.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         )
         refuse_bad_loading(source.name, info)
         if isinstance(kwargs["dtype"], torch.dtype) and not quantized_bits(model):
-            # The configs inside the config remember how they were stored.
-            model.to(kwargs["dtype"])
+            model.to(kwargs["dtype"])  # Its inner configs remember how the parts were stored.
         model.generation_config = source.generation_config or model.generation_config
         return loaded if wants_info else model
 
