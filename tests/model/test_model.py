@@ -620,14 +620,15 @@ def test_pooling_by_hand():
 
 
 def test_hard_pooling_thresholds_and_soft_does_not():
-    features = torch.arange(4.0)[None, None, :, None].expand(1, 1, 4, 4)
+    # from 1 on: an empty mask, whose prototype is 0, would be seen
+    features = torch.arange(1.0, 5.0)[None, None, :, None].expand(1, 1, 4, 4)
     logits = torch.full((1, 16, 16), -0.1)
     logits[:, :4] = 0.1
     valid = torch.ones(1, 4, 4)
     hard, _ = prototypes(features, logits, valid, RefinerConfig(pooling="hard"))
     soft, _ = prototypes(features, logits, valid, RefinerConfig(pooling="soft"))
-    assert hard.item() == pytest.approx(0, abs=1e-6)
-    assert soft.item() == pytest.approx(1.45, abs=0.1)  # nearly the plain mean of 1.5
+    assert hard.item() == pytest.approx(1, abs=1e-3)  # 5e-4 in the denominator
+    assert soft.item() == pytest.approx(2.45, abs=0.1)  # nearly the plain mean of 2.5
 
 
 def test_refiner_survives_empty_masks():

@@ -13,9 +13,11 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import CLIPVisionConfig
 
 from dataset.collate import Batch
@@ -26,7 +28,7 @@ from model.reasoning.lora import add_lora, load_adapter
 from model.segmenting.frames import to_original
 from model.segmenting.sam import mask_prompt, no_mask_prompt
 from model.trainable import set_trainable
-from tests.parity.table import LOSS_TOLERANCE, Table, read_json, read_tensors
+from tests.parity.table import LOSS_TOLERANCE, Table, added_tokens, read_json, read_tensors
 
 GRADIENT_FLOOR = 1e-4  # of the largest norm: what is zero in exact arithmetic is noise of that size
 # noise of gradient norms where noise.json has none, relative: what the recorded ones show
@@ -81,14 +83,7 @@ def write_checkpoint(case: Path, config: dict, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(content))
     (folder / "model.safetensors").symlink_to((case / "weights.safetensors").resolve())
     shutil.copy(case / "tokenizer.model", folder)
-    tokens = {
-        "[SEG]": "seg_token_idx",
-        "[SEG_SEMA]": "seg_sema_token_idx",
-        "<im_start>": "im_start",
-        "<im_end>": "im_end",
-    }
-    added = {token: config[key] for token, key in tokens.items() if key in config}
-    (folder / "added_tokens.json").write_text(json.dumps(added))
+    (folder / "added_tokens.json").write_text(json.dumps(added_tokens(config)))
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
@@ -208,38 +203,52 @@ class Case:
         return torch.stack(rows)
 
     def batch(self, run: str) -> Batch:
-        get = lambda key: self.inputs[f"{run}.{key}"]  # noqa: E731
-        numbers = self.image_numbers(run)
-        offset = get("offset").tolist()
-        counts = [b - a for a, b in zip(offset, offset[1:], strict=False)]
-        image_index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        ids, places = (
-            self.expand(get("input_ids"), self.model.reasoning.image_token_id),
-            get("input_ids"),
+        """A teacher-forced run. What is recorded has one placeholder for each image."""
+        ids, labels, mask = (
+            self.inputs[f"{run}.{name}"] for name in ("input_ids", "labels", "attention_masks")
         )
-        labels = self.expand(
-            torch.where(places == self.config["image_token_index"], places, get("labels")), -100
+        place = ids == self.config["image_token_index"]
+        labels = self.expand(torch.where(place, ids, labels), -100)
+        offset = self.inputs[f"{run}.offset"]
+        counts = offset.diff()
+        return self.batch_of(
+            run,
+            self.image_numbers(run),
+            self.expand(ids, self.model.reasoning.image_token_id),
+            image_index=torch.arange(len(counts)).repeat_interleave(counts),
+            attention_mask=self.expand(torch.where(place, ids, mask), 1),
+            labels=labels,
+            target_masks=self.masks_by_row(run, labels, counts.tolist()),
         )
-        mask = self.expand(
-            torch.where(places == self.config["image_token_index"], places, get("attention_masks")),
-            1,
+
+    def prompt_batch(self, prompt: Tensor) -> Batch:
+        """A prompt about the first image."""
+        ids = self.expand(prompt, self.model.reasoning.image_token_id)
+        return self.batch_of(
+            "eval",
+            [0],
+            ids,
+            image_index=torch.zeros(1, dtype=torch.int64),
+            attention_mask=torch.ones_like(ids),
+            labels=torch.full_like(ids, -100),
+            target_masks=[torch.zeros((0, *self.originals[0].shape[:2]), dtype=torch.bool)],
         )
+
+    def batch_of(self, name: str, images: list[int], ids: Tensor, **fields: Any) -> Batch:
+        """``ids`` (N, L) about the recorded ``images``, with further fields of a Batch."""
         return Batch(
             input_ids=ids,
-            attention_mask=mask,
-            labels=labels,
-            image_index=image_index,
-            clip_pixels=torch.stack([self.clip[i] for i in numbers]),
-            sam_pixels=torch.stack([self.sam[i][0] for i in numbers]),
-            original_sizes=[tuple(self.originals[i].shape[:2]) for i in numbers],
-            resized_sizes=[self.sam[i][1] for i in numbers],
-            target_masks=self.masks_by_row(run, labels, counts),
+            clip_pixels=torch.stack([self.clip[i] for i in images]),
+            sam_pixels=torch.stack([self.sam[i][0] for i in images]),
+            original_sizes=[self.originals[i].shape[:2] for i in images],
+            resized_sizes=[self.sam[i][1] for i in images],
             ignore_masks=[None] * len(ids),
             host_masks=[None] * len(ids),
             info=[
-                {"dataset": run, "id": str(row), "image_path": "recorded"}
+                {"dataset": name, "id": str(row), "image_path": "recorded"}
                 for row in range(len(ids))
             ],
+            **fields,
         )
 
     def masks_by_row(self, run: str, labels: Tensor, counts: list[int]) -> list[Tensor]:
@@ -282,13 +291,16 @@ class Case:
     def compare_inside(self, run: str, batch: Batch, probe: Probe, output) -> None:
         counts = [len(masks) for masks in output.low_res]
         per_image = image_slices(batch, counts)
-        for i, _ in enumerate(per_image):
-            self.check(f"{run}.clip_feature.{i}", probe.clip[i])
-            self.check(f"{run}.mm_projected.{i}", probe.projected[i])
-            self.check(
-                f"{run}.sam_image_embedding.{i}",
-                probe.sam_embeddings[i : i + 1] if probe.sam_embeddings is not None else None,
-            )
+        vision = {
+            "clip_feature": probe.all("clip"),
+            "mm_projected": probe.all("projected"),
+            "sam_image_embedding": probe.all("sam_embeddings"),
+        }
+        for i in range(len(per_image)):
+            for name, values in vision.items():
+                if values is not None:
+                    one = values[i : i + 1] if name == "sam_image_embedding" else values[i]
+                    self.check(f"{run}.{name}.{i}", one)
         # read again row by row: the pass itself shares prefixes and computes only what the losses
         # need
         reasoning = self.model.reasoning
@@ -316,30 +328,28 @@ class Case:
 
     def compare_prompts(self, run: str, probe: Probe, output, per_image: list[slice]) -> None:
         low_res, iou = torch.cat(output.low_res), torch.cat(output.iou)
+        tokens, refined = probe.first("tokens"), probe.values["refined"]
+        query, memory = probe.first("query"), probe.first("memory")
         for level, name in enumerate(self.level_names()):
-            self.check(f"{run}.pred_embeddings[{name}]", probe.tokens[:, level])
+            self.check(f"{run}.pred_embeddings[{name}]", tokens[:, level])
+            sparse = refined[level - 1] if level and refined else tokens[:, level]
             for image, rows in enumerate(per_image):
                 k = self.position(image, level, len(per_image))
                 original = self.batch_sizes(run)[image]
-                self.check(f"{run}.prompt_text_embeds.{k}", probe.tokens[rows, level][:, None])
+                self.check(f"{run}.prompt_text_embeds.{k}", tokens[rows, level][:, None])
                 self.check(f"{run}.low_res_masks.{k}", low_res[rows, level][:, None])
                 self.check(f"{run}.iou_pred.{k}", iou[rows, level][:, None])
                 self.check(
                     f"{run}.postprocess_out.{k}",
                     self.full(low_res[rows, level], *original)[:, None],
                 )
-                refined = (
-                    probe.refined[level - 1] if level and probe.refined else probe.tokens[:, level]
-                )
-                self.check(f"{run}.decoder_sparse_in.{k}", refined[rows][:, None])
+                self.check(f"{run}.decoder_sparse_in.{k}", sparse[rows][:, None])
                 self.check(f"{run}.prompt_dense.{k}", self.dense(low_res, level, rows))
-                if level and probe.refined:
-                    self.check(f"{run}.refiner_tgt.{image}", probe.query[rows].transpose(0, 1))
-                    self.check(f"{run}.refiner_memory.{image}", probe.memory[rows].transpose(0, 1))
-                    self.check(
-                        f"{run}.refiner_out.{image}",
-                        (probe.refined[0][rows] - probe.tokens[rows, level])[None],
-                    )
+                if level and refined:
+                    self.check(f"{run}.refiner_tgt.{image}", query[rows].transpose(0, 1))
+                    self.check(f"{run}.refiner_memory.{image}", memory[rows].transpose(0, 1))
+                    added = refined[0][rows] - tokens[rows, level]
+                    self.check(f"{run}.refiner_out.{image}", added[None])
 
     def dense(self, low_res: Tensor, level: int, rows: slice) -> Tensor:
         """The dense prompt of a level: the mask of the level before, or SAM's "no mask"."""
@@ -484,33 +494,18 @@ class Case:
 
     def compare_answer_masks(self, run: str, probe: Probe) -> None:
         """Tokens and masks of a free answer; none where it has no tokens."""
-        levels = probe.low_res or [torch.zeros((0, 1, 1))] * self.levels
-        for level in range(self.levels if probe.tokens is not None else 0):
-            self.check(f"{run}.prompt_text_embeds.{level}", probe.tokens[:, level][:, None])
+        levels, tokens = (
+            probe.low_res or [torch.zeros((0, 1, 1))] * self.levels,
+            probe.first("tokens"),
+        )
+        for level in range(self.levels if tokens is not None else 0):
+            self.check(f"{run}.prompt_text_embeds.{level}", tokens[:, level][:, None])
             self.check(f"{run}.low_res_masks.{level}", levels[level][:, None])
         name, size = f"{run}.pred_masks.0", tuple(self.originals[0].shape[:2])
         if len(levels[-1]):
             self.compare_mask(name, self.full(levels[-1], self.sam[0][1], size))
         else:
             self.check(name, torch.zeros((0, *size)))
-
-    def prompt_batch(self, prompt: Tensor) -> Batch:
-        ids = self.expand(prompt, self.model.reasoning.image_token_id)
-        size = tuple(self.originals[0].shape[:2])
-        return Batch(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            labels=torch.full_like(ids, -100),
-            image_index=torch.zeros(1, dtype=torch.int64),
-            clip_pixels=self.clip[0][None],
-            sam_pixels=self.sam[0][0][None],
-            original_sizes=[size],
-            resized_sizes=[self.sam[0][1]],
-            target_masks=[torch.zeros((0, *size), dtype=torch.bool)],
-            ignore_masks=[None],
-            host_masks=[None],
-            info=[{"dataset": "eval", "id": "0", "image_path": "recorded"}],
-        )
 
     # ----------------------------------------------------------------------------------------- LoRA
 
@@ -543,61 +538,49 @@ class Probe:
     """Keeps what passes between the modules of a model while it is active."""
 
     def __init__(self, model: CoresForReasoningSegmentation):
+        self.values: dict[str, list[Tensor]] = defaultdict(list)
         llava, segmenting = model.reasoning.llava.model, model.segmenting
-        self.values: dict[str, list] = defaultdict(list)
         self.hooks = [
-            self._watch(
-                llava.multi_modal_projector,
-                lambda args, kwargs, out: {"clip": args[0], "projected": out},
-            ),
-            self._watch(model.text_projection, lambda args, kwargs, out: {"tokens": out}),
-            self._watch(segmenting.sam.image_encoder, lambda args, kwargs, out: {"sam": out}),
-            self._watch(segmenting, lambda args, kwargs, out: {"masks": out[0]}),
+            self._watch(llava.multi_modal_projector, clip=0, projected=None),
+            self._watch(model.text_projection, tokens=None),
+            self._watch(segmenting.sam.image_encoder, sam_embeddings=None),
+            self._watch(segmenting, masks=None),
         ]
         if segmenting.refiner is not None:
-            self.hooks.append(
-                self._watch(segmenting.refiner, lambda args, kwargs, out: {"refined": out})
-            )
-            watch = lambda args, kwargs, out: {"query": args[0], "memory": args[1]}  # noqa: E731
-            self.hooks.append(self._watch(segmenting.refiner.attention, watch))
+            self.hooks.append(self._watch(segmenting.refiner, refined=None))
+            self.hooks.append(self._watch(segmenting.refiner.attention, query=0, memory=1))
 
-    def _watch(self, module: nn.Module, read):
-        def hook(_, args, kwargs, out):
-            for name, value in read(args, kwargs, out).items():
-                self.values[name].append(value)
+    def _watch(self, module: nn.Module, **places: int | None) -> RemovableHandle:
+        """Keeps the module's argument at each of ``places``, None for what it returns (the first of
+        several things)."""
 
-        return module.register_forward_hook(hook, with_kwargs=True)
+        def hook(_: nn.Module, args: tuple, out: Tensor | tuple[Tensor, ...]) -> None:
+            result = out[0] if isinstance(out, tuple) else out
+            for name, place in places.items():
+                self.values[name].append(result if place is None else args[place])
+
+        return module.register_forward_hook(hook)
 
     def __enter__(self) -> Probe:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for hook in self.hooks:
             hook.remove()
 
-    def _first(self, name: str) -> Tensor | None:
-        return self.values[name][0] if self.values[name] else None
+    def first(self, name: str) -> Tensor | None:
+        """Of the first call; None where there was none."""
+        return next(iter(self.values[name]), None)
 
-    @property
-    def clip(self) -> Tensor:
-        return torch.cat(list(self.values["clip"]))
-
-    @property
-    def projected(self) -> Tensor:
-        return torch.cat(list(self.values["projected"]))
-
-    sam_embeddings = property(
-        lambda self: torch.cat(self.values["sam"]) if self.values["sam"] else None
-    )
-    tokens = property(lambda self: self._first("tokens"))
-    refined = property(lambda self: self.values["refined"])
-    query = property(lambda self: self._first("query"))
-    memory = property(lambda self: self._first("memory"))
+    def all(self, name: str) -> Tensor | None:
+        """Of all calls, one after the other."""
+        return torch.cat(self.values[name]) if self.values[name] else None
 
     @property
     def low_res(self) -> list[Tensor]:
         """Per level (K, h, w); empty where no mask was asked for."""
-        return list(self.values["masks"][0].unbind(1)) if self.values["masks"] else []
+        masks = self.first("masks")
+        return [] if masks is None else list(masks.unbind(1))
 
 
 def image_slices(batch: Batch, counts: list[int]) -> list[slice]:

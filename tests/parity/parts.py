@@ -20,7 +20,7 @@ from model.checkpoints.published import IMAGE_MARKS
 from model.checkpoints.source import IMAGE_TOKEN, CLIPImageProcessor, load_tokenizer
 from model.losses import bce_per_mask, dice_per_mask
 from model.segmenting.frames import preprocess, resize_longest_side, to_original
-from tests.parity.table import METRIC_TOLERANCE, Table, read_tensors
+from tests.parity.table import METRIC_TOLERANCE, Table, added_tokens, read_tensors
 from utils import metrics
 
 IMAGE_TEXT = f"{IMAGE_MARKS[0]}{IMAGE_TOKEN}{IMAGE_MARKS[1]}"
@@ -67,13 +67,7 @@ def published_tokenizer(folder: Path, special: dict, levels: list[str]):
     """The recorded tokenizer with its added tokens, which have to get the recorded ids, and <image>
     behind them."""
     tokenizer = load_tokenizer(str(folder))
-    names = {
-        "[SEG]": "seg_token_idx",
-        "[SEG_SEMA]": "seg_sema_token_idx",
-        "<im_start>": "im_start",
-        "<im_end>": "im_end",
-    }
-    ids = {token: special[key] for token, key in names.items() if key in special}
+    ids = added_tokens(special)
     tokenizer.add_tokens(sorted(ids, key=ids.get), special_tokens=True)
     for token, expected in ids.items():
         if tokenizer.convert_tokens_to_ids(token) != expected:

@@ -37,13 +37,9 @@ class Row:
 
     def share(self) -> float:
         """Of the tolerance that is used up: above 1 beyond it."""
-        if self.ok:
-            return self.error / self.tolerance if self.tolerance else 0.0
-        return (
-            float("inf")
-            if math.isnan(self.error) or not self.tolerance
-            else self.error / self.tolerance
-        )
+        if self.tolerance and not math.isnan(self.error):
+            return self.error / self.tolerance
+        return 0.0 if self.ok else math.inf
 
 
 @dataclass
@@ -127,6 +123,17 @@ class Table:
                 )
         lines += [f"  left out: {name}: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(lines)
+
+
+def added_tokens(recorded: dict) -> dict[str, int]:
+    """Token -> its id, of the tokens that the published code added to its tokenizer."""
+    names = {
+        "[SEG]": "seg_token_idx",
+        "[SEG_SEMA]": "seg_sema_token_idx",
+        "<im_start>": "im_start",
+        "<im_end>": "im_end",
+    }
+    return {token: recorded[key] for token, key in names.items() if key in recorded}
 
 
 def read_noise(file: Path) -> dict[str, float]:

@@ -434,6 +434,14 @@ def test_all_wordings_are_scored():
     assert asked == {"first": [1, 1], "all": [2, 2]}
 
 
+def test_exemplars_of_an_evaluation_follow_the_seed():
+    drawn = []
+    for seed in (0, 0, 1):
+        s = parse(flags(toys(), **COMMON, val_dataset="ReasonSeg|val", seed=seed))
+        drawn.append(build.build_eval(s, build.PromptFormat(s.level_list, 3))[0].exemplars)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_a_run_without_evaluation(monkeypatch):
     monkeypatch.setattr(train_ds, "evaluate", None)
     argv = flags(toys(), exp_name="unmeasured", epochs=1, steps_per_epoch=1, no_eval="true")
