@@ -78,10 +78,10 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         sam, selector = build_sam(config.sam_dims), config.selector_config
         proposes = selector is not None and config.decodes
         self.reasoning = ReasoningChain(llava, config.level_token_ids)
-        hidden = llava.config.get_text_config().hidden_size
-        self.text_projection = TextProjection(hidden, width, config.text_projection_norm)
         self.segmenting = SegmentingChain(sam, config.refiner_config, config.decode_chunk, proposes)
         self.selecting = None if selector is None else Selector(selector, width)
+        hidden = llava.config.get_text_config().hidden_size
+        self.text_projection = TextProjection(hidden, width, config.text_projection_norm)
         self.generation_config = answer_defaults(config)
         self.post_init()
 

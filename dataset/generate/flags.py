@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from dataset.conversation.exemplars import LIBRARY_PATH
 from dataset.generate.questions import QuestionOptions
-from dataset.generate.scenes import KINDS, Source, parse_wanted
+from dataset.generate.scenes import KINDS, AnnotationSource, parse_wanted
 
 
 class _Parser(argparse.ArgumentParser):
@@ -150,12 +150,12 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bar")
 
 
-def read_source(values: list[str]) -> Source:
+def read_source(values: list[str]) -> AnnotationSource:
     """One --source. Raises ValueError."""
     if len(values) not in (3, 4) or values[0] not in KINDS:
         raise ValueError(
             f"--source {' '.join(values)}: give {' or '.join(KINDS)}, a JSON file, a folder of"
             " images and, if wanted, which"
         )
-    source = Source(values[0], Path(values[1]), Path(values[2]))
+    source = AnnotationSource(values[0], Path(values[1]), Path(values[2]))
     return replace(source, wanted=parse_wanted(values[3])) if len(values) == 4 else source

@@ -36,7 +36,7 @@ KINDS = ("coco", "ego_objects")
 
 
 @dataclass(frozen=True)
-class Source:
+class AnnotationSource:
     """One --source: a file of annotations and the folder of its images."""
 
     kind: str
@@ -68,7 +68,7 @@ class MarkedObject:
 class Photograph:
     """An image and what is marked in it."""
 
-    source: Source
+    source: AnnotationSource
     name: str
     """File name inside the folder of the source."""
     size: tuple[int, int]
@@ -208,7 +208,9 @@ class _Survey:
             chosen += fitting
         return [number for _, number in sorted(chosen)]
 
-    def photograph(self, source: Source, number: int, found: dict[int, list]) -> Photograph:
+    def photograph(
+        self, source: AnnotationSource, number: int, found: dict[int, list]
+    ) -> Photograph:
         """Image ``number``. ``found``: category id -> (annotation id, segmentation) of each
         instance."""
         image = self.images[number]
@@ -252,7 +254,7 @@ def _each_entry(source: Path, keys: tuple[str, ...], take: Callable[[str, Any], 
         )
 
 
-def read_photographs(source: Source, seed: int) -> list[Photograph]:
+def read_photographs(source: AnnotationSource, seed: int) -> list[Photograph]:
     """The photographs that ``source`` asks for, sorted by image name. Raises DataError."""
     require_folder(source.images, f"the images of {source.annotations.name}")
     survey = _Survey(source.annotations)

@@ -401,7 +401,7 @@ def test_a_conversation_looks_at_its_picture_once(segmenter, monkeypatch):
     model, source = segmenter.model, segmenter.processor.proposals
     for owner, name in (
         (model.selecting, "encode"),
-        (model.segmenting, "embed"),
+        (model.segmenting, "encode"),
         (source, "generate"),
     ):
         real = getattr(owner, name)
@@ -409,7 +409,7 @@ def test_a_conversation_looks_at_its_picture_once(segmenter, monkeypatch):
             owner, name, lambda *args, real=real, name=name: calls.append(name) or real(*args)
         )
     session = segmenter.open(image)
-    assert sorted(calls) == ["embed", "encode", "generate"], "opening reads ahead"
+    assert sorted(calls) == ["encode", "encode", "generate"], "opening reads ahead"
     results = session.ask("where is the dog?"), session.ask("hello?"), session.ask("and the red?")
     assert len(calls) == 3
     assert [r.text for r in results] == [ANSWER, "there", "there"] and [

@@ -12,9 +12,9 @@ from dataset.files.errors import DataError
 from dataset.files.text import read_json
 from dataset.generate import checks, prompts, questions
 from dataset.generate.scenes import (
+    AnnotationSource,
     MarkedObject,
     Photograph,
-    Source,
     clean_name,
     parse_wanted,
     read_photographs,
@@ -193,7 +193,8 @@ def test_text_from_elsewhere_cannot_close_a_tag():
 
 def test_a_question_is_not_asked_of_every_image():
     scenes = [
-        Photograph(Source("coco", None, None), f"{i}.jpg", (4, 4), {}, (), {}) for i in range(4)
+        Photograph(AnnotationSource("coco", None, None), f"{i}.jpg", (4, 4), {}, (), {})
+        for i in range(4)
     ]
     asked = [questions.Asked(scene, [{"question": GOOD, "object": "chair"}]) for scene in scenes]
     kept = questions.without_repeats(asked, 3)
@@ -212,7 +213,7 @@ def test_splits_depend_on_the_name_alone():
 
 def test_scenes_have_the_union_of_their_instances(tmp_path):
     annotations, images = write_photos(tmp_path, 4)
-    scenes = read_photographs(Source("coco", annotations, images), 0)
+    scenes = read_photographs(AnnotationSource("coco", annotations, images), 0)
     assert [scene.name for scene in scenes] == [f"{i:012d}.jpg" for i in range(4)]
     first, second = scenes[0].objects()
     assert (first.name, first.count, first.where) == ("chair", 2, "top left")
@@ -248,7 +249,7 @@ def test_names_of_images_and_what_is_not_completely_marked(tmp_path):
         for i, name in names.items()
     ]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    source = Source(
+    source = AnnotationSource(
         "coco", write_json(tmp_path / "lvis.json", content), tmp_path / "photos", ((1, 9, None),)
     )
     a, b = read_photographs(source, 0)
@@ -264,7 +265,7 @@ def test_how_many_of_which_images(tmp_path):
         return [
             scene.name
             for scene in read_photographs(
-                Source("coco", annotations, images, parse_wanted(text)), seed
+                AnnotationSource("coco", annotations, images, parse_wanted(text)), seed
             )
         ]
 
@@ -301,7 +302,7 @@ def damaged(change) -> dict:
 )
 def test_broken_annotations_are_named(tmp_path, change, said):
     write_image(tmp_path / "photos/a.jpg", SIZE)
-    source = Source(
+    source = AnnotationSource(
         "coco", write_json(tmp_path / "instances.json", damaged(change)), tmp_path / "photos"
     )
     with pytest.raises(DataError, match=re.escape(said)) as error:

@@ -44,7 +44,7 @@ def calls(segmenter, monkeypatch) -> dict[str, int]:
 
     model, source = segmenter.model, segmenter.processor.proposals
     monkeypatch.setattr(model.selecting, "encode", count("dinov2", model.selecting.encode))
-    monkeypatch.setattr(model.segmenting, "embed", count("sam", model.segmenting.embed))
+    monkeypatch.setattr(model.segmenting, "encode", count("sam", model.segmenting.encode))
     monkeypatch.setattr(source, "generate", count("proposals", source.generate))
     return counts
 

@@ -13,7 +13,7 @@ from dataset.conversation.encoding import encode_prompt
 from dataset.files.images import read_image
 from dataset.files.rle import decode_rle
 from dataset.files.text import read_json
-from dataset.generate.scenes import Source, read_photographs
+from dataset.generate.scenes import AnnotationSource, read_photographs
 from model.checkpoints.llava import load_llava
 from model.checkpoints.sam import load_sam
 from tests.dataset_toys import write_json
@@ -73,7 +73,7 @@ def test_masks_are_those_of_the_predictor_and_scenes_can_be_read(tmp_path, capsy
         assert (found != expected[0]).mean() < 0.01
         assert entry["area"] == found.sum()
     assert "segmentation" not in after["annotations"][-1]
-    scenes = read_photographs(Source("ego_objects", out, images), 0)
+    scenes = read_photographs(AnnotationSource("ego_objects", out, images), 0)
     assert [scene.name for scene in scenes] == sorted(
         names[number] for number in names if number != 1
     )
