@@ -19,10 +19,11 @@ from model.checkpoints.weights import read_all
 from model.config import CoresConfig
 from model.export import save_published
 from tests import published_shapes as facts
+from tests.dataset_toys import SHARED
 from tests.helpers import LEVELS, backbones, conversation, randomise, sample, tiny_model
 from tests.parity import __main__ as parity
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+REFERENCE = SHARED / "reference"
 needs_reference = pytest.mark.skipif(
     not REFERENCE.is_dir(), reason=f"the golden numbers are not at {REFERENCE}"
 )

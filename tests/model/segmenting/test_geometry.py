@@ -1,7 +1,6 @@
 """Frames as inverse pairs, SAM's sizes and checkpoints, and one decoder call for many images."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,9 +30,10 @@ from model.segmenting.sam import (
     no_mask_prompt,
     position_encoding,
 )
+from tests.dataset_toys import SHARED
 from tests.helpers import SAM_DIMS, backbones, randomise, rectangle
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+REFERENCE = SHARED / "reference"
 SIZES = st.tuples(st.integers(8, 90), st.integers(8, 90))
 
 

@@ -1,16 +1,16 @@
 """Scores against hand-computed cases and against the numbers of the published code."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.dataset_toys import SHARED
 from utils import metrics
 from utils.metrics import TargetScore
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "utils"
+REFERENCE = SHARED / "reference" / "utils"
 
 
 def row(inter: int, union: int, **fields) -> TargetScore:
