@@ -335,6 +335,14 @@ def test_every_default_test_file_is_collected():
             assert path.name.startswith("test_"), f"{path.name} holds tests but is not collected"
 
 
+def test_recorded_data_are_found_in_one_way():
+    """A test looks for what is recorded beside the repository, and skips itself where it is not: a
+    path that is counted from a file that moves would skip it for ever."""
+    paths = (ROOT / "tests").rglob("*.py")
+    found = {p.name for p in paths if '/ "shared"' in p.read_text(encoding="utf-8")}
+    assert found == {"dataset_toys.py", Path(__file__).name}
+
+
 def test_changelog_has_an_entry():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert "## [Unreleased]" in text or re.search(r"## \[\d+\.\d+\.\d+\]", text)
