@@ -160,7 +160,7 @@ class Source:
     def image_processor(self) -> CLIPImageProcessor:
         """CLIP's image transform; for another author's layout its tower's, or CLIP's standard one
         at the tower's size."""
-        borrowed = published.is_published(self.config) and not self.file(PROCESSOR_FILE)
+        borrowed = not self.file(PROCESSOR_FILE) and published.is_published(self.config)
         source = self.tower if borrowed else self
         if source is self or source.file("preprocessor_config.json"):
             return CLIPImageProcessor.from_pretrained(source.folder)
