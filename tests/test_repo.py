@@ -168,9 +168,11 @@ def circles(graph: dict[str, set[str]]) -> set[str]:
 
 
 def room(module: str) -> str:
-    """The folder below model, dataset, utils … in which a module lives: "model.segmenting". A module
-    directly in the package is a room of its own, for some are below all folders (model.config) and
-    some above (model.cores)."""
+    """The folder below model, dataset, utils … in which a module lives: "model.segmenting".
+
+    A module directly in the package is a room of its own, for some are below all folders
+    (model.config) and some above (model.cores).
+    """
     return ".".join(module.split(".")[:2])
 
 
@@ -406,7 +408,8 @@ def test_setup_builds_once_and_repairs_an_interrupted_build(tmp_path):
     python = fake_python(
         tmp_path / "bin",
         f"""if [[ "$1 $2" == "-m venv" ]]; then
-            echo built >> {tmp_path}/log; mkdir -p "$3/bin"; printf '{pip}' > "$3/bin/python"; chmod +x "$3/bin/python"
+            echo built >> {tmp_path}/log; mkdir -p "$3/bin"
+            printf '{pip}' > "$3/bin/python"; chmod +x "$3/bin/python"
         else exec {sys.executable} "$@"; fi""",
     )
     options = {"PYTHON": python, "CORES_CACHE": str(tmp_path / "cache")}
