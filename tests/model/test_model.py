@@ -459,6 +459,12 @@ def test_unknown_config_fields_are_refused():
         tiny_model(bce_wieght=1.0)
 
 
+def test_a_saved_model_answers_greedily_by_default():
+    """generation_config.json, which transformers and others read beside the weights."""
+    found = tiny_model()[0].generation_config
+    assert (found.do_sample, found.max_new_tokens) == (False, 64)
+
+
 def test_model_without_token_ids_is_refused():
     with pytest.raises(ValueError, match="level_token_ids is missing"):
         CoresForReasoningSegmentation(CoresConfig())
