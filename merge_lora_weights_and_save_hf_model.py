@@ -26,7 +26,7 @@ from typing import Any
 
 from utils import distributed
 
-distributed.prepare_environment()  # before anything imports deepspeed
+distributed.prepare_environment()  # It must come before any import of deepspeed.
 
 from model.checkpoints.source import open_source  # noqa: E402
 from model.checkpoints.weights import read_json_file  # noqa: E402

@@ -78,9 +78,9 @@ from model.segmenting.sam import build_sam, decode_masks
 GRID = 8  # CLIP's patches per side; also the grid of places that the language model names
 PATCH = SIZE // GRID
 HELD_BACK = 150  # the first scenes only measure, and are not trained on
-SCENE_SEED = 777  # meets no scene on disk: their generators have keys of three numbers, not two
+SCENE_SEED = 777  # No scene on disk: those have generator keys of three numbers.
 HIDDEN = 192
-SUPERVISED_LAYER = 2  # of four: its attention is supervised in pre-training
+SUPERVISED_LAYER = 2  # The attention of this one of four layers is supervised.
 # Frequent words, so that texts outside SynthReason (exemplars, a user's question) do not fall apart
 # into letters.
 ENGLISH = (Path(__file__).parent / "english_words.txt").read_text().split()
@@ -467,7 +467,7 @@ def place_of(mask: np.ndarray, rng: np.random.Generator) -> str:
 def draw_turn(scene: SyntheticScene, rng: np.random.Generator, easy: bool) -> tuple[str, str]:
     """One question with its answer; ``easy``: about whole objects only."""
     draw, index = rng.random(), int(rng.integers(len(scene.objects)))
-    draw = 0.55 + 0.29 * draw if easy else draw  # into the range of the two kinds about objects
+    draw = 0.55 + 0.29 * draw if easy else draw  # The range of the two kinds about objects.
     obj, host = scene.objects[index], pick(host_phrases(scene, index), rng)
     if draw < 0.72:
         return draw_location(scene, index, draw < 0.55, rng)
@@ -577,7 +577,7 @@ def new_llava(tokenizer, clip_state: dict) -> LlavaForConditionalGeneration:
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-    text._attn_implementation = "eager"  # the only one that returns attention
+    text._attn_implementation = "eager"  # Only eager attention returns its weights.
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(clip_state["tower"])
     model.model.multi_modal_projector.load_state_dict(clip_state["projector"])
@@ -725,7 +725,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--llava_steps", type=int, default=2000)
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
-    torch.set_flush_denormal(True)  # sharp attention is full of them, and they are slow
+    torch.set_flush_denormal(True)  # Sharp attention is full of denormals, which are slow.
     if args.stage != "export":
         scenes = make_scenes(args.scenes)
         for stage, train in (("clip", train_clip), ("sam", train_sam), ("llava", train_llava)):

@@ -19,7 +19,7 @@ import torch
 
 Mask = TypeVar("Mask", np.ndarray, torch.Tensor)
 
-CONFIDENCE = 0.95  # of all intervals
+CONFIDENCE = 0.95  # The level of all intervals.
 DRAWS, PAIRED_DRAWS = 1000, 10_000  # bootstrap samples of one system, and of two that are compared
 
 

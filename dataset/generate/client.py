@@ -390,7 +390,7 @@ class LocalModel:
 
     def ask(self, request: Request) -> Answer:
         key = local_key(self.name, request)
-        with self._lock:  # the model is not asked by two threads at a time
+        with self._lock:  # Two threads must not ask the model at a time.
             answer = self.journal.answer(key)
             if answer is None:
                 (path,) = request.images.values()

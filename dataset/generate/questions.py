@@ -200,5 +200,5 @@ def write_splits(
         if entries:
             write_json(out / f"{split}.json", entries)
         else:
-            (out / f"{split}.json").unlink(missing_ok=True)  # of an earlier run with other flags
+            (out / f"{split}.json").unlink(missing_ok=True)  # Written by a run with other flags.
     return counts

@@ -181,7 +181,7 @@ class Canvas:
     def paint(self, points: Polygon, colour: Colour, owner: int) -> None:
         """``points``: in pixels of the image. ``owner``: number of the instance, 0 for none."""
         stencil = np.zeros((SIZE, SIZE), dtype=np.uint8)
-        corners = np.round(points * 16).astype(np.int32)  # with 4 fractional bits, see ``shift``
+        corners = np.round(points * 16).astype(np.int32)  # ``shift`` says 4 fractional bits.
         cv2.fillPoly(stencil, [corners], (1,), shift=4)
         inside = stencil.astype(bool)
         self.image[inside] = colour
@@ -236,7 +236,7 @@ def make_scene(rng: np.random.Generator) -> SyntheticScene:
     for index, (category, colour) in enumerate(kinds):
         mine = {owner: part for owner, (i, part) in enumerate(names, start=1) if i == index}
         found = [PartInstance(part, canvas.owner == owner) for owner, part in mine.items() if part]
-        visible = [part for part in found if part.mask.sum() >= 12]  # occlusion leaves slivers
+        visible = [part for part in found if part.mask.sum() >= 12]  # Occlusion leaves slivers.
         mask = np.isin(canvas.owner, list(mine))
         objects.append(SyntheticObject(category, colour, family, mask, visible))
     return SyntheticScene(canvas.finish(rng), objects)

@@ -218,7 +218,9 @@ def llava_config(
         if config.get(name) is not None
     }
     linear = says_linear_projector(config)
-    extra: dict[str, Any] = {"projector_layers": 1 if linear else 2}  # a field of ours
+    extra: dict[str, Any] = {
+        "projector_layers": 1 if linear else 2
+    }  # transformers has no such field.
     return LlavaConfig(
         text_config=LlamaConfig(**text, vocab_size=rows),
         vision_config=vision,

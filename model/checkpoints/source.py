@@ -118,7 +118,7 @@ class Source:
     def _weight_folder(self) -> Path:
         """The folder, with the weights in it."""
         if self._hub is not None:
-            for name in SINGLE:  # in transformers' order, and no second format is downloaded
+            for name in SINGLE:  # transformers' order; no second format is downloaded.
                 self._download([*SMALL_FILES, name])
                 if self.file(name):
                     break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError  # torch.load(weights_only=True) raises it
+from pickle import UnpicklingError  # Raised by torch.load(weights_only=True).
 from typing import Any
 
 import torch

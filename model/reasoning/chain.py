@@ -55,7 +55,7 @@ class ReasoningChain(nn.Module):
                 f"row {row} of the batch: {int(found[row])} image tokens but {expected} image"
                 " features"
             )
-        # a published LLaVA has no row for the image token: its id stands beyond the table
+        # A published LLaVA has no row for the image token, whose id stands beyond the table.
         embeddings = self.llava.get_input_embeddings()(input_ids.masked_fill(places, 0))
         return embeddings.masked_scatter(
             places[..., None], features[image_index].to(embeddings.dtype)

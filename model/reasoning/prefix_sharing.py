@@ -188,7 +188,7 @@ def _lay_out(groups: list[_Group], shape: tuple[int, int], row_tokens: int) -> P
         for g in members:
             group, start = groups[g], end
             for number, tokens in enumerate(group.tokens):
-                first = group.shared if number else 0  # the first conversation brings the prefix
+                first = group.shared if number else 0  # The first brings the prefix.
                 begin, end = end, end + len(tokens) - first
                 source[r, begin:end] = tokens[first:]
                 positions[r, begin:end] = np.arange(first, len(tokens))

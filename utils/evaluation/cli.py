@@ -110,7 +110,7 @@ def _source(model: Path, flags: Sequence[str]) -> list[str]:
     from utils.build import is_finished
 
     if not is_finished(model):
-        read_resumed(model)  # a UsageError if it is no run
+        read_resumed(model)  # Raises UsageError if it is no run.
         return ["--resume", str(model)]
     source = ["--version", str(model)]
     if "--precision" in flags:
@@ -118,7 +118,7 @@ def _source(model: Path, flags: Sequence[str]) -> list[str]:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     stored = PRECISIONS.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")
     if stored == "fp16" and not torch.cuda.is_available():
-        stored = "fp32"  # torch cannot compute in fp16 on a CPU
+        stored = "fp32"  # torch cannot compute in fp16 on a CPU.
     return [*source, "--precision", stored]
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from utils.metrics import TargetScore
 from utils.report.visualize import Example, panels
 
-KINDS = ("worst", "random", "best", "without_mask")  # worst and best hold a mask
+KINDS = ("worst", "random", "best", "without_mask")  # The worst and the best hold a mask.
 TILE = 288  # pixels of the longer side
 Order = tuple[int, int, int]  # indices of image, conversation and target
 

@@ -18,7 +18,7 @@ from utils.report.html import render
 from utils.report.results import Report
 from utils.report.tables import columns, percent
 
-BINS = 20  # of the histograms
+BINS = 20  # bars of a histogram
 MOST_ROWS = 200  # of the answers without a mask; the CSV has them all
 
 

@@ -12,7 +12,7 @@ from dataset.proposals import RANKINGS, RULES
 from model.checkpoints.precision import ATTENTION
 
 SELECTING = ("llm_seg", "cores+select")  # methods that choose among SAM's proposals
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --precision
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class UsageError(ValueError):
