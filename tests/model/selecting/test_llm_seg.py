@@ -19,8 +19,8 @@ from transformers import Dinov2Config, Dinov2Model
 import chat
 import merge_lora_weights_and_save_hf_model as merge
 import train_ds
-from benchmarks import llm_seg as benchmark
 from benchmarks.combine import candidates, with_mask
+from benchmarks.parts import store
 from dataset.collate import collate, collate_prompts
 from dataset.files.errors import DataError
 from dataset.proposals import Proposals, pooling_weights, runs, union
@@ -499,7 +499,7 @@ def test_the_chain_among_the_proposals():
 
 
 def test_the_benchmark_of_the_store_reads_what_it_wrote(tmp_path):
-    measured = benchmark.store(3, tmp_path)
+    measured = store(3, tmp_path)
     assert measured["images"] == len(list(tmp_path.rglob("*.json"))) == 3
     assert 0 < measured["open_ms_median"] <= measured["open_ms_p99"]
 
