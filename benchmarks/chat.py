@@ -189,7 +189,7 @@ class PublishedSchedule:
         batch = ReasoningSegmenter(self.model, self.processor).collate([(image, "image", ["?"])])
         generated, states = self.generate(prompt, None, batch.clip_pixels)
         prompts, counts = self.model.group_prompts([states], [generated])
-        images = self.model.mask_branch.encode(batch)
+        images = self.model.mask_branch.encode_batch(batch)
         (found,) = self.model.mask_branch.segment(prompts, counts, batch.image_index, images)
         return generated, found.masks.numpy()
 

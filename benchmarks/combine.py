@@ -102,7 +102,7 @@ class Selecting:
             *self.model.prompt_tokens(self.model.hidden_states(scored), scored),
             scored.image_index,
         )
-        images = self.model.mask_branch.encode(scored)
+        images = self.model.mask_branch.encode_batch(scored)
         return of_one(self.model.mask_branch.score(*asked, images), target)
 
 
@@ -155,7 +155,7 @@ def joint(run: Path) -> dict[str, dict[str, float]]:
     for index in tqdm(range(len(data)), unit="image"):
         sample = data[index]
         batch = collate([sample], processor, processor.levels, processor.conversation)
-        images, branch = model.mask_branch.encode(batch), model.mask_branch
+        images, branch = model.mask_branch.encode_batch(batch), model.mask_branch
         asked = *model.prompt_tokens(model.hidden_states(batch), batch), batch.image_index, images
         chain = MaskBranch(model.config, model.segmenting, None).segment(*asked)
         last = [found.masks[:, -1] for found in chain]

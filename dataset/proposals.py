@@ -132,7 +132,7 @@ class ProposalStore:
 
     def __init__(self, folder: str | Path, settings: str):
         """``settings``: the name of generator settings and weights (model/selecting/proposals.py,
-        ``fingerprint``)."""
+        ``model.selecting.proposals.proposals_fingerprint``)."""
         self.folder = Path(folder) / settings
 
     def path(self, image: np.ndarray) -> Path:

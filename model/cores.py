@@ -109,9 +109,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         kwargs = loading_arguments(source, kwargs.pop("dtype", None)) | kwargs
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         loaded: Any = super().from_pretrained(None, *args, **kwargs)
-        model, info = (
-            loaded  # transformers does not annotate the pair that the first flag asks for.
-        )
+        model, info = loaded  # The first flag makes a pair of it.
         refuse_bad_loading(source.name, info)
         if isinstance(kwargs["dtype"], torch.dtype) and not quantized_bits(model):
             model.to(kwargs["dtype"])  # Its inner configs remember how the parts were stored.
@@ -160,6 +158,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         objective, branch = self.objective, self.mask_branch
         hidden = self.hidden_states(batch, wanted=_predicting(batch))
         prompts, counts = self.prompt_tokens(hidden, batch)
+        branch.require_proposals(batch.proposals)
         parts = {"text": self.reasoning.text_loss(hidden, batch.labels)}
         side, index = self.config.sam_dims.low_res, batch.image_index
         logits = prompts.new_zeros((0, len(self.config.levels), side, side))
@@ -167,7 +166,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         if not sum(counts):
             parts |= objective.without_targets(prompts)
         else:
-            images, chain_masks = branch.encode(batch), None
+            images, chain_masks = branch.encode_batch(batch), None
             if self.config.decodes:
                 logits, iou = branch.decode_levels(prompts, counts, index, images)
                 parts |= objective.mask_losses(logits, prompts, batch, counts)

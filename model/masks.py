@@ -118,32 +118,50 @@ class MaskBranch:
     segmenting: SegmentingChain
     selecting: Selector | None
 
-    @torch.no_grad()
-    def encode(self, batch: Batch) -> EncodedImages:
-        """Runs the frozen encoders on the B images of a batch: SAM's where its embedding is used,
-        and the DINOv2 of a selector that has one. Raises ValueError for a selector whose batch has
-        no proposals."""
-        if self.selecting is not None and batch.proposals is None:
+    def require_proposals(self, proposals: list[Proposals] | None) -> None:
+        """Raises ValueError for a selector without proposals."""
+        if self.selecting is not None and proposals is None:
             raise ValueError(
                 "the batch has no proposals; set `processor.proposals ="
                 " model.proposal_source(folder)` before collate"
             )
-        pixels, dims = batch.sam_pixels, self.config.sam_dims
+
+    @torch.no_grad()
+    def encode(
+        self,
+        sam_pixels: Tensor,
+        original_sizes: list[tuple[int, int]],
+        resized_sizes: list[tuple[int, int]],
+        proposals: list[Proposals] | None = None,
+        cached: tuple[list[Tensor | None], list[str]] | None = None,
+    ) -> EncodedImages:
+        """Runs the frozen encoders on B images: SAM's where its embedding is used, and the DINOv2
+        of a selector that has one. Arguments as in a Batch; ``sam_pixels`` (B', 3, S, S) are only
+        those of images that ``cached`` lacks. Raises ValueError where something is missing."""
+        self.require_proposals(proposals)
         embeddings = features = None
         if self.config.decodes or self.selecting is None or self.selecting.encoder is None:
-            embeddings = features = self.segmenting.encode(pixels, batch.cached)
+            embeddings = features = self.segmenting.encode(sam_pixels, cached)
         if self.selecting is not None and self.selecting.encoder is not None:
-            features = self.selecting.encode(pixels)
-        side, grid, sizes = dims.image_size, dims.grid, (batch.original_sizes, batch.resized_sizes)
-        valid = [valid_cells(size, side, grid, pixels.device) for size in batch.resized_sizes]
-        return EncodedImages(embeddings, features, torch.stack(valid), *sizes, batch.proposals)
+            if len(sam_pixels) != len(resized_sizes):
+                raise ValueError("a selector with DINOv2 needs pixels, which SAM's cache left out")
+            features = self.selecting.encode(sam_pixels)
+        side, grid = self.config.sam_dims.image_size, self.config.sam_dims.grid
+        valid = [valid_cells(size, side, grid, sam_pixels.device) for size in resized_sizes]
+        sizes = original_sizes, resized_sizes
+        return EncodedImages(embeddings, features, torch.stack(valid), *sizes, proposals)
+
+    def encode_batch(self, batch: Batch) -> EncodedImages:
+        """``encode`` for the images of a batch."""
+        sizes = batch.original_sizes, batch.resized_sizes
+        return self.encode(batch.sam_pixels, *sizes, batch.proposals, batch.cached)
 
     def segment_batch(self, prompts: Tensor, counts: list[int], batch: Batch) -> list[Segmentation]:
         """The masks of every conversation of a batch, whose images are encoded for them."""
         if not len(prompts):  # The encoders are the most expensive part, and nothing needs them.
             sizes = [batch.original_sizes[image] for image in batch.image_index.tolist()]
             return [no_masks(prompts.shape[1], size, prompts.device) for size in sizes]
-        return self.segment(prompts, counts, batch.image_index, self.encode(batch))
+        return self.segment(prompts, counts, batch.image_index, self.encode_batch(batch))
 
     def segment(
         self, prompts: Tensor, counts: list[int], image_index: Tensor, images: EncodedImages

@@ -123,12 +123,11 @@ class Objective:
         zero = logits.new_zeros((), dtype=torch.float32)
         parts = dict.fromkeys(["bce", "dice", *(["pointing"] if c.pointing_weight else [])], zero)
         for targets in targets_per_image(batch, counts, c.ignore_in_loss):
-            everything = torch.ones_like(targets.has_host)
             for level, weight in enumerate(c.level_loss_weights):
                 if not weight:
                     continue
                 last = level == len(c.levels) - 1
-                chosen = everything if last else targets.has_host
+                chosen = slice(None) if last else targets.has_host
                 ground_truth = (targets.masks if last else targets.hosts)[chosen]
                 ignore = None if targets.ignore is None else targets.ignore[chosen]
                 low_res = logits[targets.index[chosen], level]

@@ -104,6 +104,7 @@ def load_llava(
         **kwargs,
     )
     model, info = loaded
+    model.config._name_or_path = source.name
     refuse_bad_loading(source.name, info)
     model.generation_config = source.generation_config or model.generation_config
     marks = source.image_marks if theirs else None

@@ -8,6 +8,8 @@ transformers is given local paths only, so that it never asks the hub again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +59,7 @@ class Kind(Enum):
 class Source:
     """A folder or hub name, opened; make it with ``open_source``.
 
-    Nothing is read before it is asked for, and everything once. A folder that lacks what it is
+    Nothing but a hub's small files is read before it is asked for, and everything once. A folder that lacks what it is
     asked for raises FileNotFoundError, one whose content is wrong ValueError; both name it.
     """
 
@@ -88,6 +90,16 @@ class Source:
         self._hub["revision"] = Path(folder).name
         return Path(folder)
 
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Lets errors speak of a hub's model by its name and not by a folder of the cache."""
+        try:
+            yield
+        except (FileNotFoundError, ValueError) as error:
+            if self._hub is None:
+                raise
+            raise type(error)(str(error).replace(str(self.folder), self.name)) from None
+
     def file(self, name: str) -> Path | None:
         """The path of one of its small files, None where it has none of this name."""
         return self.folder / name if (self.folder / name).is_file() else None
@@ -95,12 +107,19 @@ class Source:
     @cached_property
     def config(self) -> dict:
         """The content of config.json."""
-        return read_json_file(self.folder, "config.json")
+        with self._named():
+            return read_json_file(self.folder, "config.json")
 
     @cached_property
     def kind(self) -> Kind:
         """Read off config.json and, for the layouts of other authors, the names of the weights."""
         if self.file("config.json") is None:
+            if self._hub is not None and self.file(PROCESSOR_FILE) is None:
+                raise FileNotFoundError(
+                    f"{self.name}: has no config.json, or the hub cannot be reached and its cache"
+                    " has nothing of it; check the network and HF_HUB_OFFLINE, or give the path of"
+                    " a folder"
+                )
             return Kind.OTHER
         if published.is_published(self.config):
             masks = published.has_masks(self._weight_names)
@@ -136,7 +155,9 @@ class Source:
     def weights(self) -> dict[str, Tensor]:
         """Every weight by its name in the files, on the CPU, mapped from disk where the format
         allows."""
-        return read_all(self._weight_folder)
+        folder = self._weight_folder
+        with self._named():
+            return read_all(folder)
 
     def hand_over_weights(self) -> dict[str, Tensor]:
         """``weights``, for the one model that will own their memory: it may be trained in place.
@@ -228,6 +249,8 @@ def open_source(
     taken. Raises FileNotFoundError for a folder that does not exist and a hub that cannot be asked.
     """
     if isinstance(version, Source):
+        if vision_tower and vision_tower != version.vision_tower:
+            raise ValueError(f"{version.name}: is open with another tower than {vision_tower}")
         return version
     if looks_like_path(str(version)) and not Path(version).is_dir():
         raise FileNotFoundError(

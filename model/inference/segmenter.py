@@ -91,7 +91,7 @@ class ReasoningSegmenter:
         if kwargs.get("quantization_config") is None:  # Packed weights are on their device already.
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
-            torch.nn.Module.to(model, device)
+            torch.nn.Module.to(model, device)  # transformers' own ``to`` has no usable annotation.
         processor.proposals = model.proposal_source(proposals)
         stored = model.generation_config.max_new_tokens or 64
         return cls(model, processor, stored if max_new_tokens is None else max_new_tokens)
@@ -205,10 +205,12 @@ class Session:
         """image: uint8 (H, W, 3) RGB; see ReasoningSegmenter.open."""
         self.segmenter, self.image, self.name = segmenter, image, name
         self.turns: list[Turn] = []
-        reasoning = segmenter.model.reasoning
-        self._batch: Batch | None = segmenter.collate([(image, name, ["?"])])
-        self._features = reasoning.image_features(self._batch.clip_pixels)
-        self._cache = KVCache(reasoning)
+        model, processor = segmenter.model, segmenter.processor
+        sam_pixels, self._resized = processor.sam(image)
+        clip_pixels = processor.clip(image)[None].to(model.device, model.dtype)
+        self._sam_pixels: torch.Tensor | None = sam_pixels[None].to(model.device, model.dtype)
+        self._features = model.reasoning.image_features(clip_pixels)
+        self._cache = KVCache(model.reasoning)
         self._cached_ids: list[int] = []
         """Token ids that the KV cache holds."""
         self._running: Stream | None = None
@@ -254,10 +256,16 @@ class Session:
 
     @cached_property
     def _images(self) -> EncodedImages:
-        """The picture as the mask branch needs it: encoded for the first mask, or by read_ahead."""
-        assert self._batch is not None
-        images = self.segmenter.model.mask_branch.encode(self._batch)
-        self._batch = None  # Its pixels, 12 MB, are not needed again.
+        """The picture as the mask branch needs it, encoded for the first mask or by read_ahead, and
+        its proposals for a selector."""
+        segmenter, pixels, proposals = self.segmenter, self._sam_pixels, None
+        assert pixels is not None
+        if segmenter.processor.proposals is not None:
+            found = segmenter.processor.proposals(self.image, self.name)
+            proposals = [found.to(segmenter.model.device)]
+        sizes = [(self.image.shape[0], self.image.shape[1])], [self._resized]
+        images = segmenter.model.mask_branch.encode(pixels, *sizes, proposals)
+        self._sam_pixels = None  # 12 MB that are not needed again.
         return images
 
     def _encode(self, question: str, history: Sequence[Turn]) -> list[int]:

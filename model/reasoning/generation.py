@@ -220,9 +220,13 @@ def common_prefix(a: Sequence, b: Sequence) -> int:
 
 
 def decode(
-    cache: KVCache, hidden: Tensor, end: int, decoding: Decoding, prompts: Sequence[Sequence[int]]
+    cache: KVCache,
+    hidden: Tensor,
+    end: int,
+    decoding: Decoding,
+    prompt_ids: Sequence[Sequence[int]],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Generates after ``prompts``, N × token ids, whose last hidden states are (N, d).
+    """Generates after the prompts, N × token ids, whose last hidden states are (N, d).
 
     Yields the tokens int64 (N,), ``end`` for a row that has ended, and the states (N, d) that
     predicted them. Each token is read before the next one is yielded, the last one never.
@@ -239,7 +243,7 @@ def decode(
     """
     llava = cache.reasoning.llava
     embed = llava.get_input_embeddings()
-    known = [list(ids) for ids in prompts]
+    known = [list(ids) for ids in prompt_ids]
     # Never draft EOS (decoding ends there) or the image token (it may have no embedding row).
     never = end, cache.reasoning.image_token_id
     generated = torch.zeros((len(hidden), 0), dtype=torch.int64, device=hidden.device)

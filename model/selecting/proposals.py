@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -91,9 +90,13 @@ def proposal_source(
     if folder is not None:
         store = ProposalStore(folder, proposals_fingerprint(segmenting.proposer, settings))
 
-    @cache
-    def generator() -> Callable[[np.ndarray], Found]:
-        return make_generator(segmenting.proposer, settings)
+    generators: list[Callable[[np.ndarray], Found]] = []
 
-    compute = (lambda image: generator()(image)) if generate else None
-    return ProposalSource(config.ranking, config.count, config.pool_size, store, compute)
+    def compute(image: np.ndarray) -> Found:
+        if not generators:  # It may copy SAM, so it is made for the first image.
+            generators.append(make_generator(segmenting.proposer, settings))
+        return generators[0](image)
+
+    return ProposalSource(
+        config.ranking, config.count, config.pool_size, store, compute if generate else None
+    )

@@ -202,7 +202,7 @@ def chain_alone(model, batch) -> list[Segmentation]:
     """What the chain of segmenting makes, before anything is selected."""
     prompts, counts = model.prompt_tokens(model.hidden_states(batch), batch)
     branch = MaskBranch(model.config, model.segmenting, selecting=None)
-    return branch.segment(prompts, counts, batch.image_index, model.mask_branch.encode(batch))
+    return branch.segment(prompts, counts, batch.image_index, model.mask_branch.encode_batch(batch))
 
 
 def test_the_chains_mask_is_judged_by_its_target(monkeypatch):

@@ -657,7 +657,7 @@ def test_last_mask_reaches_the_first_token():
     model, processor = tiny_model(refiner={"kind": "none"})
     batch = mixed_batch(processor)
     tokens = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    images, counts = model.mask_branch.encode(batch), [0, 2, 1, 1]
+    images, counts = model.mask_branch.encode_batch(batch), [0, 2, 1, 1]
     low_res, _ = model.mask_branch.decode_levels(tokens, counts, batch.image_index, images)
     low_res[:, 1].sum().backward()
     assert tokens.grad[:, 0].abs().sum(1).min() > 0

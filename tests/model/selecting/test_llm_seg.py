@@ -271,7 +271,7 @@ def test_company_changes_nothing():
         scores = []
         for b in (batch, alone):
             asked = *model.prompt_tokens(model.hidden_states(b), b), b.image_index
-            scores.append(model.mask_branch.score(*asked, model.mask_branch.encode(b)))
+            scores.append(model.mask_branch.score(*asked, model.mask_branch.encode_batch(b)))
     assert scores[0].present.sum(1).tolist() == [48, 48, 7]
     for name in ("similarity", "iop"):
         together, single = getattr(scores[0], name)[2, :7], getattr(scores[1], name)[0]
