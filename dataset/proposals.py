@@ -131,8 +131,8 @@ class ProposalStore:
     """Reads and writes one file per image; keeps nothing in memory."""
 
     def __init__(self, folder: str | Path, settings: str):
-        """``settings``: the name of generator settings and weights (model/selecting/proposals.py,
-        ``model.selecting.proposals.proposals_fingerprint``)."""
+        """``settings``: the name of generator settings and weights, which is made by
+        ``proposals_fingerprint`` in model/selecting/proposals.py."""
         self.folder = Path(folder) / settings
 
     def path(self, image: np.ndarray) -> Path:

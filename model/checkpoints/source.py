@@ -59,8 +59,9 @@ class Kind(Enum):
 class Source:
     """A folder or hub name, opened; make it with ``open_source``.
 
-    Nothing but a hub's small files is read before it is asked for, and everything once. A folder that lacks what it is
-    asked for raises FileNotFoundError, one whose content is wrong ValueError; both name it.
+    Nothing but a hub's small files is read before it is asked for, and everything once. A folder
+    that lacks what it is asked for raises FileNotFoundError, one whose content is wrong ValueError;
+    both name it.
     """
 
     def __init__(self, name: str, vision_tower: str | None, **hub: Any):
