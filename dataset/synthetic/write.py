@@ -167,7 +167,8 @@ def write_synthreason(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    command, description = "python -m dataset.synthetic", __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog=command, description=description)
     add = parser.add_argument
     add("--out", default="data/synthreason", help="folder to write, later given as --dataset_dir")
     add("--train", type=int, default=3000, help="training scenes")
