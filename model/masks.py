@@ -59,8 +59,9 @@ class EncodedImages:
     features: Tensor | None
     """(B, c, G', G'): what a selector pools under its proposals, SAM's embedding or DINOv2's
     features; None without a selector."""
-    valid: Tensor
-    """float (B, G, G): the share of every cell that is image rather than padding."""
+    valid: Tensor | None
+    """float (B, G, G): the share of every cell that is image rather than padding, for the token
+    refiner; None for a model that only selects."""
     original_sizes: list[tuple[int, int]]
     resized_sizes: list[tuple[int, int]]
     proposals: list[Proposals] | None = None
@@ -146,10 +147,13 @@ class MaskBranch:
             if len(sam_pixels) != len(resized_sizes):
                 raise ValueError("a selector with DINOv2 needs pixels, which SAM's cache left out")
             features = self.selecting.encode(sam_pixels)
-        side, grid = self.config.sam_dims.image_size, self.config.sam_dims.grid
-        valid = [valid_cells(size, side, grid, sam_pixels.device) for size in resized_sizes]
+        valid = None
+        if self.config.decodes:
+            dims, device = self.config.sam_dims, sam_pixels.device
+            sides = dims.image_size, dims.grid
+            valid = torch.stack([valid_cells(size, *sides, device) for size in resized_sizes])
         sizes = original_sizes, resized_sizes
-        return EncodedImages(embeddings, features, torch.stack(valid), *sizes, proposals)
+        return EncodedImages(embeddings, features, valid, *sizes, proposals)
 
     def encode_batch(self, batch: Batch) -> EncodedImages:
         """``encode`` for the images of a batch."""
@@ -186,7 +190,7 @@ class MaskBranch:
     ) -> tuple[Tensor, Tensor]:
         """SAM's decoder, level by level: low-res logits (K, T, 4G, 4G), IoU predictions (K, T)."""
         of_target = _image_of_targets(image_index, counts)
-        assert images.embeddings is not None, "a model that decodes has SAM's embedding"
+        assert images.embeddings is not None and images.valid is not None
         return self.segmenting(prompts, images.embeddings, of_target, images.valid)
 
     def score(
