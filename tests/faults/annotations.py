@@ -1,0 +1,1 @@
+"""Drawn shapes, masks and pictures."""

@@ -1,0 +1,1 @@
+"""Layouts and dialects of exporters, names of files."""

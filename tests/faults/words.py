@@ -1,0 +1,1 @@
+"""Queries, predictions, settings and chat."""
