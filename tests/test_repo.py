@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("benchmarks", "dataset", "model", "scripts", "tests", "utils")
@@ -433,3 +435,47 @@ def test_setup_builds_once_and_repairs_an_interrupted_build(tmp_path):
     refused = setup(tmp_path / "one", **options)
     assert refused.returncode == 1
     assert "is not a link made by this script" in refused.stderr
+
+
+def tracked_files() -> list[Path]:
+    """Relative to the repository; skips in a copy without its history."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git clone")
+    return [Path(line) for line in listed.stdout.splitlines()]
+
+
+# What is neither written by hand nor a text of this project, and where it comes from.
+ORIGINS = {
+    "LICENSE": "the Apache License, word for word",
+    "assets/tiny": "trained by scripts/pretrain_tiny.py on pictures of dataset/synthetic",
+    "docs/img": "drawn by this program",
+}
+TEXTS = {".py", ".md", ".yaml", ".toml", ".txt", ".sh", ".j2", ".css", ".json", ".cff", ".yml"}
+PLAIN = {"Makefile", "NOTICE", ".gitignore", "hostfile", ".ci/run"}
+
+
+def test_every_file_is_ours_or_its_origin_is_named():
+    for path in tracked_files():
+        if any(path.is_relative_to(origin) for origin in ORIGINS):
+            continue
+        is_text = path.suffix in TEXTS or path.name in PLAIN or path.as_posix() in PLAIN
+        assert is_text, f"{path}: name its origin in ORIGINS and, if it is not ours, in NOTICE"
+        if path.name != "NOTICE" and path != Path("tests/test_repo.py"):
+            text = (ROOT / path).read_text(encoding="utf-8")
+            claims = re.findall(
+                r"copyright \(c\)|©|SPDX-|licensed under the (?!Apache)", text, re.I
+            )
+            assert not claims, f"{path}: whose is it? NOTICE must say so"
+
+
+def test_licence_and_citation_say_the_same_as_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert project["license"] == citation["license"] == "Apache-2.0"
+    assert project["version"] == citation["version"]
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for reference in citation["references"]:
+        assert {"title", "authors", "year", "url"} <= reference.keys()
+        assert reference["url"] in readme, f"README does not link {reference['title']}"
