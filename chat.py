@@ -30,7 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 from dataset.conversation.templates import TEMPLATES
 from dataset.files.write import write_text
-from model.checkpoints.precision import ATTENTION, choose_attention, quantization
+from model.checkpoints.precision import DTYPES, choose_attention, quantization
+from model.choices import ATTENTION, PRECISIONS
 from model.inference.inputs import load_image
 from model.inference.results import Result
 from model.inference.segmenter import ReasoningSegmenter, Session
@@ -42,7 +43,6 @@ from utils.settings.flags import UsageError
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Reported in one line; anything else is a defect of the program and shows its trace.
 MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
 HELP = """Type a question about the picture, or the path of another picture.
@@ -59,7 +59,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument
     model = "model folder that the merge script wrote, or a published LISA or CoReS"
     add("--version", required=True, help=model)
-    add("--precision", choices=list(DTYPES), help="default: as stored")
+    add("--precision", choices=list(PRECISIONS), help="default: as stored")
     for bits in (8, 4):
         weights = f"{bits} bits per weight of the language model"
         add(f"--load_in_{bits}bit", action="store_true", help=weights)

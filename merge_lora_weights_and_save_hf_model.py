@@ -28,8 +28,10 @@ from utils import distributed
 
 distributed.prepare_environment()  # It must come before any import of deepspeed.
 
+from model.checkpoints.precision import DTYPES  # noqa: E402
 from model.checkpoints.source import open_source  # noqa: E402
 from model.checkpoints.weights import read_json_file  # noqa: E402
+from model.choices import PRECISIONS  # noqa: E402
 from model.cores import CoresForReasoningSegmentation  # noqa: E402
 from model.export import save_published  # noqa: E402
 from model.processor import CoresProcessor  # noqa: E402
@@ -43,7 +45,7 @@ from utils.settings.arguments import (  # noqa: E402
     parse_over,
     read_resumed,
 )
-from utils.settings.flags import DTYPES, UsageError  # noqa: E402
+from utils.settings.flags import UsageError  # noqa: E402
 from utils.training import checkpoint  # noqa: E402
 
 # What merging may find elsewhere than training did, or does not depend on.
@@ -80,7 +82,7 @@ def read_arguments(argv: list[str] | None) -> tuple[Namespace, list[str]]:
     parser.add_argument("--save_path", required=True, help="folder to write; must be new or empty")
     parser.add_argument(
         "--precision",
-        choices=list(DTYPES),
+        choices=list(PRECISIONS),
         help="of the stored weights (default: that of the run, or bf16)",
     )
     parser.add_argument(

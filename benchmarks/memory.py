@@ -56,8 +56,8 @@ from benchmarks.sizes import (
 )
 from benchmarks.train_step import LEVEL_IDS, build_batch, build_model, packed
 from model import CoresConfig, CoresForReasoningSegmentation, losses
+from model.checkpoints.precision import DTYPES
 from model.checkpoints.sam import PRESETS
-from utils.settings.flags import DTYPES
 
 GIB = 2**30
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in numbers

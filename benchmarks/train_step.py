@@ -38,6 +38,7 @@ from benchmarks import published_schedule
 from benchmarks.shared import alternate, benchmark_parser, in_a_process, memory_mb, write_json
 from benchmarks.sizes import STEP_SIZES, StepSize
 from dataset.collate import Batch
+from model.checkpoints.precision import DTYPES
 from model.config import CoresConfig
 from model.cores import CoresForReasoningSegmentation
 from model.reasoning.chain import enable_checkpointing
@@ -45,7 +46,6 @@ from model.reasoning.lora import add_lora
 from model.segmenting.embedding_cache import SamCache
 from model.segmenting.frames import resized_size
 from model.trainable import set_trainable
-from utils.settings.flags import DTYPES
 
 VOCABULARY, IMAGE_ID, LEVEL_IDS = 32_003, 32_000, [32_001, 32_002]
 SCHEDULES = ("published", "ours", "cached")

@@ -27,10 +27,6 @@ from pycocotools import mask as rle
 
 from dataset.files.errors import DataError
 
-# Which proposals are kept, and which of these are united into the answer.
-RANKINGS = ("area", "quality", "mixed")
-RULES = ("iop", "similarity", "similarity+iop", "top5+iop", "verified")
-
 
 @dataclass
 class Found:

@@ -1,12 +1,21 @@
-"""The model: one file per box of the paper's figure, assembled in ``cores.py``."""
+"""The model: one file per box of the paper's figure, assembled in ``cores.py``.
 
-from model.config import CoresConfig, RefinerConfig
-from model.cores import CoresForReasoningSegmentation, CoresOutput
-from model.inference.results import AnswerMask, Result, Stream
-from model.inference.segmenter import ReasoningSegmenter, Session
-from model.masks import Generation, Segmentation
-from model.processor import CoresProcessor
-from model.reasoning.generation import Decoding
+The names below are imported when they are first used: a command that only reads its flags does not
+wait for torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.config import CoresConfig, RefinerConfig
+    from model.cores import CoresForReasoningSegmentation, CoresOutput
+    from model.inference.results import AnswerMask, Result, Stream
+    from model.inference.segmenter import ReasoningSegmenter, Session
+    from model.masks import Generation, Segmentation
+    from model.processor import CoresProcessor
+    from model.reasoning.generation import Decoding
 
 __all__ = [
     "AnswerMask",
@@ -23,3 +32,20 @@ __all__ = [
     "Session",
     "Stream",
 ]
+
+_HOMES = {
+    "config": ("CoresConfig", "RefinerConfig"),
+    "cores": ("CoresForReasoningSegmentation", "CoresOutput"),
+    "inference.results": ("AnswerMask", "Result", "Stream"),
+    "inference.segmenter": ("ReasoningSegmenter", "Session"),
+    "masks": ("Generation", "Segmentation"),
+    "processor": ("CoresProcessor",),
+    "reasoning.generation": ("Decoding",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"model.{module}"), name)
+    raise AttributeError(f"module 'model' has no attribute {name!r}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, LlavaConfig, PretrainedConfig
 
-from dataset.proposals import RANKINGS, RULES
+from model.choices import RANKINGS, RULES
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig
 from dataset.mixture import EvalDataset, TrainMixture
 from dataset.proposals import ProposalSource
 from model.build import build_from_backbones
-from model.checkpoints.precision import choose_attention, quantization
+from model.checkpoints.precision import DTYPES, choose_attention, quantization
 from model.checkpoints.published import clip_sizes
 from model.checkpoints.sam import load_sam
 from model.checkpoints.source import Source, open_source, open_tower
@@ -29,7 +29,7 @@ from model.segmenting.embedding_cache import SamCache, encoder_fingerprint
 from model.trainable import set_trainable
 from utils import distributed
 from utils.settings.arguments import Settings, numbers, read_resumed, settings_of
-from utils.settings.flags import DTYPES, SELECTING, UsageError
+from utils.settings.flags import SELECTING, UsageError
 from utils.training import checkpoint
 from utils.training.loader import samples_per_epoch
 

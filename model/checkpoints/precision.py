@@ -10,13 +10,14 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from model.checkpoints.published import LLAVA
+from model.choices import ATTENTION, PRECISIONS
 
 # What stays in full precision: CLIP, the projector, the vocabulary's logits and the whole mask
 # branch. The first three are named from the LLaVA and from the whole model, as either may be
 # loaded.
 FULL_PRECISION = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 MASK_BRANCH = ("segmenting", "selecting", "text_projection")
-ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flex_attention")
+DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 
 
 def quantization(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from model.checkpoints import published
@@ -31,6 +30,8 @@ def add_lora(
     """
     if r == 0:
         return
+    from peft import LoraConfig, inject_adapter_in_model  # This takes seconds, and few need it.
+
     language_model = model.get_submodule("reasoning.llava.model.language_model")
     if bits := quantized_bits(language_model):
         setattr(language_model, f"is_loaded_in_{bits}bit", True)  # PEFT reads it there.
@@ -74,8 +75,17 @@ def our_name(name: str, linear_projector: bool = True) -> str | None:
     return published.our_name(name, linear_projector)
 
 
+def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """(name, layer of PEFT's) for each layer with adapters."""
+    if "peft" not in sys.modules:
+        return []  # Whoever adds an adapter imports it first.
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+
+
 def has_lora(model: nn.Module) -> bool:
-    return any(isinstance(module, LoraLayer) for module in model.modules())
+    return bool(lora_layers(model))
 
 
 def refuse_apart_or_packed(model: nn.Module) -> None:
@@ -95,9 +105,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
     Raises ValueError if there are none, and for weights that are not finite.
     """
-    layers = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    ]
+    layers = lora_layers(model)
     if not layers:
         raise ValueError(
             "the model has no LoRA adapters: it is merged already, or was never given any"
@@ -106,7 +114,6 @@ def merge_lora(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"the model is held in {bits} bits; merge into its weights in full precision"
         )
-    layer: Any  # PEFT declares get_delta_weight in the subclasses only.
     for name, layer in layers:
         base = layer.get_base_layer()
         delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)

@@ -41,6 +41,20 @@ print(result.text, len(result.masks))
 """
 
 
+def test_every_public_name_is_found_and_torch_only_with_the_first():
+    program = """
+import sys
+import model, utils.settings.arguments
+assert not {"torch", "transformers", "peft"} & sys.modules.keys(), "a command line waits for torch"
+assert all(getattr(model, name).__name__ == name for name in model.__all__)
+assert "peft" not in sys.modules
+assert not hasattr(model, "Nobody")
+"""
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr
+
+
 @pytest.mark.parametrize("module", ["fcntl", "pwd"])
 def test_the_program_refuses_what_only_posix_has(module, tmp_path):
     """So the test below can fail."""

@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from dataset.conversation.templates import TEMPLATES
-from dataset.proposals import RANKINGS, RULES
-from model.checkpoints.precision import ATTENTION
+from model.choices import ATTENTION, PRECISIONS, RANKINGS, RULES
 
 SELECTING = ("llm_seg", "cores+select")  # methods that choose among SAM's proposals
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class UsageError(ValueError):
@@ -65,7 +61,7 @@ class ModelArguments:
     conv_type: str = option("llava_v1", "conversation template", choices=list(TEMPLATES))
     exemplar_count: int = option(1, "in-context exemplars before the question", minimum=0)
     model_max_length: int = option(512, "longest sequence in tokens", minimum=1)
-    precision: str = option("bf16", "floating-point format", choices=list(DTYPES))
+    precision: str = option("bf16", "floating-point format", choices=list(PRECISIONS))
     load_in_8bit: bool = option(
         False, "hold the language model in 8 bits per weight; the mask branch stays in full"
     )

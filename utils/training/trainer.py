@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from dataset.collate import Batch
 from dataset.mixture import TrainMixture
+from model.checkpoints.precision import DTYPES
 from model.cores import CoresForReasoningSegmentation
 from model.processor import CoresProcessor
 from utils import distributed
 from utils.settings.arguments import Settings
-from utils.settings.flags import DTYPES
 from utils.training import checkpoint, normalisation
 from utils.training.deepspeed import make_engine
 from utils.training.failures import (
