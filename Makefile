@@ -4,7 +4,7 @@ DEMO := runs/demo
 SYNTHREASON := data/synthreason
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint format demo bench clean
+.PHONY: help setup test test-all lint format docs demo bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -22,6 +22,9 @@ lint: setup ## check style and types
 	$(PYTHON_VENV) -m ruff check .
 	$(PYTHON_VENV) -m ruff format --check .
 	$(PYTHON_VENV) -m mypy
+
+docs: setup ## build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(PYTHON_VENV) -m mkdocs build --quiet
 
 format: setup ## repair style
 	$(PYTHON_VENV) -m ruff check --fix .
