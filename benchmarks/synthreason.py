@@ -29,6 +29,14 @@ import numpy as np
 from benchmarks.shared import ROOT, benchmark_parser, write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "synthreason.json"
+# Student's t for a two-sided interval of 95 %, by the number of differences.
+T_QUANTILES = dict(
+    zip(
+        range(2, 11),
+        (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262),
+        strict=True,
+    )
+)
 CONFIGS = {  # configs of the methods that --config does not fit
     "llm_seg": "configs/tiny-llm-seg.yaml",
     "cores+select": "configs/tiny-cores-select.yaml",
@@ -93,6 +101,34 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def interval_over_seeds(differences: list[float]) -> tuple[float, float, float]:
+    """(mean, lower, upper): the 95 % interval of Student's t for the mean of paired differences, 2
+    to 10 of them. Raises KeyError for another number."""
+    mean, error = np.mean(differences), np.std(differences, ddof=1) / len(differences) ** 0.5
+    half = T_QUANTILES[len(differences)] * error
+    return float(mean), float(mean - half), float(mean + half)
+
+
+def differences(runs: list[dict]) -> str:
+    """Each method against LISA, over the seeds that both have: what a difference between two means
+    hides."""
+    lines = []
+    lisa = {row["seed"]: row for row in runs if row["method"] == "lisa"}
+    for method in dict.fromkeys(row["method"] for row in runs if row["method"] != "lisa"):
+        rows = [row for row in runs if row["method"] == method and row["seed"] in lisa]
+        if len(rows) not in T_QUANTILES:
+            continue
+        for mode in ("free", "teacher_forced"):
+            found = interval_over_seeds(
+                [100 * (row[mode]["giou"] - lisa[row["seed"]][mode]["giou"]) for row in rows]
+            )
+            lines.append(
+                f"{method} minus lisa, {mode} gIoU, {len(rows)} paired seeds:"
+                f" {found[0]:+.1f} [{found[1]:+.1f}, {found[2]:+.1f}]"
+            )
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__)
     parser.set_defaults(json=RESULTS)
@@ -105,7 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="print the results file and stop")
     args, args.extra = parser.parse_known_args(argv)
     if args.table:
-        print(table(json.loads(args.json.read_text())["runs"]))
+        runs = json.loads(args.json.read_text())["runs"]
+        print(table(runs), differences(runs), sep="\n\n")
         return
     jobs = [(method, seed) for seed in args.seeds for method in args.methods]
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -119,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     shown = "; ".join(filter(None, dict.fromkeys([*earlier["command"].split("; "), shown])))
     write_json(args.json, {"command": shown, "unit": "fraction", "runs": runs})
-    print(table(runs))
+    print(table(runs), differences(runs), sep="\n\n")
 
 
 if __name__ == "__main__":
