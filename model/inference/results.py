@@ -5,6 +5,9 @@ H, W a picture in the original frame.
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -15,11 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataset.drawing import level_colour, overlay
+from dataset.drawing import fit, level_colour, overlay
 from dataset.files.rle import encode_rle
 
+SHOWN_SIDE = 480  # pixels of a picture's longer side in a notebook
 
-@dataclass
+
+@dataclass(repr=False)
 class AnswerMask:
     """One group of answer tokens, [LOC] … [SEG]: the mask that was asked for and the coarser ones
     on the way to it."""
@@ -29,6 +34,10 @@ class AnswerMask:
     ious: dict[str, float]
     """Level name -> SAM's own prediction of its mask's IoU; of a selector's, the highest IoP among
     what it united."""
+
+    def __repr__(self) -> str:
+        levels = ", ".join(f"{name}: {int(m.sum())} pixels" for name, m in self.levels.items())
+        return f"AnswerMask({levels}; predicted IoU {self.predicted_iou:.2f})"
 
     @property
     def mask(self) -> np.ndarray:
@@ -74,7 +83,7 @@ class AnswerMask:
         return {"rle": self.rle, **numbers, "chain": coarse}
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """One answer. An answer without a complete group of answer tokens has no ``masks``."""
 
@@ -92,6 +101,37 @@ class Result:
     """False: the answer was cut at the limit of new tokens."""
     forgotten_turns: int = 0
     """The oldest turns of the conversation that had to be left out for this question to fit."""
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[:2]
+        return f"Result({self.text!r}, masks={self.masks}, image {height}×{width})"
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows that takes no HTML: the masks over the picture."""
+        return _png(self.overlay())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the question, the answer, and the mask of every level with its
+        numbers."""
+        tiles = [("", self.image)] if not self.masks else []
+        for found in self.masks:
+            for level, (name, mask) in enumerate(found.levels.items()):
+                colour = level_colour(level, len(found.levels))
+                size = f"{int(mask.sum())} pixels" if mask.any() else "empty"
+                caption = f"[{name}] {size}, predicted IoU {found.ious[name]:.2f}"
+                tiles.append((caption, overlay(self.image, mask, colour)))
+        figures = "".join(
+            '<figure style="display:inline-block;margin:4px"><img style="max-width:100%"'
+            f' alt="{html.escape(caption or self.name)}"'
+            f' src="data:image/png;base64,{base64.b64encode(_png(picture)).decode()}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            for caption, picture in tiles
+        )
+        notes = "" if self.masks else "<p>This answer has no mask.</p>"
+        if not self.finished:
+            notes += "<p>The answer was cut at the limit of new tokens.</p>"
+        question, text = html.escape(self.question), html.escape(self.text)
+        return f"<p><b>{question}</b></p><p>{text}</p>{notes}{figures}"
 
     def overlay(self, coarse: bool = False, alpha: float = 0.45) -> np.ndarray:
         """uint8 (H, W, 3): the masks over the picture, with ``coarse`` those on the way to them
@@ -152,6 +192,14 @@ class Result:
             "categories": [{"id": 1, "name": self.question}],
             "annotations": rows,
         }
+
+
+def _png(picture: np.ndarray) -> bytes:
+    """A uint8 (H, W, 3) picture as PNG, no side longer than SHOWN_SIDE."""
+    longest = max(picture.shape[:2])
+    out = io.BytesIO()
+    Image.fromarray(fit(picture, min(SHOWN_SIDE, longest))).save(out, "PNG")
+    return out.getvalue()
 
 
 def _safe(name: str) -> str:

@@ -1,8 +1,11 @@
 """ReasoningSegmenter and its sessions, on a model that answers by rule (tests/scripted.py) and on
 random ones."""
 
+import base64
+import html
 import io
 import json
+import re
 import tracemalloc
 import warnings
 from dataclasses import replace
@@ -92,6 +95,23 @@ def test_overlay_marks_the_mask_and_with_coarse_the_chain(segmenter):
     assert (shown[found.mask] != result.image[found.mask]).any(-1).mean() > 0.95
     assert result.image is not shown and np.array_equal(result.image, picture())
     assert not np.array_equal(result.overlay(coarse=True), shown)
+
+
+def test_a_notebook_shows_an_answer_and_a_prompt_prints_it_in_short(segmenter):
+    large = np.tile(picture(), (20, 20, 1))  # 1000 × 800
+    result = segmenter(large, "which <b>part</b>?")
+    assert len(repr(result)) < 400 and "array" not in repr(result)
+    assert f"SEG: {result.masks[0].area} pixels" in repr(result)
+    page = result._repr_html_()
+    assert "<b>which &lt;b&gt;part&lt;/b&gt;?</b>" in page and html.escape(result.text) in page
+    figures = re.findall(r'base64,([^"]+)"', page)
+    assert len(figures) == len(result.masks[0].levels) == 2
+    shown = np.array(Image.open(io.BytesIO(base64.b64decode(figures[-1]))))
+    assert shown.shape == (480, 384, 3)
+    silent = replace(result, masks=[], finished=False)._repr_html_()
+    assert "has no mask" in silent and "was cut" in silent
+    small = replace(result, image=picture(), masks=[])
+    assert np.array(Image.open(io.BytesIO(small._repr_png_()))).shape == picture().shape
 
 
 def test_what_is_saved_is_the_answer(segmenter, tmp_path):
