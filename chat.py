@@ -38,6 +38,7 @@ from model.inference.segmenter import ReasoningSegmenter, Session
 from utils import distributed
 from utils.settings.arguments import OneLineParser, one_line, shown
 from utils.settings.flags import UsageError
+from utils.settings.typed_path import names_a_path, refuse_no_file, typed_path
 
 # Importing readline gives input() line editing and a history, where the platform has it.
 with contextlib.suppress(ImportError):
@@ -51,7 +52,7 @@ HELP = """Type a question about the picture, or the path of another picture.
   /reset        a new conversation about the same picture
   /save [FILE]  write the conversation, masks included, as JSON
   /help         this text
-  /quit         the end (Ctrl-D, too); Ctrl-C stops an answer"""
+  /quit         the end (quit, exit and Ctrl-D, too); Ctrl-C stops an answer"""
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
@@ -92,7 +93,7 @@ def read_chat_arguments(argv: list[str] | None) -> Namespace:
     add, folder = parser.add_argument, Path("./vis_output")
     add("--vis_save_path", type=Path, default=folder, help="folder for masks and overlays")
     image = "with --prompt: one answer and the end; alone: the first picture"
-    add("--image", type=Path, help=image)
+    add("--image", type=typed_path, help=image)
     add("--prompt", help="the one question")
     add("--json", action="store_true", help="with --prompt: print the answer as JSON")
     args = parser.parse_args(argv)
@@ -154,11 +155,11 @@ class TerminalChat:
         """Runs a command or answers a question; False for /quit. Raises ValueError or OSError and
         then leaves the conversation as it was."""
         command, rest = [*line.split(maxsplit=1), "", ""][:2]
-        if command == "/quit":
+        if command in ("/quit", "/exit") or line.strip().lower() in ("quit", "exit"):
             return False
         if command in self.commands:
             self.commands[command](rest.strip())
-        elif line.strip() and (self.session is None or _is_file(line)):
+        elif line.strip() and (self.session is None or names_a_path(line)):
             self.open(line)  # without a picture a line can only be the path of one
         elif command.startswith("/"):
             raise ValueError(f"unknown command {shown(command)}; /help lists them")
@@ -169,8 +170,8 @@ class TerminalChat:
     def open(self, name: str) -> None:
         if not name:
             raise ValueError("/image needs the path of a picture")
-        path = _path(name)
-        _require_file(path)
+        path = typed_path(name)
+        refuse_no_file(path, name)
         self.session = self.segmenter.open(path)
         self.answers = []
         height, width = self.session.image.shape[:2]
@@ -215,7 +216,7 @@ class TerminalChat:
     def save(self, name: str) -> None:
         if not self.answers:
             raise ValueError("there is no answer to save yet")
-        path = _path(name) if name else self.folder / "conversation.json"
+        path = typed_path(name) if name else self.folder / "conversation.json"
         # A mistyped path must not overwrite a photograph.
         if path.exists() and path.suffix.lower() != ".json":
             raise ValueError(
@@ -225,23 +226,6 @@ class TerminalChat:
         write_text(path, json.dumps(self.answers, indent=1) + "\n")
         number = "1 answer" if len(self.answers) == 1 else f"{len(self.answers)} answers"
         print(f"{number} saved in {shown(str(path))}")
-
-
-def _path(text: str) -> Path:
-    """A path as people type or drop it: in quotes, with a ~, with escaped spaces."""
-    text = text.strip()
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        text = text[1:-1]
-    return Path(os.path.expanduser(text.replace("\\ ", " ")))
-
-
-def _require_file(path: Path) -> None:
-    """Raises ValueError for a path that is no file. Reading it would fail, too, but with a message
-    for people who keep data sets."""
-    if path.is_dir():
-        raise ValueError(f"{shown(str(path))}: is a folder; give the path of a picture")
-    if not path.exists():
-        raise ValueError(f"{shown(str(path))}: there is no such picture; give the path of one")
 
 
 def _prepare_folder(folder: Path) -> None:
@@ -258,12 +242,6 @@ def _prepare_folder(folder: Path) -> None:
         raise UsageError(
             f"--vis_save_path {folder}: masks cannot be saved there ({reason}); give another folder"
         )
-
-
-def _is_file(text: str) -> bool:
-    with contextlib.suppress(OSError, ValueError):  # raised if too long for a path or with a NUL
-        return _path(text).is_file()
-    return False
 
 
 def remarks(result: Result) -> list[str]:
@@ -288,7 +266,8 @@ def print_answer(result: Result, report: dict[str, Any]) -> None:
     for found, row in zip(result.masks, report["masks"], strict=True):
         for level, file in row["files"].items():
             area, iou = int(found.levels[level].sum()), found.ious[level]
-            print(f"  [{level}] {file} ({area} pixels, predicted IoU {iou:.2f})")
+            size = f"{area} pixels" if area else "empty: 0 pixels"
+            print(f"  [{level}] {file} ({size}, predicted IoU {iou:.2f})")
     if report["overlay"]:
         print(f"  overlay {report['overlay']}")
 
@@ -346,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         args = read_chat_arguments(argv)
         if args.prompt is not None:  # A mistake is reported before the model is loaded.
             _prepare_folder(args.vis_save_path)
-            _require_file(args.image)
+            refuse_no_file(args.image)
             load_image(args.image)
         transformers_logging.disable_progress_bar()
         chat = TerminalChat(load_segmenter(args), args.vis_save_path)

@@ -1,1 +1,120 @@
 """Queries, predictions, settings and chat."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+
+import chat
+import train_ds
+from tests.faults.case import case
+from tests.scripted import scripted_model
+
+
+def said(run, *argv: str) -> tuple[int, str]:
+    """(exit code, all that a command prints)."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        code = run(list(argv))
+    return code, out.getvalue()
+
+
+def conversation(folder: Path, *lines: str) -> list[str]:
+    """What the chat prints for lines that are typed one after the other, the first of them about
+    the picture "a photo.jpg" of ``folder``."""
+    argv = ["--version", str(scripted_model()), "--vis_save_path", str(folder / "out")]
+    with mock.patch("builtins.input", side_effect=[*lines, "quit"]), contextlib.chdir(folder):
+        code, text = said(chat.main, *argv, "--max_new_tokens", "12")
+    assert code == 0
+    return text.splitlines()
+
+
+@case(
+    "a config that Notepad saved with a BOM, with lr: 1e-4, which YAML 1.1 takes for a text",
+    "right",
+    "both are read; 1e-4 is a number",
+)
+def numbers_of_a_config(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("lr: 1e-4\nepochs: 0\n", encoding="utf-8-sig")
+    code, text = said(train_ds.main, "--config", str(config))
+    assert code == 2 and "--epochs is 0" in text and "--lr" not in text
+
+
+@case(
+    "lists, references, depth without end, a key twice, a tab in a config",
+    "refused",
+    "one line with the file, the line and the column",
+)
+def what_a_config_cannot_hold(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    for text in ("lr: [1]", "lr: &a 1\nseed: *a", "[" * 50_000, "lr: 1\nlr: 2", "lr:\t1"):
+        config.write_text(text)
+        code, shown = said(train_ds.main, "--config", str(config))
+        assert code == 2 and len(shown.splitlines()) == 1
+        assert str(config) in shown and "column" in shown
+
+
+@case(
+    "nan, inf, negative and absurdly large numbers on the command line",
+    "refused",
+    "at once, by the name of the flag and what it may be",
+)
+def numbers_that_would_fail_later(tmp_path: Path) -> None:
+    for flag, value in (
+        ("lr", "inf"),
+        ("max_grad_norm", "nan"),
+        ("seed", "-1"),
+        ("batch_size", "1000000000"),
+        ("sam_cache_gb", "inf"),
+        ("level_loss_weights", "nan,1"),
+        ("exp_name", ""),
+    ):
+        code, shown = said(train_ds.main, f"--{flag}={value}")
+        assert code == 2 and len(shown.splitlines()) == 1 and f"--{flag}" in shown
+
+
+@case(
+    "--text_projection_norm none, as an error message advises",
+    "right",
+    "is taken as none, over a number of the config too",
+)
+def the_word_none(tmp_path: Path) -> None:
+    code, shown = said(train_ds.main, "--text_projection_norm", "none", "--epochs", "0")
+    assert code == 2 and "--epochs is 0" in shown
+
+
+@case(
+    "a picture's path as a terminal drops it: escaped, quoted, as file://",
+    "right",
+    "the picture is opened",
+)
+def paths_as_terminals_drop_them(tmp_path: Path) -> None:
+    pixels = np.zeros((24, 32, 3), np.uint8)
+    for name in ("photo (1).jpg", "it's.jpg"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    address = (tmp_path / "photo (1).jpg").as_uri()
+    lines = (r"photo\ \(1\).jpg", r"'it'\''s.jpg'", address)
+    shown = conversation(tmp_path, *lines)
+    assert sum("32 × 24 pixels" in line for line in shown) == 3
+
+
+@case(
+    "a mistyped path, a path of Windows, an address of the web, in a conversation",
+    "refused",
+    "each is told as what it is, with near names of files; none is asked as a question",
+)
+def paths_with_slips(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(tmp_path / "truck.jpg")
+    slips = ("trcuk.jpg", "C:\\me\\dog.jpg", "https://example.com/a.jpg", "/some/path")
+    shown = conversation(tmp_path, "truck.jpg", *slips)
+    errors = [line for line in shown if line.startswith("error:")]
+    assert len(errors) == 4
+    assert "did you mean truck.jpg" in errors[0] and "Windows" in errors[1]
+    assert "download" in errors[2]
+    assert not list((tmp_path / "out").glob("*.png"))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import reprlib
 import unicodedata
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from dataset.files.text import read_text
+from dataset.numbers import refuse_outside
 from utils.settings.flags import GROUPS, EvalArguments, UsageError
 
 FIELDS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
@@ -27,6 +31,8 @@ KINDS: dict[Any, tuple[type, ...]] = {
     "str": (str,),
     "bool": (bool,),
 }
+NUMBERS = ("int", "float", "float | None")
+UNSET = object()  # The word "none" of a command line, where None says that a flag was not given.
 
 FREE_ON_RESUME = {
     name for name, f in FIELDS.items() if f.metadata["may_change"] or hasattr(EvalArguments, name)
@@ -122,8 +128,8 @@ def build_parser() -> ArgumentParser:
                 section.add_argument(f"--no-{f.name}", action="store_const", const=False, **words)
             else:
                 names = f"--{f.name}", *f.metadata["aliases"]
-                kind, choices = KINDS[f.type][0], f.metadata["choices"]
-                section.add_argument(*names, type=kind, choices=choices, **words)
+                kind = _float_or_none if f.type == "float | None" else KINDS[f.type][0]
+                section.add_argument(*names, type=kind, choices=f.metadata["choices"], **words)
     for name, reason in REFUSED.items():
         parser.add_argument(f"--{name}", nargs="?", const=True, help=f"refused: {reason}")
     checked = "checked against the weights"
@@ -132,12 +138,49 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def _float_or_none(text: str) -> Any:
+    return UNSET if text.lower() in ("none", "null") else float(text)
+
+
 def _boolean(text: str) -> bool:
     if text.lower() in ("true", "1", "yes"):
         return True
     if text.lower() in ("false", "0", "no"):
         return False
     raise ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+class _FlatLoader(yaml.SafeLoader):
+    """Reads `key: value` lines. Numbers such as 1e-4, which YAML 1.1 takes for texts, are numbers,
+    and nothing may be nested, repeated by reference or built without end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        mark: Any = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                None, None, "references (*name) are not read; write the value", mark
+            )
+        if parent is not None and isinstance(event, yaml.CollectionStartEvent):
+            raise yaml.MarkedYAMLError(None, None, "a list or a table cannot be a value", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if key.value in keys:
+                raise yaml.MarkedYAMLError(
+                    None, None, f"{key.value!r} stands here twice", key.start_mark
+                )
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_FlatLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -150,9 +193,11 @@ def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
     if path.resolve() in [p.resolve() for p in above]:
         raise UsageError(f"{path}: is its own base; remove one of the `base:` keys")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(read_text(path), _FlatLoader) or {}  # noqa: S506 (a safe loader)
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: must hold `key: value` lines")
     base = values.pop("base", None)
@@ -163,12 +208,15 @@ def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
                 " keys"
             )
         kind, choices = FIELDS[key].type, FIELDS[key].metadata["choices"]
+        if kind == "int" and isinstance(value, float) and value.is_integer():
+            values[key] = value = int(value)  # 1e3
         # True and False are integers for Python.
         if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
-            raise UsageError(f"{path}: {key} is {value!r}, expected {kind}")
+            hint = "; put a text that looks like something else in quotes" if kind == "str" else ""
+            raise UsageError(f"{path}: {key} is {reprlib.repr(value)}, expected {kind}{hint}")
         if choices and value not in choices:
             among = ", ".join(map(str, choices))
-            raise UsageError(f"{path}: {key} is {value!r}; choose one of {among}")
+            raise UsageError(f"{path}: {key} is {reprlib.repr(value)}; choose one of {among}")
     return (read_config(path.parent / str(base), (*above, path)) if base else {}) | values
 
 
@@ -192,7 +240,11 @@ def parse_over(known: dict[str, Any], argv: list[str] | None = None) -> Settings
     # The limit of a config or a run is meant for the evaluations between epochs.
     if given["eval_only"] and not given["eval_limit"]:
         values["eval_limit"] = 0
-    values |= {name: value for name, value in given.items() if value is not None}
+    values |= {
+        name: None if value is UNSET else value
+        for name, value in given.items()
+        if value is not None
+    }
     return settings_of(values, facts)
 
 
@@ -229,9 +281,14 @@ def settings_of(values: dict[str, Any], facts: dict[str, Any] | None = None) -> 
 
 def _check(s: Settings) -> None:
     for name, f in FIELDS.items():
-        minimum = f.metadata["minimum"]
-        if minimum is not None and getattr(s, name) < minimum:
-            raise UsageError(f"--{name} is {getattr(s, name)}; it must be at least {minimum}")
+        value = getattr(s, name)
+        if f.type in NUMBERS and value is not None:
+            try:
+                refuse_outside(value, f.metadata["minimum"], f.metadata["maximum"])
+            except ValueError as error:
+                raise UsageError(f"--{name} {error}") from None
+    if not s.exp_name.strip() or Path(s.exp_name) == Path():
+        raise UsageError("--exp_name is empty; give the run a name")
     if not s.level_list or s.level_list[-1] != "SEG" or len(set(s.level_list)) != len(s.level_list):
         raise UsageError(
             f"--levels {s.levels!r}: give different names that end with SEG, such as LOC,SEG"
@@ -248,8 +305,10 @@ def _check(s: Settings) -> None:
             "--offload optimizer needs --zero_stage 1, 2 or 3: without ZeRO the optimizer stays on"
             " the GPU"
         )
-    if s.lr <= 0:
-        raise UsageError(f"--lr is {s.lr}; it must be above 0")
+    if s.lr == 0:
+        raise UsageError("--lr is 0; it must be a number above 0")
+    if s.text_projection_norm == 0:
+        raise UsageError("--text_projection_norm is 0; it must be a number above 0, or none")
     numbers(s.sample_rates, "--sample_rates")
     weights = numbers(s.level_loss_weights, "--level_loss_weights") if s.level_loss_weights else []
     if weights and len(weights) != len(s.level_list):
@@ -267,6 +326,12 @@ def _check(s: Settings) -> None:
 def numbers(text: str, flag: str) -> list[float]:
     """The numbers of a value like "9,1"; a UsageError names ``flag``."""
     try:
-        return [float(part) for part in str(text).split(",")]
+        found = [float(part) for part in str(text).split(",")]
     except ValueError as error:
         raise UsageError(f"{flag} {text!r}: give numbers joined by commas") from error
+    try:
+        for value in found:
+            refuse_outside(value, 0)
+    except ValueError as error:
+        raise UsageError(f"{flag} {text!r}: one {error}") from None
+    return found

@@ -20,13 +20,15 @@ def option(
     help: str,
     *aliases: str,
     choices: list | None = None,
-    minimum: int | None = None,
+    minimum: float | None = 0,
+    maximum: float | None = None,
     may_change: bool = False,
 ) -> Any:
-    """A flag. ``may_change``: a run may be continued with another value, because the flag only says
-    where things are, how fast they go, or how they are shown."""
-    facts = {"help": help, "aliases": aliases, "choices": choices}
-    return field(default=default, metadata=facts | {"minimum": minimum, "may_change": may_change})
+    """A flag. ``minimum``, ``maximum``: of a number, which is finite in any case. ``may_change``: a
+    run may be continued with another value, because the flag only says where things are, how fast
+    they go, or how they are shown."""
+    facts = {"help": help, "aliases": aliases, "choices": choices, "may_change": may_change}
+    return field(default=default, metadata=facts | {"minimum": minimum, "maximum": maximum})
 
 
 @dataclass
@@ -56,10 +58,10 @@ class ModelArguments:
     )
     pooling: str = option("soft", "masked average pooling of the refiner", choices=["soft", "hard"])
     text_projection_norm: float | None = option(
-        None, "norm of the projected tokens; unset: LISA's plain projection"
+        None, "norm of the projected tokens, a number above 0; none: LISA's plain projection"
     )
     conv_type: str = option("llava_v1", "conversation template", choices=list(TEMPLATES))
-    exemplar_count: int = option(1, "in-context exemplars before the question", minimum=0)
+    exemplar_count: int = option(1, "in-context exemplars before the question")
     model_max_length: int = option(512, "longest sequence in tokens", minimum=1)
     precision: str = option("bf16", "floating-point format", choices=list(PRECISIONS))
     load_in_8bit: bool = option(
@@ -69,9 +71,9 @@ class ModelArguments:
         False, "hold the language model in 4 bits per weight (QLoRA when it trains)"
     )
     system_prompt: str = option("", "system text in place of the template's")
-    lora_r: int = option(8, "rank of LoRA; 0: no adapters", minimum=0)
+    lora_r: int = option(8, "rank of LoRA; 0: no adapters")
     lora_alpha: int = option(16, "LoRA's scale is alpha / r", minimum=1)
-    lora_dropout: float = option(0.05, "dropout in front of LoRA")
+    lora_dropout: float = option(0.05, "dropout in front of LoRA", maximum=1)
     lora_target_modules: str = option("q_proj,v_proj", "layers of the language model that get LoRA")
     train_mask_decoder: bool = option(True, "train SAM's mask decoder")
     gradient_checkpointing: bool = option(
@@ -115,8 +117,8 @@ class SelectArguments:
     )
     proposal_count: int = option(50, "proposals kept per image", minimum=1)
     proposal_points: int = option(32, "points that prompt SAM, per side of the image", minimum=1)
-    proposal_iou: float = option(0.88, "lowest IoU that SAM may expect of a proposal")
-    proposal_stability: float = option(0.95, "lowest stability of a proposal")
+    proposal_iou: float = option(0.88, "lowest IoU that SAM may expect of a proposal", maximum=1)
+    proposal_stability: float = option(0.95, "lowest stability of a proposal", maximum=1)
     proposal_multimask: bool = option(
         True, "three proposals per point; off for a SAM that knows its single-mask token only"
     )
@@ -166,7 +168,10 @@ class DataArguments:
     )
     val_dataset: str = option("ReasonSeg|val", "evaluation set, name|split", may_change=True)
     explanatory: float = option(
-        0.1, "probability that a query with a known explanation asks for it"
+        0.1,
+        "probability that a query with a known explanation asks for it; LISA's -1: never",
+        minimum=-1,
+        maximum=1,
     )
     num_classes_per_sample: int = option(3, "most conversations per image", minimum=1)
     exclude_val: bool = option(
@@ -183,7 +188,7 @@ class DataArguments:
         "file of items to leave out of the training data, as `python -m dataset.check --fix-list`"
         " writes it",
     )
-    workers: int = option(4, "data loading processes per rank", minimum=0, may_change=True)
+    workers: int = option(4, "data loading processes per rank", maximum=1000, may_change=True)
 
 
 @dataclass
@@ -192,16 +197,15 @@ class TrainArguments:
     log_base_dir: str = option("./runs", "where runs are kept", may_change=True)
     epochs: int = option(10, "epochs", minimum=1)
     steps_per_epoch: int = option(500, "optimizer steps per epoch", minimum=1)
-    batch_size: int = option(2, "images per rank and micro step", minimum=1)
+    batch_size: int = option(2, "images per rank and micro step", minimum=1, maximum=100_000)
     grad_accumulation_steps: int = option(10, "micro steps per optimizer step", minimum=1)
     global_batch_size: int = option(
         0,
         "images per optimizer step of all ranks together; sets grad_accumulation_steps. 0: unset",
-        minimum=0,
     )
     lr: float = option(3e-4, "peak learning rate")
-    beta1: float = option(0.9, "AdamW β1")
-    beta2: float = option(0.95, "AdamW β2")
+    beta1: float = option(0.9, "AdamW β1", maximum=1)
+    beta2: float = option(0.95, "AdamW β2", maximum=1)
     weight_decay: float = option(0.0, "AdamW weight decay")
     warmup_steps: int = option(
         100, "steps of linear warm-up, before the linear decay to 0", minimum=0
@@ -211,14 +215,13 @@ class TrainArguments:
     offload: str = option(
         "none", "what the host holds and computes instead of the GPU", choices=["none", "optimizer"]
     )
-    seed: int = option(0, "seed of everything")
+    seed: int = option(0, "seed of everything", maximum=2**63 - 1)
     print_freq: int = option(
         10, "steps between two lines of the run log", minimum=1, may_change=True
     )
     save_every: int = option(
         0,
         "steps between checkpoints inside an epoch; 0: only at its end",
-        minimum=0,
         may_change=True,
     )
     resume: str = option(
@@ -232,17 +235,15 @@ class TrainArguments:
         3.0,
         "a loss this many times the median of the last 50 steps is reported with its samples;"
         " 0: off",
-        minimum=0,
         may_change=True,
     )
     start_epoch: int = option(
         0,
         "first epoch of a new run, counted from 0; data order and schedule start there",
-        minimum=0,
     )
     no_eval: bool = option(False, "no evaluation after the epochs", may_change=True)
     eval_every: int = option(1, "epochs between evaluations", minimum=1, may_change=True)
-    local_rank: int = option(0, "set by the launcher")
+    local_rank: int = option(0, "set by the launcher", minimum=-1)
 
 
 @dataclass
@@ -255,7 +256,7 @@ class EvalArguments:
     eval_mode: str = option(
         "both", "how the final evaluation answers", choices=["free", "teacher_forced", "both"]
     )
-    val_batch_size: int = option(1, "images per rank in evaluation", minimum=1)
+    val_batch_size: int = option(1, "images per rank in evaluation", minimum=1, maximum=100_000)
     eval_limit: int = option(
         0, "images of the evaluations between epochs, and of --eval_only; 0: all", minimum=0
     )
@@ -263,7 +264,7 @@ class EvalArguments:
         "first", "wordings of a query that are scored", choices=["first", "all"]
     )
     max_new_tokens: int = option(64, "longest free answer, in tokens", minimum=1)
-    examples: int = option(16, "rows of the contact sheet", minimum=0)
+    examples: int = option(16, "rows of the contact sheet")
     gallery: int = option(
         8, "answers of each kind (worst, random, best, without a mask) in report.html", minimum=0
     )
@@ -279,7 +280,6 @@ class SpeedArguments:
     pack_tokens: int = option(
         0,
         "tokens that images may share a row up to; 0: what the largest image needs",
-        minimum=0,
         may_change=True,
     )
     attn_implementation: str = option(
@@ -299,7 +299,7 @@ class SpeedArguments:
     )
     sam_cache_dtype: str = option("fp16", "how the cache stores numbers", choices=["fp16", "int8"])
     sam_cache_gb: float = option(
-        0.0, "most that the cache may hold, in 10^9 bytes; 0: no limit", minimum=0, may_change=True
+        0.0, "most that the cache may hold, in 10^9 bytes; 0: no limit", may_change=True
     )
 
 

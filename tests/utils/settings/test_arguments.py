@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from utils.build import check_facts
-from utils.settings.arguments import parse, read_config
+from utils.settings.arguments import FIELDS, NUMBERS, parse, read_config
 from utils.settings.flags import UsageError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
@@ -164,6 +164,13 @@ def test_the_command_line_of_lisa():
         (["--epochs", "2", "--start_epoch", "2"], "leaves nothing"),
         (["--resume", "/nowhere"], "--resume"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--exp_name", " "], "--exp_name is empty"),
+        (["--seed", str(2**70)], "--seed is"),
+        (["--batch_size", "1000000000"], "at most 100000"),
+        (["--level_loss_weights", "nan,1"], "--level_loss_weights 'nan,1': one is nan"),
+        (["--text_projection_norm", "0"], "above 0, or none"),
+        (["--explanatory", "5"], "at most 1"),
+        (["--max_grad_norm", "-1"], "--max_grad_norm is -1.0"),
     ],
 )
 def test_what_cannot_be_honoured_is_one_clear_line(argv, words):
@@ -213,3 +220,58 @@ def test_flags_that_state_what_the_weights_say_pass():
 def test_flags_that_contradict_the_weights_are_refused(argv):
     with pytest.raises(UsageError, match="leave the flag out"):
         check_facts(parse(argv), facts_model(), SimpleNamespace(image_marks=None))
+
+
+@pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if f.type in NUMBERS])
+@pytest.mark.parametrize("value", ["nan", "inf", "-5", "1e400"])
+def test_no_number_is_taken_that_would_fail_later(name, value):
+    with pytest.raises(UsageError, match=f"--{name}"):
+        parse([f"--{name}={value}"])
+
+
+def test_the_word_none_takes_a_number_of_a_config_back(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("text_projection_norm: 8.0\n")
+    assert parse(["--config", str(config)]).text_projection_norm == 8
+    argv = ["--config", str(config), "--text_projection_norm", "none"]
+    assert parse(argv).text_projection_norm is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr: [1e-4]", "cannot be a value"),
+        ("a: &x 1\nlr: *x", "references"),
+        ("{" * 100_000, "cannot be a value"),
+        ("lr: 1\nlr: 2", "'lr' stands here twice"),
+        ("exp_name: 1e5", "quotes"),
+        ("epochs: 1.5", "epochs is 1.5, expected int"),
+        ("lr:\t1", "not valid YAML"),
+        ("lr: .nan", "--lr is nan"),
+        ("- lr", "must hold"),
+    ],
+)
+def test_what_a_config_cannot_say(tmp_path, text, words):
+    config = tmp_path / "a.yaml"
+    config.write_text(text)
+    with pytest.raises(UsageError) as error:
+        parse(["--config", str(config)])
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert str(config) in str(error.value) or words.startswith("--")
+
+
+def test_numbers_of_a_config_as_people_write_them(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("lr: 1e-4\nweight_decay: .5\nsteps_per_epoch: 2e3\nbeta1: 9.E-1\n")
+    s = parse(["--config", str(config)])
+    assert (s.lr, s.weight_decay, s.steps_per_epoch, s.beta1) == (1e-4, 0.5, 2000, 0.9)
+    assert type(s.steps_per_epoch) is int
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030", "cp1252"])
+def test_a_config_of_any_editor(tmp_path, encoding):
+    config = tmp_path / "a.yaml"
+    config.write_bytes(
+        ("# " + ("学习率" if encoding != "cp1252" else "Übung") + "\nlr: 1e-4\n").encode(encoding)
+    )
+    assert parse(["--config", str(config)]).lr == 1e-4
