@@ -28,7 +28,7 @@ distributed.prepare_environment()  # This comes before anything that imports dee
 from dataset.files.faults import read_skip_list  # noqa: E402
 from utils import build  # noqa: E402
 from utils.evaluation.cli import final_evaluation, modes_of  # noqa: E402
-from utils.evaluation.runner import evaluate  # noqa: E402
+from utils.evaluation.runner import evaluate, refuse_too_long  # noqa: E402
 from utils.settings.arguments import Settings, one_line, parse  # noqa: E402
 from utils.settings.flags import UsageError  # noqa: E402
 from utils.training import checkpoint, reshard  # noqa: E402
@@ -97,6 +97,9 @@ def train(s: Settings, started: float) -> None:
     val = None if s.no_eval else build.build_eval(s, prompt)
     checkpoint.require_writable(s.run_dir)
     model, processor = build.build_model(s, source)
+    if val is not None:
+        mine = range(distributed.rank(), len(val), distributed.world_size())
+        refuse_too_long(val, processor, modes_of(s), mine)
     sizes = build.make_trainable(model, s)
     print_once("trainable:", ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
     seed_everything(s.seed * 1000 + distributed.rank())

@@ -236,10 +236,20 @@ def _proposals(samples: Sequence[Sample], processor, free: bool) -> list[Proposa
     ]
 
 
-def _encoding_settings(processor, levels, template) -> tuple:
-    """The arguments that ``encode_conversation`` and ``encode_prompt`` share, in their order."""
+def _encoder(processor, levels, template, free: bool) -> Encode:
+    """Encodes whole conversations or, with ``free``, prompts that end where the last answer
+    begins."""
     image = (processor.image_token, processor.image_token_count)
-    return (processor.tokenizer, template, *image, levels)
+    settings = (processor.tokenizer, template, *image, levels)
+
+    def encode(sample: Sample, conversation: Conversation) -> Encoded:
+        if not free:
+            return encode_conversation(conversation, sample.exemplars, *settings)
+        *history, (question, _) = conversation.turns
+        ids = encode_prompt(question, history, sample.exemplars, *settings)
+        return Encoded(ids, [IGNORE_INDEX] * len(ids))
+
+    return encode
 
 
 def collate(
@@ -263,11 +273,7 @@ def collate(
         raise ValueError(f'on_too_long must be "raise" or "skip", got {on_too_long!r}')
     for sample in samples:
         check_sample(sample, levels)
-    settings = _encoding_settings(processor, levels, template)
-
-    def encode(sample: Sample, conversation: Conversation) -> Encoded:
-        return encode_conversation(conversation, sample.exemplars, *settings)
-
+    encode = _encoder(processor, levels, template, free=False)
     return _assemble(samples, processor, encode, on_too_long, left=False)
 
 
@@ -290,14 +296,21 @@ def collate_prompts(
         dataclasses.replace(s, conversations=[_last_only(c, levels) for c in s.conversations])
         for s in samples
     ]
-    settings = _encoding_settings(processor, levels, template)
-
-    def encode(sample: Sample, conversation: Conversation) -> Encoded:
-        *history, (question, _) = conversation.turns
-        ids = encode_prompt(question, history, sample.exemplars, *settings)
-        return Encoded(ids, [IGNORE_INDEX] * len(ids))
-
+    encode = _encoder(processor, levels, template, free=True)
     return _assemble(samples, processor, encode, "raise", left=True)
+
+
+def token_counts(
+    sample: Sample,
+    processor,
+    levels: Sequence[str],
+    template: str | ConversationTemplate,
+    free: bool,
+) -> list[int]:
+    """Tokens of each conversation of ``sample`` as ``collate`` makes them or, with ``free``, as
+    ``collate_prompts`` does; no image is processed."""
+    encode = _encoder(processor, levels, template, free)
+    return [len(encode(sample, c).input_ids) for c in sample.conversations]
 
 
 def _last_only(conversation: Conversation, levels: Sequence[str]) -> Conversation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +15,7 @@ import chat
 import train_ds
 from tests.faults.case import case
 from tests.scripted import scripted_model
+from utils.evaluation import cli as evaluation
 
 
 def said(run, *argv: str) -> tuple[int, str]:
@@ -118,3 +120,32 @@ def paths_with_slips(tmp_path: Path) -> None:
     assert "did you mean truck.jpg" in errors[0] and "Windows" in errors[1]
     assert "download" in errors[2]
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def own_rows(folder: Path, questions: list[str]) -> None:
+    """The data set own:asked with one question about each of as many pictures."""
+    root = folder / "own" / "asked"
+    root.mkdir(parents=True)
+    rows = []
+    for number, question in enumerate(questions):
+        Image.fromarray(np.full((24, 32, 3), 9, np.uint8)).save(root / f"{number}.png")
+        square = [[4, 4, 12, 4, 12, 12, 4, 12]]
+        rows.append({"image": f"{number}.png", "query": question, "polygons": square})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (root / "val.jsonl").write_text(lines, encoding="utf-8")
+
+
+@case(
+    "one of four queries of an evaluation set is longer than the model reads",
+    "refused",
+    "before the first answer, with the picture, its tokens, the limit and the flag",
+)
+def one_long_query(tmp_path: Path) -> None:
+    own_rows(tmp_path, ["the box", "the box", "the box", "the box that " + "is red and " * 400])
+    argv = ["--dataset_dir", str(tmp_path), "--val_dataset", "own:asked|val", "--exp_name", "long"]
+    argv += ["--log_base_dir", str(tmp_path / "runs"), "--precision", "fp32"]
+    code, shown = said(evaluation.main, str(scripted_model()), *argv)
+    errors = [line for line in shown.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(errors) == 1, shown
+    assert "1 of 4 images" in errors[0] and "3.png" in errors[0], shown
+    assert "free" not in shown, "it had begun to answer"

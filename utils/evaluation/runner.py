@@ -15,8 +15,10 @@ the original frame.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
@@ -24,8 +26,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset.collate import collate, collate_prompts
+from dataset.collate import collate, collate_prompts, token_counts
 from dataset.conversation.turns import text_from_ids
+from dataset.files.errors import DataError
 from dataset.sample import Sample
 from utils import distributed
 from utils.evaluation.collector import Collector, GroundTruth
@@ -71,6 +74,34 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
 
 
+def refuse_too_long(dataset, processor, modes: Sequence[str], indices: Sequence[int]) -> None:
+    """Raises DataError that names the images of ``indices`` with a conversation that ``evaluate``
+    could not ask, so that it is known before hours of work. Each image is looked at once."""
+    limit, levels = processor.tokenizer.model_max_length, processor.levels
+    known = dataset.__dict__.setdefault("measured", set())  # (mode, limit, image)
+
+    def longest(index: int) -> tuple[str, int]:
+        sample = dataset[index]
+        counts = (
+            token_counts(sample, processor, levels, processor.conversation, mode == "free")
+            for mode in modes
+        )
+        return sample.name, max((count for found in counts for count in found), default=0)
+
+    new = [i for i in indices if any((mode, limit, i) not in known for mode in modes)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Decoding frees the interpreter.
+        found = list(pool.map(longest, new))
+    known.update((mode, limit, index) for index in new for mode in modes)
+    bad = [f"{name} ({count} tokens)" for name, count in found if count > limit]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise DataError(
+            f"{dataset.loader.dataset}: {len(bad)} of {len(new)} images have a question that is"
+            f" longer than --model_max_length {limit}: {', '.join(bad[:3])}{more}; raise the flag,"
+            " use fewer exemplars or shorten the questions"
+        )
+
+
 @torch.no_grad()
 def evaluate(
     model,
@@ -107,6 +138,7 @@ def evaluate(
     indices = evenly_spaced(len(dataset), len(dataset) if limit is None else limit)
     pictured = {indices[i] for i in evenly_spaced(len(indices), examples)}
     mine = indices[distributed.rank() :: distributed.world_size()]
+    refuse_too_long(dataset, processor, [mode], mine)
     collector = Collector(processor.levels, pictured, gallery, seed)
     shown = progress and distributed.is_main()
     training, started = model.training, time.perf_counter()
