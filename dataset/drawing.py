@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from dataset.fonts import Face
 
 # People with any kind of colour vision can tell these apart. The coarse levels have their own, the
 # last level always has the final one.
@@ -60,22 +61,13 @@ def overlay(
     return out
 
 
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic and more, the same on every
-    machine."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
-
-
 def printable(text: str) -> str:
     """``text`` in one line without control characters."""
     kept = (c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
     return " ".join("".join(kept).split())
 
 
-def wrap(
-    text: str, face: ImageFont.FreeTypeFont, width: int, max_lines: int = MAX_LINES
-) -> list[str]:
+def wrap(text: str, face: Face, width: int, max_lines: int = MAX_LINES) -> list[str]:
     """Lines of at most ``width`` pixels; a longer word is broken, a text of more lines ends with
     "…"."""
     lines = [""]
@@ -113,14 +105,14 @@ def draw_lines(
     draw: ImageDraw.ImageDraw,
     xy: tuple[int, int],
     lines: Sequence[str],
-    face: ImageFont.FreeTypeFont,
+    face: Face,
     colour: tuple,
 ) -> int:
     """Draws text lines from the top left corner ``xy`` (x, y); returns the y below the last one."""
     x, y = xy
     step = round(face.size * 1.35)
     for line in lines:
-        draw.text((x, y), line, font=face, fill=colour)
+        face.draw(draw, (x, y), line, colour)
         y += step
     return y
 
@@ -161,7 +153,7 @@ def draw_card(card: QueryCard, side: int) -> Image.Image:
     what = f"{len(card.masks)} targets" if len(card.masks) > 1 else ""
     what += " empty target" if len(card.masks) and not card.masks.any() else ""
     caption = "  ".join(part for part in (card.name, what.strip()) if part)
-    small, text = font(11), font(13)
+    small, text = Face(11), Face(13)
     query = wrap(card.query, text, side, max_lines=5)
     note = wrap(card.note, text, side, max_lines=2) if card.note else []
     height = shown.shape[0] + GAP + round(13 * 1.35) * (len(query) + len(note)) + round(11 * 1.35)
@@ -197,7 +189,7 @@ def card_sheet(
     rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     heights = [max(picture.height for picture in row) for row in rows]
     width = columns * side + (columns - 1) * MARGIN
-    head = font(14, bold=True)
+    head = Face(14, bold=True)
     heading = wrap(title, head, width)
     y = MARGIN + round(14 * 1.35) * len(heading) + GAP
     sheet = Image.new("RGB", (width + 2 * MARGIN, y + sum(heights) + MARGIN * len(rows)), PAPER)

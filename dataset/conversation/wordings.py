@@ -60,6 +60,17 @@ def _pick(wordings: Sequence[str], rng: np.random.Generator | None) -> str:
     return wordings[0] if rng is None else wordings[int(rng.integers(len(wordings)))]
 
 
+# The full stops, question and exclamation marks of the world's scripts, and what may close after
+# them there.
+SENTENCE_ENDS = frozenset(".?!。？！｡．…‼⁇⁈⁉؟۔।॥።፧፨։။៕᙮᠃᠉꓿꛳꛷︒﹒﹖﹗")
+CLOSING = "」』”’»）】》"
+
+
+def is_sentence(text: str) -> bool:
+    """Whether a query ends as a sentence does, in whatever script, and is asked as it stands."""
+    return text.rstrip(CLOSING)[-1:] in SENTENCE_ENDS
+
+
 def sentence_question(text: str, rng: np.random.Generator | None = None) -> str:
     """The question for a query that is a sentence. ``rng`` None gives the canonical wording."""
     return _pick(SENTENCE_QUESTIONS, rng).format(text=text)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dataset.conversation.wordings import is_sentence
 from dataset.files.errors import DataError
 from dataset.files.images import IMAGE_SUFFIXES
 from dataset.files.paths import list_files, require_folder
@@ -35,7 +36,7 @@ def reword(name: str, record: dict, count: int, chat: ChatModel, rounds: int) ->
     texts = [" ".join(text.split()) for text in record["text"]]
     original = texts[0]
     length = len(original.split())
-    is_sentence = original[-1] in ".?!"
+    whole = is_sentence(original)
     # Of few words, one that differs is a lot, so a short wording only must not be the same.
     check_other = checks.check_new if length > 4 else checks.check_different
 
@@ -43,8 +44,8 @@ def reword(name: str, record: dict, count: int, chat: ChatModel, rounds: int) ->
         reason = checks.check_length(wording, max(1, length // 3), 2 * length + 8, "wording")
         if reason:
             return reason
-        if (wording.strip()[-1] in ".?!") != is_sentence:
-            form = "be a whole sentence" if is_sentence else "stay a phrase, without a final sign"
+        if is_sentence(wording.strip()) != whole:
+            form = "be a whole sentence" if whole else "stay a phrase, without a final sign"
             return f"the wording must {form}"
         return (
             checks.check_plain(wording, "wording")

@@ -35,7 +35,7 @@ import cv2
 import numpy as np
 
 from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer
+from dataset.conversation.wordings import answer, is_sentence
 from dataset.files.errors import DataError, MissingDataError
 from dataset.files.faults import blame
 from dataset.files.images import IMAGE_SUFFIXES, read_image
@@ -298,7 +298,7 @@ class ReasoningSegmentation:
         with blame(query.path):
             target, ignore, host = record_masks(read_record(query.path), size, query.path)
         # Some short queries are whole sentences all the same ("segment the wheels of the bus.").
-        is_phrase = query.is_sentence is False and text[-1] not in ".?!"
+        is_phrase = query.is_sentence is False and not is_sentence(text)
         question, explanation = word_question(
             text, is_phrase, query.explanations, self.options, rng
         )

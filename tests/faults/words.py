@@ -13,6 +13,8 @@ from PIL import Image
 
 import chat
 import train_ds
+from dataset import check
+from dataset.mixture import EvalDataset
 from tests.faults.case import case
 from tests.scripted import scripted_model
 from utils.evaluation import cli as evaluation
@@ -149,3 +151,25 @@ def one_long_query(tmp_path: Path) -> None:
     assert code == 2 and len(errors) == 1, shown
     assert "1 of 4 images" in errors[0] and "3.png" in errors[0], shown
     assert "free" not in shown, "it had begun to answer"
+
+
+@case(
+    "queries in Japanese, Chinese, Arabic, Hindi, with the final signs of these scripts",
+    "right",
+    "asked as written; sheets are drawn with a font of the machine, or with the codes of letters"
+    " that no font has and a warning that says what to install",
+)
+def queries_in_other_scripts(tmp_path: Path) -> None:
+    texts = [
+        "赤い箱を示してください。",
+        "请指出红色的箱子？",
+        "أين الصندوق الأحمر؟",
+        "लाल डिब्बा दिखाइए।",
+    ]
+    own_rows(tmp_path, texts)
+    data = EvalDataset(tmp_path, "own:asked|val", ["LOC", "SEG"])
+    for index, text in enumerate(texts):
+        assert data[index].conversations[-1].turns[-1][0].startswith(text)
+    argv = ["--dataset_dir", str(tmp_path), "--all"]
+    code, shown = said(check.main, *argv, "--out", str(tmp_path / "sheets"))
+    assert code == 0 and list((tmp_path / "sheets").glob("*.png")), shown

@@ -24,12 +24,12 @@ from dataset.drawing import (
     PAPER,
     draw_lines,
     fit,
-    font,
     level_colour,
     overlay,
     save_png,
     wrap,
 )
+from dataset.fonts import Face
 from utils.metrics import mask_iou
 
 
@@ -80,7 +80,7 @@ def panels(example: Example, side: int) -> list[tuple[str, np.ndarray]]:
 def draw_row(example: Example, tile: int = 256) -> Image.Image:
     """One example: the tiles with their captions, the query and the answer underneath."""
     tiles = panels(example, tile)
-    small, text, bold = font(12), font(14), font(15, bold=True)
+    small, text, bold = Face(12), Face(14), Face(15, bold=True)
     width = len(tiles) * tile + (len(tiles) - 1) * GAP
     query = wrap(example.query, bold, width)
     answer = wrap(f"Answer: {example.answer}", text, width) if example.answer else []
@@ -90,7 +90,7 @@ def draw_row(example: Example, tile: int = 256) -> Image.Image:
     draw = ImageDraw.Draw(row)
     for column, (title, picture) in enumerate(tiles):
         x = column * (tile + GAP)
-        draw.text((x, 2), title, font=small, fill=INK)
+        small.draw(draw, (x, 2), title, INK)
         row.paste(Image.fromarray(picture), (x + (tile - picture.shape[1]) // 2, caption))
     y = draw_lines(draw, (0, caption + height + GAP - 2), query, bold, INK)
     y = draw_lines(draw, (0, y), answer, text, INK)
@@ -111,7 +111,7 @@ def contact_sheet(
     path = Path(path)
     rows = [draw_row(example, tile) for example in examples]
     width = max(row.width for row in rows)
-    head = font(17, bold=True)
+    head = Face(17, bold=True)
     heading = wrap(title, head, width) if title else []
     top = MARGIN + round(17 * 1.35) * len(heading) + (GAP if heading else 0)
     height = top + sum(row.height + 2 * MARGIN for row in rows)

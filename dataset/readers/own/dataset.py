@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer
+from dataset.conversation.wordings import answer, is_sentence
 from dataset.files.errors import DataError, MissingDataError
 from dataset.files.faults import blame
 from dataset.files.images import check_size, read_image, read_label
@@ -304,7 +304,7 @@ class OwnData:
         masks = np.stack(targets)
         ignored_pixels = _union(ignored, size) & ~masks.any(axis=0)
         # Without "is_sentence", a full stop or a question mark makes a sentence.
-        is_phrase = query["is_sentence"] is not True and text[-1] not in ".?!"
+        is_phrase = query["is_sentence"] is not True and not is_sentence(text)
         explanations = [query["answer"]] if query["answer"] and self.options.training else []
         question, explanation = word_question(text, is_phrase, explanations, self.options, rng)
         wording = self.options.wording(rng)

@@ -4,11 +4,13 @@ its masks. The functions check single fields and raise DataError."""
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from dataset.conversation.wordings import is_sentence
 from dataset.files.errors import DataError
 from dataset.readers.coco import LARGEST
 from dataset.readers.own.arrow import TableImage
@@ -149,5 +151,9 @@ def png_of(value: Any, where: str, name: str) -> str:
 
 
 def with_article(text: str) -> str:
-    """ "dog" -> "the dog"; a text that begins with a determiner or is a sentence stays."""
-    return text if text[-1] in ".?!" or DETERMINER.match(text) else f"the {text}"
+    """ "dog" -> "the dog"; a text that begins with a determiner, is a sentence or is written in
+    another script stays."""
+    letter = next(filter(str.isalpha, text), "a")
+    is_latin = unicodedata.name(letter, "").startswith("LATIN")
+    stays = is_sentence(text) or DETERMINER.match(text) or not is_latin
+    return text if stays else f"the {text}"

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from dataset import drawing
-from dataset.drawing import fit, font, overlay, printable, wrap
+from dataset.drawing import fit, overlay, printable, wrap
+from dataset.fonts import Face
 from utils.report import visualize
 from utils.report.visualize import Example, contact_sheet, draw_row
 
@@ -60,7 +61,7 @@ def test_fit_keeps_the_shape_and_the_kind(size):
 
 
 def test_lines_fit_their_width():
-    face = font(14)
+    face = Face(14)
     for text in ("the wheel of a red bus " * 20, "x" * 500, "Größe, 猫 и ещё — naïve", ""):
         lines = wrap(text, face, 200, max_lines=3)
         assert len(lines) <= 3
