@@ -59,8 +59,6 @@ def _open(path: Path | EmbeddedImage) -> Image.Image:
         raise MissingDataError(
             f"{path}: image does not exist; restore it or remove its entry from the data set"
         ) from None
-    except MemoryError:
-        raise
     # A decoder of a damaged file may raise anything: KeyError, struct.error, RuntimeError …
     except Exception as error:
         unknown = f"unknown format, none of {', '.join(FORMATS)}"
@@ -197,8 +195,8 @@ def read_label(path: str | Path | EmbeddedImage, colours: bool = False) -> np.nd
     """A label map (grey or palette PNG, 8 or 16 bit; also one whose channels are all equal, opaque)
     as int32 (H, W).
 
-    ``colours``: of an image in colour, every colour is a label, and black is 0. Raises DataError
-    for any other image.
+    ``colours``: of an image in colour, every colour is a label, and black is 0; of one with a
+    single colour, its transparency is the label. Raises DataError for any other image.
     """
     path = _as_file(path)
     with _open(path) as picture:
@@ -207,15 +205,19 @@ def read_label(path: str | Path | EmbeddedImage, colours: bool = False) -> np.nd
             return np.array(picture).astype(np.int32)
         if picture.mode in ("RGB", "RGBA", "LA"):
             bands = [np.array(band).astype(np.int32) for band in picture.split()]
-            if picture.mode in ("RGBA", "LA") and np.ptp(bands.pop()):
+            alpha = bands.pop() if picture.mode in ("RGBA", "LA") else np.zeros(())
+            red, green, blue = bands if len(bands) == 3 else 3 * bands
+            is_grey = np.array_equal(red, green) and np.array_equal(red, blue)
+            label = red if is_grey else red << 16 | green << 8 | blue
+            # What is transparent may be the background, and then colours need not tell it.
+            says_alpha = colours and np.ptp(alpha) > 0 and np.ptp(label) == 0
+            if np.ptp(alpha) and not says_alpha and not np.array_equal(label != 0, alpha != 0):
                 raise DataError(
                     f"{path}: has a transparency, and may mean it or its colours; save it with one"
                     " channel"
                 )
-            if all(np.array_equal(bands[0], band) for band in bands):
-                return bands[0]
-            if colours:
-                return bands[0] << 16 | bands[1] << 8 | bands[2]
+            if is_grey or colours:
+                return alpha if says_alpha else label
         raise DataError(
             f"{path}: a label map must have one channel, this image has mode {picture.mode}"
         )
@@ -243,7 +245,8 @@ def check_size(found: tuple[int, ...], image: tuple[int, ...], path: str | Path,
     if tuple(found[:2]) != tuple(image[:2]):
         found_size, image_size = (f"{size[0]}×{size[1]}" for size in (found, image))
         raise DataError(
-            f"{path}: {what} is {found_size} (height × width) but its image is {image_size}"
+            f"{path}: {what} is {found_size} (height × width) but its image is {image_size}; was"
+            " the photo resized, cropped or turned (EXIF orientation) after it was annotated?"
         )
 
 
@@ -285,12 +288,5 @@ def check_claim(
     size: tuple[int, int] | None, image: tuple[int, ...], path: object, source: object
 ) -> None:
     """Refuses an image of another (H, W) than ``source`` says its annotations were made for."""
-    if size is None or tuple(size) == tuple(image[:2]):
-        return
-    try:
+    if size is not None:
         check_size(size, image, str(path), f"the size in {source}")
-    except DataError as error:
-        raise DataError(
-            f"{error}; was the photo resized, cropped or turned (EXIF orientation) after it was"
-            " annotated? Use the one that was annotated"
-        ) from None

@@ -69,6 +69,10 @@ class _Index:
     def _load(self, store: IndexStore) -> None:
         raise NotImplementedError
 
+    def example(self) -> str:
+        """What to add to a message that nothing can be used: why the first bad entry cannot."""
+        return f"; for example: {self.bad[0].reason}" if self.bad else ""
+
     def _record(self, table: str, row: int) -> Any:
         try:
             return getattr(self, table)[row]

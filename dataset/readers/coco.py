@@ -41,6 +41,7 @@ class CocoInstances:
         if not positions:
             raise DataError(
                 f"{self.source}: split {split} is empty; no image has an annotated instance"
+                f"{self.index.example()}"
             )
         name_of = self.index.file_names.__getitem__
         self.positions = usable_positions(

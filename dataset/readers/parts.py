@@ -148,7 +148,9 @@ class PartSegmentation:
         )
         positions = self.index.with_instances().tolist()
         if not positions:
-            raise DataError(f"{self.source}: is empty; no image has an annotated part")
+            raise DataError(
+                f"{self.source}: is empty; no image has an annotated part{self.index.example()}"
+            )
         files = [self._file(file) for file in self.index.file_names]
         self.positions = usable_positions(
             self.index, positions, files.__getitem__, self.folder, options, self.dataset
