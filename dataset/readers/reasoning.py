@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.annotations.masks import kind_of_label, paint_shapes
-from dataset.annotations.shapes import hint_of_inline, outline
+from dataset.annotations.shapes import hint_of_inline, kind_of, outline
 from dataset.conversation.turns import Conversation
 from dataset.conversation.wordings import answer
 from dataset.files.errors import DataError, MissingDataError
@@ -60,6 +60,12 @@ def _check_shapes(record: dict, field: str, path: Path) -> None:
             raise DataError(f'{where} has no text "label"')
         if kind_of_label(shape["label"]) != "flag":
             outline(shape, where)
+
+
+def _is_line(shape: dict) -> bool:
+    """Whether a shape that was checked is a polygon that encloses nothing."""
+    is_flag = kind_of_label(shape["label"]) == "flag"
+    return not is_flag and kind_of(shape, "") == "polygon" and len(shape["points"]) < 3
 
 
 def read_record(path: Path) -> dict:
@@ -209,6 +215,9 @@ class ReasoningSegmentation:
                         f"{path}: its image {name} is not in {folder}; restore it or remove the"
                         f" JSON{hint_of_inline(record)}"
                     )
+                if any(map(_is_line, record["shapes"])):
+                    line = f"{path}: a polygon of two points is drawn as a line, as published"
+                    faults.remark(self.dataset, line)
                 used.add(image.name)
                 read += 1
                 is_sentence = record.get("is_sentence")

@@ -217,7 +217,14 @@ def turn_by_exif(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["ade20k|training", "coco|train2017", "paco_lvis|train", "refcoco|unc|train"]
+    "spec",
+    [
+        "ade20k|training",
+        "coco|train2017",
+        "paco_lvis|train",
+        "refcoco|unc|train",
+        "LLM-Seg40K|train",
+    ],
 )
 def test_photos_that_were_annotated_lying_are_shown_so(tmp_path, spec):
     """A camera's note in EXIF, which the annotators' tool did not know."""
@@ -230,6 +237,22 @@ def test_photos_that_were_annotated_lying_are_shown_so(tmp_path, spec):
     assert np.array_equal(read_image(loader.path(0)), np.rot90(sample.image, -1)), (
         "elsewhere it is turned"
     )
+
+
+def test_a_sentence_about_a_polygon_without_area_is_not_asked(tmp_path):
+    """One about a segmentation that is empty on purpose is."""
+    layout = official.write_everything(tmp_path)["refcoco|unc|train"]
+    path = tmp_path / "refer_seg/refcoco/instances.json"
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        if entry["id"] in (10 * official.TRAIN, 10 * official.TRAIN + 1):
+            entry["segmentation"] = [[3, 3, 3, 3, 4, 3]]
+    write_json(path, content)
+    loader = open_evaluation(tmp_path, "refcoco|unc|train", EVAL)
+    sample = loader.sample(0, np.random.default_rng(0))
+    asked = [conversation.turns[0][0] for conversation in sample.conversations]
+    assert len(asked) == len(layout[sample.id]) - 3 and not any("man" in text for text in asked)
+    assert len(loader.options.faults.remarks) == 3
 
 
 @pytest.mark.parametrize("name", ["ade20k", "cocostuff", "mapillary"])
