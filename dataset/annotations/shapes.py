@@ -34,13 +34,13 @@ def is_point(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
 
 
-def _plain(value: Any) -> Any:
-    """``value`` with each {"x": …, "y": …} as [x, y] and each number that is written as a text as a
-    number."""
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
+def _plain(value: Any, depth: int = 4) -> Any:
+    """``value``, lists in lists up to ``depth``, with each {"x": …, "y": …} as [x, y] and each
+    number that is written as a text as a number."""
+    if isinstance(value, list) and depth:
+        return [_plain(part, depth - 1) for part in value]
     if isinstance(value, dict) and {"x", "y"} <= value.keys():
-        return [_plain(value["x"]), _plain(value["y"])]
+        return [_plain(value["x"], 0), _plain(value["y"], 0)]
     if isinstance(value, str):
         try:
             return float(value)
@@ -51,14 +51,21 @@ def _plain(value: Any) -> Any:
 
 def polygons_of(value: Any, where: str, name: str) -> list[list[float]]:
     """Polygons, each [x0, y0, x1, y1, …], [[x, y], …] or [{"x": x, "y": y}, …], as flat lists. A
-    single polygon may stand without the outer list."""
+    single polygon may stand without the outer list, and numbers as texts."""
+    try:
+        return _flat_polygons(value, where, name)
+    except DataError:
+        if (plain := _plain(value)) == value:
+            raise
+    return _flat_polygons(plain, where, name)
+
+
+def _flat_polygons(value: Any, where: str, name: str) -> list[list[float]]:
     wanted = (
         f'{where}: "{name}" must be a list of polygons [x0, y0, x1, y1, …] or [[x, y], …] in pixels'
     )
     if not isinstance(value, list):
         raise DataError(wanted)
-    if not all(_is_flat(polygon) for polygon in value):
-        value = _plain(value)
     is_single = value and (is_number(value[0]) or is_point(value[0]))
     flat = []
     for number, polygon in enumerate([value] if is_single else value):
@@ -78,10 +85,6 @@ def polygons_of(value: Any, where: str, name: str) -> list[list[float]]:
             )
         flat.append([float(x) for x in numbers])
     return flat
-
-
-def _is_flat(polygon: Any) -> bool:
-    return isinstance(polygon, list) and all(map(is_number, polygon))
 
 
 def rle_of(value: Any, where: str, name: str) -> dict:

@@ -257,8 +257,9 @@ def whole_number(value: Any) -> int | None:
             value = float(value)
         except ValueError:
             return None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return int(value) if is_number and math.isfinite(value) and value == int(value) else None
+    if isinstance(value, float):
+        return int(value) if math.isfinite(value) and value == int(value) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def claimed_size(

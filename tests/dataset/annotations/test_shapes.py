@@ -106,3 +106,16 @@ def test_run_lengths_keep_their_size():
     for size in (["64", 96.5], [64], [0, 96], [True, 96], ["x", 96], None):
         with pytest.raises(DataError, match='"rle" must be'):
             rle_of({"size": size, "counts": "1"}, "f", "rle")
+
+
+def test_lists_in_lists_without_end_are_no_polygon():
+    deep: list = [1.0]
+    for _ in range(5000):
+        deep = [deep]
+    for read in (
+        lambda: polygons_of(deep, "file", "polygons"),
+        lambda: annotation_mask(deep, SIZE, "file", "field"),
+        lambda: draw_shape({"label": "x", "points": deep}, SIZE, "file"),
+    ):
+        with pytest.raises(DataError, match="^file"):
+            read()

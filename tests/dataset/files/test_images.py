@@ -97,7 +97,16 @@ def plain(name: str) -> bytes:
 
 @pytest.mark.parametrize(
     ("value", "whole"),
-    [(7, 7), (7.0, 7), ("7", 7), (" 7.0 ", 7), (7.5, None), ("7px", None), (True, None)]
+    [
+        (7, 7),
+        (7.0, 7),
+        ("7", 7),
+        (" 7.0 ", 7),
+        (10**400, 10**400),
+        (7.5, None),
+        ("7px", None),
+        (True, None),
+    ]
     + [(value, None) for value in (None, [7], "nan", float("inf"), "")],
 )
 def test_whole_numbers_as_tools_write_them(value, whole):
