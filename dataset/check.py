@@ -54,6 +54,8 @@ class Finding:
     counts: Counter[str] = field(default_factory=Counter)
     """In the opened images: "queries", "targets" and, among these, "empty" ones."""
     bad: list[BadItem] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    """What is sound but not asked."""
     cells: list[QueryCard] = field(default_factory=list)
 
     @property
@@ -101,7 +103,7 @@ def inspect(entry: DatasetEntry, split: str, root: Path, samples: int | None) ->
                 check_sample(sample, LEVELS)
                 finding.opened += 1
                 _add_sample(sample, finding, max(CELLS_PER_IMAGE, SHEET_CELLS // count))
-    finding.bad = list(faults.found.values())
+    finding.bad, finding.remarks = list(faults.found.values()), list(faults.remarks)
     return finding
 
 
@@ -154,6 +156,7 @@ def report(findings: list[Finding], absent: list[DatasetEntry]) -> str:
         lines += [
             f"{' ' * width}    {' '.join(bad.item.split())}: {bad.reason}" for bad in finding.bad
         ]
+        lines += [f"{' ' * width}    {' '.join(remark.split())}" for remark in finding.remarks]
     if absent:
         lines += ["", "Not there, and where it is expected:"]
     for entry in absent:

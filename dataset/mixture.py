@@ -171,7 +171,7 @@ class TrainMixture(Dataset):
             raise
         except DataError as error:
             if self.on_bad_sample == "skip":
-                self.faults.note(loader.dataset, error.item or loader.path(index), error)
+                self.faults.note(loader.dataset, loader.path(index), error)
             raise
         return with_exemplars(sample, rng, self.exemplar_count)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+BOXES_ONLY = (
+    "has no mask, as in files that hold boxes or keypoints only; python -m utils.boxes_to_masks"
+    " makes masks of boxes"
+)
+
 
 class DataError(ValueError):
     """A file of a data set is missing, broken or contradicts another one. The message names the
@@ -12,6 +17,8 @@ class DataError(ValueError):
     """
 
     item: str | None = None
+    others: tuple[DataError, ...] = ()
+    """What is wrong with further items of the same sample."""
 
 
 class MissingDataError(DataError, FileNotFoundError):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from dataset.files.errors import DataError
+from dataset.files.errors import DataError, NothingToAsk
 from dataset.files.text import read_text
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,30 @@ def blame(item: str | Path) -> Iterator[None]:
         raise
 
 
+class Together:
+    """Collects the faults of several items of one sample, so that all are named at once."""
+
+    def __init__(self) -> None:
+        self.found: list[DataError] = []
+
+    @contextmanager
+    def about(self, item: str | Path) -> Iterator[None]:
+        """Keeps a DataError of the block, as one about ``item``."""
+        try:
+            with blame(item):
+                yield
+        except NothingToAsk:
+            raise
+        except DataError as error:
+            self.found.append(error)
+
+    def raise_all(self) -> None:
+        """Raises the first of them, if there is any, with the others in it."""
+        if self.found:
+            self.found[0].others = tuple(self.found[1:])
+            raise self.found[0]
+
+
 class Faults:
     """What a loader does about bad items. By default it raises the first one and leaves nothing
     out."""
@@ -100,6 +124,7 @@ class Faults:
         self.tolerant = tolerant
         self.found: dict[tuple[str, str], BadItem] = {}
         self.left_out: Counter[str] = Counter()
+        self.remarks: dict[str, None] = {}
         self._skip = {item.key for item in skip or []}
         self._report = None if report is None else Path(report)
         self._reported: set[tuple[str, str]] = set()
@@ -135,12 +160,21 @@ class Faults:
         except DataError as error:
             if not self.tolerant:
                 raise
-            self.note(dataset, error.item or item, error)
+            self.note(dataset, item, error)
 
-    def note(self, dataset: str, item: str | Path, reason: object) -> None:
-        """Writes down one bad item, here, in the log and in the report."""
-        if self.note_all(dataset, [(item, reason)]):
-            logger.warning("%s: %s is left out: %s", dataset, self.name(item), reason)
+    def note(self, dataset: str, item: str | Path, error: DataError) -> None:
+        """Writes down, here, in the log and in the report, the items that ``error`` blames; it is
+        ``item`` where it blames none."""
+        for one in (error, *error.others):
+            blamed = one.item or item
+            if self.note_all(dataset, [(blamed, one)]):
+                logger.warning("%s: %s is left out: %s", dataset, self.name(blamed), one)
+
+    def remark(self, dataset: str, text: str) -> None:
+        """Keeps, once, what is sound but not asked, for ``dataset.check`` to list."""
+        if text not in self.remarks:
+            self.remarks[text] = None
+            logger.info("%s: %s", dataset, text)
 
     def leave_out(self, dataset: str, items: Sequence[tuple[str | Path, str]]) -> None:
         """Notes the bad entries of a file, (item, reason) pairs that were found all at once, with

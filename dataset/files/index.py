@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.files.errors import DamagedRecords, DataError
+from dataset.files.errors import BOXES_ONLY, DamagedRecords, DataError
+from dataset.files.images import claimed_size
 from dataset.files.json_stream import JsonReader, parse_stream
 from dataset.files.store import Build, IndexStore, StoreWriter, open_store
 
@@ -68,6 +69,10 @@ class _Index:
     def _load(self, store: IndexStore) -> None:
         raise NotImplementedError
 
+    def example(self) -> str:
+        """What to add to a message that nothing can be used: why the first bad entry cannot."""
+        return f"; for example: {self.bad[0].reason}" if self.bad else ""
+
     def _record(self, table: str, row: int) -> Any:
         try:
             return getattr(self, table)[row]
@@ -113,7 +118,7 @@ class CocoIndex(_Index):
         or wrong field.
         """
         return cls(
-            annotation_file, cache_dir, "coco-2", partial(build_coco, tolerant=tolerant), tolerant
+            annotation_file, cache_dir, "coco-3", partial(build_coco, tolerant=tolerant), tolerant
         )
 
     def _load(self, store: IndexStore) -> None:
@@ -265,9 +270,9 @@ class _CocoParser:
         if not isinstance(name, str):
             raise DataError(f'{where}: "file_name" must be a text')
         for field in ("height", "width"):
-            value = _field(entry, field, where)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise DataError(f'{where}: "{field}" must be a positive number of pixels')
+            _field(entry, field, where)
+        if claimed_size(entry, where) is None:
+            raise DataError(f'{where}: "height" and "width" must be positive numbers of pixels')
         self.image_ids.append(number)
         self.file_names.append(name)
         self.images.add(entry, text)
@@ -276,7 +281,8 @@ class _CocoParser:
         number, image, category = (
             _whole(entry, name, where) for name in ("id", "image_id", "category_id")
         )
-        _field(entry, "segmentation", where)
+        if entry.get("segmentation") in (None, [[]]):
+            raise DataError(f'{where} lacks the field "segmentation": it {BOXES_ONLY}')
         crowd = entry.get("iscrowd", 0)
         if crowd not in (0, 1):
             raise DataError(f'{where}: "iscrowd" must be 0 or 1')

@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools import mask as rle_codec
 
 from dataset.files.errors import DataError, reason_of
-from dataset.files.images import check_size
+from dataset.files.images import check_size, whole_number
 
 
 def _run_total(text: str) -> int:
@@ -40,6 +40,15 @@ def _run_total(text: str) -> int:
     return int(numbers.sum())
 
 
+def rle_size(rle: Any) -> tuple[int, int] | None:
+    """The (H, W) that run lengths give, or None if they give none."""
+    size = rle.get("size") if isinstance(rle, dict) else None
+    if not isinstance(size, list) or len(size) != 2:
+        return None
+    height, width = map(whole_number, size)
+    return None if height is None or width is None else (height, width)
+
+
 def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) -> np.ndarray:
     """A COCO run-length mask ({"size": [H, W], "counts": text or list}) as bool (H, W).
 
@@ -47,11 +56,10 @@ def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) ->
     anything malformed.
     """
     counts: Any = rle.get("counts") if isinstance(rle, dict) else None
-    claimed: Any = rle.get("size") if isinstance(counts, (str, list)) else None
-    is_size = isinstance(claimed, list) and len(claimed) == 2
-    if not is_size or not all(isinstance(side, (int, float)) for side in claimed):
+    claimed = rle_size(rle) if isinstance(counts, (str, list)) else None
+    if claimed is None:
         raise DataError(f'{path}: "{field}" must be {{"size": [height, width], "counts": …}}')
-    check_size(tuple(claimed), size, path, f'"{field}"')
+    check_size(claimed, size, path, f'"{field}"')
     height, width = size
     try:
         if isinstance(counts, list):

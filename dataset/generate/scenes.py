@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from dataset.files.errors import DataError
-from dataset.files.images import check_size, read_image
+from dataset.annotations.masks import annotation_mask
+from dataset.files.errors import BOXES_ONLY, DataError
+from dataset.files.images import claimed_size, read_claimed
 from dataset.files.json_stream import JsonReader, parse_stream
 from dataset.files.paths import require_folder, resolve_inside
 from dataset.files.rle import encode_rle
-from dataset.readers.coco import annotation_mask
 
 KINDS = ("coco", "ego_objects")
 
@@ -86,9 +86,10 @@ class Photograph:
 
     def objects(self) -> list[MarkedObject]:
         """The marked objects, largest first. Raises DataError."""
-        stated = f"the size in {self.source.annotations.name}"
-        check_size(self.size, read_image(self.path).shape[:2], self.path, stated)
+        read_claimed(self.path, self.size, self.source.annotations.name)
         found = [self._object(name, instances) for name, instances in self.annotations.items()]
+        # COCO has polygons that cover no pixel; nobody can be asked for these.
+        found = [marked for marked in found if marked.share > 0]
         return sorted(found, key=lambda found: (-found.share, found.name))
 
     def _object(self, name: str, instances: list[tuple[int, Any]]) -> MarkedObject:
@@ -176,7 +177,9 @@ class _Survey:
             ]
             if not places or not isinstance(places[0], str):
                 raise KeyError("file_name")
-            name, size = places[0].rsplit("/", 1)[-1], (entry["height"], entry["width"])
+            name, size = places[0].rsplit("/", 1)[-1], claimed_size(entry, self.source)
+            if size is None:
+                raise KeyError("height")
             partly = frozenset(entry.get("not_exhaustive_category_ids", ()))
             self.images[entry["id"]] = _Image(name, size, partly)
         elif key == "categories":
@@ -278,10 +281,7 @@ def read_photographs(source: AnnotationSource, seed: int) -> list[Photograph]:
         image, category = entry["image_id"], entry["category_id"]
         if category in complete.get(image, ()):
             if not entry.get("segmentation"):
-                hint = "make masks of boxes with `python -m utils.boxes_to_masks`"
-                raise DataError(
-                    f"{source.annotations}: annotation {entry['id']} has no mask; {hint}"
-                )
+                raise DataError(f"{source.annotations}: annotation {entry['id']} {BOXES_ONLY}")
             segmentations[image][category].append((entry["id"], entry["segmentation"]))
 
     _each_entry(source.annotations, ("annotations",), take)

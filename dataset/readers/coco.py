@@ -13,81 +13,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from pycocotools import mask as rle_codec
 
-from dataset.files.errors import DataError
-from dataset.files.images import read_claimed
+from dataset.annotations.masks import instance_masks
+from dataset.annotations.shapes import refuse_boxes
+from dataset.files.errors import DataError, NothingToAsk
+from dataset.files.images import claimed_size, read_claimed
 from dataset.files.index import CocoIndex
 from dataset.files.paths import named_inside, require_folder, resolve_inside
-from dataset.files.rle import decode_rle
 from dataset.readers.questions import phrase_conversation
 from dataset.readers.usable import usable_positions
 from dataset.sample import LoaderOptions, Sample
-
-LARGEST = 1e6  # pixels; no image has such a side, so a coordinate beyond it is a mistake
-
-
-def _is_polygon(points: object) -> bool:
-    """Whether pycocotools can draw it: it takes four numbers for a box, and NaN or 1e9 kill the
-    process."""
-    if not isinstance(points, list) or len(points) < 6 or len(points) % 2:
-        return False
-    try:
-        values = np.array(points)
-    except ValueError:  # The list holds lists of different lengths.
-        return False
-    return values.ndim == 1 and values.dtype.kind in "if" and bool(np.all(np.abs(values) < LARGEST))
-
-
-def annotation_mask(
-    segmentation: list | dict,
-    size: tuple[int, int],
-    path: str | Path,
-    field: str,
-    thin: bool = False,
-) -> np.ndarray:
-    """A COCO segmentation (polygons, run lengths, compressed run lengths, a list of any of them) as
-    bool (H, W) for an image of ``size`` (H, W).
-
-    ``thin``: polygons of one or two points, which enclose nothing, are skipped instead of refused.
-    Raises DataError naming ``path`` and ``field``.
-    """
-    if isinstance(segmentation, dict):
-        return decode_rle(segmentation, size, path, field)
-    if not isinstance(segmentation, list):
-        raise DataError(f"{path}: {field} must be polygons or run lengths")
-    mask = np.zeros(size, dtype=bool)
-    polygons = [part for part in segmentation if not isinstance(part, dict)]
-    for part in segmentation:
-        if isinstance(part, dict):  # refCLEF writes one region as several run lengths.
-            mask |= decode_rle(part, size, path, field)
-    if thin:
-        polygons = [p for p in polygons if not isinstance(p, list) or len(p) not in (2, 4)]
-    if not all(map(_is_polygon, polygons)):
-        raise DataError(
-            f"{path}: {field} must be polygons of at least three points [x0, y0, x1, …] in pixels,"
-            " or run lengths"
-        )
-    if not polygons:
-        return mask
-    try:
-        merged = rle_codec.merge(rle_codec.frPyObjects(polygons, *size))
-        return mask | rle_codec.decode(merged).astype(bool)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: {field} is not a valid polygon ({error})") from None
-
-
-def instance_masks(
-    entries: list[dict], size: tuple[int, int], source: Path, thin: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """(union of the instances, crowd regions outside of it), each bool (H, W), of annotations.
-    ``thin``: as in ``annotation_mask``. Raises DataError naming ``source`` and the annotation."""
-    target, crowd = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
-    for entry in entries:
-        field = f'annotation {entry["id"]} "segmentation"'
-        union = crowd if entry.get("iscrowd") else target
-        union |= annotation_mask(entry["segmentation"], size, source, field, thin)
-    return target, crowd & ~target
 
 
 class CocoInstances:
@@ -106,6 +41,7 @@ class CocoInstances:
         if not positions:
             raise DataError(
                 f"{self.source}: split {split} is empty; no image has an annotated instance"
+                f"{self.index.example()}"
             )
         name_of = self.index.file_names.__getitem__
         self.positions = usable_positions(
@@ -120,11 +56,15 @@ class CocoInstances:
         return self.folder / self.index.file_names[int(self.positions[index])]
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Image ``index`` with some of its categories in training, all of them otherwise."""
+        """Image ``index`` with some of its categories in training, all of them otherwise; those
+        without a pixel are not asked, and ``dataset.check`` lists them.
+
+        Raises DataError; in training NothingToAsk where no category that was drawn has a pixel.
+        """
         position = int(self.positions[index])
         record = self.index.image(position)
         path = resolve_inside(self.folder, record["file_name"])
-        image = read_claimed(path, record, self.source.name)
+        image = read_claimed(path, claimed_size(record, self.source), self.source.name)
         by_category = self.index.annotations_by_category(position)
         # A category of which there is only a crowd has no instance that could be the target.
         categories = sorted(
@@ -137,8 +77,17 @@ class CocoInstances:
             categories = [int(c) for c in rng.choice(categories, size=count, replace=False)]
         conversations = []
         for category in categories:
+            for entry in by_category[category]:
+                refuse_boxes(entry, f"{self.source}: annotation {entry['id']}")
             masks = instance_masks(by_category[category], image.shape[:2], self.source)
             phrase = f"the {self.index.categories[category]['name']}"
+            if not masks[0].any():
+                self.options.faults.remark(
+                    self.dataset, f"{path}: {phrase!r} covers no pixel and is not asked"
+                )
+                continue
             conversations.append(phrase_conversation(phrase, masks[0], self.options, rng, masks[1]))
+        if self.options.training and not conversations:
+            raise NothingToAsk(f"{path}: no category that was drawn has a pixel in {self.source}")
         name = Path(record["file_name"]).stem
         return Sample(image, str(path), conversations, "semantic", self.dataset, name)

@@ -28,7 +28,7 @@ from dataset.files.errors import DataError, MissingDataError
 from dataset.files.images import read_image
 from dataset.files.packed import PackedRecords
 from dataset.files.paths import named_inside, require_folder, resolve_inside
-from dataset.files.rle import decode_rle
+from dataset.files.rle import decode_rle, rle_size
 from dataset.files.text import read_json
 from dataset.readers.questions import as_wordings, choose_wordings
 from dataset.readers.usable import without_excluded, without_missing
@@ -127,7 +127,7 @@ class LlmSeg40K:
         Sample.kind is "reasoning"."""
         name, kind, queries = self.records[index]
         path = resolve_inside(self.folders[kind], name)
-        image = read_image(path)
+        image = read_image(path, (rle_size(rle) for _, rle in queries))
         chosen = choose_wordings([texts for texts, _ in queries], self.options, rng)
         conversations = [
             self._conversation(name, text, queries[number][1], image.shape[:2], rng)

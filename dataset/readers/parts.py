@@ -30,12 +30,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dataset.annotations.masks import instance_masks
 from dataset.conversation.turns import Conversation
 from dataset.files.errors import DataError, NothingToAsk
-from dataset.files.images import read_claimed
+from dataset.files.images import claimed_size, read_claimed
 from dataset.files.index import CocoIndex
 from dataset.files.paths import named_inside, require_folder, resolve_inside
-from dataset.readers.coco import instance_masks
 from dataset.readers.questions import phrase_conversation
 from dataset.readers.usable import usable_positions
 from dataset.sample import LoaderOptions, Sample
@@ -148,7 +148,9 @@ class PartSegmentation:
         )
         positions = self.index.with_instances().tolist()
         if not positions:
-            raise DataError(f"{self.source}: is empty; no image has an annotated part")
+            raise DataError(
+                f"{self.source}: is empty; no image has an annotated part{self.index.example()}"
+            )
         files = [self._file(file) for file in self.index.file_names]
         self.positions = usable_positions(
             self.index, positions, files.__getitem__, self.folder, options, self.dataset
@@ -184,7 +186,7 @@ class PartSegmentation:
         position = int(self.positions[index])
         record = self.index.image(position)
         path = self._inside(self._file(record["file_name"]))
-        image = read_claimed(path, record, self.source)
+        image = read_claimed(path, claimed_size(record, self.source), self.source)
         size = image.shape[:2]
         by_category = self.index.annotations_by_category(position)
         categories = sorted(by_category)

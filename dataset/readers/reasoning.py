@@ -9,8 +9,9 @@ A JSON holds one query about one image::
 
     text         one or several wordings of the query
     is_sentence  true: a long query (a sentence); false: a short one (a phrase)
-    shapes       labelme-like: label and points [[x, y], …]; the label "flag" is skipped, one with
-                 "ignore" in it marks pixels that do not count, every other one is the target
+    shapes       as labelme writes them: label, points [[x, y], …] and shape_type (default:
+                 "polygon"); the label "flag" is skipped, one with "ignore" in it marks pixels that
+                 do not count, every other one is the target
 
 Optional fields, which ReasonSeg does not have and its other readers ignore::
 
@@ -19,6 +20,7 @@ Optional fields, which ReasonSeg does not have and its other readers ignore::
     target_rle   the exact target, as COCO run-length {"size": [H, W], "counts": …}, instead of its
                  polygons
     host_shapes  polygons of the object that holds the target; or host_rle, its exact mask
+    imageHeight  with imageWidth, the size of the image that was annotated
 
 The JSONs of one image become one sample with several conversations.
 """
@@ -31,14 +33,15 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-import cv2
 import numpy as np
 
+from dataset.annotations.masks import kind_of_label, paint_shapes
+from dataset.annotations.shapes import hint_of_inline, kind_of, outline
 from dataset.conversation.turns import Conversation
 from dataset.conversation.wordings import answer, is_sentence
 from dataset.files.errors import DataError, MissingDataError
-from dataset.files.faults import blame
-from dataset.files.images import IMAGE_SUFFIXES, read_image
+from dataset.files.faults import Together
+from dataset.files.images import IMAGE_SUFFIXES, check_claim, claimed_size, read_image
 from dataset.files.paths import list_files, named_inside, require_folder
 from dataset.files.rle import decode_rle
 from dataset.files.text import read_json
@@ -47,58 +50,22 @@ from dataset.readers.usable import is_readable, without_excluded
 from dataset.sample import LoaderOptions, Sample
 
 
-def _kind_of_label(label: str) -> str:
-    label = label.lower()
-    if label == "flag":
-        return "flag"
-    return "ignore" if "ignore" in label else "target"
-
-
-def _stencil(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A polygon and its outline, bool (H, W). ``points``: int32 (n, 2) as (x, y)."""
-    canvas = np.zeros(size, dtype=np.uint8)
-    cv2.polylines(canvas, [points], True, (1,), 1)
-    cv2.fillPoly(canvas, [points], (1,))
-    return canvas.astype(bool)
-
-
-def paint_shapes(shapes: list[dict], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(target, ignore), each bool (H, W), of labelme shapes. They are painted from the largest area
-    to the smallest, so that a small shape shows on a large one.
-
-    Coordinates are cut to whole pixels. Of two equal areas the earlier one is painted last, as in
-    the published reader.
-    """
-    layers = []
-    for shape in shapes:
-        if (kind := _kind_of_label(shape["label"])) != "flag":
-            points = np.array(shape["points"], dtype=float).astype(np.int32)
-            layers.append((_stencil(points, size), kind))
-    order = np.argsort([stencil.sum() for stencil, _ in layers], kind="stable")[::-1]
-    target, ignore = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
-    for index in order:
-        stencil, kind = layers[index]
-        target[stencil], ignore[stencil] = kind == "target", kind == "ignore"
-    return target, ignore
-
-
 def _check_shapes(record: dict, field: str, path: Path) -> None:
     shapes = record[field]
     if not isinstance(shapes, list):
         raise DataError(f'{path}: "{field}" must be a list of {{"label": …, "points": …}}')
     for index, shape in enumerate(shapes):
+        where = f'{path}: "{field}"[{index}]'
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
-            raise DataError(f'{path}: "{field}"[{index}] has no text "label"')
-        if _kind_of_label(shape["label"]) == "flag":
-            continue
-        try:
-            points = np.array(shape.get("points"), dtype=float)
-        except (TypeError, ValueError, OverflowError):
-            points = np.empty(0)
-        if points.ndim != 2 or points.shape[1] != 2 or not np.all(np.abs(points) < 1e6):
-            raise DataError(
-                f'{path}: "{field}"[{index}] needs "points" as a list of [x, y] in pixels'
-            )
+            raise DataError(f'{where} has no text "label"')
+        if kind_of_label(shape["label"]) != "flag":
+            outline(shape, where)
+
+
+def _is_line(shape: dict) -> bool:
+    """Whether a shape that was checked is a polygon that encloses nothing."""
+    is_flag = kind_of_label(shape["label"]) == "flag"
+    return not is_flag and kind_of(shape, "") == "polygon" and len(shape["points"]) < 3
 
 
 def read_record(path: Path) -> dict:
@@ -117,7 +84,13 @@ def read_record(path: Path) -> dict:
         raise DataError(f'{path}: "is_sentence" must be true or false')
     if not isinstance(record.get("image", ""), str):
         raise DataError(f'{path}: "image" must be a file name')
+    stated_size(record, path)
     return record | {"text": texts}
+
+
+def stated_size(record: dict, path: Path) -> tuple[int, int] | None:
+    """The (H, W) of the image that a JSON was drawn on, as labelme notes it. Raises DataError."""
+    return claimed_size(record, path, "imageHeight", "imageWidth")
 
 
 def record_masks(
@@ -125,7 +98,7 @@ def record_masks(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """(target, ignore, host or None) of a query, each bool (H, W) for an image of that ``size``.
     Raises DataError."""
-    target, ignore = paint_shapes(record["shapes"], size)
+    target, ignore = paint_shapes(record["shapes"], size, f'{path}: "shapes"')
     if "target_rle" in record:
         target = decode_rle(record["target_rle"], size, path, "target_rle")
         ignore &= ~target
@@ -133,7 +106,8 @@ def record_masks(
     if "host_rle" in record:
         host = decode_rle(record["host_rle"], size, path, "host_rle")
     elif "host_shapes" in record:
-        host, _ = paint_shapes(record["host_shapes"], size)
+        shapes, field = record["host_shapes"], f'{path}: "host_shapes"'
+        host, _ = paint_shapes(shapes, size, field)
     return target, ignore, host
 
 
@@ -145,6 +119,8 @@ class ReasoningQuery:
     texts: tuple[str, ...]
     is_sentence: bool | None
     explanations: tuple[str, ...]
+    size: tuple[int, int] | None
+    """(H, W) that the JSON claims for its image."""
 
 
 class ReasoningSegmentation:
@@ -237,8 +213,11 @@ class ReasoningSegmentation:
                 if image is None:
                     raise MissingDataError(
                         f"{path}: its image {name} is not in {folder}; restore it or remove the"
-                        " JSON"
+                        f" JSON{hint_of_inline(record)}"
                     )
+                if any(map(_is_line, record["shapes"])):
+                    line = f"{path}: a polygon of two points is drawn as a line, as published"
+                    faults.remark(self.dataset, line)
                 used.add(image.name)
                 read += 1
                 is_sentence = record.get("is_sentence")
@@ -250,7 +229,9 @@ class ReasoningSegmentation:
                 if wanted in (None, is_sentence):
                     found = True
                     texts, reasons = tuple(record["text"]), tuple(explanations.get(path.name, ()))
-                    groups[image].append(ReasoningQuery(path, texts, is_sentence, reasons))
+                    size = stated_size(record, path)
+                    query = ReasoningQuery(path, texts, is_sentence, reasons, size)
+                    groups[image].append(query)
         # If a JSON was skipped we cannot tell which image was its own, so report unused images only
         # when all JSONs were read.
         for name in sorted(images.keys() - used) if read == len(paths) else ():
@@ -284,19 +265,21 @@ class ReasoningSegmentation:
         """Image ``index`` with its queries: in training some drawn at random, otherwise all,
         canonically worded."""
         path, queries = self.images[index], self.queries[index]
-        image = read_image(path)
+        image = read_image(path, (query.size for query in queries))
         chosen = choose_wordings([query.texts for query in queries], self.options, rng)
-        conversations = [
-            self._conversation(queries[number], text.strip(), image.shape[:2], rng)
-            for number, text in chosen
-        ]
+        conversations, together = [], Together()
+        for number, text in chosen:
+            query = queries[number]
+            with together.about(query.path):
+                check_claim(query.size, image.shape, path, query.path)
+                conversations.append(self._conversation(query, text.strip(), image.shape[:2], rng))
+        together.raise_all()
         return Sample(image, str(path), conversations, "reasoning", self.dataset, path.stem)
 
     def _conversation(
         self, query: ReasoningQuery, text: str, size: tuple[int, int], rng: np.random.Generator
     ) -> Conversation:
-        with blame(query.path):
-            target, ignore, host = record_masks(read_record(query.path), size, query.path)
+        target, ignore, host = record_masks(read_record(query.path), size, query.path)
         # Some short queries are whole sentences all the same ("segment the wheels of the bus.").
         is_phrase = query.is_sentence is False and not is_sentence(text)
         question, explanation = word_question(

@@ -30,15 +30,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.files.errors import DataError, MissingDataError
+from dataset.annotations.masks import annotation_mask
+from dataset.files.errors import DataError, MissingDataError, NothingToAsk
 from dataset.files.faults import Faults
-from dataset.files.images import read_claimed
+from dataset.files.images import claimed_size, read_claimed
 from dataset.files.index import CocoIndex
 from dataset.files.packed import PackedRecords
 from dataset.files.paths import require_folder, resolve_inside
 from dataset.files.refs_pickle import read_pickle
 from dataset.files.text import read_json
-from dataset.readers.coco import annotation_mask
 from dataset.readers.questions import choose_wordings, phrase_conversation
 from dataset.readers.usable import usable_positions
 from dataset.sample import LoaderOptions, Sample
@@ -244,20 +244,33 @@ class ReferringSegmentation:
         return self.folder / self.index.file_names[self.records[index][0]]
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Image ``index`` with some of its sentences in training, all of them otherwise."""
+        """Image ``index`` with some of its sentences in training, all of them otherwise; those
+        whose objects were drawn without covering a pixel are not asked."""
         position, references = self.records[index]
         entry = self.index.image(position)
         path = resolve_inside(self.folder, entry["file_name"])
-        image = read_claimed(path, entry, self.source)
+        image = read_claimed(path, claimed_size(entry, self.source), self.source)
         size = image.shape[:2]
         chosen = choose_wordings([texts for _, texts in references], self.options, rng)
         masks = {number: self._mask(references[number][0], size) for number, _ in chosen}
-        conversations = [
-            phrase_conversation(text.lower(), masks[number], self.options, rng)
-            for number, text in chosen
-        ]
+        conversations = []
+        for number, text in chosen:
+            if not masks[number].any() and any(map(self._is_drawn, references[number][0])):
+                self.options.faults.remark(
+                    self.dataset, f"{path}: {text!r} covers no pixel and is not asked"
+                )
+                continue
+            conversations.append(
+                phrase_conversation(text.lower(), masks[number], self.options, rng)
+            )
+        if self.options.training and not conversations:
+            raise NothingToAsk(f"{path}: no reference that was drawn has a pixel")
         name = Path(entry["file_name"]).stem
         return Sample(image, str(path), conversations, "referring", self.dataset, name)
+
+    def _is_drawn(self, annotation: int) -> bool:
+        """Whether an annotation, given by id, has a segmentation; an empty one means nothing."""
+        return bool(self.index.annotation(annotation)["segmentation"])
 
     def _mask(self, annotations: list[int], size: tuple[int, int]) -> np.ndarray:
         """The union of annotations, given by id, as bool (H, W)."""

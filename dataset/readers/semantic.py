@@ -218,7 +218,7 @@ class SemanticSegmentation:
         image_name, label_name = self.files[index]
         path, label_path = self.image_folder / image_name, self.label_folder / label_name
         label = read_label(label_path)
-        image = read_image(path, label.shape)
+        image = read_image(path, [label.shape])
         check_size(label.shape, image.shape, label_path, "the label map")
         values = self._values_to_ask(label, label_path)
         if self.options.training:

@@ -161,7 +161,5 @@ def _without_bad(
     options.faults.leave_out(dataset, bad_items)
     kept = [position for position in positions if position not in gone]
     if not kept:
-        raise DataError(
-            f"{index.source}: no entry of {dataset} can be used, for example: {index.bad[0].reason}"
-        )
+        raise DataError(f"{index.source}: no entry of {dataset} can be used{index.example()}")
     return kept

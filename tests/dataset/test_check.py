@@ -414,10 +414,10 @@ def test_processes_share_a_report(tmp_path):
     first, second = (Faults(tmp_path, tolerant=True, report=report) for _ in range(2))
     for faults in (first, second, first):
         for name in ("a.jpg", "b.jpg"):
-            faults.note("x|train", tmp_path / name, "broken")
-    second.note("x|train", tmp_path / "c.jpg", "two\nlines")
+            faults.note("x|train", tmp_path / name, DataError("broken"))
+    second.note("x|train", tmp_path / "c.jpg", DataError("two\nlines"))
     Faults(tmp_path, tolerant=True, report=report).note(
-        "x|train", tmp_path / "c.jpg", "again, after a restart"
+        "x|train", tmp_path / "c.jpg", DataError("again, after a restart")
     )
     assert [(item.item, item.reason) for item in read_skip_list(report)] == [
         ("a.jpg", "broken"),

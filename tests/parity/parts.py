@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dataset.annotations.masks import paint_shapes
 from dataset.conversation.encoding import Encoded, encode_conversation, encode_text
 from dataset.conversation.templates import ConversationTemplate, get_template
 from dataset.conversation.turns import AnswerToken, Conversation
-from dataset.readers.reasoning import paint_shapes, read_record
+from dataset.readers.reasoning import read_record
 from model.checkpoints.published import IMAGE_MARKS
 from model.checkpoints.source import IMAGE_TOKEN, CLIPImageProcessor, load_tokenizer
 from model.losses import bce_per_mask, dice_per_mask

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from dataset.annotations.masks import read_mask
 from dataset.files.errors import DataError
-from dataset.files.images import check_size, read_label
 from dataset.files.paths import list_files
 from dataset.files.rle import decode_rle
 from dataset.files.text import read_json
@@ -189,19 +189,6 @@ def _key(entry: Any, path: Path, index: int) -> TargetKey:
             f'{path}: [{index}] "conversation" and "target" must be whole numbers from 0'
         )
     return TargetKey(str(found), *numbers)
-
-
-def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A PNG of two values as bool (H, W): 0 and any other. Raises DataError naming the file."""
-    label = read_label(path)
-    check_size(label.shape, size, path, "the mask")
-    values = np.unique(label)
-    if len(values[values != 0]) > 1:
-        raise DataError(
-            f"{path}: a mask has two values, 0 and another; this image has {len(values)}:"
-            " threshold it"
-        )
-    return label != 0
 
 
 def score_predictions(

@@ -28,7 +28,7 @@ from segment_anything import SamPredictor
 from tqdm import tqdm
 
 from dataset.files.errors import DataError
-from dataset.files.images import check_size, read_image
+from dataset.files.images import claimed_size, read_claimed
 from dataset.files.paths import require_folder, resolve_inside
 from dataset.files.text import read_json
 from dataset.files.write import write_text
@@ -165,9 +165,8 @@ def convert(annotations: Path, images: Path, vision_pretrained: Path, out: Path)
 def _masks_of(
     predictor: SamPredictor, path: Path, image: dict, entries: list[dict], source: Path
 ) -> dict[str, Any]:
-    pixels = read_image(path)
+    pixels = read_claimed(path, claimed_size(image, source), source.name)
     size = pixels.shape[:2]
-    check_size((image["height"], image["width"]), size, path, f"the size in {source.name}")
     boxes = np.array([corners(entry, size, source) for entry in entries])
     masks = {}
     for entry, mask in zip(entries, box_masks(predictor, pixels, boxes), strict=True):

@@ -6,17 +6,15 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
+from dataset.annotations.shapes import polygons_of, refuse_boxes, rle_of
 from dataset.files.errors import DataError
 from dataset.files.faults import Faults
+from dataset.files.images import claimed_size
 from dataset.readers.own.formats import (
     TEXT_KEYS,
     OwnQuery,
     Shape,
-    claimed_size,
-    is_number,
     optional_field,
-    polygons_of,
-    rle_of,
     with_article,
     wordings_of,
 )
@@ -82,7 +80,7 @@ def _images(content: dict, path: Path, faults: Faults, dataset: str) -> dict[int
             number = _new_id(entry, item, found)
             if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
                 raise DataError(f'{item}: "file_name" must be the name of an image')
-            claimed_size(entry, "height", "width", item)
+            claimed_size(entry, item)
             _texts_of(entry, item)
             for name in ("split", "answer"):
                 optional_field(entry, name, str, item, "a text")
@@ -108,48 +106,65 @@ def _annotations(
     seen: set[int] = set()
     found: dict[int, list[dict]] = {}
     for item, entry in _entries(content["annotations"], "annotation", path):
-        if faults.skips(dataset, item):
-            continue
-        with faults.guard(dataset, item):
-            number = _new_id(entry, item, seen)
-            seen.add(number)
-            image = entry.get("image_id")
-            if type(image) is not int or image not in known:
-                raise DataError(f'{item}: "image_id" is {image!r}, and there is no such image')
-            image_has_texts = bool(_texts_of(images.get(image, {}), item))
-            checked = _annotation(entry, item, categories, image_has_texts)
-            # An image that is bad or skipped takes its annotations along.
-            if image in images:
-                found.setdefault(image, []).append(checked)
+        image: Any = entry.get("image_id") if isinstance(entry, dict) else None
+        has_image = type(image) is int and image in images
+        image_has_texts = has_image and bool(_texts_of(images[image], item))
+        checked = None
+        if not faults.skips(dataset, item):
+            with faults.guard(dataset, item):
+                number = _new_id(entry, item, seen)
+                seen.add(number)
+                if type(image) is not int or image not in known:
+                    raise DataError(f'{item}: "image_id" is {image!r}, and there is no such image')
+                checked = _annotation(entry, item, categories, image_has_texts)
+        # An image that is bad or skipped takes its annotations along.
+        if has_image:
+            checked = checked or _lost(entry, item, categories, image_has_texts)
+            found.setdefault(image, []).append(checked)
     return found
+
+
+def _asked_texts(
+    entry: dict, item: str, categories: dict[int, str], image_has_texts: bool
+) -> list[str]:
+    """What is asked for an annotation; nothing if it is asked for by the text of its image. Raises
+    DataError."""
+    texts, category = _texts_of(entry, item), entry.get("category_id")
+    if category is not None and (type(category) is not int or category not in categories):
+        raise DataError(f'{item}: "category_id" is {category!r}, and there is no such category')
+    if texts or image_has_texts:
+        return texts
+    if category is None:
+        raise DataError(
+            f"{item}: nothing to ask: give it a category_id, or a query, caption or expression"
+        )
+    return [with_article(categories[category])]
+
+
+def _lost(entry: dict, item: str, categories: dict[int, str], image_has_texts: bool) -> dict:
+    """Stands for an annotation that cannot be used: "texts" as those of others, or None where they
+    cannot be told."""
+    try:
+        texts = _asked_texts(entry, item, categories, image_has_texts)
+    except DataError:
+        texts = None
+    return {"item": item, "texts": texts, "crowd": False, "is_lost": True}
 
 
 def _annotation(entry: dict, item: str, categories: dict[int, str], image_has_texts: bool) -> dict:
     """Item, texts (none: those of its image), shapes, whether it is a crowd, answer and is_sentence
     of an annotation. Raises DataError."""
-    texts, category = _texts_of(entry, item), entry.get("category_id")
-    if category is not None and (type(category) is not int or category not in categories):
-        raise DataError(f'{item}: "category_id" is {category!r}, and there is no such category')
-    if not texts and not image_has_texts and category is None:
-        raise DataError(
-            f"{item}: nothing to ask: give it a category_id, or a query, caption or expression"
-        )
+    texts = _asked_texts(entry, item, categories, image_has_texts)
     if entry.get("iscrowd", 0) not in (0, 1):
         raise DataError(f'{item}: "iscrowd" must be 0 or 1')
-    segmentation = entry.get("segmentation")
+    refuse_boxes(entry, item)
+    segmentation = entry["segmentation"]
     shapes: list[Shape]
     if isinstance(segmentation, dict):
-        shapes = [("rle", rle_of(segmentation, item, "segmentation"))]
+        shapes = [("rle", rle_of(segmentation, item, "segmentation"), item)]
     else:
         polygons = polygons_of(segmentation, item, "segmentation")
-        shapes = [("polygons", polygons)] if polygons else []
-        if not polygons and _has_area(entry.get("bbox")):
-            raise DataError(
-                f'{item}: has a "bbox" but an empty "segmentation"; python -m utils.boxes_to_masks'
-                " makes masks of boxes"
-            )
-    if not texts and not image_has_texts and category is not None:
-        texts = [with_article(categories[category])]
+        shapes = [("polygons", polygons, item)] if polygons else []
     return {
         "item": item,
         "texts": texts,
@@ -158,13 +173,6 @@ def _annotation(entry: dict, item: str, categories: dict[int, str], image_has_te
         "answer": optional_field(entry, "answer", str, item, "a text"),
         "is_sentence": optional_field(entry, "is_sentence", bool, item, "true or false"),
     }
-
-
-def _has_area(bbox: Any) -> bool:
-    """Whether a box [x, y, width, height] holds something: files of detectors have boxes without
-    masks, which must not pass for empty targets."""
-    is_box = isinstance(bbox, list) and len(bbox) == 4 and all(map(is_number, bbox))
-    return is_box and bbox[2] > 0 and bbox[3] > 0
 
 
 def _texts_of(entry: dict, where: str) -> list[str]:
@@ -187,9 +195,13 @@ def _queries_of(
     image_texts = tuple(_texts_of(image, item))
     if image_texts:
         groups[image_texts] = []
+    if any(entry["texts"] is None for entry in annotations):
+        return  # A part is missing, and nobody knows of which query.
     for entry in annotations:
         groups.setdefault(tuple(entry["texts"]) or image_texts, []).append(entry)
     for texts, entries in groups.items():
+        if any(entry.get("is_lost") for entry in entries):
+            continue  # Without a part of its target the query would have a wrong answer.
         objects = [e for e in entries if not e["crowd"]]
         if not objects and texts != image_texts:
             continue  # There is only a crowd, which is no target.
@@ -203,5 +215,6 @@ def _queries_of(
             answer=source.get("answer"),
             is_sentence=source.get("is_sentence"),
             split=image.get("split") or "train",
-            size=claimed_size(image, "height", "width", item),
+            size=claimed_size(image, item),
+            source=item,
         )

@@ -23,22 +23,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dataset.annotations.masks import annotation_mask, draw_shape, paint_shapes, read_mask
 from dataset.conversation.turns import Conversation
 from dataset.conversation.wordings import answer, is_sentence
 from dataset.files.errors import DataError, MissingDataError
-from dataset.files.faults import blame
-from dataset.files.images import check_size, read_image, read_label
+from dataset.files.faults import Together, blame
+from dataset.files.images import check_claim, image_size, read_image
 from dataset.files.packed import PackedRecords
 from dataset.files.paths import list_files, named_inside, require_folder, resolve_inside
-from dataset.files.rle import decode_rle
+from dataset.files.rle import decode_rle, rle_size
 from dataset.files.text import read_json
-from dataset.readers.coco import annotation_mask
 from dataset.readers.own.arrow import (
     PARQUET,
     TableImage,
@@ -50,10 +52,9 @@ from dataset.readers.own.arrow import (
 )
 from dataset.readers.own.coco import is_coco, read_coco
 from dataset.readers.own.formats import OwnQuery
-from dataset.readers.own.labelme import draw_labelme, read_labelme
+from dataset.readers.own.labelme import read_labelme
 from dataset.readers.own.tables import read_table
 from dataset.readers.questions import choose_wordings, word_question
-from dataset.readers.reasoning import paint_shapes
 from dataset.readers.usable import is_readable, without_excluded
 from dataset.sample import LoaderOptions, Sample
 
@@ -133,19 +134,7 @@ def own_names(root: Path) -> list[str]:
     return sorted(files | folders - {"images", "masks"})
 
 
-def _read_mask(path: Path | TableImage) -> np.ndarray:
-    """A mask file as bool (H, W): 0 is background, one other value is the target."""
-    label = read_label(path)
-    values = np.unique(label[label != 0])
-    if len(values) > 1:
-        raise DataError(
-            f"{path}: holds {len(values)} values besides 0; a mask has one, so write one PNG per"
-            " target"
-        )
-    return label != 0
-
-
-def _draw_shape(shape: tuple[str, Any, str], size: tuple[int, int]) -> np.ndarray:
+def _draw(shape: tuple[str, Any, str], size: tuple[int, int]) -> np.ndarray:
     """A shape (kind, value, item) as bool (H, W) for an image of ``size`` (H, W). Raises DataError
     that blames the item, the place in the file where the shape comes from."""
     kind, value, item = shape
@@ -153,15 +142,31 @@ def _draw_shape(shape: tuple[str, Any, str], size: tuple[int, int]) -> np.ndarra
         if kind == "rle":
             return decode_rle(value, size, item, "rle")
         if kind == "labelme":
-            return draw_labelme(value, size, item)
+            return draw_shape(value, size, item)
         if kind == "polygons":
-            return annotation_mask(value, size, item, '"polygons"')
+            mask = annotation_mask(value, size, item, '"polygons"')
+            if not mask.any():
+                raise DataError(
+                    f'{item}: "polygons" cover no pixel of their image of {size[0]}×{size[1]}'
+                    " (height × width); an empty target is []"
+                )
+            return mask
         try:
-            mask = _read_mask(image_named(value))
-            check_size(mask.shape, size, value, "the mask")
+            return read_mask(image_named(value), size)
         except DataError as error:
             raise DataError(f"{item}: {error}") from None
-        return mask
+
+
+def _claims(queries: list[dict]) -> Iterator[tuple[int, int] | None]:
+    """The sizes (H, W) of the photo, as far as its queries and their masks say."""
+    for query in queries:
+        yield tuple(query["size"]) if query["size"] else None
+        for kind, value, _ in chain(*query["targets"], query["ignore"]):
+            if kind == "rle":
+                yield rle_size(value)
+            elif kind == "png":
+                with suppress(DataError):  # It is said where the mask is drawn.
+                    yield image_size(image_named(value))
 
 
 class OwnData:
@@ -199,9 +204,12 @@ class OwnData:
         splits: set[str] = set()
         for source in sources:
             for query in self._read(source):
-                splits.add(query.split)
+                if not query.is_lost:
+                    splits.add(query.split)
                 if split in (None, query.split):
-                    with self.faults.guard(self.dataset, query.item):
+                    # What is lost is not to be blamed again.
+                    guard = self.faults.guard(self.dataset, query.item)
+                    with suppress(DataError) if query.is_lost else guard:
                         image, record = self._with_files(query, source)
                         by_image[image].append(record)
         if not splits:
@@ -211,26 +219,33 @@ class OwnData:
             raise MissingDataError(
                 f"{sources[0]}: no query belongs to the split {split!r}; there are: {known}"
             )
+        asked = {image: _joined(queries) for image, queries in by_image.items()}
         readable = [
             image
-            for image in sorted(by_image)
-            if is_readable(image_named(image), self.faults, self.dataset)
+            for image in sorted(asked)
+            if asked[image] and is_readable(image_named(image), self.faults, self.dataset)
         ]
         if not readable:
             raise DataError(f"{sources[0]}: no image of {self.dataset} can be used")
         kept = without_excluded(readable, str, self.options, self.dataset)
-        self.records = PackedRecords([image, _joined(by_image[image])] for image in kept)
+        self.records = PackedRecords([image, asked[image]] for image in kept)
 
     def _with_files(self, query: OwnQuery, source: Path) -> tuple[str, dict]:
-        """(image file, the query as a dict). Its shapes become (kind, value, item), where a mask's
-        value is its file. Raises DataError for files that are not there."""
-        image = self._find(source, query.image, ("images", stem_of(source)), query.item)
-        record = asdict(query)
+        """(image file, the query as a dict). The value of a shape that is a mask becomes its file.
+        Raises DataError for an image that is not there; a query that lacks a mask is lost."""
+        folders = ("images", stem_of(source))
+        where = query.source or query.item
+        with blame(where):
+            image = self._find(source, query.image, folders, where, query.hint)
+        record = asdict(query) | {"drawn": query.drawn()}
         for shapes in (*record["targets"], record["ignore"]):
-            for number, (kind, value) in enumerate(shapes):
-                if kind == "png":
-                    value = str(self._find(source, value, ("masks",), query.item))
-                shapes[number] = (kind, value, query.item)
+            for number, (kind, value, item) in enumerate(shapes):
+                if kind == "png" and not record["is_lost"]:
+                    record["is_lost"] = True
+                    with self.faults.guard(self.dataset, item):
+                        value = str(self._find(source, value, ("masks",), item))
+                        record["is_lost"] = False
+                shapes[number] = (kind, value, item)
         return str(image), record
 
     def _read(self, source: Path) -> Iterator[OwnQuery]:
@@ -247,7 +262,9 @@ class OwnData:
         return read_coco(source, content, self.faults, self.dataset)
 
     @staticmethod
-    def _find(source: Path, name: str, folders: tuple[str, ...], where: str) -> Path | TableImage:
+    def _find(
+        source: Path, name: str, folders: tuple[str, ...], where: str, hint: str = ""
+    ) -> Path | TableImage:
         """The file of that name beside ``source`` or in one of the ``folders`` there; an image
         inside a table is its own file. Raises DataError."""
         if isinstance(name, TableImage):
@@ -264,7 +281,7 @@ class OwnData:
         found = next((path for path in paths if path.exists()), None)
         if found is None:
             raise MissingDataError(
-                f"{where}: {name} is not there; looked in {', '.join(map(str, places))}"
+                f"{where}: {name} is not there; looked in {', '.join(map(str, places))}{hint}"
             )
         return found
 
@@ -280,26 +297,28 @@ class OwnData:
         canonically worded."""
         name, queries = self.records[index]
         path = Path(name)
-        image = read_image(image_named(name))
-        conversations = []
+        image = read_image(image_named(name), _claims(queries))
+        conversations, together = [], Together()
         for number, text in choose_wordings([q["texts"] for q in queries], self.options, rng):
             query = queries[number]
-            with blame(query["item"]):
-                conversations.append(self._conversation(query, text, path, image.shape[:2], rng))
+            with together.about(query["source"]):
+                check_claim(query["size"], image.shape, path, query["source"])
+                with blame(query["item"]):
+                    conversations.append(self._conversation(query, text, image.shape[:2], rng))
+        together.raise_all()
         return Sample(image, name, conversations, "reasoning", self.dataset, path.stem)
 
     def _conversation(
-        self, query: dict, text: str, image: Path, size: tuple[int, int], rng: np.random.Generator
+        self, query: dict, text: str, size: tuple[int, int], rng: np.random.Generator
     ) -> Conversation:
-        if query["size"] is not None:
-            check_size(tuple(query["size"]), size, image, f"the size in {query['item']}")
-        targets, ignored = [], [_draw_shape(shape, size) for shape in query["ignore"]]
+        targets, ignored = [], [_draw(shape, size) for shape in query["ignore"]]
         for shapes in query["targets"]:
             if shapes and shapes[0][0] == "painted":
-                target, ignore = paint_shapes(shapes[0][1], size)
+                _, painted, item = shapes[0]
+                target, ignore = paint_shapes(painted, size, f'{item}: "shapes"')
                 ignored.append(ignore)
             else:
-                target = _union([_draw_shape(shape, size) for shape in shapes], size)
+                target = _union([_draw(shape, size) for shape in shapes], size)
             targets.append(target)
         masks = np.stack(targets)
         ignored_pixels = _union(ignored, size) & ~masks.any(axis=0)
@@ -324,9 +343,17 @@ def _union(masks: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
 
 def _joined(queries: list[dict]) -> list[dict]:
     """Joins the queries of an image that have the same texts: the target becomes the union of
-    theirs. Queries with several targets stay as they are."""
+    theirs. Queries with several targets stay as they are. Those of which a part is lost are left
+    out; a second copy of a part is no loss."""
+    lost: dict[tuple[str, ...], list] = defaultdict(list)
+    whole: list[dict] = []
+    for query in queries:
+        (lost[tuple(query["texts"])] if query["is_lost"] else whole).append(query)
+    for query in whole:
+        same = lost.get(tuple(query["texts"]), [])
+        same[:] = [other for other in same if other["drawn"] != query["drawn"]]
     found: dict[tuple, dict] = {}
-    for number, query in enumerate(queries):
+    for number, query in enumerate(q for q in whole if not lost.get(tuple(q["texts"]))):
         several = len(query["targets"]) > 1 or any(
             shape[0] == "painted" for shapes in query["targets"] for shape in shapes
         )
@@ -338,4 +365,6 @@ def _joined(queries: list[dict]) -> list[dict]:
         first["ignore"] += [shape for shape in query["ignore"] if shape not in first["ignore"]]
         first["targets"] = [[*first["targets"][0], *query["targets"][0]]]
         first["answer"] = first["answer"] or query["answer"]
+    for query in found.values():
+        del query["drawn"], query["is_lost"], query["hint"]
     return list(found.values())

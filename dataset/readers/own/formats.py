@@ -8,24 +8,23 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from dataset.conversation.wordings import is_sentence
 from dataset.files.errors import DataError
-from dataset.readers.coco import LARGEST
 from dataset.readers.own.arrow import TableImage
 from dataset.readers.questions import as_wordings
 
 TEXT_KEYS = ("query", "caption", "expression")
 # How PNG and TIFF begin. Hugging Face datasets store a mask without a file of its own as either.
 LOSSLESS = (b"\x89PNG", b"II*\0", b"MM\0*")
+LOSSLESS_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 DETERMINER = re.compile(
     r"(the|a|an|this|that|these|those|all|any|each|every|both|some|his|her|its)(\s|$)",
     re.IGNORECASE,
 )
-Shape = tuple[str, Any]
-"""One of ("polygons", flat lists), ("rle", {"size", "counts"}), ("png", file name), ("labelme", one
-shape), and, alone as a target, ("painted", labelme shapes, targets and ignored regions)."""
+Shape = tuple[str, Any, str]
+"""(kind, value, item to blame for it) with one of "polygons" and flat lists, "rle" and {"size",
+"counts"}, "png" and a file name, "labelme" and one shape, and, alone as a target, "painted" and
+labelme shapes, targets and ignored regions."""
 
 
 @dataclass
@@ -47,6 +46,17 @@ class OwnQuery:
     split: str = ""
     size: tuple[int, int] | None = None
     """(H, W) that the file claims."""
+    source: str = ""
+    """The item that claims it, where it is not ``item``."""
+    is_lost: bool = False
+    """Whether it is a part that cannot be used, of the query with these texts about this image,
+    which must not be asked without it."""
+    hint: str = ""
+    """What to add where the image is missing."""
+
+    def drawn(self) -> list[list[tuple[str, Any]]]:
+        """The shapes of each target without the items to blame."""
+        return [[(kind, value) for kind, value, _ in target] for target in self.targets]
 
 
 def wordings_of(value: Any, where: str, name: str) -> list[str]:
@@ -68,72 +78,6 @@ def optional_field(entry: dict, name: str, kind: type, where: str, what: str) ->
     return value
 
 
-def claimed_size(entry: dict, height: str, width: str, where: str) -> tuple[int, int] | None:
-    """The (H, W) of the fields named ``height`` and ``width``, or None where both are missing."""
-    h, w = entry.get(height), entry.get(width)
-    if h is None and w is None:
-        return None
-    if type(h) is not int or type(w) is not int or min(h, w) < 1:
-        raise DataError(
-            f'{where}: "{height}" and "{width}" must be whole numbers of pixels, or be left out'
-        )
-    return h, w
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` may be a coordinate in pixels."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
-
-
-def polygons_of(value: Any, where: str, name: str) -> list[list[float]]:
-    """Polygons, each [x0, y0, x1, y1, …] or [[x, y], …], as flat lists. A single polygon may stand
-    without the outer list."""
-    wanted = (
-        f'{where}: "{name}" must be a list of polygons [x0, y0, x1, y1, …] or [[x, y], …] in pixels'
-    )
-    if not isinstance(value, list):
-        raise DataError(wanted)
-    is_single = value and (is_number(value[0]) or is_point(value[0]))
-    flat = []
-    for number, polygon in enumerate([value] if is_single else value):
-        if not isinstance(polygon, list):
-            raise DataError(wanted)
-        if any(isinstance(point, list) for point in polygon):
-            sound = all(map(is_point, polygon))
-        else:
-            sound = all(map(is_number, polygon))
-        if not sound:
-            raise DataError(f"{wanted}; polygon {number} holds something that is no coordinate")
-        numbers = np.ravel(polygon).tolist()
-        if len(numbers) < 6 or len(numbers) % 2:
-            raise DataError(
-                f'{where}: "{name}": polygon {number} needs at least three points, each an x'
-                " and a y"
-            )
-        flat.append([float(x) for x in numbers])
-    return flat
-
-
-def is_point(value: Any) -> bool:
-    """Whether ``value`` is a list [x, y] of numbers."""
-    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
-
-
-def rle_of(value: Any, where: str, name: str) -> dict:
-    """COCO's run lengths, compressed or not; whether they fit their size is checked when they are
-    decoded."""
-    size: Any = value.get("size") if isinstance(value, dict) else None
-    is_list = isinstance(size, list) and len(size) == 2
-    if not is_list or any(type(side) is not int or side < 1 for side in size):
-        raise DataError(f'{where}: "{name}" must be {{"size": [height, width], "counts": …}}')
-    counts = value.get("counts")
-    # pycocotools gives compressed runs as bytes, and an Arrow table keeps them so.
-    counts = counts.decode("latin-1") if isinstance(counts, bytes) else counts
-    if not isinstance(counts, (str, list)):
-        raise DataError(f'{where}: "{name}" needs "counts", a text or a list of runs')
-    return {"size": size, "counts": counts}
-
-
 def png_of(value: Any, where: str, name: str) -> str:
     """The name of a mask's file, or a TableImage whose bytes are those of a lossless format."""
     if not isinstance(value, str) or not value.strip():
@@ -143,7 +87,7 @@ def png_of(value: Any, where: str, name: str) -> str:
             raise DataError(
                 f'{where}: "{name}" is no PNG; a mask must be one (other formats change pixels)'
             )
-    elif not value.lower().endswith(".png"):
+    elif not value.lower().endswith(LOSSLESS_SUFFIXES):
         raise DataError(
             f'{where}: "{name}" is {value!r}; a mask must be a PNG (other formats change pixels)'
         )

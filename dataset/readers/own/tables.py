@@ -6,10 +6,13 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dataset.annotations.shapes import polygons_of, rle_of
 from dataset.files.errors import DataError
 from dataset.files.faults import Faults
 from dataset.files.text import read_text
@@ -19,8 +22,6 @@ from dataset.readers.own.formats import (
     Shape,
     optional_field,
     png_of,
-    polygons_of,
-    rle_of,
     wordings_of,
 )
 
@@ -43,7 +44,7 @@ def _shapes_of(entry: dict, where: str, prefix: str = "") -> list[Shape]:
         )
     kind, read = SHAPE_COLUMNS[given[0]]
     value = read(entry[given[0]], where, prefix + given[0])
-    return [] if kind == "polygons" and not value else [(kind, value)]
+    return [] if kind == "polygons" and not value else [(kind, value, where)]
 
 
 def read_table(path: Path, faults: Faults, dataset: str) -> Iterator[OwnQuery]:
@@ -52,16 +53,32 @@ def read_table(path: Path, faults: Faults, dataset: str) -> Iterator[OwnQuery]:
     is_arrow = path.is_dir() or path.suffix == PARQUET
     seen: dict[str, str] = {}
     for item, place, read in arrow_rows(path) if is_arrow else _text_rows(path):
-        if faults.skips(dataset, item):
-            continue
-        with faults.guard(dataset, item):
-            query = _query_of(read(), item)
-            facts = [query.image, query.texts, query.targets, query.split]
-            key = json.dumps(facts, sort_keys=True)
-            if key in seen:
-                raise DataError(f"{item}: repeats {seen[key]}; remove one of the two")
-            seen[key] = place
-            yield query
+        row: dict = {}
+        is_used = False
+        if not faults.skips(dataset, item):
+            with faults.guard(dataset, item):
+                row = read()
+                query = _query_of(row, item)
+                facts = [query.image, query.texts, query.drawn(), query.split]
+                key = json.dumps(facts, sort_keys=True)
+                if key in seen:
+                    raise DataError(f"{item}: repeats {seen[key]}; remove one of the two")
+                seen[key] = place
+                is_used = True
+                yield query
+        if not is_used:
+            with suppress(DataError):
+                yield _lost(row or read(), item)
+
+
+def _lost(row: dict, item: str) -> OwnQuery:
+    """The query of a row that cannot be used. Raises DataError if the row does not tell which one
+    it is."""
+    try:
+        return replace(_query_of(row, item), is_lost=True)
+    except DataError:
+        rest = {name: row.get(name) for name in ("image", "query", "split")}
+        return replace(_query_of(rest | {"polygons": []}, item), is_lost=True)
 
 
 def _text_rows(path: Path) -> Iterator[tuple[str, str, Callable[[], dict]]]:
@@ -180,4 +197,4 @@ def _ignore(value: Any, where: str) -> list[Shape]:
     JSON types."""
     name = "mask" if isinstance(value, str) else "rle" if isinstance(value, dict) else "polygons"
     kind, read = SHAPE_COLUMNS[name]
-    return [(kind, read(value, where, "ignore"))]
+    return [(kind, read(value, where, "ignore"), where)]

@@ -299,7 +299,7 @@ def change(content: dict, key: str, number: int, **fields) -> dict:
         (change(coco(), "images", 0, file_name=3), '"images" entry 0: "file_name" must be a text'),
         (
             change(coco(), "images", 0, height=None),
-            '"images" entry 0: "height" must be a positive number',
+            '"images" entry 0: "height" and "width" must be whole numbers',
         ),
         (change(coco(), "categories", 1, name=...), '"categories" entry 1 lacks the field "name"'),
         (coco() | {"images": [3]}, '"images" entry 0 is not an object'),

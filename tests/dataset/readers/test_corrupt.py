@@ -11,7 +11,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
 
 from dataset import check
 from dataset.files.errors import DataError
@@ -225,9 +224,9 @@ CASES = {
     ),
     "mask in colour": (
         T,
-        mask_as(lambda p: Image.new("RGB", (12, 10)).save(p)),
+        mask_as(lambda p: cv2.imwrite(str(p), np.arange(360, dtype=np.uint8).reshape(10, 12, 3))),
         "train.jsonl:1",
-        "must have one channel",
+        "holds 120 values besides 0",
     ),
     "mask with many values": (
         T,
@@ -437,7 +436,7 @@ CASES = {
     "file name above the folder": (
         C,
         coco(image={"file_name": "../a.jpg"}),
-        "train.json:annotation 7",
+        "train.json:image 1",
         "refused",
     ),
     "size that is negative": (
@@ -449,7 +448,7 @@ CASES = {
     "size of another image": (
         C,
         coco(image={"height": 11}),
-        "train.json:annotation 7",
+        "train.json:image 1",
         "is 11×12 .* but its image is 10×12",
     ),
     "segmentation that is a text": (
@@ -522,24 +521,24 @@ CASES = {
     "circle of three points": (
         L,
         shape(shape_type="circle", points=RECTANGLE[:3]),
-        "train/a.json",
+        "train/a.json:label dog",
         "a circle has 2 points, found 3",
     ),
     "point with three numbers": (
         L,
         shape(points=[[1, 2, 3]]),
-        "train/a.json",
+        "train/a.json:label dog",
         r'needs "points" as a list of \[x, y\]',
     ),
     "mask that is no PNG": (
         L,
         shape(shape_type="mask", points=RECTANGLE[:2], mask="abcd"),
-        "train/a.json",
+        "train/a.json:label dog",
         '"mask" must be a PNG in base64',
     ),
     "height as text": (
         L,
-        labelme(imageHeight="10"),
+        labelme(imageHeight="ten"),
         "train/a.json",
         '"imageHeight" and "imageWidth" must be whole numbers',
     ),

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle_codec
 
+from dataset.annotations.masks import annotation_mask, paint_shapes
 from dataset.conversation.exemplars import ExemplarLibrary
 from dataset.conversation.turns import answer_text
 from dataset.files.errors import DataError, MissingDataError
@@ -16,8 +17,8 @@ from dataset.files.packed import PackedRecords
 from dataset.files.paths import resolve_inside
 from dataset.files.rle import decode_rle
 from dataset.files.text import read_json
-from dataset.readers.coco import CocoInstances, annotation_mask
-from dataset.readers.reasoning import ReasoningSegmentation, paint_shapes, read_record, record_masks
+from dataset.readers.coco import CocoInstances
+from dataset.readers.reasoning import ReasoningSegmentation, read_record, record_masks
 from dataset.readers.semantic import ADE20K_CLASSES, SemanticSegmentation
 from dataset.readers.vqa import VisualQuestionAnswering
 from dataset.sample import LoaderOptions
@@ -130,7 +131,10 @@ def test_label_maps_keep_their_values(tmp_path):
     palette.putpalette(list(range(255, -1, -1)) * 3)
     palette.save(tmp_path / "palette.png")
     Image.fromarray((values * 100).astype(np.uint16)).save(tmp_path / "deep.png")
-    Image.new("RGB", (2, 2)).save(tmp_path / "colour.png")
+    Image.new("RGB", (2, 2), (0, 0, 9)).save(tmp_path / "colour.png")
+    for mode in ("RGB", "LA", "RGBA"):
+        Image.fromarray(values.astype(np.uint8)).convert(mode).save(tmp_path / "equal.png")
+        assert read_label(tmp_path / "equal.png").tolist() == values.tolist()
     assert read_label(tmp_path / "grey.png").tolist() == values.tolist()
     assert read_label(tmp_path / "palette.png").tolist() == values.tolist()
     assert read_label(tmp_path / "deep.png").tolist() == (values * 100).tolist()

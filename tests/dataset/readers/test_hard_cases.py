@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from dataset import check
+from dataset.annotations.masks import annotation_mask
 from dataset.files.errors import DataError, MissingDataError, NothingToAsk
 from dataset.files.faults import read_skip_list
 from dataset.files.images import read_image, read_label
 from dataset.files.store import cache_root
 from dataset.mixture import TrainMixture
-from dataset.readers.coco import annotation_mask
 from dataset.readers.own.dataset import OwnData
 from dataset.registry import open_evaluation, reasoning_loader, semantic_loader
 from dataset.sample import LoaderOptions
@@ -39,7 +39,7 @@ def open_all(loader) -> int:
 
 
 @pytest.mark.parametrize(
-    "bad", [float("nan"), float("inf"), -1e9, 1e308, 10**400, None, "4", [4, 5]], ids=str
+    "bad", [float("nan"), float("inf"), -1e9, 1e308, 10**400, None, "four", [4, 5]], ids=str
 )
 def test_no_coordinate_kills_the_process(bad):
     """pycocotools ends with a segmentation fault for most of these."""
@@ -178,7 +178,7 @@ def test_a_line_of_a_table_ends_at_its_end(tmp_path):
 def test_a_cell_of_a_csv_may_be_long(tmp_path):
     path = write_table(tmp_path)
     path.unlink()
-    outline = [2 + i % 7 for i in range(80_000)]
+    outline = FLAT + [2 + i % 7 for i in range(80_000)]
     path.with_suffix(".csv").write_text(f'image,query,polygons\n0.jpg,q,"{outline}"\n')
     assert open_all(OwnData(tmp_path, "table", EVAL)) == 1
 
@@ -195,7 +195,7 @@ def test_boxes_are_no_empty_targets(tmp_path):
         "iscrowd": 0,
     }
     write_coco(tmp_path, annotations=[box])
-    with pytest.raises(DataError, match='annotation 1: has a "bbox" but an empty "segmentation"'):
+    with pytest.raises(DataError, match="annotation 1: has no mask, .*boxes_to_masks"):
         OwnData(tmp_path, "coco", EVAL)
     write_coco(tmp_path, annotations=[box | {"bbox": [0, 0, 0, 0]}])
     assert (
@@ -217,7 +217,14 @@ def turn_by_exif(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["ade20k|training", "coco|train2017", "paco_lvis|train", "refcoco|unc|train"]
+    "spec",
+    [
+        "ade20k|training",
+        "coco|train2017",
+        "paco_lvis|train",
+        "refcoco|unc|train",
+        "LLM-Seg40K|train",
+    ],
 )
 def test_photos_that_were_annotated_lying_are_shown_so(tmp_path, spec):
     """A camera's note in EXIF, which the annotators' tool did not know."""
@@ -230,6 +237,22 @@ def test_photos_that_were_annotated_lying_are_shown_so(tmp_path, spec):
     assert np.array_equal(read_image(loader.path(0)), np.rot90(sample.image, -1)), (
         "elsewhere it is turned"
     )
+
+
+def test_a_sentence_about_a_polygon_without_area_is_not_asked(tmp_path):
+    """One about a segmentation that is empty on purpose is."""
+    layout = official.write_everything(tmp_path)["refcoco|unc|train"]
+    path = tmp_path / "refer_seg/refcoco/instances.json"
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        if entry["id"] in (10 * official.TRAIN, 10 * official.TRAIN + 1):
+            entry["segmentation"] = [[3, 3, 3, 3, 4, 3]]
+    write_json(path, content)
+    loader = open_evaluation(tmp_path, "refcoco|unc|train", EVAL)
+    sample = loader.sample(0, np.random.default_rng(0))
+    asked = [conversation.turns[0][0] for conversation in sample.conversations]
+    assert len(asked) == len(layout[sample.id]) - 3 and not any("man" in text for text in asked)
+    assert len(loader.options.faults.remarks) == 3
 
 
 @pytest.mark.parametrize("name", ["ade20k", "cocostuff", "mapillary"])

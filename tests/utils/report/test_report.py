@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle_codec
 
+from dataset.annotations.masks import read_mask
 from dataset.files.errors import DataError
 from dataset.mixture import EvalDataset
 from tests.backbone_toys import trained_run
@@ -22,7 +23,7 @@ from tests.helpers import LEVELS
 from tests.utils.evaluation.test_evaluation import FirstRow, run, toy_data
 from tests.utils.training.test_engine import launch
 from utils.evaluation import cli as evaluation_cli
-from utils.evaluation.predictions import Predictions, read_mask, score_predictions
+from utils.evaluation.predictions import Predictions, score_predictions
 from utils.evaluation.writer import write_reports
 from utils.metrics import TargetScore, breakdown, paired_bootstrap
 from utils.report import gallery, html
@@ -604,7 +605,7 @@ def test_files_that_differ_in_the_ending_are_refused(tmp_path):
             r"\[0\].segmentation.* is 9×9",
         ),
         (
-            [{"image_id": "000", "segmentation": {"size": ["10", "12"], "counts": "1"}}],
+            [{"image_id": "000", "segmentation": {"size": ["ten", "12"], "counts": "1"}}],
             r'\[0\].segmentation" must be {"size"',
         ),
         (
