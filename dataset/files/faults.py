@@ -100,6 +100,7 @@ class Faults:
         self.tolerant = tolerant
         self.found: dict[tuple[str, str], BadItem] = {}
         self.left_out: Counter[str] = Counter()
+        self.remarks: dict[str, None] = {}
         self._skip = {item.key for item in skip or []}
         self._report = None if report is None else Path(report)
         self._reported: set[tuple[str, str]] = set()
@@ -141,6 +142,12 @@ class Faults:
         """Writes down one bad item, here, in the log and in the report."""
         if self.note_all(dataset, [(item, reason)]):
             logger.warning("%s: %s is left out: %s", dataset, self.name(item), reason)
+
+    def remark(self, dataset: str, text: str) -> None:
+        """Keeps, once, what is sound but not asked, for ``dataset.check`` to list."""
+        if text not in self.remarks:
+            self.remarks[text] = None
+            logger.info("%s: %s", dataset, text)
 
     def leave_out(self, dataset: str, items: Sequence[tuple[str | Path, str]]) -> None:
         """Notes the bad entries of a file, (item, reason) pairs that were found all at once, with

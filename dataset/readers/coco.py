@@ -18,9 +18,10 @@ from pycocotools import mask as rle_codec
 from dataset.files.errors import DataError
 from dataset.files.images import read_claimed
 from dataset.files.index import CocoIndex
-from dataset.files.paths import named_inside, require_folder, resolve_inside
+from dataset.files.lookup import Identities, Lookup
+from dataset.files.paths import named_inside, require_folder
 from dataset.files.rle import decode_rle
-from dataset.readers.questions import phrase_conversation
+from dataset.readers.questions import phrase_conversation, readable_names
 from dataset.readers.usable import usable_positions
 from dataset.sample import LoaderOptions, Sample
 
@@ -101,7 +102,11 @@ class CocoInstances:
         root = require_folder(Path(dataset_dir) / "coco", "COCO-format data")
         self.source = named_inside(root / "annotations", f"instances_{split}.json")
         self.index = CocoIndex.open(self.source, tolerant=options.faults.leaves_out)
-        self.folder = require_folder(named_inside(root, split), "the folder of this split's images")
+        folder = require_folder(named_inside(root, split), "the folder of this split's images")
+        self.photos = Lookup([folder], options.follow_links)
+        self.names = readable_names({n: c["name"] for n, c in self.index.categories.items()})
+        if crowds := int(self.index.is_crowd.sum()):
+            options.faults.remark(self.dataset, f"{crowds} annotations are crowds, which are ignored")
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(
@@ -109,21 +114,22 @@ class CocoInstances:
             )
         name_of = self.index.file_names.__getitem__
         self.positions = usable_positions(
-            self.index, positions, name_of, self.folder, options, self.dataset
+            self.index, positions, name_of, self.photos, options, self.dataset
         )
+        self.identities = Identities(map(name_of, self.positions.tolist()))
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def path(self, index: int) -> Path:
         """The image of sample ``index``."""
-        return self.folder / self.index.file_names[int(self.positions[index])]
+        return self.photos.item(self.index.file_names[int(self.positions[index])])
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its categories in training, all of them otherwise."""
         position = int(self.positions[index])
         record = self.index.image(position)
-        path = resolve_inside(self.folder, record["file_name"])
+        path = self.photos.find(record["file_name"])
         image = read_claimed(path, record, self.source.name)
         by_category = self.index.annotations_by_category(position)
         # A category of which there is only a crowd has no instance that could be the target.
@@ -138,7 +144,7 @@ class CocoInstances:
         conversations = []
         for category in categories:
             masks = instance_masks(by_category[category], image.shape[:2], self.source)
-            phrase = f"the {self.index.categories[category]['name']}"
+            phrase = f"the {self.names[category]}"
             conversations.append(phrase_conversation(phrase, masks[0], self.options, rng, masks[1]))
-        name = Path(record["file_name"]).stem
+        name = self.identities.of(record["file_name"])
         return Sample(image, str(path), conversations, "semantic", self.dataset, name)

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ from PIL import Image
 
 from dataset.files.errors import DataError
 from dataset.files.faults import Faults, blame
-from dataset.files.images import IMAGE_SUFFIXES
 from dataset.files.paths import list_files
 from dataset.files.text import read_json
+from dataset.readers.own.dialects import tool_of
 from dataset.readers.own.formats import (
     OwnQuery,
     Shape,
@@ -27,6 +27,7 @@ from dataset.readers.own.formats import (
     with_article,
     wordings_of,
 )
+from dataset.readers.questions import readable_name
 from dataset.readers.reasoning import paint_shapes
 
 CIRCLE_POINTS = 72
@@ -46,7 +47,9 @@ def read_labelme(folder: Path, faults: Faults, dataset: str, split: str) -> Iter
 def _queries_of(path: Path, split: str) -> list[OwnQuery]:
     record = read_json(path)
     if not isinstance(record, dict) or not isinstance(record.get("shapes"), list):
-        raise DataError(f'{path}: has no list "shapes"; a JSON of labelme is expected')
+        raise DataError(
+            f'{path}: has no list "shapes"; a JSON of labelme is expected{tool_of(record)}'
+        )
     where = str(path)
     size = claimed_size(record, "imageHeight", "imageWidth", where)
     image = optional_field(record, "image", str, where, "a file name") or _image_name(record, path)
@@ -56,7 +59,7 @@ def _queries_of(path: Path, split: str) -> list[OwnQuery]:
     )
     shapes = [shape for shape in read if shape is not None]
     query = partial(OwnQuery, item=where, image=image, split=split, size=size)
-    if "text" in record:
+    if record.get("text") not in (None, ""):  # Tools of OCR write an empty one.
         texts = wordings_of(record["text"], where, "text")
         explanation = optional_field(record, "answer", str, where, "a text")
         is_sentence = optional_field(record, "is_sentence", bool, where, "true or false")
@@ -73,7 +76,8 @@ def _queries_of(path: Path, split: str) -> list[OwnQuery]:
         if shape["label"].lower() in IGNORED_LABELS:
             ignored.append(("labelme", shape))
         else:
-            by_label.setdefault(" ".join(shape["label"].split()), []).append(("labelme", shape))
+            label = " ".join(shape["label"].split())
+            by_label.setdefault(readable_name(label), []).append(("labelme", shape))
     if not by_label:
         raise DataError(
             f'{path}: has no shape to ask for; draw one, or add "text" for a query about nothing'
@@ -85,13 +89,9 @@ def _queries_of(path: Path, split: str) -> list[OwnQuery]:
 
 
 def _image_name(record: dict, path: Path) -> str:
-    """The name of the image. labelme writes its path relative to the JSON, on Windows with
-    backslashes, but the image is looked for where those of all own data are."""
+    """The name of the image, which is looked for where those of all own data are."""
     name = optional_field(record, "imagePath", str, str(path), "a file name")
-    if name is not None:
-        return PureWindowsPath(name).name
-    there = (path.stem + s for s in IMAGE_SUFFIXES if path.with_suffix(s).is_file())
-    return next(there, f"{path.stem}.jpg")
+    return path.stem if name is None else name  # of any photo's ending
 
 
 def _read_shape(shape: Any, where: str) -> dict | None:

@@ -338,7 +338,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         CocoIndex.open(tmp_path, tmp_path / "cache")
     (tmp_path / "a.json").write_bytes(b'{"images": "\x81"}')  # neither UTF-8 nor Windows-1252
-    with pytest.raises(DataError, match="a.json: not valid JSON"):
+    with pytest.raises(DataError, match="a.json: is not UTF-8, and gives no usual words"):
         CocoIndex.open(tmp_path / "a.json", tmp_path / "cache")
 
 
