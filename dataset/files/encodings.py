@@ -145,9 +145,7 @@ _GREEK = _words("Ά-ώ", r"[ΑΟΗΩαοη]|(?=[^άέήίόύώ]*[άέήίόύώ
 _HEBREW = _words("א-ת", r"[אבגדהוזחטיכלמנסעפצקרשת]*[א-ת]")
 _ARABIC = _words("ء-ي", r"(?:(?![ةى])[ء-غف-ي])+[ةى]?")
 # A vowel before or after a consonant, a tone above; letters that are rare are left out.
-_THAI = _words(
-    "ก-๛", r"(?!.*[ก-ฮ]{4})(?:[เ-ไ]?(?![ฃฅฆฌฎฏฐฑฒฤฦฬ])[ก-ฮ](?:[ัิ-ฺ็]?[่-๎]?|[่-๋]?[ะาำ]))+"
-)
+_THAI = _words("ก-๛", r"(?!.*[ก-ฮ]{4})(?:[เ-ไ]?(?![ฃฅฆฌฎฏฐฑฒฤฦฬ])[ก-ฮ](?:[ัิ-ฺ็]?[่-๎]?|[่-๋]?[ะาำ]))+")
 
 # (its name in Python, its name in messages, whether a text that it gives is plausible)
 CANDIDATES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
@@ -175,6 +173,13 @@ def marked_encoding(raw: bytes) -> str | None:
             tuple(i for i in range(4) if not raw[i])  # type: ignore[arg-type]
         )
     return None
+
+
+def proves_little(text: str) -> bool:
+    """Whether a text that was read as UTF-8 has hardly more than ASCII: one or two letters without
+    others beside them."""
+    foreign = re.findall(r"\w*[^\W\x00-\x7f]\w*", text) if not text.isascii() else []
+    return bool(foreign) and all(len(word) < 3 and not re.search("[a-z]", word) for word in foreign)
 
 
 def plausible_encodings(raw: bytes) -> dict[str, str]:

@@ -46,8 +46,9 @@ def parse_name(name: str) -> PhotoName:
         text, is_foreign = text[drive.end() :], True
     parts = tuple(part for part in text.split("/") if part not in ("", "."))
     is_foreign |= text.startswith("/") or ".." in parts
-    return PhotoName(parts[len(parts) - parts[::-1].index("..") :] if ".." in parts else parts,
-                     is_foreign)
+    return PhotoName(
+        parts[len(parts) - parts[::-1].index("..") :] if ".." in parts else parts, is_foreign
+    )
 
 
 def photo_name(entry: dict) -> str | None:
@@ -194,8 +195,9 @@ class Lookup:
                 )
             if not fitting:
                 return None
-            folder = resolve_inside(place, str((folder / fitting[0]).relative_to(place)),
-                                    self.follow_links)
+            folder = resolve_inside(
+                place, str((folder / fitting[0]).relative_to(place)), self.follow_links
+            )
         return folder if parts and folder.is_file() else None
 
     def _why(self, name: str, parsed: PhotoName) -> str:

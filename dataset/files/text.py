@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dataset.files.encodings import marked_encoding, plausible_encodings
+from dataset.files.encodings import marked_encoding, plausible_encodings, proves_little
 from dataset.files.errors import DataError, MissingDataError, reason_of
 
 logger = logging.getLogger(__name__)
@@ -22,21 +22,24 @@ def text_encoding(path: Path, raw: bytes) -> str:
     if marked := marked_encoding(raw):
         return marked
     if b"\0" in raw[:4]:
-        raise DataError(
-            f"{path}: is written in UTF-32 or holds zeros; save it as UTF-8"
-        )
+        raise DataError(f"{path}: is written in UTF-32 or holds zeros; save it as UTF-8")
     try:
-        raw.decode("utf-8")
+        is_weak = proves_little(raw.decode("utf-8"))
     except UnicodeDecodeError:
-        pass
+        found = plausible_encodings(raw)
     else:
-        return "utf-8"
-    found = plausible_encodings(raw)
+        # A character or two of Chinese may happen to be UTF-8, but its neighbours are not.
+        nearby = _plausible_in(path.parent, path.suffix) if is_weak else set()
+        found = {name: shown for name, shown in plausible_encodings(raw).items() if name in nearby}
+        if not found:
+            return "utf-8"
     if len(found) > 1:
         agreed = found.keys() & _plausible_in(path.parent, path.suffix)
         found = {name: found[name] for name in agreed} if len(agreed) == 1 else found
     if len(found) != 1:
-        reason = f"may be {' or '.join(found.values())}" if found else "gives no usual words otherwise"
+        reason = (
+            f"may be {' or '.join(found.values())}" if found else "gives no usual words otherwise"
+        )
         raise DataError(
             f"{path}: is not UTF-8, and {reason}; save it as UTF-8 (iconv -f ENCODING -t UTF-8)"
         )
@@ -44,7 +47,8 @@ def text_encoding(path: Path, raw: bytes) -> str:
     if (path.parent, encoding) not in _said:
         _said.add((path.parent, encoding))
         logger.warning(
-            "%s: is not UTF-8; it is read as %s, like others in this folder where they fit it", path,
+            "%s: is not UTF-8; it is read as %s, like others in this folder where they fit it",
+            path,
             shown,
         )
     return encoding

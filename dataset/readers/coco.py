@@ -106,7 +106,9 @@ class CocoInstances:
         self.photos = Lookup([folder], options.follow_links)
         self.names = readable_names({n: c["name"] for n, c in self.index.categories.items()})
         if crowds := int(self.index.is_crowd.sum()):
-            options.faults.remark(self.dataset, f"{crowds} annotations are crowds, which are ignored")
+            options.faults.remark(
+                self.dataset, f"{crowds} annotations are crowds, which are ignored"
+            )
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(

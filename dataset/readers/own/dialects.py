@@ -162,8 +162,12 @@ def _from_datumaro(content: dict) -> dict:
             index = entry.get("label_id")
             is_known = type(index) is int and 0 <= index < len(labels)
             label = made.labels[index] if is_known else None
-            made.add(image["id"], f"annotation {entry.get('id', number)}", label,
-                     lambda entry=entry: _datumaro_shape(entry))
+            made.add(
+                image["id"],
+                f"annotation {entry.get('id', number)}",
+                label,
+                lambda entry=entry: _datumaro_shape(entry),
+            )
             attributes = entry.get("attributes") or {}
             made.annotations[-1]["iscrowd"] = int(attributes.get("is_crowd") is True)
             # Datumaro counts annotations anew in every item, and several may have one number.
@@ -209,9 +213,7 @@ def _supervisely_shape(thing: dict, size: tuple[int, int]) -> Any:
     raise DataError(f"a {kind} has no area; draw a polygon, rectangle or bitmap")
 
 
-def read_supervisely(
-    folder: Path, faults: Faults, dataset: str, split: str
-) -> Iterator[OwnQuery]:
+def read_supervisely(folder: Path, faults: Faults, dataset: str, split: str) -> Iterator[OwnQuery]:
     """The queries of a folder ann/, which has a JSON for every photo: a.jpg.json for a.jpg."""
     for path in list_files(folder, (".json",)):
         if faults.skips(dataset, path):
@@ -228,8 +230,12 @@ def read_supervisely(
             made.images.append(image | {"split": split, "description": record.get("description")})
             for number, thing in enumerate(record["objects"]):
                 thing = thing if isinstance(thing, dict) else {}
-                made.add(path.stem, f"object {number}", thing.get("classTitle"),
-                         lambda thing=thing: _supervisely_shape(thing, size))
+                made.add(
+                    path.stem,
+                    f"object {number}",
+                    thing.get("classTitle"),
+                    lambda thing=thing: _supervisely_shape(thing, size),
+                )
             yield from read_coco(path, made.content(), faults, dataset)
 
 
@@ -276,7 +282,10 @@ _TOOLS: tuple[tuple[set[str], str], ...] = (
     ({"metadata", "instances"}, "SuperAnnotate's own JSON: export it as COCO"),
     ({"dataset", "samples"}, "Segments.ai's release: export it as COCO instance"),
     ({"project", "config", "attribute", "file"}, "a project of VIA 3: use VIA 2, or export COCO"),
-    ({"image_id", "category_id", "segmentation"}, "a list of results: give the file of annotations"),
+    (
+        {"image_id", "category_id", "segmentation"},
+        "a list of results: give the file of annotations",
+    ),
     ({"image_id", "category_id", "bbox"}, "a list of detections: boxes have no masks"),
     ({"image", "annotations"}, "CreateML's JSON: export it as COCO Segmentation"),
     ({"name", "labels"}, "Scalabel's JSON: convert it to COCO"),

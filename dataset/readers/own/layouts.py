@@ -26,6 +26,8 @@ from dataset.readers.own.dialects import advice, is_one_set
 TABLES = (".jsonl", ".csv", PARQUET)
 # A single file of one of these names is that split and not everything.
 SPLITS = ("train", "val", "test")
+# They lie among the data of Supervisely.
+SETTINGS_OF_TOOLS = ("meta.json", "obj_class_to_machine_color.json")
 _SYNONYMS = {"valid": "val", "validation": "val", "dev": "val", "training": "train"}
 _SYNONYMS |= {"testing": "test"}
 _PREFIX = re.compile(r"(?:instances|annotations|labels)_(?=.)")
@@ -47,7 +49,8 @@ class OwnFolder:
         self.folder = named_inside(root, name)
 
     def _list(self, folder: Path, *suffixes: str) -> list[Path]:
-        return list_files(folder, suffixes or (".json", *TABLES), self.follow_links)
+        found = list_files(folder, suffixes or (".json", *TABLES), self.follow_links)
+        return [path for path in found if path.name.lower() not in SETTINGS_OF_TOOLS]
 
     def _file_of(self, folder: Path, stem: str) -> Path | None:
         """The file that holds the data or the split ``stem``, if there is one. Raises DataError
@@ -113,7 +116,7 @@ class OwnFolder:
                 continue
             if place != self.folder and self._is_per_image(place):
                 return {"": place}
-            paths = [p for p in self._list(place) if not _is_beside_data(p)]
+            paths = self._list(place)
             instances = [path for path in paths if path.stem.startswith("instances_")]
             for stem in sorted(set(map(stem_of, instances or paths))):
                 if file := self._file_of(place, stem):
@@ -166,11 +169,6 @@ class OwnFolder:
 
 def _spellings(split: str) -> list[str]:
     return [name for name, meant in _SYNONYMS.items() if meant == split]
-
-
-def _is_beside_data(path: Path) -> bool:
-    """Whether a file is none of the data, though it lies among them: settings of tools."""
-    return path.name.lower() in ("meta.json", "obj_class_to_machine_color.json")
 
 
 def own_names(root: Path, follow_links: bool = False) -> list[str]:

@@ -436,7 +436,7 @@ CASES = {
     ),
     "file name above the folder": (
         C,
-        coco(image={"file_name": "../b.jpg"}),
+        coco(image={"file_name": "../c.jpg"}),
         "train.json:annotation 7",
         "refused",
     ),
