@@ -259,8 +259,8 @@ class _CocoParser:
             self.bad.append((bad, as_id(entry.get("image_id"))))
             return
         self.bad.append((bad._replace(image=photo_name(entry)), None))
-        if type(number := as_id(entry.get("id"))) is int:
-            self.bad_images.add(number)
+        if type(known := as_id(entry.get("id"))) is int:
+            self.bad_images.add(known)
 
     def _image(self, entry: dict, text: str, where: str) -> None:
         entry, text = _plain_ids(entry, text, ("id",))
@@ -433,10 +433,10 @@ class RecordIndex(_Index):
         tolerant: bool = False,
     ) -> RecordIndex:
         """``prepare(source, entry, number) -> (name, record)`` is a module's function, so that it
-        can be pickled by name. It returns None for an entry to pass over, and raises a DataError, whose message begins with ``source``, for an
-        entry that cannot be used. ``kind``: its name and version, such as "vqa-2"; a new version
-        gets a new index. ``tolerant``: bad entries are left out and in ``bad``. Raises DataError,
-        also for a JSON that is no list or an empty one.
+        can be pickled by name. It returns None for an entry to pass over, and raises a DataError,
+        whose message begins with ``source``, for an entry that cannot be used. ``kind``: its name
+        and version, such as "vqa-3"; a new version gets a new index. ``tolerant``: bad entries are
+        left out and in ``bad``. Raises DataError, also for a JSON that is no list or an empty one.
         """
         build = partial(build_records, prepare=prepare, tolerant=tolerant)
         return cls(source, cache_dir, kind, build, tolerant)

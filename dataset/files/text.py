@@ -10,6 +10,7 @@ from typing import Any
 
 from dataset.files.encodings import marked_encoding, plausible_encodings, proves_little
 from dataset.files.errors import DataError, MissingDataError, reason_of
+from dataset.files.paths import list_files
 
 logger = logging.getLogger(__name__)
 FILES_TO_ASK = 500
@@ -59,7 +60,7 @@ def _plausible_in(folder: Path, suffix: str) -> set[str]:
     """The encodings that are plausible for all files of a folder that are not UTF-8: labels are
     short, but tools write all files alike."""
     agreed: set[str] | None = None
-    for path in sorted(folder.glob(f"*{suffix}"))[:FILES_TO_ASK]:
+    for path in list_files(folder, (suffix.lower(),), follow_links=True)[:FILES_TO_ASK]:
         try:
             raw = path.read_bytes()
             raw.decode("utf-8")
@@ -67,7 +68,8 @@ def _plausible_in(folder: Path, suffix: str) -> set[str]:
             continue
         except UnicodeDecodeError:
             found = set(plausible_encodings(raw))
-            agreed = found if agreed is None else agreed & found
+            if found:  # A damaged file says nothing.
+                agreed = found if agreed is None else agreed & found
     return agreed or set()
 
 

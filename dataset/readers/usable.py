@@ -154,8 +154,8 @@ def _without_twins(
     bad_items = [
         (
             photos.item(name),
-            f"{index.source}: {name} is the file of the images {' and '.join(numbers)}; give all its"
-            " annotations one image",
+            f"{index.source}: {name} is the file of the images {' and '.join(numbers)}; give all"
+            " its annotations one image",
         )
         for name, numbers in ids.items()
     ]

@@ -10,10 +10,10 @@
 
 One file may hold everything: ``own/<name>.json``, ``.jsonl``, ``.csv`` or ``.parquet``, or one of
 these alone in ``own/<name>/``. Its rows or images may name their ``split``; those that do not are
-"train", and so is a folder of labelme JSONs without folders for splits. What annotation tools export is read as it is
-(own/layouts.py, own/dialects.py). Images are looked for beside the file that names them, in
-``images/`` there, in a folder named as the file without its ending, and where tools put them; masks
-beside the file and in ``masks/``.
+"train", and so is a folder of labelme JSONs without folders for splits. What annotation tools
+export is read as it is (own/layouts.py, own/dialects.py). Images are looked for beside the file
+that names them, in ``images/`` there, in a folder named as the file without its ending, and where
+tools put them; masks beside the file and in ``masks/``.
 
 Queries with the same text about the same image are one query whose target is the union of theirs.
 A query with several separate masks has the table's ``targets``. A sample is an image with its

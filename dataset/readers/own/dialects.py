@@ -8,6 +8,7 @@ import io
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def _from_via(content: dict) -> dict:
             region = region if isinstance(region, dict) else {}
             label = _via_label(region.get("region_attributes"))
             shape = region.get("shape_attributes")
-            made.add(name, f"region {key}", label, lambda shape=shape: _via_shape(shape))
+            made.add(name, f"region {key}", label, partial(_via_shape, shape))
     return made.content()
 
 
@@ -166,7 +167,7 @@ def _from_datumaro(content: dict) -> dict:
                 image["id"],
                 f"annotation {entry.get('id', number)}",
                 label,
-                lambda entry=entry: _datumaro_shape(entry),
+                partial(_datumaro_shape, entry),
             )
             attributes = entry.get("attributes") or {}
             made.annotations[-1]["iscrowd"] = int(attributes.get("is_crowd") is True)
@@ -234,7 +235,7 @@ def read_supervisely(folder: Path, faults: Faults, dataset: str, split: str) -> 
                     path.stem,
                     f"object {number}",
                     thing.get("classTitle"),
-                    lambda thing=thing: _supervisely_shape(thing, size),
+                    partial(_supervisely_shape, thing, size),
                 )
             yield from read_coco(path, made.content(), faults, dataset)
 

@@ -76,10 +76,8 @@ class OwnFolder:
             return True
 
     def _in_split(self, folder: Path) -> Path | None:
-        """What holds the data of a split's own ``folder``: itself, or the only file in it or in
-        its annotations/ that holds several images."""
-        if is_saved(folder):
-            return folder
+        """What holds the data of a split's own ``folder``: its ann/ of Supervisely, or the only
+        file in it or in its annotations/ that holds several images."""
         for place in (folder, folder / "ann", folder / "annotations"):
             files = self._list(place, ".json") if place.is_dir() else []
             if files and self._is_per_image(place):
@@ -121,10 +119,14 @@ class OwnFolder:
             for stem in sorted(set(map(stem_of, instances or paths))):
                 if file := self._file_of(place, stem):
                     found[stem] = file
+        has_files = bool(found)
         for path in list_folders(self.folder):
-            if path.name not in found and path.name.lower() != "annotations":
-                if source := self._in_split(path):
-                    found[path.name] = source
+            if path.name in found or path.name.lower() == "annotations":
+                continue
+            if is_saved(path) or self._is_per_image(path):
+                found[path.name] = path
+            elif not has_files and (source := self._in_split(path)):
+                found[path.name] = source
         if not found:
             raise DataError(
                 f"{self.folder}: holds no data; it needs train.json (COCO), train.jsonl, .csv or"
