@@ -55,7 +55,7 @@ class Finding:
     """In the opened images: "queries", "targets" and, among these, "empty" ones."""
     bad: list[BadItem] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    """What is sound but not asked."""
+    """What is sound but not asked, or may be meant in another way."""
     cells: list[QueryCard] = field(default_factory=list)
 
     @property
@@ -79,14 +79,18 @@ class Finding:
         )
 
 
-def inspect(entry: DatasetEntry, split: str, root: Path, samples: int | None) -> Finding:
+def inspect(
+    entry: DatasetEntry, split: str, root: Path, samples: int | None, follow_links: bool = False
+) -> Finding:
     """Opens a split, which runs the checks of its loader, and then ``samples`` of its images,
     spread evenly over it, or all of them for None."""
     finding = Finding(f"{entry.name}|{split}", missing=entry.missing(root, split))
     if finding.missing:
         return finding
     faults = Faults(root, tolerant=True)
-    options = LoaderOptions(LEVELS, training=False, skip_missing=True, faults=faults)
+    options = LoaderOptions(
+        LEVELS, training=False, skip_missing=True, faults=faults, follow_links=follow_links
+    )
     try:
         loader = entry.open(root, split, options)
     except MissingDataError as error:
@@ -127,11 +131,11 @@ def _add_sample(sample: Sample, finding: Finding, cells: int) -> None:
 
 
 def inspect_all(
-    root: Path, samples: int | None, only: list[str] | None = None
+    root: Path, samples: int | None, only: list[str] | None = None, follow_links: bool = False
 ) -> tuple[list[Finding], list[DatasetEntry]]:
     """(findings of all splits of which something is there, sets of which nothing is). Raises
     ValueError for an unknown name in ``only``."""
-    known = entries(root)
+    known = entries(root, follow_links)
     if only and (unknown := set(only) - {entry.name for entry in known}):
         names = ", ".join(dict.fromkeys(entry.name for entry in known))
         raise ValueError(f"--only {sorted(unknown)[0]}: no such data set; known here: {names}")
@@ -140,7 +144,7 @@ def inspect_all(
         if only and entry.name not in only:
             continue
         there = [split for split in entry.splits if entry.is_there(root, split)]
-        findings += [inspect(entry, split, root, samples) for split in there]
+        findings += [inspect(entry, split, root, samples, follow_links) for split in there]
         if not there:
             absent.append(entry)
     return findings, absent
@@ -156,7 +160,9 @@ def report(findings: list[Finding], absent: list[DatasetEntry]) -> str:
         lines += [
             f"{' ' * width}    {' '.join(bad.item.split())}: {bad.reason}" for bad in finding.bad
         ]
-        lines += [f"{' ' * width}    {' '.join(remark.split())}" for remark in finding.remarks]
+        lines += [
+            f"{' ' * width}    note: {' '.join(remark.split())}" for remark in finding.remarks
+        ]
     if absent:
         lines += ["", "Not there, and where it is expected:"]
     for entry in absent:
@@ -197,6 +203,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fix-list", type=Path, help="file for the bad items, for train_ds.py --skip_list"
     )
+    parser.add_argument(
+        "--follow_links", action="store_true", help="files may be links out of the data folder"
+    )
     return parser
 
 
@@ -204,13 +213,15 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)  # exits with 2 by itself
     logger = logging.getLogger("dataset")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # The report names what is left out.
+    logger.setLevel(logging.ERROR)  # The report names what is left out, but no encodings.
+    logging.getLogger("dataset.files.text").setLevel(logging.WARNING)
     try:
         if args.samples < 1:
             raise ValueError(f"--samples is {args.samples}; it must be at least 1")
         root = require_folder(args.dataset_dir, "the data")
         only = args.only.split("||") if args.only else None
-        findings, absent = inspect_all(root, None if args.all else args.samples, only)
+        samples = None if args.all else args.samples
+        findings, absent = inspect_all(root, samples, only, args.follow_links)
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

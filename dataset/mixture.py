@@ -84,6 +84,7 @@ class TrainMixture(Dataset):
         own_data: str = "",
         skip_list: str | Path = "",
         report: str | Path | None = None,
+        follow_links: bool = False,
     ):
         """``dataset``: names of families (KNOWN) joined by "||", with one rate each in
         ``sample_rates``. ``explanatory``: probability that a query with a known explanation asks
@@ -91,6 +92,7 @@ class TrainMixture(Dataset):
         takes another one, the same in every run. ``exclude_val``: leave out all photos of COCO that
         the val and test splits of refCOCO, refCOCO+ and refCOCOg hold. ``skip_list``: file of items
         to leave out (dataset/files/faults.py). ``report``: file to which bad items are added.
+        ``follow_links``: files may be links out of the data folder.
         Raises ValueError or DataError for everything that can be checked without drawing."""
         names = _names(dataset, "--dataset")
         rates = np.array(sample_rates, dtype=float)
@@ -114,6 +116,7 @@ class TrainMixture(Dataset):
             num_classes_per_sample=num_classes_per_sample,
             explanatory=explanatory,
             skip_missing=on_bad_sample == "skip",
+            follow_links=follow_links,
             excluded_coco=validation_images(dataset_dir) if exclude_val else frozenset(),
         )
         data = {"sem_seg": sem_seg_data, "refer_seg": refer_seg_data, "coco": coco_data}
@@ -195,6 +198,7 @@ class EvalDataset(Dataset):
         exemplar_count: int = 1,
         seed: int = 0,
         texts: str = "first",
+        follow_links: bool = False,
     ):
         """``name``: "ReasonSeg|val", "ReasonSeg|testshort", "SynthReason|val" (a folder under
         reason_seg and its split), "LLM-Seg40K|val", "refcoco|unc|testA", "coco|val2017",
@@ -203,7 +207,9 @@ class EvalDataset(Dataset):
         every sentence in any case. Exemplars depend on (seed, index) only. Raises ValueError or
         DataError."""
         require_folder(dataset_dir, "the data")
-        options = LoaderOptions(tuple(levels), training=False, texts=texts)
+        options = LoaderOptions(
+            tuple(levels), training=False, texts=texts, follow_links=follow_links
+        )
         self.loader: Loader = open_evaluation(dataset_dir, name, options)
         self.exemplar_count = exemplar_count
         self.seed = seed

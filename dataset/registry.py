@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from dataset.files.errors import DataError
-from dataset.files.paths import list_files
+from dataset.files.paths import is_leftover, list_files, list_folders
 from dataset.readers.coco import CocoInstances
 from dataset.readers.llm_seg40k import NAME as LLM_SEG40K
 from dataset.readers.llm_seg40k import LlmSeg40K
-from dataset.readers.own.dataset import EVERYTHING, OwnData, find_sources, own_names
+from dataset.readers.own.dataset import EVERYTHING, OwnData
 from dataset.readers.own.dataset import FOLDER as OWN
+from dataset.readers.own.layouts import OwnFolder, own_names
 from dataset.readers.parts import PART_SOURCES, PartSegmentation
 from dataset.readers.reasoning import ReasoningSegmentation
 from dataset.readers.referring import SETS, ReferringSegmentation
@@ -85,7 +86,10 @@ class DatasetEntry:
     def _exists(self, root: Path, name: str, split: str) -> bool:
         for choice in (name, self.alternatives.get(name, name)):
             path = root / self._named(choice, split)
-            if path.is_dir() and any(path.iterdir()) if name.endswith("/") else path.is_file():
+            if name.endswith("/"):
+                if path.is_dir() and not all(is_leftover(entry.name) for entry in path.iterdir()):
+                    return True
+            elif path.is_file():
                 return True
         return False
 
@@ -252,16 +256,15 @@ TRAINING: dict[str, Opener] = {
 }
 
 
-def entries(root: str | Path) -> list[DatasetEntry]:
+def entries(root: str | Path, follow_links: bool = False) -> list[DatasetEntry]:
     """The official data sets, then those of the user's own that are found under ``root``."""
     root = Path(root)
-    return [*OFFICIAL, *_reasoning_sets(root), *_coco_files(root), *_own_sets(root)]
+    coco, own = _coco_files(root, follow_links), _own_sets(root, follow_links)
+    return [*OFFICIAL, *_reasoning_sets(root), *coco, *own]
 
 
 def _folders(path: Path) -> list[str]:
-    if not path.is_dir():
-        return []
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [folder.name for folder in list_folders(path)]
 
 
 def _reasoning_sets(root: Path) -> Iterator[DatasetEntry]:
@@ -273,25 +276,26 @@ def _reasoning_sets(root: Path) -> Iterator[DatasetEntry]:
         yield DatasetEntry(name, "reason_seg", splits, files, _opener(reasoning_loader, name))
 
 
-def _coco_files(root: Path) -> Iterator[DatasetEntry]:
+def _coco_files(root: Path, follow_links: bool) -> Iterator[DatasetEntry]:
     """Splits that the user has put into COCO's and LLaVA's folders."""
     official = {entry.name: entry for entry in OFFICIAL}
     known = {*official["coco"].splits, *official["vqa"].splits}
     for entry in (official["coco"], official["vqa"]):
         place = root / entry.files[0]
         prefix = place.name.split("{")[0]
-        files = list_files(place.parent, (".json",)) if place.parent.is_dir() else []
+        is_there = place.parent.is_dir()
+        files = list_files(place.parent, (".json",), follow_links) if is_there else []
         names = [path.stem for path in files if path.name.startswith(prefix)]
         splits = _same(*(s for name in names if (s := name.removeprefix(prefix)) not in known))
         if splits:
             yield replace(entry, splits=splits, source="")
 
 
-def _own_sets(root: Path) -> Iterator[DatasetEntry]:
-    for name in own_names(root / OWN):
+def _own_sets(root: Path, follow_links: bool) -> Iterator[DatasetEntry]:
+    for name in own_names(root / OWN, follow_links):
         splits, place = [EVERYTHING], root / OWN / name
         try:
-            sources = find_sources(root / OWN, name)
+            sources = OwnFolder(root / OWN, name, follow_links).sources()
         except DataError:
             # Opening the set raises this error again, where it does not hide the other sets.
             sources = {"": place}

@@ -56,6 +56,8 @@ class LoaderOptions:
     error."""
     faults: Faults = field(default_factory=Faults)
     """What to do about bad items, and which ones to leave out unseen."""
+    follow_links: bool = False
+    """Whether files may be links that lead out of the data folder (--follow_links)."""
     excluded_coco: frozenset[int] = frozenset()
     """COCO's numbers of photos that must not be trained on (--exclude_val)."""
 

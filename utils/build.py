@@ -391,6 +391,7 @@ def build_mixture(s: Settings, prompt: PromptFormat | CoresProcessor) -> TrainMi
         own_data=s.own_data,
         skip_list=s.skip_list,
         report=s.run_dir / "skipped.jsonl",
+        follow_links=s.follow_links,
     )
 
 
@@ -402,4 +403,5 @@ def build_eval(s: Settings, prompt: PromptFormat | CoresProcessor) -> EvalDatase
         prompt.exemplar_count,
         seed=s.seed,
         texts=s.eval_texts,
+        follow_links=s.follow_links,
     )

@@ -18,7 +18,7 @@ from PIL.Image import Transpose
 
 from dataset.files.errors import DataError, MissingDataError, reason_of
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
 # Pillow knows 40 more, among them PostScript, which it gives to another program to run.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 # EXIF orientation -> what makes a stored picture upright, and what undoes it.
@@ -210,7 +210,7 @@ def read_label(path: str | Path | EmbeddedImage, colours: bool = False) -> np.nd
             is_grey = np.array_equal(red, green) and np.array_equal(red, blue)
             label = red if is_grey else red << 16 | green << 8 | blue
             # What is transparent may be the background, and then colours need not tell it.
-            says_alpha = colours and np.ptp(alpha) > 0 and np.ptp(label) == 0
+            says_alpha = colours and bool(np.ptp(alpha)) and not np.ptp(label)
             if np.ptp(alpha) and not says_alpha and not np.array_equal(label != 0, alpha != 0):
                 raise DataError(
                     f"{path}: has a transparency, and may mean it or its colours; save it with one"

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from array import array
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import numpy as np
 from dataset.files.errors import BOXES_ONLY, DamagedRecords, DataError
 from dataset.files.images import claimed_size
 from dataset.files.json_stream import JsonReader, parse_stream
+from dataset.files.lookup import photo_name
 from dataset.files.store import Build, IndexStore, StoreWriter, open_store
 
 
@@ -193,7 +195,9 @@ class _Spool:
 
     def add(self, value: Any, text: str) -> None:
         # The text of an indented file, which is mostly white space, is written anew without it.
-        blob = (json.dumps(value, separators=(",", ":")) if "\n" in text else text).encode()
+        # So is that of an entry that was changed, which comes without a text.
+        is_whole = text and "\n" not in text
+        blob = (text if is_whole else json.dumps(value, separators=(",", ":"))).encode()
         self._stream.write(blob)
         self._ends.append(self._ends[-1] + len(blob))
 
@@ -257,15 +261,17 @@ class _CocoParser:
         entry = entry if isinstance(entry, dict) else {}
         bad = BadEntry(f"{key.removesuffix('s')} at position {number}", reason)
         if key == "annotations":
-            self.bad.append((bad, entry.get("image_id")))
+            self.bad.append((bad, as_id(entry.get("image_id"))))
             return
-        name = entry.get("file_name")
-        self.bad.append((bad._replace(image=name if isinstance(name, str) else None), None))
-        if type(entry.get("id")) is int:
-            self.bad_images.add(entry["id"])
+        self.bad.append((bad._replace(image=photo_name(entry)), None))
+        if type(known := as_id(entry.get("id"))) is int:
+            self.bad_images.add(known)
 
     def _image(self, entry: dict, text: str, where: str) -> None:
+        entry, text = _plain_ids(entry, text, ("id",))
         number = _whole(entry, "id", where)
+        if entry.get("file_name") is None and (name := photo_name(entry)):
+            entry, text = entry | {"file_name": name}, ""
         name = _field(entry, "file_name", where)
         if not isinstance(name, str):
             raise DataError(f'{where}: "file_name" must be a text')
@@ -278,9 +284,9 @@ class _CocoParser:
         self.images.add(entry, text)
 
     def _annotation(self, entry: dict, text: str, where: str) -> None:
-        number, image, category = (
-            _whole(entry, name, where) for name in ("id", "image_id", "category_id")
-        )
+        names = ("id", "image_id", "category_id")
+        entry, text = _plain_ids(entry, text, names)
+        number, image, category = (_whole(entry, name, where) for name in names)
         if entry.get("segmentation") in (None, [[]]):
             raise DataError(f'{where} lacks the field "segmentation": it {BOXES_ONLY}')
         crowd = entry.get("iscrowd", 0)
@@ -311,7 +317,8 @@ class _CocoParser:
             for bad, i in self.bad
         ]
 
-    def _category(self, entry: dict, _: str, where: str) -> None:
+    def _category(self, entry: dict, text: str, where: str) -> None:
+        entry, _ = _plain_ids(entry, text, ("id",))
         _whole(entry, "id", where)
         if not isinstance(_field(entry, "name", where), str):
             raise DataError(f'{where}: "name" must be a text')
@@ -323,6 +330,28 @@ def _skip_value(reader: JsonReader) -> tuple[()]:
     it is no JSON either."""
     reader.value()
     return ()
+
+
+def as_id(value: Any) -> int | str | None:
+    """An id as tools write it, so that equal ones are equal: 1 for 1.0 and "1", a text for any
+    other text; None for what is no id."""
+    if isinstance(value, str):
+        text = value.strip()
+        return int(float(text)) if re.fullmatch(r"(0|[1-9]\d{0,14})(\.0)?", text) else text or None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
+def _plain_ids(entry: dict, text: str, names: Sequence[str]) -> tuple[dict, str]:
+    """(entry, its text) with whole numbers for the ids ``names`` that mean such; a changed entry
+    has no text."""
+    changed = {
+        name: number
+        for name in names
+        if type(entry.get(name)) is not int and type(number := as_id(entry.get(name))) is int
+    }
+    return (entry | changed, "") if changed else (entry, text)
 
 
 def _field(entry: dict, name: str, where: str) -> Any:
@@ -393,12 +422,12 @@ def _lookup_table(ids: np.ndarray) -> np.ndarray:
     return np.stack([ids[order], order])
 
 
-Prepare = Callable[[Path, Any, int], tuple[str, Any]]
+Prepare = Callable[[Path, Any, int], tuple[str, Any] | None]
 
 
 class RecordIndex(_Index):
     """The entries of a JSON list as records, checked and reduced to what is needed. ``names`` has
-    the image name of each record."""
+    the image name of each record; ``passed_over`` counts the entries that are none."""
 
     @classmethod
     def open(
@@ -410,16 +439,17 @@ class RecordIndex(_Index):
         tolerant: bool = False,
     ) -> RecordIndex:
         """``prepare(source, entry, number) -> (name, record)`` is a module's function, so that it
-        can be pickled by name. It raises a DataError, whose message begins with ``source``, for an
-        entry that cannot be used. ``kind``: its name and version, such as "vqa-2"; a new version
-        gets a new index. ``tolerant``: bad entries are left out and in ``bad``. Raises DataError,
-        also for a JSON that is no list or an empty one.
+        can be pickled by name. It returns None for an entry to pass over, and raises a DataError,
+        whose message begins with ``source``, for an entry that cannot be used. ``kind``: its name
+        and version, such as "vqa-3"; a new version gets a new index. ``tolerant``: bad entries are
+        left out and in ``bad``. Raises DataError, also for a JSON that is no list or an empty one.
         """
         build = partial(build_records, prepare=prepare, tolerant=tolerant)
         return cls(source, cache_dir, kind, build, tolerant)
 
     def _load(self, store: IndexStore) -> None:
         self.names, self._records = store.records("names"), store.records("records")
+        self.passed_over: int = store.json("passed_over")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -432,26 +462,32 @@ class RecordIndex(_Index):
 def build_records(source: Path, store: StoreWriter, prepare: Prepare, tolerant: bool) -> None:
     """Fills ``store`` with what RecordIndex reads. Raises DataError."""
     bad: list[BadEntry] = []
+    passed_over = 0
 
     def parse(reader: JsonReader) -> int:
-        count = 0
+        nonlocal passed_over
+        count = passed_over = 0
         bad.clear()  # Those of a first guess of the encoding, which was wrong.
         entries = reader.items() if reader.peek() == "[" else _skip_value(reader)
         with store.records("names", small=True) as names, store.records("records") as records:
             for count, (entry, _) in enumerate(entries, start=1):
                 try:
-                    name, record = prepare(source, entry, count - 1)
+                    made = prepare(source, entry, count - 1)
                 except DataError as error:
                     if not tolerant:
                         raise
                     reason = str(error).removeprefix(f"{source}: ")
                     bad.append(BadEntry(f"record {count - 1}", reason))
                     continue
-                names.add(json.dumps(name).encode())
-                records.add(json.dumps(record, separators=(",", ":")).encode())
+                if made is None:
+                    passed_over += 1
+                    continue
+                names.add(json.dumps(made[0]).encode())
+                records.add(json.dumps(made[1], separators=(",", ":")).encode())
         reader.end()
         return count
 
     if not parse_stream(source, parse):
         raise DataError(f"{source}: must be a non-empty list of records")
     store.json("bad", bad)
+    store.json("passed_over", passed_over)

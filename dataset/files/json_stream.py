@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from dataset.files.encodings import marked_encoding
 from dataset.files.errors import DataError, MissingDataError, reason_of
+from dataset.files.text import text_encoding
 
 WINDOW = 1 << 22  # characters
 SPACE = " \t\n\r"
@@ -109,20 +111,22 @@ class JsonReader:
 
 
 def parse_stream(path: str | Path, parse: Callable[[JsonReader], Result]) -> Result:
-    """The result of ``parse`` for a JSON file in UTF-8 or Windows-1252. It runs a second time, from
-    the start of the file, if the file turns out not to be UTF-8.
+    """The result of ``parse`` for a JSON file, encoded as ``text_encoding`` says. It runs a second
+    time, from the start of the file, if the file turns out not to be UTF-8.
 
     Raises MissingDataError or DataError naming the file.
     """
     path = Path(path)
     try:
-        for encoding in ("utf-8-sig", "cp1252"):
-            try:
-                with path.open(encoding=encoding, newline="") as stream:
-                    return parse(JsonReader(stream))
-            except UnicodeDecodeError:
-                if encoding == "cp1252":
-                    raise
+        with path.open("rb") as raw:
+            encoding = marked_encoding(raw.read(4)) or "utf-8"
+        try:
+            with path.open(encoding=encoding, newline="") as stream:
+                return parse(JsonReader(stream))
+        except UnicodeDecodeError:
+            encoding = text_encoding(path, path.read_bytes())
+        with path.open(encoding=encoding, newline="") as stream:
+            return parse(JsonReader(stream))
     except FileNotFoundError:
         raise MissingDataError(
             f"{path}: does not exist; check --dataset_dir and the names of the data sets"
@@ -133,4 +137,3 @@ def parse_stream(path: str | Path, parse: Callable[[JsonReader], Result]) -> Res
         raise DataError(
             f"{path}: not valid JSON ({reason_of(error)}); repair or remove the file"
         ) from None
-    raise AssertionError("unreachable: the loop returns or raises")

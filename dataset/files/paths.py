@@ -7,6 +7,15 @@ from pathlib import Path
 
 from dataset.files.errors import DataError, MissingDataError, reason_of
 
+# What systems and tools leave in folders; names that begin with a dot are left-overs, too.
+LEFTOVERS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle"}
+LEFTOVERS |= {"$recycle.bin", "system volume information", "lost+found", "__pycache__", "icon\r"}
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of that name is none of the data: "__MACOSX", "._a.json"."""
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
 
 def named_inside(root: str | Path, name: str) -> Path:
     """The path ``root/name`` for a ``name`` that the user typed. It may be a link: large folders
@@ -23,8 +32,9 @@ def named_inside(root: str | Path, name: str) -> Path:
     return Path(root) / relative
 
 
-def resolve_inside(root: str | Path, name: str) -> Path:
+def resolve_inside(root: str | Path, name: str, follow_links: bool = False) -> Path:
     """The path ``root/name`` for a ``name`` that was read from a file, if it stays inside ``root``.
+    ``follow_links``: the file itself, or a folder on the way to it, may be a link to elsewhere.
 
     Raises DataError for an empty or absolute name, for '..', for a symbolic link that leaves
     ``root`` and for what no file can be called.
@@ -38,9 +48,10 @@ def resolve_inside(root: str | Path, name: str) -> Path:
         raise DataError(
             f"{root}: {name!r} cannot be opened ({reason_of(error)}); correct the name"
         ) from None
-    if leaves:
+    if leaves and not follow_links:
         raise DataError(
-            f"{path}: is a link that leaves {root}; copy the file or link the whole folder"
+            f"{path}: is a link that leaves {root}; copy the file, link the whole folder, or trust"
+            " its links with --follow_links (a folder of a hub's cache is made of them)"
         )
     return path
 
@@ -54,15 +65,25 @@ def require_folder(path: str | Path, what: str) -> Path:
     return path
 
 
-def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+def list_files(folder: Path, suffixes: Sequence[str], follow_links: bool = False) -> list[Path]:
     """The files of ``folder`` with one of the lower-case ``suffixes``, sorted by name, so that
-    the order is the same on every disk.
+    the order is the same on every disk. Left-overs of systems and tools are passed over.
 
-    Raises DataError for a symbolic link that leaves ``folder``.
+    Raises DataError for a symbolic link that leaves ``folder``, unless ``follow_links``.
     """
     found = sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in suffixes and not path.name.startswith(".")
+        if path.suffix.lower() in suffixes and not is_leftover(path.name)
     )
-    return [resolve_inside(folder, path.name) if path.is_symlink() else path for path in found]
+    return [
+        resolve_inside(folder, path.name, follow_links) if path.is_symlink() else path
+        for path in found
+    ]
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """The folders in ``folder``, if it is one, sorted by name, without left-overs."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not is_leftover(p.name))

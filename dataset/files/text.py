@@ -2,17 +2,80 @@
 
 from __future__ import annotations
 
-import codecs
 import json
+import logging
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dataset.files.encodings import marked_encoding, plausible_encodings, proves_little
 from dataset.files.errors import DataError, MissingDataError, reason_of
+from dataset.files.paths import list_files
+
+logger = logging.getLogger(__name__)
+FILES_TO_ASK = 500
+_said: set[tuple[Path, str]] = set()
+
+
+def text_encoding(path: Path, raw: bytes) -> str:
+    """The encoding of the content of a text file: what its byte order mark says, UTF-8, or one that
+    the text proves, which the log says once for a folder. Raises DataError naming the file."""
+    if marked := marked_encoding(raw):
+        return marked
+    if b"\0" in raw[:4]:
+        raise DataError(f"{path}: is written in UTF-32 or holds zeros; save it as UTF-8")
+    try:
+        is_weak = proves_little(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        found = plausible_encodings(raw)
+    else:
+        # A character or two of Chinese may happen to be UTF-8, but its neighbours are not.
+        nearby = _plausible_in(path.parent, path.suffix) if is_weak else set()
+        found = {name: shown for name, shown in plausible_encodings(raw).items() if name in nearby}
+        if not found:
+            return "utf-8"
+    if len(found) > 1:
+        agreed = found.keys() & _plausible_in(path.parent, path.suffix)
+        found = {name: found[name] for name in agreed} if len(agreed) == 1 else found
+    if len(found) != 1:
+        reason = (
+            f"may be {' or '.join(found.values())}" if found else "gives no usual words otherwise"
+        )
+        raise DataError(
+            f"{path}: is not UTF-8, and {reason}; save it as UTF-8 (iconv -f ENCODING -t UTF-8)"
+        )
+    encoding, shown = next(iter(found.items()))
+    if (path.parent, encoding) not in _said:
+        _said.add((path.parent, encoding))
+        logger.warning(
+            "%s: is not UTF-8; it is read as %s, like others in this folder where they fit it",
+            path,
+            shown,
+        )
+    return encoding
+
+
+@lru_cache(maxsize=8)
+def _plausible_in(folder: Path, suffix: str) -> set[str]:
+    """The encodings that are plausible for all files of a folder that are not UTF-8: labels are
+    short, but tools write all files alike."""
+    agreed: set[str] | None = None
+    for path in list_files(folder, (suffix.lower(),), follow_links=True)[:FILES_TO_ASK]:
+        try:
+            raw = path.read_bytes()
+            raw.decode("utf-8")
+        except OSError:
+            continue
+        except UnicodeDecodeError:
+            found = set(plausible_encodings(raw))
+            if found:  # A damaged file says nothing.
+                agreed = found if agreed is None else agreed & found
+    return agreed or set()
 
 
 def read_text(path: str | Path) -> str:
-    """A text file in UTF-8 or, as some ReasonSeg files are, in Windows-1252. Raises DataError
-    naming the file."""
+    """A text file in whatever encoding ``text_encoding`` proves. Raises DataError naming the
+    file."""
     path = Path(path)
     try:
         raw = path.read_bytes()
@@ -26,17 +89,13 @@ def read_text(path: str | Path) -> str:
         ) from None
     if not raw.strip(b"\0 \r\n\t"):
         raise DataError(f"{path}: the file is empty; restore or remove it")
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw[:4]:
-        raise DataError(f"{path}: is written in UTF-16 or UTF-32; save it as UTF-8")
+    encoding = text_encoding(path, raw)
     try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        pass
-    try:
-        return raw.decode("cp1252")
+        return raw.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: neither UTF-8 nor Windows-1252 ({reason_of(error)}); save it as UTF-8"
+            f"{path}: is not the {encoding} that its start says ({reason_of(error)}); save it as"
+            " UTF-8"
         ) from None
 
 

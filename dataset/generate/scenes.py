@@ -29,8 +29,10 @@ from dataset.annotations.masks import annotation_mask
 from dataset.files.errors import BOXES_ONLY, DataError
 from dataset.files.images import claimed_size, read_claimed
 from dataset.files.json_stream import JsonReader, parse_stream
-from dataset.files.paths import require_folder, resolve_inside
+from dataset.files.lookup import Lookup, base_name, photo_name
+from dataset.files.paths import require_folder
 from dataset.files.rle import encode_rle
+from dataset.readers.questions import readable_name
 
 KINDS = ("coco", "ego_objects")
 
@@ -82,7 +84,7 @@ class Photograph:
 
     @property
     def path(self) -> Path:
-        return resolve_inside(self.source.images, self.name)
+        return Lookup([self.source.images]).find(self.name)
 
     def objects(self) -> list[MarkedObject]:
         """The marked objects, largest first. Raises DataError."""
@@ -147,11 +149,6 @@ def parse_wanted(text: str) -> tuple[tuple[int, int, int | None], ...]:
     return tuple(found)
 
 
-def clean_name(name: str) -> str:
-    """The name without LVIS's brackets and underscores: "lamb_(animal)" -> "lamb"."""
-    return " ".join(re.sub(r"\([^)]*\)", " ", name).replace("_", " ").split()) or name
-
-
 @dataclass
 class _Image:
     name: str
@@ -172,19 +169,16 @@ class _Survey:
 
     def take(self, key: str, entry: dict) -> None:
         if key == "images":
-            places = [
-                entry[field] for field in ("file_name", "coco_url", "url") if entry.get(field)
-            ]
-            if not places or not isinstance(places[0], str):
+            if (place := photo_name(entry)) is None:
                 raise KeyError("file_name")
-            name, size = places[0].rsplit("/", 1)[-1], claimed_size(entry, self.source)
+            name, size = base_name(place), claimed_size(entry, self.source)
             if size is None:
                 raise KeyError("height")
             partly = frozenset(entry.get("not_exhaustive_category_ids", ()))
             self.images[entry["id"]] = _Image(name, size, partly)
         elif key == "categories":
-            name = clean_name(entry["name"])
-            synonyms = map(clean_name, entry.get("synonyms", ()))
+            name = readable_name(entry["name"])
+            synonyms = map(readable_name, entry.get("synonyms", ()))
             self.names[entry["id"]] = tuple(dict.fromkeys([name, *synonyms]))
         elif key == "annotations":
             self.present[entry["image_id"]].add(entry["category_id"])
@@ -199,8 +193,8 @@ class _Survey:
         self, folder: Path, wanted: tuple[tuple[int, int, int | None], ...], seed: int
     ) -> list[int]:
         """Ids of the images that are in ``folder`` and asked for, sorted by name."""
-        there = {path.name for path in folder.iterdir()}
-        images = sorted((image.name, i) for i, image in self.images.items() if image.name in there)
+        gone = Lookup([folder]).missing([image.name for image in self.images.values()])
+        images = sorted((im.name, i) for i, im in self.images.items() if im.name not in gone)
         chosen = []
         for least, most, count in wanted:
             fitting = [pair for pair in images if least <= len(self.complete(pair[1])) <= most]

@@ -19,8 +19,9 @@ from dataset.annotations.shapes import refuse_boxes
 from dataset.files.errors import DataError, NothingToAsk
 from dataset.files.images import claimed_size, read_claimed
 from dataset.files.index import CocoIndex
-from dataset.files.paths import named_inside, require_folder, resolve_inside
-from dataset.readers.questions import phrase_conversation
+from dataset.files.lookup import Identities, Lookup
+from dataset.files.paths import named_inside, require_folder
+from dataset.readers.questions import phrase_conversation, readable_names
 from dataset.readers.usable import usable_positions
 from dataset.sample import LoaderOptions, Sample
 
@@ -36,7 +37,13 @@ class CocoInstances:
         root = require_folder(Path(dataset_dir) / "coco", "COCO-format data")
         self.source = named_inside(root / "annotations", f"instances_{split}.json")
         self.index = CocoIndex.open(self.source, tolerant=options.faults.leaves_out)
-        self.folder = require_folder(named_inside(root, split), "the folder of this split's images")
+        folder = require_folder(named_inside(root, split), "the folder of this split's images")
+        self.photos = Lookup([folder], options.follow_links)
+        self.names = readable_names({n: c["name"] for n, c in self.index.categories.items()})
+        if crowds := int(self.index.is_crowd.sum()):
+            options.faults.remark(
+                self.dataset, f"{crowds} annotations are crowds, which are ignored"
+            )
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(
@@ -45,15 +52,16 @@ class CocoInstances:
             )
         name_of = self.index.file_names.__getitem__
         self.positions = usable_positions(
-            self.index, positions, name_of, self.folder, options, self.dataset
+            self.index, positions, name_of, self.photos, options, self.dataset
         )
+        self.identities = Identities(map(name_of, self.positions.tolist()))
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def path(self, index: int) -> Path:
         """The image of sample ``index``."""
-        return self.folder / self.index.file_names[int(self.positions[index])]
+        return self.photos.item(self.index.file_names[int(self.positions[index])])
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its categories in training, all of them otherwise; those
@@ -63,7 +71,7 @@ class CocoInstances:
         """
         position = int(self.positions[index])
         record = self.index.image(position)
-        path = resolve_inside(self.folder, record["file_name"])
+        path = self.photos.find(record["file_name"])
         image = read_claimed(path, claimed_size(record, self.source), self.source.name)
         by_category = self.index.annotations_by_category(position)
         # A category of which there is only a crowd has no instance that could be the target.
@@ -80,7 +88,7 @@ class CocoInstances:
             for entry in by_category[category]:
                 refuse_boxes(entry, f"{self.source}: annotation {entry['id']}")
             masks = instance_masks(by_category[category], image.shape[:2], self.source)
-            phrase = f"the {self.index.categories[category]['name']}"
+            phrase = f"the {self.names[category]}"
             if not masks[0].any():
                 self.options.faults.remark(
                     self.dataset, f"{path}: {phrase!r} covers no pixel and is not asked"
@@ -89,5 +97,5 @@ class CocoInstances:
             conversations.append(phrase_conversation(phrase, masks[0], self.options, rng, masks[1]))
         if self.options.training and not conversations:
             raise NothingToAsk(f"{path}: no category that was drawn has a pixel in {self.source}")
-        name = Path(record["file_name"]).stem
+        name = self.identities.of(record["file_name"])
         return Sample(image, str(path), conversations, "semantic", self.dataset, name)

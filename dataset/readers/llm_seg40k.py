@@ -26,8 +26,9 @@ from dataset.conversation.turns import Conversation
 from dataset.conversation.wordings import answer, sentence_question
 from dataset.files.errors import DataError, MissingDataError
 from dataset.files.images import read_image
+from dataset.files.lookup import Identities, Lookup
 from dataset.files.packed import PackedRecords
-from dataset.files.paths import named_inside, require_folder, resolve_inside
+from dataset.files.paths import named_inside, require_folder
 from dataset.files.rle import decode_rle, rle_size
 from dataset.files.text import read_json
 from dataset.readers.questions import as_wordings, choose_wordings
@@ -79,7 +80,9 @@ class LlmSeg40K:
         if not self.source.is_file():
             known = ", ".join(sorted(path.stem for path in folder.glob("*.json"))) or "none"
             raise MissingDataError(f"{self.source}: no such split; there are: {known}")
-        self.folders = {kind: root / place for kind, place in FOLDERS.items()}
+        self.photos = {
+            kind: Lookup([root / place], options.follow_links) for kind, place in FOLDERS.items()
+        }
         content = read_json(self.source)
         if not isinstance(content, dict) or not content:
             raise DataError(f"{self.source}: must map names of images to their questions")
@@ -89,7 +92,8 @@ class LlmSeg40K:
             records = without_excluded(
                 records, lambda r: r[0] if r[1] == "coco" else "", options, self.dataset
             )
-        self.records = PackedRecords(self._with_image(records))
+        kept = self._with_image(records)
+        self.records, self.identities = PackedRecords(kept), Identities(map(itemgetter(0), kept))
         if not len(self.records):
             raise DataError(f"{self.source}: holds no question")
 
@@ -106,12 +110,12 @@ class LlmSeg40K:
     def _with_image(self, records: Sequence[list]) -> list[list]:
         """The records whose photo is there, sorted by its name."""
         kept: list[list] = []
-        for kind, folder in self.folders.items():
+        for kind, photos in self.photos.items():
             same_kind = [record for record in records if record[1] == kind]
             if same_kind:
-                require_folder(folder, f"the photos of {self.dataset} from {kind}")
+                require_folder(photos.places[0], f"the photos of {self.dataset} from {kind}")
                 kept += without_missing(
-                    same_kind, itemgetter(0), folder, self.source, self.options, self.dataset
+                    same_kind, itemgetter(0), photos, self.source, self.options, self.dataset
                 )
         return sorted(kept, key=itemgetter(0))
 
@@ -120,20 +124,22 @@ class LlmSeg40K:
 
     def path(self, index: int) -> Path:
         """The image of sample ``index``."""
-        return self.folders[self.records[index][1]] / self.records[index][0]
+        name, kind, _ = self.records[index]
+        return self.photos[kind].item(name)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its questions in training, all of them otherwise;
         Sample.kind is "reasoning"."""
         name, kind, queries = self.records[index]
-        path = resolve_inside(self.folders[kind], name)
+        path = self.photos[kind].find(name)
         image = read_image(path, (rle_size(rle) for _, rle in queries))
         chosen = choose_wordings([texts for texts, _ in queries], self.options, rng)
         conversations = [
             self._conversation(name, text, queries[number][1], image.shape[:2], rng)
             for number, text in chosen
         ]
-        return Sample(image, str(path), conversations, "reasoning", self.dataset, Path(name).stem)
+        id = self.identities.of(name)
+        return Sample(image, str(path), conversations, "reasoning", self.dataset, id)
 
     def _conversation(
         self, name: str, text: str, rle: dict, size: tuple[int, int], rng: np.random.Generator

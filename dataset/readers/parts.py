@@ -23,7 +23,6 @@ object (PACO), the object is the target's host.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -35,8 +34,9 @@ from dataset.conversation.turns import Conversation
 from dataset.files.errors import DataError, NothingToAsk
 from dataset.files.images import claimed_size, read_claimed
 from dataset.files.index import CocoIndex
-from dataset.files.paths import named_inside, require_folder, resolve_inside
-from dataset.readers.questions import phrase_conversation
+from dataset.files.lookup import Identities, Lookup
+from dataset.files.paths import named_inside, require_folder
+from dataset.readers.questions import phrase_conversation, readable_name
 from dataset.readers.usable import usable_positions
 from dataset.sample import LoaderOptions, Sample
 
@@ -105,7 +105,7 @@ REPAIRED = {
 
 def _readable(text: str) -> str:
     """ "car_(automobile)" -> "car"."""
-    plain = " ".join(re.sub(r"_?\(.*?\)", "", text).replace("_", " ").lower().split())
+    plain = readable_name(text).lower()
     return REPAIRED.get(plain, plain)
 
 
@@ -146,6 +146,8 @@ class PartSegmentation:
             next((folder for folder in folders if folder.is_dir()), folders[0]),
             f"the images of {name}",
         )
+        linked = [place for part in self.kind.linked if (place := self.folder / part).is_dir()]
+        self.photos = Lookup([self.folder, *linked], options.follow_links)
         positions = self.index.with_instances().tolist()
         if not positions:
             raise DataError(
@@ -153,8 +155,9 @@ class PartSegmentation:
             )
         files = [self._file(file) for file in self.index.file_names]
         self.positions = usable_positions(
-            self.index, positions, files.__getitem__, self.folder, options, self.dataset
+            self.index, positions, files.__getitem__, self.photos, options, self.dataset
         )
+        self.identities = Identities(files[position] for position in self.positions.tolist())
 
     def _file(self, name: str) -> str:
         """The file, below the folder of images, of the image with that name in the annotations."""
@@ -162,20 +165,12 @@ class PartSegmentation:
             return f"{name[:9]}/{name}"
         return name
 
-    def _inside(self, name: str) -> Path:
-        """The path of a file below the folder of images. Only COCO's folders of photos may be links
-        that lead out of it. Raises DataError."""
-        folder, _, rest = name.partition("/")
-        if folder in self.kind.linked:
-            return resolve_inside(self.folder / folder, rest)
-        return resolve_inside(self.folder, name)
-
     def __len__(self) -> int:
         return len(self.positions)
 
     def path(self, index: int) -> Path:
         """The image of sample ``index``."""
-        return self.folder / self._file(self.index.file_names[int(self.positions[index])])
+        return self.photos.item(self._file(self.index.file_names[int(self.positions[index])]))
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its categories in training, all of them otherwise; those
@@ -185,7 +180,8 @@ class PartSegmentation:
         """
         position = int(self.positions[index])
         record = self.index.image(position)
-        path = self._inside(self._file(record["file_name"]))
+        file = self._file(record["file_name"])
+        path = self.photos.find(file)
         image = read_claimed(path, claimed_size(record, self.source), self.source)
         size = image.shape[:2]
         by_category = self.index.annotations_by_category(position)
@@ -205,7 +201,7 @@ class PartSegmentation:
                 )
         if self.options.training and not conversations:
             raise NothingToAsk(f"{path}: no annotation in {self.source} has a pixel")
-        name = Path(record["file_name"]).stem
+        name = self.identities.of(file)
         return Sample(image, str(path), conversations, "semantic", self.dataset, name)
 
     def _host(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from dataset.conversation.wordings import (
 )
 from dataset.sample import LoaderOptions, draw_queries
 
+Id = TypeVar("Id", bound=object)
+
 
 def as_wordings(value: Any) -> list[str]:
     """A text, or a list of several wordings, as a list; an empty one if ``value`` is neither or any
@@ -23,6 +27,24 @@ def as_wordings(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     sound = isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts)
     return texts if sound else []
+
+
+def readable_name(text: str) -> str:
+    """A category's name in words: "baseball_bat" -> "baseball bat", and without what LVIS adds in
+    brackets, "car_(automobile)" -> "car"."""
+    plain = re.sub(r"_\([^)]*\)", "", text).replace("_", " ")
+    return " ".join(plain.split()) or text
+
+
+def readable_names(names: dict[Id, str]) -> dict[Id, str]:
+    """Category id -> its readable name. Where several would get the same one, the brackets stay:
+    "bat (animal)"."""
+    found = {number: readable_name(name) for number, name in names.items()}
+    counts = Counter(found.values())
+    return {
+        number: name if counts[name] == 1 else " ".join(names[number].replace("_", " ").split())
+        for number, name in found.items()
+    }
 
 
 def choose_wordings(

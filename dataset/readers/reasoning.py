@@ -16,7 +16,7 @@ A JSON holds one query about one image::
 Optional fields, which ReasonSeg does not have and its other readers ignore::
 
     image        name of the image in the same folder, which JSONs may share (default: the JSON's
-                 own name with .jpg)
+                 own name with the ending of a photo)
     target_rle   the exact target, as COCO run-length {"size": [H, W], "counts": …}, instead of its
                  polygons
     host_shapes  polygons of the object that holds the target; or host_rle, its exact mask
@@ -42,7 +42,8 @@ from dataset.conversation.wordings import answer, is_sentence
 from dataset.files.errors import DataError, MissingDataError
 from dataset.files.faults import Together
 from dataset.files.images import IMAGE_SUFFIXES, check_claim, claimed_size, read_image
-from dataset.files.paths import list_files, named_inside, require_folder
+from dataset.files.lookup import Identities, Lookup
+from dataset.files.paths import list_files, list_folders, named_inside, require_folder
 from dataset.files.rle import decode_rle
 from dataset.files.text import read_json
 from dataset.readers.questions import as_wordings, choose_wordings, word_question
@@ -141,7 +142,7 @@ class ReasoningSegmentation:
         )
         self.root = named_inside(root, name)
         if not self.root.is_dir():
-            known = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
+            known = ", ".join(folder.name for folder in list_folders(root)) or "none"
             raise MissingDataError(f"{self.root}: no such data set; {root} holds: {known}")
         explanations = self._read_explanations()
         groups: dict[Path, list[ReasoningQuery]] = defaultdict(list)
@@ -152,6 +153,7 @@ class ReasoningSegmentation:
             raise DataError(f"{self.root}: no image of {spec} can be used")
         self.images = without_excluded(readable, attrgetter("name"), options, spec)
         self.queries = [groups[path] for path in self.images]
+        self.identities = Identities([path.relative_to(self.root).as_posix() for path in readable])
 
     def _read_explanations(self) -> dict[str, list[str]]:
         """JSON name -> its explanations; empty unless they are wanted and there."""
@@ -180,9 +182,7 @@ class ReasoningSegmentation:
             if folder.is_dir():
                 return folder, length[2] == "long"
         if not folder.is_dir():
-            known = sorted(
-                p.name for p in self.root.iterdir() if p.is_dir() and p.name != "explanatory"
-            )
+            known = [p.name for p in list_folders(self.root) if p.name != "explanatory"]
             raise MissingDataError(
                 f"{folder}: no such split of {self.root.name}; there are:"
                 f" {', '.join(known) or 'none'}"
@@ -197,28 +197,32 @@ class ReasoningSegmentation:
     ) -> None:
         """Adds the queries of a split to ``groups``, under their images."""
         folder, wanted = self._folder(split)
-        images = {path.name: path for path in list_files(folder, IMAGE_SUFFIXES)}
-        used: set[str] = set()
+        links = self.options.follow_links
+        images, photos = list_files(folder, IMAGE_SUFFIXES, links), Lookup([folder], links)
+        used: set[Path] = set()
         read, found, faults = 0, False, self.options.faults
-        paths = list_files(folder, (".json",))
+        paths = list_files(folder, (".json",), links)
         for path in paths:
             if faults.skips(self.dataset, path):
                 continue
             with faults.guard(self.dataset, path):
                 record = read_record(path)
-                defaults = [path.stem + suffix for suffix in IMAGE_SUFFIXES]
-                default = next((name for name in defaults if name in images), defaults[0])
-                name = record.get("image") or default
-                image = images.get(name)
-                if image is None:
+                name = record.get("image")
+                try:
+                    image = photos.find(name or path.stem)
+                except MissingDataError as error:
+                    shown = name or f"{path.stem}.jpg"
+                    reason = "" if " is not there" in str(error) else f" ({error})"
                     raise MissingDataError(
-                        f"{path}: its image {name} is not in {folder}; restore it or remove the"
-                        f" JSON{hint_of_inline(record)}"
-                    )
+                        f"{path}: its image {shown} is not in {folder}{reason}; restore it or"
+                        f" remove the JSON{hint_of_inline(record)}"
+                    ) from None
+                except DataError as error:
+                    raise DataError(f"{path}: {error}") from None
                 if any(map(_is_line, record["shapes"])):
                     line = f"{path}: a polygon of two points is drawn as a line, as published"
                     faults.remark(self.dataset, line)
-                used.add(image.name)
+                used.add(image)
                 read += 1
                 is_sentence = record.get("is_sentence")
                 if wanted is not None and is_sentence is None:
@@ -234,12 +238,11 @@ class ReasoningSegmentation:
                     groups[image].append(query)
         # If a JSON was skipped we cannot tell which image was its own, so report unused images only
         # when all JSONs were read.
-        for name in sorted(images.keys() - used) if read == len(paths) else ():
-            if not faults.skips(self.dataset, images[name]):
-                with faults.guard(self.dataset, images[name]):
+        for image in sorted(set(images) - used) if read == len(paths) else ():
+            if not faults.skips(self.dataset, image):
+                with faults.guard(self.dataset, image):
                     raise MissingDataError(
-                        f"{images[name]}: no JSON belongs to this image; restore it or remove the"
-                        " image"
+                        f"{image}: no JSON belongs to this image; restore it or remove the image"
                     )
         if not paths:
             raise DataError(
@@ -274,7 +277,8 @@ class ReasoningSegmentation:
                 check_claim(query.size, image.shape, path, query.path)
                 conversations.append(self._conversation(query, text.strip(), image.shape[:2], rng))
         together.raise_all()
-        return Sample(image, str(path), conversations, "reasoning", self.dataset, path.stem)
+        id = self.identities.of(path.relative_to(self.root).as_posix())
+        return Sample(image, str(path), conversations, "reasoning", self.dataset, id)
 
     def _conversation(
         self, query: ReasoningQuery, text: str, size: tuple[int, int], rng: np.random.Generator

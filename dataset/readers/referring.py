@@ -35,8 +35,9 @@ from dataset.files.errors import DataError, MissingDataError, NothingToAsk
 from dataset.files.faults import Faults
 from dataset.files.images import claimed_size, read_claimed
 from dataset.files.index import CocoIndex
+from dataset.files.lookup import Identities, Lookup
 from dataset.files.packed import PackedRecords
-from dataset.files.paths import require_folder, resolve_inside
+from dataset.files.paths import require_folder
 from dataset.files.refs_pickle import read_pickle
 from dataset.files.text import read_json
 from dataset.readers.questions import choose_wordings, phrase_conversation
@@ -177,7 +178,8 @@ class ReferringSegmentation:
         name, split_by, split = self._read_spec(spec, options.training)
         self.dataset = f"{name}|{split_by}|{split}"
         root = require_folder(Path(dataset_dir) / "refer_seg", "the referring data sets")
-        self.folder = require_folder(root / SETS[name].images, f"the images of {name}")
+        folder = require_folder(root / SETS[name].images, f"the images of {name}")
+        self.photos = Lookup([folder], options.follow_links)
         self.source = root / name / "instances.json"
         references = read_references(root / name, split_by, options.faults, self.dataset)
         self.index = CocoIndex.open(self.source, tolerant=options.faults.leaves_out)
@@ -232,8 +234,9 @@ class ReferringSegmentation:
             )
         name_of = self.index.file_names.__getitem__
         positions = usable_positions(
-            self.index, sorted(by_image), name_of, self.folder, self.options, self.dataset
+            self.index, sorted(by_image), name_of, self.photos, self.options, self.dataset
         )
+        self.identities = Identities(map(name_of, positions.tolist()))
         return PackedRecords([position, by_image[position]] for position in positions.tolist())
 
     def __len__(self) -> int:
@@ -241,14 +244,14 @@ class ReferringSegmentation:
 
     def path(self, index: int) -> Path:
         """The image of sample ``index``."""
-        return self.folder / self.index.file_names[self.records[index][0]]
+        return self.photos.item(self.index.file_names[self.records[index][0]])
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its sentences in training, all of them otherwise; those
         whose objects were drawn without covering a pixel are not asked."""
         position, references = self.records[index]
         entry = self.index.image(position)
-        path = resolve_inside(self.folder, entry["file_name"])
+        path = self.photos.find(entry["file_name"])
         image = read_claimed(path, claimed_size(entry, self.source), self.source)
         size = image.shape[:2]
         chosen = choose_wordings([texts for _, texts in references], self.options, rng)
@@ -265,7 +268,7 @@ class ReferringSegmentation:
             )
         if self.options.training and not conversations:
             raise NothingToAsk(f"{path}: no reference that was drawn has a pixel")
-        name = Path(entry["file_name"]).stem
+        name = self.identities.of(entry["file_name"])
         return Sample(image, str(path), conversations, "referring", self.dataset, name)
 
     def _is_drawn(self, annotation: int) -> bool:

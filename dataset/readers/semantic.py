@@ -34,6 +34,7 @@ import numpy as np
 
 from dataset.files.errors import DataError, MissingDataError, NothingToAsk
 from dataset.files.images import IMAGE_SUFFIXES, check_size, probe_images, read_image, read_label
+from dataset.files.lookup import Identities, Lookup
 from dataset.files.packed import PackedRecords
 from dataset.files.paths import list_files, require_folder
 from dataset.files.text import read_json
@@ -167,8 +168,9 @@ class SemanticSegmentation:
         self.label_folder = require_folder(
             root / self.kind.labels.format(split=split), f"the {name} label maps"
         )
+        self.photos = Lookup([self.image_folder], options.follow_links)
         pairs = self._coco_pairs() if self.kind.coco_images else self._pairs()
-        self.files = PackedRecords(pairs)
+        self.files, self.identities = PackedRecords(pairs), Identities(map(itemgetter(0), pairs))
         if not len(self.files):
             raise DataError(
                 f"{self.image_folder}: split {self.dataset} is empty; it needs .jpg files and label"
@@ -178,14 +180,15 @@ class SemanticSegmentation:
     def _pairs(self) -> list[tuple[str, str]]:
         """The file names (image, label map) of every image. Raises DataError for an image that is
         broken or has no label map."""
-        there = {path.name for path in list_files(self.label_folder, (".png",))}
+        links = self.options.follow_links
+        labels = {path.stem: path for path in list_files(self.label_folder, (".png",), links)}
         pairs = []
-        for path in list_files(self.image_folder, IMAGE_SUFFIXES):
+        for path in list_files(self.image_folder, IMAGE_SUFFIXES, links):
             if self.options.faults.skips(self.dataset, path):
                 continue
-            label = self.label_folder / f"{path.stem}.png"
+            label = labels.get(path.stem, self.label_folder / f"{path.stem}.png")
             with self.options.faults.guard(self.dataset, path):
-                if label.name not in there:
+                if path.stem not in labels:
                     raise MissingDataError(f"{path}: its label map {label} does not exist")
                 probe_images([path])
                 pairs.append((path.name, label.name))
@@ -194,12 +197,12 @@ class SemanticSegmentation:
     def _coco_pairs(self) -> Sequence[tuple[str, str]]:
         """The same for COCO's photos, of which not every one has a label map. They are too many to
         be opened here. Raises DataError for a label map without a photo."""
-        labels = list_files(self.label_folder, (".png",))
+        labels = list_files(self.label_folder, (".png",), self.options.follow_links)
         pairs: Sequence[tuple[str, str]] = [(f"{path.stem}.jpg", path.name) for path in labels]
         image_of, options = itemgetter(0), self.options
         pairs = without_excluded(pairs, image_of, options, self.dataset)
         return without_missing(
-            pairs, image_of, self.image_folder, self.label_folder, options, self.dataset
+            pairs, image_of, self.photos, self.label_folder, options, self.dataset
         )
 
     def __len__(self) -> int:
@@ -207,7 +210,7 @@ class SemanticSegmentation:
 
     def path(self, index: int) -> Path:
         """The image of sample ``index``."""
-        return self.image_folder / self.files[index][0]
+        return self.photos.item(self.files[index][0])
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Image ``index`` with some of its classes in training, all of them otherwise (none, where
@@ -216,7 +219,7 @@ class SemanticSegmentation:
         Raises DataError; in training NothingToAsk where all are void.
         """
         image_name, label_name = self.files[index]
-        path, label_path = self.image_folder / image_name, self.label_folder / label_name
+        path, label_path = self.photos.item(image_name), self.label_folder / label_name
         label = read_label(label_path)
         image = read_image(path, [label.shape])
         check_size(label.shape, image.shape, label_path, "the label map")
@@ -233,7 +236,8 @@ class SemanticSegmentation:
             conversations.append(
                 phrase_conversation(phrase, label == value, self.options, rng, void)
             )
-        return Sample(image, str(path), conversations, "semantic", self.dataset, path.stem)
+        name = self.identities.of(image_name)
+        return Sample(image, str(path), conversations, "semantic", self.dataset, name)
 
     def _values_to_ask(self, label: np.ndarray, path: Path) -> np.ndarray:
         """The values of the classes to ask for, in ascending order. Raises DataError for a value

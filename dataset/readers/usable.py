@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -21,7 +22,7 @@ from dataset.files.errors import DataError, MissingDataError
 from dataset.files.faults import Faults
 from dataset.files.images import EmbeddedImage, probe_images
 from dataset.files.index import CocoIndex, RecordIndex
-from dataset.files.paths import named_inside
+from dataset.files.lookup import Lookup, base_name
 from dataset.sample import LoaderOptions
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ Entry = TypeVar("Entry")
 def coco_number(file_name: str) -> int | None:
     """COCO's number of a photo, the same in its releases of 2014 and 2017; None for a name that is
     not COCO's."""
-    found = _COCO_NAME.fullmatch(PurePosixPath(file_name).stem)
+    found = _COCO_NAME.fullmatch(PurePosixPath(base_name(file_name)).stem)
     return int(found[1]) if found else None
 
 
@@ -70,38 +71,40 @@ def without_excluded(
 def without_missing(
     entries: Sequence[Entry],
     name_of: Callable[[Entry], str],
-    folder: Path,
+    photos: Lookup,
     source: Path,
     options: LoaderOptions,
     dataset: str,
 ) -> Sequence[Entry]:
-    """The ``entries`` whose image (``name_of``) is in ``folder``, without those on the skip list.
+    """The ``entries`` whose image (``name_of``) is among ``photos``, without those on the skip
+    list.
 
     Raises MissingDataError for the first image that is not there; with ``options.skip_missing`` it
     logs how many are not, and raises only if none is left.
     """
-    faults = options.faults
+    faults, folder = options.faults, photos.places[0]
     if faults.has_skip_list:
-        entries = [e for e in entries if not faults.skips(dataset, folder / name_of(e))]
+        entries = [e for e in entries if not faults.skips(dataset, photos.item(name_of(e)))]
     names = [name_of(entry) for entry in entries]
-    there: set[str] = set()
-    for parent in {name[: name.rfind("/") + 1] for name in names}:
-        place = named_inside(folder, parent) if parent else folder
-        if place.is_dir():
-            there |= {parent + path.name for path in place.iterdir()}
-    missing = [name for name in names if name not in there]
+    missing = photos.missing(names)
     if not missing:
         return entries
+    first = next(iter(missing))
+    reason = "" if missing[first].startswith(f"{first} is not there") else f" ({missing[first]})"
     message = (
         f"{source}: {len(missing)} of {len(names)} images are not in {folder}, for example"
-        f" {missing[0]}"
+        f" {first}{reason}"
     )
     if not options.skip_missing:
         raise MissingDataError(f"{message}; restore them or set --on_bad_sample skip")
     logger.warning("%s; their entries are left out", message)
-    bad = [(folder / name, f"{folder / name}: image does not exist") for name in missing]
+    bad = []
+    for name, why in missing.items():
+        item = photos.item(name)
+        plain = why.startswith(f"{name} is not there") and len(photos.places) == 1
+        bad.append((item, f"{item}: {'image does not exist' if plain else why}"))
     faults.note_all(dataset, bad)
-    kept = [entry for entry, name in zip(entries, names, strict=True) if name in there]
+    kept = [entry for entry, name in zip(entries, names, strict=True) if name not in missing]
     if not kept:
         raise MissingDataError(f"{message}; nothing is left to load")
     return kept
@@ -111,18 +114,20 @@ def usable_positions(
     index: CocoIndex | RecordIndex,
     positions: Sequence[int],
     name_of: Callable[[int], str],
-    folder: Path,
+    photos: Lookup,
     options: LoaderOptions,
     dataset: str,
 ) -> np.ndarray:
-    """The ``positions`` in ``index``, int64, whose image may be trained on, is in ``folder`` and
-    has no bad entry. ``name_of``: the image at a position, below ``folder``.
+    """The ``positions`` in ``index``, int64, whose image may be trained on, is among ``photos``
+    and has no bad entry. ``name_of``: the name of the image at a position.
 
     Raises DataError if none is left, and as ``without_missing`` does.
     """
-    positions = _without_bad(index, positions, name_of, folder, options, dataset)
+    positions = _without_bad(index, positions, name_of, photos, options, dataset)
     positions = without_excluded(positions, name_of, options, dataset)
-    positions = without_missing(positions, name_of, folder, index.source, options, dataset)
+    positions = without_missing(positions, name_of, photos, index.source, options, dataset)
+    if isinstance(index, CocoIndex):
+        positions = _without_twins(index, positions, name_of, photos, options, dataset)
     if not len(positions):
         raise DataError(
             f"{index.source}: --skip_list leaves nothing of {dataset}; leave the data set out"
@@ -130,11 +135,39 @@ def usable_positions(
     return np.array(positions, dtype=np.int64)
 
 
+def _without_twins(
+    index: CocoIndex,
+    positions: Sequence[int],
+    name_of: Callable[[int], str],
+    photos: Lookup,
+    options: LoaderOptions,
+    dataset: str,
+) -> Sequence[int]:
+    """``positions`` without images that share their file, of whose objects each has a part only."""
+    counts = Counter(map(name_of, positions))
+    if len(counts) == len(positions):
+        return positions
+    ids: dict[str, list[str]] = {name: [] for name, count in counts.items() if count > 1}
+    for position in positions:
+        if (name := name_of(position)) in ids:
+            ids[name].append(str(index.image(position)["id"]))
+    bad_items = [
+        (
+            photos.item(name),
+            f"{index.source}: {name} is the file of the images {' and '.join(numbers)}; give all"
+            " its annotations one image",
+        )
+        for name, numbers in ids.items()
+    ]
+    options.faults.leave_out(dataset, bad_items)
+    return [position for position in positions if name_of(position) not in ids]
+
+
 def _without_bad(
     index: CocoIndex | RecordIndex,
     positions: Sequence[int],
     name_of: Callable[[int], str],
-    folder: Path,
+    photos: Lookup,
     options: LoaderOptions,
     dataset: str,
 ) -> Sequence[int]:
@@ -151,7 +184,7 @@ def _without_bad(
     files = {name: name_of(position) for position, name in gone.items()}
     bad_items = [
         (
-            folder / files.get(bad.image, bad.image)
+            photos.item(files.get(bad.image, bad.image))
             if bad.image
             else f"{index.source}:{bad.place}",
             f"{index.source}: {bad.reason}",

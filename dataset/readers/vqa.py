@@ -4,7 +4,8 @@ not forget how to converse.
 ::
 
     <dataset_dir>/llava_dataset/<name>.json   a list of {id, image, conversations}
-    <dataset_dir>/coco/train2017/*.jpg        its images
+    <dataset_dir>/coco/train2017/*.jpg        its images, or below <dataset_dir> where they are
+                                              called "coco/train2017/….jpg", "vg/VG_100K/….jpg"
 
 ``conversations`` alternates between {"from": "human", "value": text} and {"from": "gpt", "value":
 text}.
@@ -21,17 +22,20 @@ from dataset.conversation.turns import Conversation, Turn
 from dataset.files.errors import DataError
 from dataset.files.images import read_image
 from dataset.files.index import RecordIndex
-from dataset.files.paths import named_inside, require_folder, resolve_inside
+from dataset.files.lookup import Lookup
+from dataset.files.paths import named_inside, require_folder
 from dataset.readers.usable import usable_positions
 from dataset.sample import LoaderOptions, Sample
 
 IMAGE_PLACEHOLDER = "<image>"
 
 
-def prepare(source: Path, entry: Any, index: int) -> tuple[str, dict]:
-    """(image name, record) of one entry of the file; its turns are checked here. Raises
-    DataError."""
+def prepare(source: Path, entry: Any, index: int) -> tuple[str, dict] | None:
+    """(image name, record) of one entry of the file, None for one about no image; its turns are
+    checked here. Raises DataError."""
     where = f"{source}: record {index}"
+    if isinstance(entry, dict) and entry.get("image") is None and entry.get("conversations"):
+        return None
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
         raise DataError(f'{where} has no text "image"')
     messages = entry.get("conversations")
@@ -61,14 +65,24 @@ class VisualQuestionAnswering:
         root = require_folder(Path(dataset_dir) / "llava_dataset", "the LLaVA-Instruct JSON")
         self.source = named_inside(root, f"{name}.json")
         self.index = RecordIndex.open(
-            self.source, "vqa-2", prepare, tolerant=options.faults.leaves_out
+            self.source, "vqa-3", prepare, tolerant=options.faults.leaves_out
         )
-        self.folder = require_folder(
-            Path(dataset_dir) / "coco" / "train2017", f"the images of {self.source.name}"
-        )
+        if not len(self.index):
+            raise DataError(f"{self.source}: no record has an image, which every sample needs")
+        if self.index.passed_over:
+            options.faults.remark(
+                self.dataset,
+                f"{self.index.passed_over} of {self.index.passed_over + len(self.index)} records"
+                " have no image; these conversations in text alone are left out",
+            )
+        # LLaVA's mixture names its photos by their folders: coco/train2017/…, vg/VG_100K/….
+        folder = Path(dataset_dir) / "coco" / "train2017"
+        if not folder.is_dir() and not any("/" in name for name in self.index.names):
+            require_folder(folder, f"the images of {self.source.name}")
+        self.photos = Lookup([folder, Path(dataset_dir), root], options.follow_links)
         name_of = self.index.names.__getitem__
         self.positions = usable_positions(
-            self.index, range(len(self.index)), name_of, self.folder, options, self.dataset
+            self.index, range(len(self.index)), name_of, self.photos, options, self.dataset
         )
 
     def __len__(self) -> int:
@@ -76,12 +90,12 @@ class VisualQuestionAnswering:
 
     def path(self, index: int) -> Path:
         """The image of sample ``index``."""
-        return self.folder / self.index.names[int(self.positions[index])]
+        return self.photos.item(self.index.names[int(self.positions[index])])
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Record ``index``; nothing in it is random."""
         record = self.index[int(self.positions[index])]
-        path = resolve_inside(self.folder, record["image"])
+        path = self.photos.find(record["image"])
         image = read_image(path)
         texts = record["turns"]
         turns: list[Turn] = [(q, [a]) for q, a in zip(texts[::2], texts[1::2], strict=True)]

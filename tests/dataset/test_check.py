@@ -450,9 +450,9 @@ def open_all(root: Path, spec: str) -> None:
 
 def rename_all(path: Path, name: str) -> None:
     content = json.loads(path.read_text())
-    if "images" in content:
-        for image in content["images"]:
-            image["file_name"] = name
+    if "images" in content:  # Two images with one file would be refused for that.
+        for number, image in enumerate(content["images"]):
+            image["file_name"] = f"link{number}.jpg" if name == "link.jpg" else name
     else:
         content = {
             name: next(e for e in content.values() if e["from_dataset"] == "coco" and e["qa_pairs"])
@@ -468,10 +468,11 @@ def test_no_name_in_an_annotation_file_leaves_the_folder(tmp_path, name):
     secret = write_image(tmp_path / "secret.jpg")
     for spec, file in COCO_LIKE.items():
         loader = open_evaluation(tmp_path / "data", spec, EVAL)
-        folder = loader.folders["coco"] if spec.startswith("LLM") else loader.folder
-        link = folder / "link.jpg"
-        if not link.is_symlink():
-            link.symlink_to(secret)
+        photos = loader.photos["coco"] if spec.startswith("LLM") else loader.photos
+        for name_of_link in ("link.jpg", *(f"link{number}.jpg" for number in range(99))):
+            link = photos.places[0] / name_of_link
+            if not link.is_symlink():
+                link.symlink_to(secret)
         rename_all(tmp_path / "data" / file, name)
         with pytest.raises(DataError, match="refused|is a link that leaves"):
             open_all(tmp_path / "data", spec)

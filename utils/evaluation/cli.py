@@ -154,6 +154,8 @@ def read_score_arguments(argv: Sequence[str]) -> Namespace:
     add("--examples", type=int, default=16, help="rows of the contact sheet (default: 16)")
     add("--gallery", type=int, default=8, help="answers of each kind in report.html (default: 8)")
     add("--seed", type=int, default=0, help="of the bootstrap and of the choice of pictures")
+    links = "files may be links out of the data folder"
+    add("--follow_links", action="store_true", help=links)
     args = parser.parse_args(list(argv))
     for flag in ("examples", "gallery", "seed"):
         if getattr(args, flag) < 0:
@@ -168,7 +170,12 @@ def score_command(argv: Sequence[str], started: float) -> None:
     predictions = Predictions.read(args.predictions)
     # The levels only word the canonical answers, which play no part in scoring.
     data = EvalDataset(
-        args.dataset_dir, args.val_dataset, ("SEG",), exemplar_count=0, texts=args.eval_texts
+        args.dataset_dir,
+        args.val_dataset,
+        ("SEG",),
+        exemplar_count=0,
+        texts=args.eval_texts,
+        follow_links=args.follow_links,
     )
     try:
         # A folder that cannot be made is reported before the work rather than after it.

@@ -14,7 +14,8 @@ or a JSON list in the manner of COCO results::
      "segmentation": {"size": [H, W], "counts": …}}
 
 where conversation, target and answer may be left out. The sample's id is the name of its image file
-without the ending. A target without a prediction scores as one without a mask: 0, or 1 where the
+without the ending, with the folders in front where several images share it: cam1/0001.png for
+cam1/0001.jpg. A target without a prediction scores as one without a mask: 0, or 1 where the
 target is empty. A file that two images may claim, such as a.0.png where they are a.jpg and a.0.jpg,
 is an error; the list can tell them apart.
 """
@@ -22,7 +23,7 @@ is an error; the list can tell them apart.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ import torch
 
 from dataset.annotations.masks import read_mask
 from dataset.files.errors import DataError
-from dataset.files.paths import list_files
+from dataset.files.paths import list_files, list_folders
 from dataset.files.rle import decode_rle
 from dataset.files.text import read_json
 from utils.evaluation.collector import Collector, GroundTruth
@@ -91,15 +92,16 @@ class Predictions:
 
     @classmethod
     def _of_folder(cls, path: Path) -> Predictions:
-        files = list_files(path, [".png"])
-        if not files:
+        by_name: dict[str, Path] = {}
+        for file in _pngs(path):
+            name = file.relative_to(path).with_name(file.stem).as_posix()
+            if name in by_name:
+                raise DataError(
+                    f"{by_name[name]} and {file.name} are predictions for the same target; keep one"
+                )
+            by_name[name] = file
+        if not by_name:
             raise DataError(f"{path}: holds no PNG; name every mask by its sample, <id>.png")
-        by_name = {file.stem: file for file in files}
-        if twice := next((file for file in files if by_name[file.stem] != file), None):
-            raise DataError(
-                f"{twice} and {by_name[twice.stem].name} are predictions for the same target;"
-                " keep one"
-            )
         return cls(path, {name: partial(read_mask, file) for name, file in by_name.items()}, {})
 
     @classmethod
@@ -170,6 +172,13 @@ class Predictions:
         while self._take(TargetKey(id, conversation, targets + count), image):
             count += 1
         return count
+
+
+def _pngs(folder: Path) -> Iterator[Path]:
+    """The PNGs of a folder and of all folders in it."""
+    yield from list_files(folder, [".png"])
+    for inner in list_folders(folder):
+        yield from _pngs(inner)
 
 
 def _key(entry: Any, path: Path, index: int) -> TargetKey:

@@ -188,6 +188,11 @@ class DataArguments:
         "file of items to leave out of the training data, as `python -m dataset.check --fix-list`"
         " writes it",
     )
+    follow_links: bool = option(
+        False,
+        "data files may be links that lead out of the data folder, as in the hub's cache",
+        may_change=True,
+    )
     workers: int = option(4, "data loading processes per rank", maximum=1000, may_change=True)
 
 

@@ -46,7 +46,7 @@ def is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file()
 
 
-def saved_sources(folder: Path) -> dict[str, Path]:
+def saved_sources(folder: Path, follow_links: bool = False) -> dict[str, Path]:
     """split -> folder of each Dataset in a saved DatasetDict; "" -> a saved Dataset; {}: neither.
     Raises DataError."""
     if is_saved(folder):
@@ -59,7 +59,7 @@ def saved_sources(folder: Path) -> dict[str, Path]:
     is_list = isinstance(splits, list) and all(isinstance(split, str) for split in splits)
     if not is_list or not splits:
         raise DataError(f'{listing}: must name the "splits" that DatasetDict.save_to_disk wrote')
-    return {split: resolve_inside(folder, split) for split in splits}
+    return {split: resolve_inside(folder, split, follow_links) for split in splits}
 
 
 def stem_of(source: Path) -> str:

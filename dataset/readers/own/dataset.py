@@ -10,9 +10,10 @@
 
 One file may hold everything: ``own/<name>.json``, ``.jsonl``, ``.csv`` or ``.parquet``, or one of
 these alone in ``own/<name>/``. Its rows or images may name their ``split``; those that do not are
-"train", and so is a folder of labelme JSONs without folders for splits. Images are looked for
-beside the file that names them, in ``images/`` there, and in a folder named as the file without its
-ending; masks beside the file and in ``masks/``.
+"train", and so is a folder of labelme JSONs without folders for splits. What annotation tools
+export is read as it is (own/layouts.py, own/dialects.py). Images are looked for beside the file
+that names them, in ``images/`` there, in a folder named as the file without its ending, and where
+tools put them; masks beside the file and in ``masks/``.
 
 Queries with the same text about the same image are one query whose target is the union of theirs.
 A query with several separate masks has the table's ``targets``. A sample is an image with its
@@ -37,22 +38,17 @@ from dataset.conversation.wordings import answer, is_sentence
 from dataset.files.errors import DataError, MissingDataError
 from dataset.files.faults import Together, blame
 from dataset.files.images import check_claim, image_size, read_image
+from dataset.files.lookup import Identities, Lookup, parse_name
 from dataset.files.packed import PackedRecords
-from dataset.files.paths import list_files, named_inside, require_folder, resolve_inside
+from dataset.files.paths import list_files, require_folder
 from dataset.files.rle import decode_rle, rle_size
 from dataset.files.text import read_json
-from dataset.readers.own.arrow import (
-    PARQUET,
-    TableImage,
-    first_pieces,
-    image_named,
-    is_saved,
-    saved_sources,
-    stem_of,
-)
-from dataset.readers.own.coco import is_coco, read_coco
+from dataset.readers.own.arrow import TableImage, image_named, is_saved
+from dataset.readers.own.coco import read_coco
+from dataset.readers.own.dialects import as_coco, is_supervisely, read_supervisely
 from dataset.readers.own.formats import OwnQuery
 from dataset.readers.own.labelme import read_labelme
+from dataset.readers.own.layouts import TABLES, OwnFolder, split_of
 from dataset.readers.own.tables import read_table
 from dataset.readers.questions import choose_wordings, word_question
 from dataset.readers.usable import is_readable, without_excluded
@@ -60,78 +56,6 @@ from dataset.sample import LoaderOptions, Sample
 
 FOLDER = "own"
 EVERYTHING = "all"  # the split that stands for all splits together
-TABLES = (".jsonl", ".csv", PARQUET)
-
-SPLITS = ("train", "val", "test")  # A single file of this name is that split and not everything.
-
-
-def _file_of(folder: Path, stem: str) -> Path | None:
-    """The file that holds the data or the split ``stem``, if there is one. Raises DataError for
-    several."""
-    paths = [folder / f"{stem}{suffix}" for suffix in (".json", *TABLES)]
-    found = [path for path in paths if path.is_file()] + first_pieces(folder, stem)
-    if len(found) > 1:
-        raise DataError(
-            f"{folder}: has {' and '.join(path.name for path in found)}; keep the one that is to be"
-            " used"
-        )
-    return found[0] if found else None
-
-
-def _is_labelme(folder: Path) -> bool:
-    """Whether a folder holds JSONs that are not COCO's. Only the first one is read; a broken JSON
-    counts as one of labelme."""
-    first = next(iter(list_files(folder, (".json",))), None)
-    if first is None:
-        return False
-    try:
-        return not is_coco(read_json(first))
-    except DataError:
-        return True
-
-
-def find_sources(root: Path, name: str) -> dict[str, Path]:
-    """split -> file or folder of the data set ``name`` under ``root``. The split is "" if all data
-    are in one place, whose rows or images may name their splits.
-
-    Raises DataError that says what is expected, and MissingDataError that lists the data sets that
-    are there.
-    """
-    folder = named_inside(root, name)
-    single = _file_of(root, name) if root.is_dir() else None
-    if single is not None:
-        return {"": single}
-    if not folder.is_dir():
-        raise MissingDataError(
-            f"{folder}: no such data set; {root} holds: {', '.join(own_names(root)) or 'none'}"
-        )
-    if saved := saved_sources(folder):
-        return saved
-    if _is_labelme(folder):
-        return {"": folder}
-    found: dict[str, Path] = {}
-    for stem in sorted(set(map(stem_of, list_files(folder, (".json", *TABLES))))):
-        if file := _file_of(folder, stem):
-            found[stem] = file
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name not in found and (is_saved(path) or _is_labelme(path)):
-            found[path.name] = path
-    if not found:
-        raise DataError(
-            f"{folder}: holds no data; it needs train.json (COCO), train.jsonl, .csv or .parquet,"
-            " or train/ with labelme JSONs"
-        )
-    is_everything = len(found) == 1 and not found.keys() & set(SPLITS)
-    return {"": next(iter(found.values()))} if is_everything else found
-
-
-def own_names(root: Path) -> list[str]:
-    """The names of the data sets under ``root``."""
-    if not root.is_dir():
-        return []
-    files = {stem_of(path) for path in list_files(root, (".json", *TABLES))}
-    folders = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
-    return sorted(files | folders - {"images", "masks"})
 
 
 def _draw(shape: tuple[str, Any, str], size: tuple[int, int]) -> np.ndarray:
@@ -169,6 +93,16 @@ def _claims(queries: list[dict]) -> Iterator[tuple[int, int] | None]:
                     yield image_size(image_named(value))
 
 
+def _found(name: str, files: Lookup, where: str, hint: str = "") -> Path | TableImage:
+    """The file that ``name`` means; an image inside a table is its own file. Raises DataError."""
+    if isinstance(name, TableImage):
+        return name
+    try:
+        return files.find(name)
+    except DataError as error:
+        raise type(error)(f"{where}: {error}{hint}") from None
+
+
 class OwnData:
     """A sample is an image with its queries; in training some are drawn."""
 
@@ -185,105 +119,110 @@ class OwnData:
         self.options, self.faults = options, options.faults
         self.root = require_folder(Path(dataset_dir) / FOLDER, "the folder of your own data sets")
         self.dataset = f"{FOLDER}:{name}|{split}"
-        sources = find_sources(self.root, name)
+        self.folder = OwnFolder(self.root, name, options.follow_links)
+        sources = self.folder.sources()
+        named = split if split in sources else split_of(split)
         if split == EVERYTHING:
-            self._load(list(sources.values()), None)
+            self._load(sources, None)
         elif "" in sources:
-            self._load([sources[""]], split)
-        elif split in sources:
-            self._load([sources[split]], None)
+            self._load(sources, split)
+        elif named in sources:
+            self._load({named: sources[named]}, None)
         else:
             raise MissingDataError(
                 f"{self.root / name}: no split {split!r}; there are: {', '.join(sources)},"
                 f" {EVERYTHING}"
             )
 
-    def _load(self, sources: list[Path], split: str | None) -> None:
-        """Reads the queries of ``split``, or all of them for None, from files or folders."""
+    def _load(self, sources: dict[str, Path], split: str | None) -> None:
+        """Reads the queries of ``split``, or all of them for None, from files or folders under
+        their splits."""
         by_image: dict[str, list[dict]] = defaultdict(list)
         splits: set[str] = set()
-        for source in sources:
-            for query in self._read(source):
+        first = next(iter(sources.values()))
+        wanted = split if split is None else split_of(split)
+        for named, source in sources.items():
+            photos, masks = self.folder.photos(source, named), self.folder.masks(source)
+            for query in self._read(source, named or "train"):
                 if not query.is_lost:
-                    splits.add(query.split)
-                if split in (None, query.split):
+                    splits.add(split_of(query.split))
+                if wanted in (None, split_of(query.split)):
                     # What is lost is not to be blamed again.
                     guard = self.faults.guard(self.dataset, query.item)
                     with suppress(DataError) if query.is_lost else guard:
-                        image, record = self._with_files(query, source)
+                        image, record = self._with_files(query, photos, masks)
                         by_image[image].append(record)
         if not splits:
-            raise DataError(f"{sources[0]}: holds no query that can be used")
-        if split is not None and split not in splits:
+            raise DataError(
+                f"{first}: holds no query that can be used; add some, or remove it if it is to be"
+                " empty"
+            )
+        if wanted is not None and wanted not in splits:
             known = ", ".join([*sorted(splits), EVERYTHING])
             raise MissingDataError(
-                f"{sources[0]}: no query belongs to the split {split!r}; there are: {known}"
+                f"{first}: no query belongs to the split {split!r}; there are: {known}"
             )
         asked = {image: _joined(queries) for image, queries in by_image.items()}
         readable = [
             image
             for image in sorted(asked)
-            if asked[image] and is_readable(image_named(image), self.faults, self.dataset)
+            if asked[image]
+            and is_readable(image_named(image), self.faults, self.dataset)
+            and self._is_one(image, by_image[image])
         ]
         if not readable:
-            raise DataError(f"{sources[0]}: no image of {self.dataset} can be used")
+            raise DataError(f"{first}: no image of {self.dataset} can be used")
         kept = without_excluded(readable, str, self.options, self.dataset)
+        self.identities = Identities(kept)
         self.records = PackedRecords([image, asked[image]] for image in kept)
 
-    def _with_files(self, query: OwnQuery, source: Path) -> tuple[str, dict]:
+    def _with_files(self, query: OwnQuery, photos: Lookup, masks: Lookup) -> tuple[str, dict]:
         """(image file, the query as a dict). The value of a shape that is a mask becomes its file.
         Raises DataError for an image that is not there; a query that lacks a mask is lost."""
-        folders = ("images", stem_of(source))
         where = query.source or query.item
         with blame(where):
-            image = self._find(source, query.image, folders, where, query.hint)
+            image = _found(query.image, photos, where, query.hint)
         record = asdict(query) | {"drawn": query.drawn()}
         for shapes in (*record["targets"], record["ignore"]):
             for number, (kind, value, item) in enumerate(shapes):
                 if kind == "png" and not record["is_lost"]:
                     record["is_lost"] = True
                     with self.faults.guard(self.dataset, item):
-                        value = str(self._find(source, value, ("masks",), item))
+                        value = str(_found(value, masks, item))
+                        if value == str(image):
+                            raise DataError(f"{item}: {value} is the image and its mask")
                         record["is_lost"] = False
                 shapes[number] = (kind, value, item)
         return str(image), record
 
-    def _read(self, source: Path) -> Iterator[OwnQuery]:
+    def _is_one(self, image: str, records: list[dict]) -> bool:
+        """Whether all ``records`` that led to the file mean one image, so that none lacks the
+        objects of another. Raises DataError unless bad items are tolerated."""
+        with self.faults.guard(self.dataset, image):
+            entries = sorted({record["entry"] for record in records})
+            if len(entries) > 1:
+                raise DataError(
+                    f"{image}: is the file of {' and of '.join(entries)}; give all its annotations"
+                    " one image"
+                )
+            names = sorted({record["image"] for record in records})
+            if len(names) > 1 and any(parse_name(name).is_foreign for name in names):
+                raise DataError(
+                    f"{image}: {' and '.join(names)} may both mean it; write its name as it is here"
+                )
+            return True
+        return False
+
+    def _read(self, source: Path, split: str) -> Iterator[OwnQuery]:
         if source.suffix in TABLES or is_saved(source):
             return read_table(source, self.faults, self.dataset)
         if source.is_dir():
-            return read_labelme(source, self.faults, self.dataset, "train")
-        content = read_json(source)
-        if not is_coco(content):
-            raise DataError(
-                f'{source}: has no lists "images" and "annotations"; a file in COCO\'s format is'
-                " expected here"
-            )
+            first = list_files(source, (".json",), self.options.follow_links)[0]
+            is_foreign = source.name == "ann" and is_supervisely(read_json(first))
+            read = read_supervisely if is_foreign else read_labelme
+            return read(source, self.faults, self.dataset, split)
+        content = as_coco(source, read_json(source))
         return read_coco(source, content, self.faults, self.dataset)
-
-    @staticmethod
-    def _find(
-        source: Path, name: str, folders: tuple[str, ...], where: str, hint: str = ""
-    ) -> Path | TableImage:
-        """The file of that name beside ``source`` or in one of the ``folders`` there; an image
-        inside a table is its own file. Raises DataError."""
-        if isinstance(name, TableImage):
-            return name
-        beside = [source if source.is_dir() else source.parent]
-        if is_saved(source):
-            beside.append(source.parent)
-        places = [here / folder for here in beside for folder in ("", *folders)]
-        places = [place for place in places if place.is_dir()]
-        try:
-            paths = [resolve_inside(place, name) for place in places]
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-        found = next((path for path in paths if path.exists()), None)
-        if found is None:
-            raise MissingDataError(
-                f"{where}: {name} is not there; looked in {', '.join(map(str, places))}{hint}"
-            )
-        return found
 
     def __len__(self) -> int:
         return len(self.records)
@@ -306,7 +245,8 @@ class OwnData:
                 with blame(query["item"]):
                     conversations.append(self._conversation(query, text, image.shape[:2], rng))
         together.raise_all()
-        return Sample(image, name, conversations, "reasoning", self.dataset, path.stem)
+        id = self.identities.of(name)
+        return Sample(image, name, conversations, "reasoning", self.dataset, id)
 
     def _conversation(
         self, query: dict, text: str, size: tuple[int, int], rng: np.random.Generator

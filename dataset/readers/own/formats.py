@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,10 @@ from dataset.files.errors import DataError
 from dataset.readers.own.arrow import TableImage
 from dataset.readers.questions import as_wordings
 
-TEXT_KEYS = ("query", "caption", "expression")
+# Fields of images and annotations that are asked; refCOCO and its like write the plural.
+_SINGULAR = ("query", "caption", "expression", "sentence", "phrase", "question", "prompt", "text")
+TEXT_KEYS = (*_SINGULAR, "queries", *(f"{name}s" for name in _SINGULAR[1:]))
+TEXT_KEYS += ("referring_expression", "referring_expressions", "sent", "sents")
 # How PNG and TIFF begin. Hugging Face datasets store a mask without a file of its own as either.
 LOSSLESS = (b"\x89PNG", b"II*\0", b"MM\0*")
 LOSSLESS_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
@@ -54,6 +58,9 @@ class OwnQuery:
     hint: str = ""
     """What to add where the image is missing."""
 
+    entry: str = ""
+    """The entry of its image, in files where every image has one of its own."""
+
     def drawn(self) -> list[list[tuple[str, Any]]]:
         """The shapes of each target without the items to blame."""
         return [[(kind, value) for kind, value, _ in target] for target in self.targets]
@@ -67,6 +74,27 @@ def wordings_of(value: Any, where: str, name: str) -> list[str]:
             f'{where}: "{name}" must be a text, or a list of wordings, none of them empty'
         )
     return [" ".join(text.split()) for text in texts]
+
+
+def unread_texts(entries: Iterable[Any], read: Container[str], where: str) -> Iterator[str]:
+    """A line for each field, other than those in ``read``, that holds words in some of the
+    ``entries`` and would be ignored."""
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        for name, value in entry.items() if isinstance(entry, dict) else ():
+            if name not in read:
+                text = value[0] if isinstance(value, list) and value else value
+                if isinstance(text, dict):
+                    text = next((v for v in text.values() if isinstance(v, str)), None)
+                # Names, dates and codes have no two words.
+                if isinstance(text, str) and re.search(r"[^\W\d_]\s+[^\W\d_]", text):
+                    found.setdefault(name, []).append(text)
+    for name, texts in found.items():
+        shown = " ".join(texts[0].split())[:40]
+        yield (
+            f'{where}: {len(texts)} have a text in "{name}" ("{shown}"), which is not asked; call'
+            ' it "query" to ask it'
+        )
 
 
 def optional_field(entry: dict, name: str, kind: type, where: str, what: str) -> Any:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from dataset.annotations.shapes import WITHOUT_AREA, hint_of_inline, outline
 from dataset.files.errors import DataError
 from dataset.files.faults import Faults, blame
-from dataset.files.images import IMAGE_SUFFIXES, claimed_size
+from dataset.files.images import claimed_size
 from dataset.files.paths import list_files
 from dataset.files.text import read_json
+from dataset.readers.own.dialects import tool_of
 from dataset.readers.own.formats import (
     OwnQuery,
     Shape,
@@ -20,6 +21,7 @@ from dataset.readers.own.formats import (
     with_article,
     wordings_of,
 )
+from dataset.readers.questions import readable_name
 
 IGNORED_LABELS = ("ignore", "__ignore__")
 
@@ -37,7 +39,9 @@ def read_labelme(folder: Path, faults: Faults, dataset: str, split: str) -> Iter
 def _queries_of(path: Path, split: str, faults: Faults, dataset: str) -> Iterator[OwnQuery]:
     record = read_json(path)
     if not isinstance(record, dict) or not isinstance(record.get("shapes"), list):
-        raise DataError(f'{path}: has no list "shapes"; a JSON of labelme is expected')
+        raise DataError(
+            f'{path}: has no list "shapes"; a JSON of labelme is expected{tool_of(record)}'
+        )
     where = str(path)
     size = claimed_size(record, path, "imageHeight", "imageWidth")
     image = optional_field(record, "image", str, where, "a file name") or _image_name(record, path)
@@ -50,8 +54,10 @@ def _queries_of(path: Path, split: str, faults: Faults, dataset: str) -> Iterato
         if not isinstance(label, str) or not label.strip():
             raise DataError(f'{path}: "shapes"[{number}]: has no text "label"')
         if label.lower() not in ("flag", "_background_"):
-            by_label.setdefault(" ".join(label.split()), []).append((number, shape))
-    if "text" in record:
+            label = " ".join(label.split())
+            name = label if label.lower() in IGNORED_LABELS else readable_name(label)
+            by_label.setdefault(name, []).append((number, shape))
+    if record.get("text") not in (None, ""):  # Tools of OCR write an empty one.
         texts = wordings_of(record["text"], where, "text")
         explanation = optional_field(record, "answer", str, where, "a text")
         is_sentence = optional_field(record, "is_sentence", bool, where, "true or false")
@@ -106,10 +112,6 @@ def _checked(shapes: list[tuple[int, dict]], where: str) -> dict[int, dict]:
 
 
 def _image_name(record: dict, path: Path) -> str:
-    """The name of the image. labelme writes its path relative to the JSON, on Windows with
-    backslashes, but the image is looked for where those of all own data are."""
+    """The name of the image, which is looked for where those of all own data are."""
     name = optional_field(record, "imagePath", str, str(path), "a file name")
-    if name is not None:
-        return PureWindowsPath(name).name
-    there = (path.stem + s for s in IMAGE_SUFFIXES if path.with_suffix(s).is_file())
-    return next(there, f"{path.stem}.jpg")
+    return path.stem if name is None else name  # of any photo's ending

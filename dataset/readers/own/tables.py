@@ -16,12 +16,13 @@ from dataset.annotations.shapes import polygons_of, rle_of
 from dataset.files.errors import DataError
 from dataset.files.faults import Faults
 from dataset.files.text import read_text
-from dataset.readers.own.arrow import PARQUET, arrow_rows
+from dataset.readers.own.arrow import COLUMNS, PARQUET, arrow_rows
 from dataset.readers.own.formats import (
     OwnQuery,
     Shape,
     optional_field,
     png_of,
+    unread_texts,
     wordings_of,
 )
 
@@ -52,12 +53,14 @@ def read_table(path: Path, faults: Faults, dataset: str) -> Iterator[OwnQuery]:
     lists and objects as JSON in a cell; an empty cell is no value."""
     is_arrow = path.is_dir() or path.suffix == PARQUET
     seen: dict[str, str] = {}
+    unread: list[dict] = []
     for item, place, read in arrow_rows(path) if is_arrow else _text_rows(path):
         row: dict = {}
         is_used = False
         if not faults.skips(dataset, item):
             with faults.guard(dataset, item):
                 row = read()
+                unread.append({name: value for name, value in row.items() if name not in COLUMNS})
                 query = _query_of(row, item)
                 facts = [query.image, query.texts, query.drawn(), query.split]
                 key = json.dumps(facts, sort_keys=True)
@@ -69,6 +72,8 @@ def read_table(path: Path, faults: Faults, dataset: str) -> Iterator[OwnQuery]:
         if not is_used:
             with suppress(DataError):
                 yield _lost(row or read(), item)
+    for text in unread_texts(unread, (), path.name):
+        faults.remark(dataset, text)
 
 
 def _lost(row: dict, item: str) -> OwnQuery:
@@ -110,7 +115,8 @@ def _json_row(line: str, where: str) -> dict:
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Callable[[], dict]]]:
     # Run lengths and polygons may exceed the limit of 131,072 characters that is Python's default.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    delimiter = _delimiter(text)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     header, end = None, 0
     while True:
         start = end + 1
@@ -120,8 +126,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Callable[[], dict]]]
             return
         except csv.Error as error:
             raise DataError(
-                f"{path}:{start}: not valid CSV ({error}); quote texts with commas, double the"
-                " quotes in them"
+                f"{path}:{start}: not valid CSV ({error}); quote texts with {delimiter!r}, double"
+                " the quotes in them"
             ) from None
         end = reader.line_num
         if header is None:
@@ -129,10 +135,21 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Callable[[], dict]]]
             if len(set(header)) != len(header) or not {"image", "query"} <= set(header):
                 raise DataError(
                     f'{path}:{start}: the first line must name the columns, each once, "image" and'
-                    ' "query" among them'
+                    f' "query" among them; it names {", ".join(header)[:80]}'
                 )
         elif cells:
             yield start, partial(_csv_row, header, cells, f"{path}:{start}")
+
+
+def _delimiter(text: str) -> str:
+    """What separates the columns: a comma, or what Excel writes in many countries, if only with it
+    the first line names the needed columns."""
+    first = text.lstrip("\r\n").split("\n", 1)[0]
+    for delimiter in ",;\t":
+        names = {name.strip().strip('"') for name in first.split(delimiter)}
+        if {"image", "query"} <= names:
+            return delimiter
+    return ","
 
 
 def _csv_row(header: list[str], cells: list[str], where: str) -> dict:

@@ -15,10 +15,10 @@ from dataset.generate.scenes import (
     AnnotationSource,
     MarkedObject,
     Photograph,
-    clean_name,
     parse_wanted,
     read_photographs,
 )
+from dataset.readers.questions import readable_name
 from tests.dataset_toys import write_image, write_json
 from tests.generate_toys import SIZE, rectangle, write_photos
 
@@ -312,7 +312,7 @@ def test_broken_annotations_are_named(tmp_path, change, said):
 
 def test_names_without_their_brackets():
     assert (
-        clean_name("lamb_(animal)") == "lamb"
-        and clean_name("dining_table") == "dining table"
-        and clean_name("(x)") == "(x)"
+        readable_name("lamb_(animal)") == "lamb"
+        and readable_name("dining_table") == "dining table"
+        and readable_name("(x)") == "(x)"
     )

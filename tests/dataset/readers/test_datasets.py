@@ -669,7 +669,7 @@ def test_vqa_errors(tmp_path):
     with pytest.raises(MissingDataError, match="nothing is left"):
         VisualQuestionAnswering(tmp_path, "toy", LoaderOptions(("SEG",), skip_missing=True))
     with pytest.raises(DataError, match="refused"):
-        write_vqa(tmp_path, good, image="../train2017/a.jpg")
+        write_vqa(tmp_path, good, image="../../secret.jpg")
 
 
 def test_the_real_vqa_record_lacks_its_image_and_says_so():
