@@ -1,10 +1,13 @@
 """The page: what it draws, what it refuses, and the whole of it in a real browser (skipped without
 gradio or Chromium)."""
 
+import asyncio
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import urllib.error
@@ -22,7 +25,9 @@ import app
 from chat import load_segmenter
 from dataset.files.rle import decode_rle
 from model.inference.results import AnswerMask, Result
+from tests.pages import VisitorlessPage, Widgets, fail_with
 from tests.scripted import scripted_model
+from utils.serving.folder import ServedFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWER = "It is [LOC] on [SEG]"
@@ -185,52 +190,154 @@ def test_errors_do_not_tell_where_files_lie():
     )
 
 
-class Widgets:
-    """What the handlers of the page take of gradio."""
+@pytest.fixture
+def pages(tmp_path):
+    """Makes pages without gradio; the arguments are those of VisitorlessPage."""
+    made = []
 
-    skip = staticmethod(lambda: None)
-    Error = type(
-        "Error", (Exception,), {"__init__": lambda self, text, **_: Exception.__init__(self, text)}
-    )
-    Dropdown = DownloadButton = staticmethod(dict)
+    def make(**limits) -> VisitorlessPage:
+        made.append(VisitorlessPage(tmp_path, **limits))
+        return made[-1]
 
-
-def test_a_long_question_is_refused_by_the_server_too():
-    page = app.Page(Widgets, None, Path())
-    with pytest.raises(Widgets.Error, match="longer than 1000 characters"):
-        next(page.ask(app.VisitorChat(None), "x" * 1001, app.ANSWER, 45))
+    yield make
+    for page in made:
+        page.close()
 
 
-def test_the_conversation_says_what_was_cut_and_what_was_forgotten(tmp_path):
+@pytest.mark.parametrize(
+    ("question", "words"), [("x" * 1001, "longer than 1000 characters"), (None, "is a text")]
+)
+def test_a_wrong_question_is_refused_by_the_server_too(pages, question, words):
+    page = pages()
+    page.open("a")
+    with pytest.raises(Widgets.Error, match=words):
+        page.ask("a", question)
+
+
+@pytest.mark.parametrize("wrong", [None, "x", [], {}, float("nan"), -1, 10**9])
+def test_whatever_is_sent_for_a_view_there_is_one(pages, wrong):
+    page = pages()
+    page.open("a")
+    page.ask("a", "where?")
+    shown = page.run(page.page.view(app.Visitor("a", ""), wrong, wrong, wrong))
+    assert Path(shown[0]).is_file()
+
+
+def test_the_conversation_says_what_was_cut_and_what_was_forgotten(pages):
     """In the words of chat.py, below the answer that it is about, and for as long as this answer is
     shown."""
-    flags = [
-        "--version",
-        str(scripted_model()),
-        "--max_new_tokens",
-        "12",
-        "--model_max_length",
-        "64",
-    ]
-    page = app.Page(Widgets, load_segmenter(app.read_page_arguments(flags)), tmp_path)
-    visitor, *_ = page.open(str(photo(tmp_path / "p.png")))
-
-    def ask(question: str) -> list[str]:
-        *_, last = page.ask(visitor, question, app.ANSWER, 45)
-        return [message["content"] for message in last[2] if message["role"] == "assistant"]
-
-    (cut,) = ask("the wheel")
+    page = pages(model_max_length=64)
+    page.open("a")
+    (cut,) = page.ask("a", "the wheel")
     assert cut.endswith("\n(cut at --max_new_tokens)")
-    assert ask("hello") == [cut, "there"]
+    assert page.ask("a", "hello") == [cut, "there"]
     for _ in range(4):
-        answers = ask("hello")
+        answers = page.ask("a", "hello")
     assert answers[:2] == [cut, "there"]
     assert "there\n(the oldest question was forgotten to make room)" in answers[2:]
-    visitor.results = [replace(visitor.results[-1], forgotten_turns=2)]
-    assert (
-        visitor.messages[1]["content"]
-        == "there\n(the oldest 2 questions were forgotten to make room)"
+    kept = page.visitors.find("a").answers[-1]
+    kept.shell = replace(kept.shell, forgotten_turns=2)
+    assert page.ask("a", "hello")[-2].endswith(
+        "there\n(the oldest 2 questions were forgotten to make room)"
     )
+
+
+def test_a_stopped_question_comes_back_into_its_box(pages):
+    page = pages()
+    page.open("a")
+    whole = page.ask("a", "where?")
+
+    async def half() -> None:
+        visitor = app.Visitor("a", "")
+        answer = page.page.ask(visitor, "the wheel", app.ANSWER, 45)
+        await anext(answer)
+        await answer.aclose()
+        assert not page.line.holds("a")
+        stopped = await page.page.stop(visitor, app.ANSWER, 45)
+        assert stopped[0] == "the wheel"
+        assert [message["content"] for message in stopped[1]][1::2] == whole
+        assert (await page.page.stop(visitor, app.ANSWER, 45))[0] is None, "once is enough"
+
+    page.run(half())
+    assert len(page.ask("a", "hello")) == 2
+
+
+def test_another_picture_ends_the_answer_about_the_one_before(pages):
+    page = pages()
+    page.open("a")
+
+    async def change() -> list:
+        answer = page.page.ask(app.Visitor("a", ""), "the wheel", app.ANSWER, 45)
+        await anext(answer)
+        opening = asyncio.ensure_future(page.opened("a", seed=1))
+        await asyncio.sleep(0)
+        rest = [shown async for shown in answer]
+        await opening
+        return rest
+
+    assert page.run(change()) == []
+    assert page.visitors.find("a").answers == []
+
+
+def test_who_waits_is_told_how_many_come_first(pages):
+    page = pages()
+    for key in "ab":
+        page.open(key)
+
+    async def both() -> list[str]:
+        first = page.page.ask(app.Visitor("a", ""), "where?", app.ANSWER, 45)
+        await anext(first)
+        second = page.page.ask(app.Visitor("b", ""), "hello", app.ANSWER, 45)
+        waiting = await anext(second)
+        rest = asyncio.ensure_future(page.exhausted(second))
+        assert [message["content"] for message in (await page.exhausted(first))[1]][1] == ANSWER
+        shown = await rest
+        return [shown[1][-1]["content"], waiting[1][-1]["content"]]
+
+    assert page.run(both()) == ["there", "(1 other comes first)"]
+
+
+def test_a_waiting_visitor_cannot_change_what_is_being_answered(pages):
+    page = pages()
+    page.open("a")
+
+    async def during() -> None:
+        visitor = app.Visitor("a", "")
+        answer = page.page.ask(visitor, "where?", app.ANSWER, 45)
+        await anext(answer)
+        for change in (page.page.reset(visitor), page.page.undo(visitor, app.ANSWER, 45)):
+            with pytest.raises(Widgets.Error, match="on its way"):
+                await change
+        await answer.aclose()
+
+    page.run(during())
+
+
+def test_memory_that_is_short_is_said_and_given_back(pages, monkeypatch):
+    page = pages()
+    page.open("a")
+    conversation = page.visitors.find("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(conversation.session), "stream", fail_with(MemoryError()))
+        with pytest.raises(Widgets.Error, match="too little memory"):
+            page.ask("a", "where?")
+    assert conversation.session is None
+    assert page.ask("a", "where?") == [ANSWER]
+
+
+def test_an_empty_mask_is_said_in_words():
+    nothing = result()
+    nothing.masks[0].levels["SEG"][:] = False
+    assert "[SEG]: empty, no pixel was marked" in app.legend(nothing)
+
+
+def test_a_signal_ends_it_as_an_end_does():
+    before = signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with pytest.raises(SystemExit) as ended, app.ended_by_signals():
+            os.kill(os.getpid(), number)
+        assert ended.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # ------------------------------------------------------------------------------------ with a server
@@ -243,7 +350,6 @@ def served(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("app")
     flags = [
         "--version",
         str(scripted_model()),
@@ -254,9 +360,12 @@ def served(tmp_path_factory):
         "--max_new_tokens",
         "12",
     ]
-    page = app.serve(app.read_page_arguments(flags), folder, block=False)
-    yield page.local_url.rstrip("/"), page, folder
-    page.close()
+    limit = Image.MAX_IMAGE_PIXELS
+    with ServedFolder(2**27, tmp_path_factory.mktemp("app")) as folder:
+        page = app.serve(app.read_page_arguments(flags), folder, block=False)
+        yield page.local_url.rstrip("/"), page, folder.path
+        page.close()
+    Image.MAX_IMAGE_PIXELS = limit
 
 
 def get(address: str) -> int:
@@ -339,20 +448,16 @@ def test_a_visitor_cannot_name_a_file_of_this_machine(served, tmp_path):
         assert "root:" not in said
 
 
-def test_every_file_of_a_visitor_will_be_deleted(served, tmp_path):
-    """gradio's ``delete_cache`` knows the files in these sets only."""
+def test_every_file_of_a_visitor_goes_with_the_conversation(served, tmp_path):
     address, page, folder = served
-    assert open_picture(
-        served, upload(address, "mine.png", photo(tmp_path / "mine.png").read_bytes())
-    )[0]
-    known = set().union(*page.temp_file_sets)
-    files = [
-        str(path)
-        for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith("example-")
-    ]
-    assert any(name.endswith(".webp") for name in files)
-    assert [name for name in files if name not in known] == []
+    kept = {path.name for path in folder.iterdir() if path.name.startswith("example-")}
+    sent = upload(address, "mine.png", photo(tmp_path / "mine.png").read_bytes())
+    assert open_picture(served, sent)[0]
+    assert list(folder.rglob("*.webp"))
+    for key in list(page.visitors.keys()):
+        page.visitors.forget(key)
+    page.visitors.folder.sweep(0)
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == kept
 
 
 def test_what_is_no_picture_is_named_without_its_place(served):
