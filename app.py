@@ -218,6 +218,11 @@ def write_downloads(result: Result, folder: Path) -> tuple[str, str]:
     return str(target / "masks.zip"), str(target / "coco.json")
 
 
+def limit_pixels(megapixels: int) -> None:
+    """Every reader of pictures keeps Pillow's limit, which is one for data sets: 89 million."""
+    Image.MAX_IMAGE_PIXELS = megapixels * 10**6
+
+
 def read_examples(path: Path | None, folder: Path) -> list[list[str]]:
     """[path, question] pairs: those of a JSON, or of scenes drawn into ``folder``. Raises DataError
     naming file and entry."""
@@ -552,6 +557,7 @@ class Page:
             # Line keeps the order for the model, so that limits and places can be told.
             model = {"concurrency_limit": None, "api_visibility": "private"}
             light = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+            page.preprocess_data = _in_words(gr, page.preprocess_data)
             of = functools.partial(_of_visitor, gr)
             sent.change(of(self.open), [sent], [messages, chosen, *answer], **model)
             answering = gr.on(
@@ -594,6 +600,19 @@ def _of_visitor(gr: Any, handler: Callable) -> Callable:
     handle.__annotations__["request"] = gr.Request
     handle.__name__ = handler.__name__
     return handle
+
+
+def _in_words(gr: Any, read: Callable) -> Callable:
+    """``read``, gradio's own check of what was sent, with words for a visitor in place of a trace
+    in the server's log. Only a request that no page sends fails there."""
+
+    async def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await read(*args, **kwargs)
+        except Exception:
+            raise gr.Error("This is no request of the page.", print_exception=False) from None
+
+    return checked
 
 
 def _messages(question: str, answer: str) -> list[dict[str, str]]:
@@ -649,8 +668,7 @@ def serve(args: Namespace, folder: ServedFolder, block: bool = True) -> Any:
     gr = import_gradio(folder.path)
     from starlette.middleware import Middleware  # gradio brings it.
 
-    # Pillow's limit, which every reader of pictures keeps, is one for data sets: 89 million.
-    Image.MAX_IMAGE_PIXELS = args.max_megapixels * 10**6
+    limit_pixels(args.max_megapixels)
     examples = read_examples(args.examples, folder.path)
     limits = args.max_conversations, args.keep_ready
     visitors = Visitors(load_segmenter(args), folder, Line(args.max_queue), *limits)
@@ -668,8 +686,9 @@ def serve(args: Namespace, folder: ServedFolder, block: bool = True) -> Any:
         Guard,
         visitors=visitors,
         folder=folder,
-        names=[args.host, *args.allowed_hosts],
         most_upload=upload,
+        host=args.host,
+        names=args.allowed_hosts,
     )
     try:
         page.launch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,9 +18,11 @@ from utils.serving.folder import ServedFolder
 from utils.serving.line import Line, Visitor
 from utils.serving.visitors import Visitors
 
+ANSWER = "It is [LOC] on [SEG]"
+
 
 class Widgets:
-    """What the handlers of the page take of gradio."""
+    """What the handlers of the page take of gradio; it keeps what is warned of."""
 
     skip = staticmethod(lambda: None)
     Error = type(
@@ -34,7 +36,7 @@ class Widgets:
 
 
 @cache
-def _segmenter() -> ReasoningSegmenter:
+def segmenter() -> ReasoningSegmenter:
     flags = ["--version", str(scripted_model()), "--max_new_tokens", "12"]
     return app.load_segmenter(app.read_page_arguments(flags))
 
@@ -52,7 +54,7 @@ class VisitorlessPage:
         model_max_length: int = 2048,
     ):
         self.folder = ServedFolder(disk, parent)
-        self.line, self.segmenter = Line(queue), _segmenter()
+        self.line, self.segmenter = Line(queue), segmenter()
         self.segmenter.processor.tokenizer.model_max_length = model_max_length
         self.now = 0.0
         limits = most, ready
@@ -97,9 +99,14 @@ class VisitorlessPage:
         assert self.widgets.warnings[warnings:] == []
         return shown
 
+    def asking(
+        self, key: str, address: str = "127.0.0.1", question: Any = "where?"
+    ) -> AsyncGenerator[tuple, None]:
+        """An answer in the making."""
+        return self.page.ask(Visitor(key, address), question, app.ANSWER, 45)
+
     async def asked(self, key: str, question: Any, address: str = "127.0.0.1") -> list[str]:
-        steps = self.page.ask(Visitor(key, address), question, app.ANSWER, 45)
-        shown = await self.exhausted(steps)
+        shown = await self.exhausted(self.asking(key, address, question))
         return [message["content"] for message in shown[1] if message["role"] == "assistant"]
 
     def ask(self, key: str, question: Any, address: str = "127.0.0.1") -> list[str]:

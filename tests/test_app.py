@@ -25,12 +25,11 @@ import app
 from chat import load_segmenter
 from dataset.files.rle import decode_rle
 from model.inference.results import AnswerMask, Result
-from tests.pages import VisitorlessPage, Widgets, fail_with
+from tests.pages import ANSWER, VisitorlessPage, Widgets, fail_with
 from tests.scripted import scripted_model
 from utils.serving.folder import ServedFolder
 
 ROOT = Path(__file__).resolve().parents[1]
-ANSWER = "It is [LOC] on [SEG]"
 
 
 def rectangle(top: int, left: int, bottom: int, right: int) -> np.ndarray:

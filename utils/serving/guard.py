@@ -62,13 +62,15 @@ class Guard:
         app: Callable[[Message, Receive, Send], Awaitable[None]],
         visitors: Visitors,
         folder: ServedFolder,
-        names: Iterable[str],
         most_upload: int,
+        host: str,
+        names: Iterable[str] = (),
     ):
-        """``names``: of hosts, beside numeric addresses and this machine's own name.
-        ``most_upload``: bytes of one file."""
+        """``most_upload``: bytes of one file. The page may be asked for by numeric addresses, which
+        no name server can give another meaning, as localhost, by this machine's own name, as
+        ``host``, and by further ``names``, under which other servers may pass requests on."""
         self.app, self.visitors, self.folder, self.most_upload = app, visitors, folder, most_upload
-        own = {"localhost", socket.gethostname().lower()}
+        own = {"localhost", socket.gethostname().lower(), host.lower()}
         self.given = {name.lower().rstrip(".") for name in names}
         self.names = own | self.given
 
@@ -165,7 +167,7 @@ def _host(netloc: str) -> str | None:
 
 
 def _is_number(name: str) -> bool:
-    """Whether a host is a numeric address, which no name server can give another meaning."""
+    """Whether a host is a numeric address."""
     try:
         ip_address(name)
     except ValueError:
