@@ -606,9 +606,13 @@ def _in_words(gr: Any, read: Callable) -> Callable:
     """``read``, gradio's own check of what was sent, with words for a visitor in place of a trace
     in the server's log. Only a request that no page sends fails there."""
 
-    async def checked(*args: Any, **kwargs: Any) -> Any:
+    async def checked(function: Any, sent: list, *args: Any, **kwargs: Any) -> Any:
+        # gradio would fetch a picture from an address that is named as its path, or beside it.
+        own = [{**value, "url": None} if isinstance(value, dict) else value for value in sent]
         try:
-            return await read(*args, **kwargs)
+            if any("://" in str(value.get("path")) for value in own if isinstance(value, dict)):
+                raise ValueError("a picture must have been sent to this page")
+            return await read(function, own, *args, **kwargs)
         except Exception:
             raise gr.Error("This is no request of the page.", print_exception=False) from None
 
@@ -651,8 +655,8 @@ def _public(error: Exception, path: str = "") -> str:
     """The message of an error about the file ``path`` without the folder that this machine keeps it
     in."""
     message = one_line(error)
-    if isinstance(error, OSError):  # It may name any other file.
-        message = error.strerror or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:  # The system's, which names any file.
+        message = error.strerror
     return message.replace(str(Path(path).parent) + os.sep, "") if path else message
 
 
@@ -731,14 +735,31 @@ def serve(args: Namespace, folder: ServedFolder, block: bool = True) -> Any:
             file=sys.stderr,
         )
     if block:
+        gone: set[str] = set()
         try:
             while True:
                 threading.Event().wait(SWEEP_EVERY)
                 visitors.sweep()
+                gone = drop_gone(page, gone)
         finally:
             page.close(verbose=False)
             handlers.close()
     return page
+
+
+def drop_gone(page: Any, before: set[str]) -> set[str]:
+    """Frees what gradio keeps of visitors who are gone: it would keep some of it for an hour, and
+    some for ever. ``before``: who was gone the last time, which this returned; an answer may be on
+    its way to others."""
+    states, queue = page.state_holder, page._queue
+    kept = [states.session_data, states.time_last_used]
+    kept += [queue.pending_messages_per_session, queue.pending_event_ids_session]
+    keys = set().union(*(list(table) for table in kept))
+    gone = {key for key in keys if not page.visitors.knows(key)}
+    for table in kept:
+        for key in gone & before:
+            table.pop(key, None)
+    return gone
 
 
 @contextlib.contextmanager

@@ -281,6 +281,7 @@ def measure(version: str, folder: Path, conversations: int, at_once: int) -> dic
             if (n + 1) % max(1, conversations // 10) == 0:
                 row = {"memory_mb": memory(process), "disk_mb": disk(folder)}
                 rows.append({"conversations": n + 1} | row)
+                print(rows[-1], file=sys.stderr)
         sequence = time.perf_counter() - sequence
     return {
         "machine": machine(),

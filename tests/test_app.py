@@ -2,6 +2,7 @@
 gradio or Chromium)."""
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -22,6 +24,7 @@ import pytest
 from PIL import Image
 
 import app
+from benchmarks.page import PageClient, handlers, noise
 from chat import load_segmenter
 from dataset.files.rle import decode_rle
 from model.inference.results import AnswerMask, Result
@@ -453,7 +456,7 @@ def test_every_file_of_a_visitor_goes_with_the_conversation(served, tmp_path):
     sent = upload(address, "mine.png", photo(tmp_path / "mine.png").read_bytes())
     assert open_picture(served, sent)[0]
     assert list(folder.rglob("*.webp"))
-    for key in list(page.visitors.keys()):
+    for key in list(page.visitors.everyone()):
         page.visitors.forget(key)
     page.visitors.folder.sweep(0)
     assert {path.name for path in folder.rglob("*") if path.is_file()} == kept
@@ -465,6 +468,82 @@ def test_what_is_no_picture_is_named_without_its_place(served):
     assert success
     assert "broken.png: not a readable image" in said
     assert str(folder) not in said
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+    ],
+)
+def test_another_web_site_is_refused(served, headers, status):
+    request = urllib.request.Request(f"{served[0]}/config", headers=headers)
+    try:
+        answer = urllib.request.urlopen(request, timeout=10)
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
+        assert answer.status == status
+        assert answer.headers["X-Frame-Options"] == "DENY"
+
+
+@pytest.mark.parametrize("place", ["gradio_api/info", "openapi.json", "docs", "monitoring"])
+def test_the_api_is_not_described(served, place):
+    assert get(f"{served[0]}/{place}") == 404
+
+
+@pytest.mark.parametrize("sent", [5, [], {"path": 5}, ["a.png"]])
+def test_what_no_page_sends_is_refused_in_words(served, sent, capfd):
+    client = PageClient(served[0], handlers(served[0]))
+    try:
+        with pytest.raises(RuntimeError, match="no request of the page"):
+            client.call("open", sent)
+        with pytest.raises(RuntimeError, match="A question is a text"):
+            client.call("ask", sent, sent, sent)
+    finally:
+        client.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_nothing_is_fetched_from_elsewhere(served, monkeypatch):
+    """gradio itself fetches files by their address; not even a number of connections is tried."""
+    processing = pytest.importorskip("gradio.processing_utils")
+    fetched = []
+    for name in ("async_ssrf_protected_download", "ssrf_protected_download"):
+        monkeypatch.setattr(processing, name, lambda *args, **_: fetched.append(args))
+    meta = {"meta": {"_type": "gradio.FileData"}}
+    for sent in ({"url": "http://192.0.2.1/a.png"}, {"path": "http://192.0.2.1/a.png"}):
+        client = PageClient(served[0], handlers(served[0]))
+        try:
+            with contextlib.suppress(RuntimeError):
+                client.call("open", sent | meta)
+        finally:
+            client.close()
+    assert fetched == []
+
+
+def test_a_conversation_lasts_as_long_as_its_page(served):
+    _, page, _ = served
+    client = PageClient(served[0], handlers(served[0]))
+    try:
+        client.open(noise(0))
+        assert client.ask("where is it?")["said"] == ["where is it?", ANSWER]
+        assert page.visitors.knows(client.key)
+        client.request("GET", "/config")
+    finally:
+        client.close()
+    page.visitors.forget(client.key)
+    for _ in range(50):
+        if not page.visitors.knows(client.key):
+            break
+        time.sleep(0.1)
+    gone = app.drop_gone(page, set())
+    assert client.key in gone
+    app.drop_gone(page, gone)
+    assert client.key not in page.state_holder.session_data
+    assert client.key not in page._queue.pending_messages_per_session
 
 
 def test_a_large_upload_is_refused(served):
@@ -564,6 +643,33 @@ def test_a_conversation_in_a_browser(served, browser, tmp_path):
     tab.click("#ask")
     expect(messages).to_contain_text("(cut at --max_new_tokens)", timeout=20_000)
     assert outside == []
+
+
+@pytest.mark.slow
+def test_a_stop_in_a_browser(served, browser, tmp_path):
+    """The half turn is taken back, and a conversation that is gone says so."""
+    from playwright.sync_api import expect
+
+    tab = browser.new_page(viewport={"width": 1360, "height": 1200})
+    tab.goto(served[0])
+    tab.set_input_files("#upload input[type=file]", str(photo(tmp_path / "p.png")))
+    expect(tab.locator("#result img")).to_be_visible(timeout=10_000)
+    question = tab.locator("#question textarea")
+    model = served[1].visitors.segmenter
+    model.decoding = replace(model.decoding, max_new_tokens=400)
+    try:
+        question.fill("the wheel")
+        tab.click("#ask")
+        expect(tab.locator("#conversation")).to_contain_text("It is", timeout=20_000)
+        tab.click("#stop")
+        expect(question).to_have_value("the wheel", timeout=10_000)
+        expect(tab.locator("#conversation")).not_to_contain_text("It is")
+    finally:
+        model.decoding = replace(model.decoding, max_new_tokens=12)
+    for key in served[1].visitors.everyone():
+        served[1].visitors.forget(key, "others needed its place")
+    tab.click("#ask")
+    expect(tab.get_by_text("This conversation was forgotten")).to_be_visible(timeout=10_000)
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def a_stranger_without_a_picture(tmp_path):
         for n in range(50):
             with pytest.raises(Widgets.Error, match="First drop a picture"):
                 shared.ask(f"stranger{n}", "where?", STRANGER)
-        assert shared.visitors.keys() == ["a"] and not shared.line.holds("stranger0")
+        assert shared.visitors.everyone() == ["a"] and not shared.line.holds("stranger0")
         assert shared.ask("a", "where?") == [ANSWER]
 
 
@@ -94,7 +94,7 @@ def a_stranger_with_many_pictures(tmp_path):
             shared.visitors.page_opened(f"stranger{n}")
         shared.run(shared.opened("stranger2", 2, STRANGER))
         assert "from your address are open; try again later" in shared.widgets.warnings[-1]
-        assert sorted(shared.visitors.keys()) == ["a", "stranger0", "stranger1"]
+        assert sorted(shared.visitors.everyone()) == ["a", "stranger0", "stranger1"]
         assert shared.ask("a", "where?") == [ANSWER]
 
 

@@ -137,7 +137,7 @@ class Guard:
                 " allows it."
             )
         for origin in origins:
-            site = urlsplit(origin).netloc
+            site = origin.partition("://")[2]
             if site.lower() != hosts[0].lower() and _host(site) not in self.given:
                 return 403, "Another web site asks, which this page does not answer."
         path = scope["path"]

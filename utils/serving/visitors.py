@@ -177,7 +177,11 @@ class Visitors:
                 found.used = self.clock()
             return found
 
-    def keys(self) -> list[str]:
+    def knows(self, key: str) -> bool:
+        """Whether the visitor ``key`` has a conversation, an open page or a place in the line."""
+        return key in self._conversations or key in self._pages or self.line.holds(key)
+
+    def everyone(self) -> list[str]:
         """All visitors with a conversation."""
         with self._lock:
             return list(self._conversations)
