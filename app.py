@@ -1,6 +1,6 @@
 """A web page around a model: drop a picture, ask, see how the answer was found.
 
-    python app.py --version runs/demo/model            # then open the address it prints
+    .venv-app/bin/python app.py --version runs/demo/model     # then open the address it prints
 
 The page is for this machine alone unless --host says otherwise. docs/app.md has more.
 """
@@ -141,8 +141,8 @@ def import_gradio(cache: Path) -> Any:
         if (error.name or "").partition(".")[0] != "gradio":
             raise
         raise UsageError(
-            "the page needs the package gradio: pip install 'gradio>=6.31' (see"
-            " requirements-optional.txt)"
+            "the page needs the package gradio: run scripts/setup.sh app, and this with"
+            " .venv-app/bin/python (docs/app.md)"
         ) from None
     return gradio
 
@@ -770,7 +770,8 @@ def ended_by_signals() -> Iterator[None]:
     def end(*_: Any) -> NoReturn:
         raise SystemExit(0)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {(n := getattr(signal, name)): signal.signal(n, end) for name in names}
     try:
         yield
     finally:

@@ -161,7 +161,7 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
         monkeypatch.setenv(name, "")  # put back afterwards
     assert app.main(["--version", "/nowhere"]) == 2
     message = capsys.readouterr().err
-    assert "pip install 'gradio>=6.31'" in message
+    assert "run scripts/setup.sh app" in message
     assert message.count("\n") == 1
 
 

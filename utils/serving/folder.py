@@ -122,7 +122,8 @@ def _remove_leftovers(parent: Path) -> None:
     for base in parent.glob(f"{PREFIX}*"):
         with suppress(OSError, Timeout):
             state = base.lstat()
-            ours = stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid()
+            user = os.getuid() if hasattr(os, "getuid") else state.st_uid
+            ours = stat.S_ISDIR(state.st_mode) and state.st_uid == user
             if ours and stat.S_ISREG((base / LOCK).lstat().st_mode):
                 with FileLock(base / LOCK, 0):
                     shutil.rmtree(base, ignore_errors=True)
