@@ -43,7 +43,7 @@ from utils.report.html import TEMPLATES
 from utils.serving.folder import ServedFolder
 from utils.serving.guard import Guard
 from utils.serving.line import Line, Visitor
-from utils.serving.visitors import FORGET_AFTER, MOST_ANSWERS, Conversation, Visitors
+from utils.serving.visitors import FORGET_AFTER, MOST_ANSWERS, VisitorChat, Visitors
 from utils.settings.arguments import OneLineParser, one_line
 from utils.settings.flags import UsageError
 
@@ -414,13 +414,13 @@ class Page:
             self.gr.DownloadButton(value=path, interactive=path is not None) for path in paths
         )
 
-    def _write_downloads(self, conversation: Conversation, result: Result) -> tuple[str, str]:
+    def _write_downloads(self, conversation: VisitorChat, result: Result) -> tuple[str, str]:
         for old in conversation.folder.glob(f"{DOWNLOADS}*"):
             shutil.rmtree(old, ignore_errors=True)
         self.folder.require(result.image.nbytes)  # The overlay is a PNG of about this size.
         return write_downloads(result, conversation.folder)
 
-    def _write_picture(self, conversation: Conversation, shown: np.ndarray) -> str:
+    def _write_picture(self, conversation: VisitorChat, shown: np.ndarray) -> str:
         """A file with uint8 (h, w, 3) RGB. gradio could take the array, but would never delete the
         file that it makes of it."""
         self.folder.require(0)
@@ -431,19 +431,19 @@ class Page:
         return path
 
     async def _whole(
-        self, visitor: Visitor, conversation: Conversation, question: Any, view: Any, opacity: Any
+        self, visitor: Visitor, conversation: VisitorChat, question: Any, view: Any, opacity: Any
     ) -> tuple:
         """Everything that ``ask`` gives, with the last answer chosen."""
         shown = await self.choose(visitor, len(conversation.answers) - 1, view, opacity)
         return question, _turns(conversation), self._choices(conversation), *shown
 
-    def _choices(self, conversation: Conversation | None) -> Any:
+    def _choices(self, conversation: VisitorChat | None) -> Any:
         answers = conversation.answers if conversation else []
         names = [(f"{i}. {kept.shell.question}", i - 1) for i, kept in enumerate(answers, start=1)]
         last = len(names) - 1 if names else None
         return self.gr.Dropdown(choices=names, value=last, interactive=len(names) > 1)
 
-    def _at_rest(self, visitor: Visitor) -> Conversation | None:
+    def _at_rest(self, visitor: Visitor) -> VisitorChat | None:
         """The conversation, if nothing of it waits for the model."""
         if self.line.holds(visitor.key):
             raise self._error(ON_ITS_WAY)
@@ -627,7 +627,7 @@ def _messages(question: str, answer: str) -> list[dict[str, str]]:
     ]
 
 
-def _turns(conversation: Conversation | None) -> list[dict[str, str]]:
+def _turns(conversation: VisitorChat | None) -> list[dict[str, str]]:
     """As gradio's Chatbot takes them."""
     return [
         message

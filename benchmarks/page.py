@@ -273,6 +273,7 @@ def measure(version: str, folder: Path, conversations: int, at_once: int) -> dic
             )
         took = time.perf_counter() - begun
         wrong = sum(mixed(answers, right[n], f"visitor{n}x") for n, answers in enumerate(together))
+        print(f"{at_once} at once: {took:.1f} s, {wrong} wrong", file=sys.stderr)
         rows = [{"conversations": 0, "memory_mb": memory(process), "disk_mb": disk(folder)}]
         sequence = time.perf_counter()
         for n in range(conversations):

@@ -65,7 +65,7 @@ class KeptAnswer:
 
 
 @dataclass
-class Conversation:
+class VisitorChat:
     """One visitor's conversation about one picture."""
 
     visitor: Visitor
@@ -148,8 +148,8 @@ class Visitors:
     ):
         self.segmenter, self.folder, self.line = segmenter, folder, line
         self.most, self.ready, self.clock = most, ready, clock
-        self._conversations: dict[str, Conversation] = {}
-        self._ready: list[Conversation] = []  # The one that was asked last comes last.
+        self._conversations: dict[str, VisitorChat] = {}
+        self._ready: list[VisitorChat] = []  # The one that was asked last comes last.
         self._pages: Counter[str] = Counter()
         self._forgotten: OrderedDict[str, str] = OrderedDict()
         self._lock = threading.RLock()
@@ -169,7 +169,7 @@ class Visitors:
                 if key in self._conversations:
                     self._conversations[key].closed = self.clock()
 
-    def find(self, key: str) -> Conversation | None:
+    def find(self, key: str) -> VisitorChat | None:
         """The conversation of the visitor ``key``, which is used now."""
         with self._lock:
             found = self._conversations.get(key)
@@ -200,7 +200,7 @@ class Visitors:
             elif len(others) >= self.most:
                 self._forget_closed(others, f"{self.most} conversations are open")
 
-    def _forget_closed(self, among: dict[str, Conversation], trouble: str) -> None:
+    def _forget_closed(self, among: dict[str, VisitorChat], trouble: str) -> None:
         closed = [k for k in among if k not in self._pages and not self.line.holds(k)]
         if not closed:
             raise TryLater(f"{trouble}; try again later.")
@@ -223,14 +223,14 @@ class Visitors:
             raise
         return picture
 
-    def open(self, visitor: Visitor, picture: Path) -> Conversation:
+    def open(self, visitor: Visitor, picture: Path) -> VisitorChat:
         """A new conversation about what ``receive`` gave, in place of the visitor's last one.
 
         Raises TryLater where there is no place, DataError for a file that is no picture.
         """
         self.require_place(visitor)
         session = self.segmenter.open(picture)
-        found = Conversation(visitor, picture, self.clock(), session)
+        found = VisitorChat(visitor, picture, self.clock(), session)
         with self._lock:
             self.forget(visitor.key)
             self._forgotten.pop(visitor.key, None)
@@ -238,7 +238,7 @@ class Visitors:
             self._rest_others(found)
         return found
 
-    def stream(self, conversation: Conversation, question: str) -> Stream:
+    def stream(self, conversation: VisitorChat, question: str) -> Stream:
         """The answer in the making, as ``Session.stream`` gives it; ``keep`` it afterwards."""
         if conversation.session is None:
             session = self.segmenter.open(conversation.picture)
@@ -248,13 +248,13 @@ class Visitors:
             self._rest_others(conversation)
         return conversation.session.stream(question)
 
-    def keep(self, conversation: Conversation, result: Result) -> None:
+    def keep(self, conversation: VisitorChat, result: Result) -> None:
         """Adds a finished answer."""
         assert conversation.session is not None, "the session that gave the answer is still there"
         conversation.turns = list(conversation.session.turns)
         conversation.answers.append(KeptAnswer.of(result))
 
-    def _rest_others(self, conversation: Conversation) -> None:
+    def _rest_others(self, conversation: VisitorChat) -> None:
         """``conversation`` is asked now: of the others, only the last ones stay ready."""
         self._ready = [c for c in self._ready if c is not conversation and c.session is not None]
         self._ready.append(conversation)
