@@ -175,6 +175,8 @@ class Visitors:
             found = self._conversations.get(key)
             if found is not None:
                 found.used = self.clock()
+                if found.closed is not None:  # It lost its connection, not its page.
+                    found.closed = self.clock()
             return found
 
     def knows(self, key: str) -> bool:

@@ -122,6 +122,18 @@ def test_a_page_that_comes_back_is_not_forgotten(page):
     assert page.visitors.everyone() == ["a"]
 
 
+def test_a_page_that_lost_its_connection_and_is_used_is_not_forgotten(page):
+    page.open("a")
+    page.visitors.page_opened("a")
+    page.visitors.page_closed("a")
+    for page.now in (100, 200, 300):
+        assert page.ask("a", "hello")
+        page.visitors.sweep()
+    page.now = 421
+    page.visitors.sweep()
+    assert page.visitors.everyone() == []
+
+
 def test_only_so_many_forgotten_ones_are_remembered(page):
     page.open("a")
     conversation = page.visitors.find("a")
