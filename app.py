@@ -69,6 +69,11 @@ CSS = """
 .chain figure { margin: 0; flex: 1 1 0; min-width: 0; max-width: 33%; }
 .chain img { width: 100%; border-radius: 6px; margin: 0; }
 .chain figcaption { font-size: 13px; margin-top: 4px; }
+/* On a phone, where one column follows the other, the answer comes before the examples. */
+@media (max-width: 640px) {
+  #asking, #answering { display: contents; }
+  #examples { order: 1; }
+}
 """
 ON_ITS_WAY = "An answer is on its way; stop it first, or wait for its end."
 INTRODUCTION = (
@@ -483,7 +488,7 @@ class Page:
         ) as page:
             gr.Markdown(f"# Ask a picture\n{INTRODUCTION}")
             with gr.Row():
-                with gr.Column(scale=5):
+                with gr.Column(scale=5, elem_id="asking"):
                     sent = gr.Image(
                         label="Picture",
                         type="filepath",
@@ -523,7 +528,7 @@ class Page:
                         gr.Examples(
                             examples, [sent, question], label="Examples", elem_id="examples"
                         )
-                with gr.Column(scale=6):
+                with gr.Column(scale=6, elem_id="answering"):
                     result = gr.Image(
                         label="Answer",
                         interactive=False,

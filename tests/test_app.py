@@ -673,6 +673,16 @@ def test_a_stop_in_a_browser(served, browser, tmp_path):
 
 
 @pytest.mark.slow
+def test_on_a_phone_the_answer_comes_before_the_examples(served, browser):
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    tab.goto(served[0])
+    tab.locator("#examples img").first.wait_for()
+    places = [tab.locator(f"#{name}").bounding_box()["y"] for name in ("ask", "result", "examples")]
+    assert places == sorted(places)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.slow
 def test_an_example_in_a_browser(served, browser):
     from playwright.sync_api import expect
 
