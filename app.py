@@ -21,6 +21,7 @@ import tempfile
 import threading
 import zipfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
@@ -54,6 +55,7 @@ SIDES = (640, 1280)
 TILE = 320
 OPACITY = 45  # percent
 QUESTION_LENGTH = 1000  # characters
+MOST_LOOKS = 8  # views of one visitor that wait to be painted
 DOWNLOADS = "downloads-"  # begins the names of folders with files to download
 SWEEP_EVERY = 30  # seconds
 # What gradio itself keeps of a page: no more than what it shows, so that nothing is lost with it.
@@ -266,6 +268,7 @@ class Page:
         self.gr, self.visitors = gr, visitors
         self.line, self.folder = visitors.line, visitors.folder
         self._model, self._painter = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._looking: Counter[str] = Counter()
 
     def close(self) -> None:
         """Begins nothing that was not begun."""
@@ -291,7 +294,8 @@ class Page:
             finally:
                 if conversation is None and picture is not None:
                     shutil.rmtree(picture.parent, ignore_errors=True)
-        shown = await self.choose(visitor, None, ANSWER, 0)
+        values = visitor, None, ANSWER, 0, True
+        shown = await self._run(self._painted, *values, on=self._painter)
         yield [], self._choices(conversation), *shown
 
     async def ask(
@@ -383,13 +387,22 @@ class Page:
 
     async def view(self, visitor: Visitor, chosen: Any, view: Any, opacity: Any) -> tuple:
         """(picture, legend, steps of the chain) of one answer; ``opacity`` in percent."""
-        return await self._run(self._painted, visitor, chosen, view, opacity, on=self._painter)
+        return await self._look(visitor, chosen, view, opacity)
 
     async def choose(self, visitor: Visitor, chosen: Any, view: Any, opacity: Any) -> tuple:
         """What ``view`` gives of an answer, and the two buttons to download its files, which work
         if it has a mask."""
-        values = visitor, chosen, view, opacity
-        return await self._run(self._painted, *values, True, on=self._painter)
+        return await self._look(visitor, chosen, view, opacity, True)
+
+    async def _look(self, visitor: Visitor, *values: Any) -> tuple:
+        if self._looking[visitor.key] >= MOST_LOOKS:
+            raise self._error("Too many views wait to be painted; wait a moment.")
+        self._looking[visitor.key] += 1
+        try:
+            return await self._run(self._painted, visitor, *values, on=self._painter)
+        finally:
+            self._looking[visitor.key] -= 1
+            self._looking += Counter()  # keeps those above zero
 
     def _painted(
         self, visitor: Visitor, chosen: Any, view: Any, opacity: Any, buttons: bool = False
@@ -439,7 +452,8 @@ class Page:
         self, visitor: Visitor, conversation: VisitorChat, question: Any, view: Any, opacity: Any
     ) -> tuple:
         """Everything that ``ask`` gives, with the last answer chosen."""
-        shown = await self.choose(visitor, len(conversation.answers) - 1, view, opacity)
+        values = visitor, len(conversation.answers) - 1, view, opacity, True
+        shown = await self._run(self._painted, *values, on=self._painter)
         return question, _turns(conversation), self._choices(conversation), *shown
 
     def _choices(self, conversation: VisitorChat | None) -> Any:

@@ -315,6 +315,20 @@ def test_a_waiting_visitor_cannot_change_what_is_being_answered(pages):
     page.run(during())
 
 
+def test_one_visitor_cannot_keep_the_painter_busy(pages):
+    page = pages()
+    page.open("a")
+
+    async def many() -> list:
+        looks = [page.page.view(app.Visitor("a", ""), 0, app.ANSWER, n) for n in range(20)]
+        return await asyncio.gather(*looks, return_exceptions=True)
+
+    found = page.run(many())
+    assert [isinstance(shown, tuple) for shown in found] == [True] * 8 + [False] * 12
+    assert "wait a moment" in str(found[-1])
+    assert page.run(page.page.view(app.Visitor("a", ""), 0, app.ANSWER, 1))[0]
+
+
 def test_memory_that_is_short_is_said_and_given_back(pages, monkeypatch):
     page = pages()
     page.open("a")
