@@ -4,7 +4,7 @@ DEMO := runs/demo
 SYNTHREASON := data/synthreason
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint format docs demo bench clean
+.PHONY: help setup test test-all lint format docs demo app bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -38,9 +38,14 @@ demo: setup $(SYNTHREASON)/synthreason.json ## train CoReS on SynthReason, measu
 	rm -rf $(DEMO)/model
 	$(PYTHON_VENV) merge_lora_weights_and_save_hf_model.py --run $(DEMO) --save_path $(DEMO)/model
 
+app: ## the web page with the demo's model, for this machine alone (makes both where they are missing)
+	@scripts/setup.sh app
+	@[ -e $(DEMO)/model/config.json ] || $(MAKE) demo
+	.venv-app/bin/python app.py --version $(DEMO)/model
+
 bench: setup $(SYNTHREASON)/synthreason.json ## CoReS against LISA, five seeds each: half an hour on 2 free cores
 	$(PYTHON_VENV) -m benchmarks.synthreason
 
 clean: ## remove caches and the link to the environment; data and runs stay
-	rm -rf .pytest_cache .ruff_cache .hypothesis .venv
+	rm -rf .pytest_cache .ruff_cache .hypothesis .venv .venv-app
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

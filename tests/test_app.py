@@ -1,12 +1,17 @@
 """The page: what it draws, what it refuses, and the whole of it in a real browser (skipped without
 gradio or Chromium)."""
 
+import asyncio
+import contextlib
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import sys
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -19,13 +24,15 @@ import pytest
 from PIL import Image
 
 import app
+from benchmarks.page import PageClient, handlers, noise
 from chat import load_segmenter
 from dataset.files.rle import decode_rle
 from model.inference.results import AnswerMask, Result
+from tests.pages import ANSWER, VisitorlessPage, Widgets, fail_with
 from tests.scripted import scripted_model
+from utils.serving.folder import ServedFolder
 
 ROOT = Path(__file__).resolve().parents[1]
-ANSWER = "It is [LOC] on [SEG]"
 
 
 def rectangle(top: int, left: int, bottom: int, right: int) -> np.ndarray:
@@ -154,7 +161,7 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
         monkeypatch.setenv(name, "")  # put back afterwards
     assert app.main(["--version", "/nowhere"]) == 2
     message = capsys.readouterr().err
-    assert "pip install 'gradio>=6.31'" in message
+    assert "run scripts/setup.sh app" in message
     assert message.count("\n") == 1
 
 
@@ -185,52 +192,168 @@ def test_errors_do_not_tell_where_files_lie():
     )
 
 
-class Widgets:
-    """What the handlers of the page take of gradio."""
+@pytest.fixture
+def pages(tmp_path):
+    """Makes pages without gradio; the arguments are those of VisitorlessPage."""
+    made = []
 
-    skip = staticmethod(lambda: None)
-    Error = type(
-        "Error", (Exception,), {"__init__": lambda self, text, **_: Exception.__init__(self, text)}
-    )
-    Dropdown = DownloadButton = staticmethod(dict)
+    def make(**limits) -> VisitorlessPage:
+        made.append(VisitorlessPage(tmp_path, **limits))
+        return made[-1]
 
-
-def test_a_long_question_is_refused_by_the_server_too():
-    page = app.Page(Widgets, None, Path())
-    with pytest.raises(Widgets.Error, match="longer than 1000 characters"):
-        next(page.ask(app.VisitorChat(None), "x" * 1001, app.ANSWER, 45))
+    yield make
+    for page in made:
+        page.close()
 
 
-def test_the_conversation_says_what_was_cut_and_what_was_forgotten(tmp_path):
+@pytest.mark.parametrize(
+    ("question", "words"), [("x" * 1001, "longer than 1000 characters"), (None, "is a text")]
+)
+def test_a_wrong_question_is_refused_by_the_server_too(pages, question, words):
+    page = pages()
+    page.open("a")
+    with pytest.raises(Widgets.Error, match=words):
+        page.ask("a", question)
+
+
+@pytest.mark.parametrize("wrong", [None, "x", [], {}, float("nan"), -1, 10**9])
+def test_whatever_is_sent_for_a_view_there_is_one(pages, wrong):
+    page = pages()
+    page.open("a")
+    page.ask("a", "where?")
+    shown = page.run(page.page.view(app.Visitor("a", ""), wrong, wrong, wrong))
+    assert Path(shown[0]).is_file()
+
+
+def test_the_conversation_says_what_was_cut_and_what_was_forgotten(pages):
     """In the words of chat.py, below the answer that it is about, and for as long as this answer is
     shown."""
-    flags = [
-        "--version",
-        str(scripted_model()),
-        "--max_new_tokens",
-        "12",
-        "--model_max_length",
-        "64",
-    ]
-    page = app.Page(Widgets, load_segmenter(app.read_page_arguments(flags)), tmp_path)
-    visitor, *_ = page.open(str(photo(tmp_path / "p.png")))
-
-    def ask(question: str) -> list[str]:
-        *_, last = page.ask(visitor, question, app.ANSWER, 45)
-        return [message["content"] for message in last[2] if message["role"] == "assistant"]
-
-    (cut,) = ask("the wheel")
+    page = pages(model_max_length=64)
+    page.open("a")
+    (cut,) = page.ask("a", "the wheel")
     assert cut.endswith("\n(cut at --max_new_tokens)")
-    assert ask("hello") == [cut, "there"]
+    assert page.ask("a", "hello") == [cut, "there"]
     for _ in range(4):
-        answers = ask("hello")
+        answers = page.ask("a", "hello")
     assert answers[:2] == [cut, "there"]
     assert "there\n(the oldest question was forgotten to make room)" in answers[2:]
-    visitor.results = [replace(visitor.results[-1], forgotten_turns=2)]
-    assert (
-        visitor.messages[1]["content"]
-        == "there\n(the oldest 2 questions were forgotten to make room)"
+    kept = page.visitors.find("a").answers[-1]
+    kept.shell = replace(kept.shell, forgotten_turns=2)
+    assert page.ask("a", "hello")[-2].endswith(
+        "there\n(the oldest 2 questions were forgotten to make room)"
     )
+
+
+def test_a_stopped_question_comes_back_into_its_box(pages):
+    page = pages()
+    page.open("a")
+    whole = page.ask("a", "where?")
+
+    async def half() -> None:
+        visitor = app.Visitor("a", "")
+        answer = page.page.ask(visitor, "the wheel", app.ANSWER, 45)
+        await anext(answer)
+        await answer.aclose()
+        assert not page.line.holds("a")
+        stopped = await page.page.stop(visitor, app.ANSWER, 45)
+        assert stopped[0] == "the wheel"
+        assert [message["content"] for message in stopped[1]][1::2] == whole
+        assert (await page.page.stop(visitor, app.ANSWER, 45))[0] is None, "once is enough"
+
+    page.run(half())
+    assert len(page.ask("a", "hello")) == 2
+
+
+def test_another_picture_ends_the_answer_about_the_one_before(pages):
+    page = pages()
+    page.open("a")
+
+    async def change() -> list:
+        answer = page.page.ask(app.Visitor("a", ""), "the wheel", app.ANSWER, 45)
+        await anext(answer)
+        opening = asyncio.ensure_future(page.opened("a", seed=1))
+        await asyncio.sleep(0)
+        rest = [shown async for shown in answer]
+        await opening
+        return rest
+
+    assert page.run(change()) == []
+    assert page.visitors.find("a").answers == []
+
+
+def test_who_waits_is_told_how_many_come_first(pages):
+    page = pages()
+    for key in "ab":
+        page.open(key)
+
+    async def both() -> list[str]:
+        first = page.page.ask(app.Visitor("a", ""), "where?", app.ANSWER, 45)
+        await anext(first)
+        second = page.page.ask(app.Visitor("b", ""), "hello", app.ANSWER, 45)
+        waiting = await anext(second)
+        rest = asyncio.ensure_future(page.exhausted(second))
+        assert [message["content"] for message in (await page.exhausted(first))[1]][1] == ANSWER
+        shown = await rest
+        return [shown[1][-1]["content"], waiting[1][-1]["content"]]
+
+    assert page.run(both()) == ["there", "(1 other comes first)"]
+
+
+def test_a_waiting_visitor_cannot_change_what_is_being_answered(pages):
+    page = pages()
+    page.open("a")
+
+    async def during() -> None:
+        visitor = app.Visitor("a", "")
+        answer = page.page.ask(visitor, "where?", app.ANSWER, 45)
+        await anext(answer)
+        for change in (page.page.reset(visitor), page.page.undo(visitor, app.ANSWER, 45)):
+            with pytest.raises(Widgets.Error, match="on its way"):
+                await change
+        await answer.aclose()
+
+    page.run(during())
+
+
+def test_one_visitor_cannot_keep_the_painter_busy(pages):
+    page = pages()
+    page.open("a")
+
+    async def many() -> list:
+        looks = [page.page.view(app.Visitor("a", ""), 0, app.ANSWER, n) for n in range(20)]
+        return await asyncio.gather(*looks, return_exceptions=True)
+
+    found = page.run(many())
+    assert [isinstance(shown, tuple) for shown in found] == [True] * 8 + [False] * 12
+    assert "wait a moment" in str(found[-1])
+    assert page.run(page.page.view(app.Visitor("a", ""), 0, app.ANSWER, 1))[0]
+
+
+def test_memory_that_is_short_is_said_and_given_back(pages, monkeypatch):
+    page = pages()
+    page.open("a")
+    conversation = page.visitors.find("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(conversation.session), "stream", fail_with(MemoryError()))
+        with pytest.raises(Widgets.Error, match="too little memory"):
+            page.ask("a", "where?")
+    assert conversation.session is None
+    assert page.ask("a", "where?") == [ANSWER]
+
+
+def test_an_empty_mask_is_said_in_words():
+    nothing = result()
+    nothing.masks[0].levels["SEG"][:] = False
+    assert "[SEG]: empty, no pixel was marked" in app.legend(nothing)
+
+
+def test_a_signal_ends_it_as_an_end_does():
+    before = signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with pytest.raises(SystemExit) as ended, app.ended_by_signals():
+            os.kill(os.getpid(), number)
+        assert ended.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # ------------------------------------------------------------------------------------ with a server
@@ -243,7 +366,6 @@ def served(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("app")
     flags = [
         "--version",
         str(scripted_model()),
@@ -254,9 +376,12 @@ def served(tmp_path_factory):
         "--max_new_tokens",
         "12",
     ]
-    page = app.serve(app.read_page_arguments(flags), folder, block=False)
-    yield page.local_url.rstrip("/"), page, folder
-    page.close()
+    limit = Image.MAX_IMAGE_PIXELS
+    with ServedFolder(2**27, tmp_path_factory.mktemp("app")) as folder:
+        page = app.serve(app.read_page_arguments(flags), folder, block=False)
+        yield page.local_url.rstrip("/"), page, folder.path
+        page.close()
+    Image.MAX_IMAGE_PIXELS = limit
 
 
 def get(address: str) -> int:
@@ -339,20 +464,16 @@ def test_a_visitor_cannot_name_a_file_of_this_machine(served, tmp_path):
         assert "root:" not in said
 
 
-def test_every_file_of_a_visitor_will_be_deleted(served, tmp_path):
-    """gradio's ``delete_cache`` knows the files in these sets only."""
+def test_every_file_of_a_visitor_goes_with_the_conversation(served, tmp_path):
     address, page, folder = served
-    assert open_picture(
-        served, upload(address, "mine.png", photo(tmp_path / "mine.png").read_bytes())
-    )[0]
-    known = set().union(*page.temp_file_sets)
-    files = [
-        str(path)
-        for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith("example-")
-    ]
-    assert any(name.endswith(".webp") for name in files)
-    assert [name for name in files if name not in known] == []
+    kept = {path.name for path in folder.iterdir() if path.name.startswith("example-")}
+    sent = upload(address, "mine.png", photo(tmp_path / "mine.png").read_bytes())
+    assert open_picture(served, sent)[0]
+    assert list(folder.rglob("*.webp"))
+    for key in list(page.visitors.everyone()):
+        page.visitors.forget(key)
+    page.visitors.folder.sweep(0)
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == kept
 
 
 def test_what_is_no_picture_is_named_without_its_place(served):
@@ -361,6 +482,82 @@ def test_what_is_no_picture_is_named_without_its_place(served):
     assert success
     assert "broken.png: not a readable image" in said
     assert str(folder) not in said
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+    ],
+)
+def test_another_web_site_is_refused(served, headers, status):
+    request = urllib.request.Request(f"{served[0]}/config", headers=headers)
+    try:
+        answer = urllib.request.urlopen(request, timeout=10)
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
+        assert answer.status == status
+        assert answer.headers["X-Frame-Options"] == "DENY"
+
+
+@pytest.mark.parametrize("place", ["gradio_api/info", "openapi.json", "docs", "monitoring"])
+def test_the_api_is_not_described(served, place):
+    assert get(f"{served[0]}/{place}") == 404
+
+
+@pytest.mark.parametrize("sent", [5, [], {"path": 5}, ["a.png"]])
+def test_what_no_page_sends_is_refused_in_words(served, sent, capfd):
+    client = PageClient(served[0], handlers(served[0]))
+    try:
+        with pytest.raises(RuntimeError, match="no request of the page"):
+            client.call("open", sent)
+        with pytest.raises(RuntimeError, match="A question is a text"):
+            client.call("ask", sent, sent, sent)
+    finally:
+        client.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_nothing_is_fetched_from_elsewhere(served, monkeypatch):
+    """gradio itself fetches files by their address; not even a number of connections is tried."""
+    processing = pytest.importorskip("gradio.processing_utils")
+    fetched = []
+    for name in ("async_ssrf_protected_download", "ssrf_protected_download"):
+        monkeypatch.setattr(processing, name, lambda *args, **_: fetched.append(args))
+    meta = {"meta": {"_type": "gradio.FileData"}}
+    for sent in ({"url": "http://192.0.2.1/a.png"}, {"path": "http://192.0.2.1/a.png"}):
+        client = PageClient(served[0], handlers(served[0]))
+        try:
+            with contextlib.suppress(RuntimeError):
+                client.call("open", sent | meta)
+        finally:
+            client.close()
+    assert fetched == []
+
+
+def test_a_conversation_lasts_as_long_as_its_page(served):
+    _, page, _ = served
+    client = PageClient(served[0], handlers(served[0]))
+    try:
+        client.open(noise(0))
+        assert client.ask("where is it?")["said"] == ["where is it?", ANSWER]
+        assert page.visitors.knows(client.key)
+        client.request("GET", "/config")
+    finally:
+        client.close()
+    page.visitors.forget(client.key)
+    for _ in range(50):
+        if not page.visitors.knows(client.key):
+            break
+        time.sleep(0.1)
+    gone = app.drop_gone(page, set())
+    assert client.key in gone
+    app.drop_gone(page, gone)
+    assert client.key not in page.state_holder.session_data
+    assert client.key not in page._queue.pending_messages_per_session
 
 
 def test_a_large_upload_is_refused(served):
@@ -460,6 +657,43 @@ def test_a_conversation_in_a_browser(served, browser, tmp_path):
     tab.click("#ask")
     expect(messages).to_contain_text("(cut at --max_new_tokens)", timeout=20_000)
     assert outside == []
+
+
+@pytest.mark.slow
+def test_a_stop_in_a_browser(served, browser, tmp_path):
+    """The half turn is taken back, and a conversation that is gone says so."""
+    from playwright.sync_api import expect
+
+    tab = browser.new_page(viewport={"width": 1360, "height": 1200})
+    tab.goto(served[0])
+    tab.set_input_files("#upload input[type=file]", str(photo(tmp_path / "p.png")))
+    expect(tab.locator("#result img")).to_be_visible(timeout=10_000)
+    question = tab.locator("#question textarea")
+    model = served[1].visitors.segmenter
+    model.decoding = replace(model.decoding, max_new_tokens=400)
+    try:
+        question.fill("the wheel")
+        tab.click("#ask")
+        expect(tab.locator("#conversation")).to_contain_text("It is", timeout=20_000)
+        tab.click("#stop")
+        expect(question).to_have_value("the wheel", timeout=10_000)
+        expect(tab.locator("#conversation")).not_to_contain_text("It is")
+    finally:
+        model.decoding = replace(model.decoding, max_new_tokens=12)
+    for key in served[1].visitors.everyone():
+        served[1].visitors.forget(key, "others needed its place")
+    tab.click("#ask")
+    expect(tab.get_by_text("This conversation was forgotten")).to_be_visible(timeout=10_000)
+
+
+@pytest.mark.slow
+def test_on_a_phone_the_answer_comes_before_the_examples(served, browser):
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    tab.goto(served[0])
+    tab.locator("#examples img").first.wait_for()
+    places = [tab.locator(f"#{name}").bounding_box()["y"] for name in ("ask", "result", "examples")]
+    assert places == sorted(places)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 @pytest.mark.slow

@@ -358,14 +358,18 @@ def test_requirements_are_pinned():
     assert [line for line in names if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
 
 
-def setup(clone: Path, **environment: str) -> subprocess.CompletedProcess:
+def setup(clone: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs setup.sh in a copy of the repository's set-up files."""
     (clone / "scripts").mkdir(parents=True, exist_ok=True)
-    for name in ("scripts/setup.sh", "requirements.txt"):
+    for name in ("scripts/setup.sh", "requirements.txt", "requirements-optional.txt"):
         (clone / name).write_bytes((ROOT / name).read_bytes())
     environment = {k: v for k, v in os.environ.items() if k != "PYTHON"} | environment
     return subprocess.run(
-        ["bash", "scripts/setup.sh"], cwd=clone, env=environment, capture_output=True, text=True
+        ["bash", "scripts/setup.sh", *arguments],
+        cwd=clone,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -430,6 +434,14 @@ def test_setup_builds_once_and_repairs_an_interrupted_build(tmp_path):
     second = setup(tmp_path / "two", **options)
     assert (second.returncode, second.stderr, built()) == (0, "", 2)
     assert (tmp_path / "one" / ".venv").resolve() == (tmp_path / "two" / ".venv").resolve()
+    shared = (tmp_path / "one" / ".venv").resolve()
+    for clone in ("one", "two"):  # The page has an environment of its own, which sees the shared.
+        assert setup(tmp_path / clone, "app", **options).returncode == 0
+    page = (tmp_path / "one" / ".venv-app").resolve()
+    (link,) = page.rglob("shared.pth")
+    assert Path(link.read_text().strip()).is_relative_to(shared) and page != shared
+    assert (built(), page) == (3, (tmp_path / "two" / ".venv-app").resolve())
+    assert "no 'ap' to set up" in setup(tmp_path / "one", "ap", **options).stderr
     (tmp_path / "one" / ".venv").unlink()
     (tmp_path / "one" / ".venv").mkdir()
     refused = setup(tmp_path / "one", **options)

@@ -13,6 +13,7 @@ H, W a picture in the original frame · K masks of an answer · T levels.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Generator, Sequence
 from functools import cached_property
 from itertools import islice
@@ -213,7 +214,9 @@ class Session:
         self._cache = KVCache(model.reasoning)
         self._cached_ids: list[int] = []
         """Token ids that the KV cache holds."""
-        self._running: Stream | None = None
+        # A stream has its session. If this had the stream, too, a session that ends in the middle
+        # of an answer would stay until Python looks for circles.
+        self._running: weakref.ref[Stream] | None = None
 
     def ask(self, question: str) -> Result:
         """The answer; it stands in the history of the next question if it has words.
@@ -228,8 +231,9 @@ class Session:
         """As ``ask``, in pieces of text. A stream of this session that is still running is given
         up."""
         self._give_up()
-        self._running = Stream(self._answer(question))
-        return self._running
+        stream = Stream(self._answer(question))
+        self._running = weakref.ref(stream)
+        return stream
 
     def undo(self) -> str | None:
         """Takes the last turn back and returns its question; None where there is none."""
@@ -242,8 +246,9 @@ class Session:
         self.turns = []
 
     def _give_up(self) -> None:
-        if self._running is not None:
-            self._running.close()
+        running = None if self._running is None else self._running()
+        if running is not None:
+            running.close()
 
     @torch.no_grad()
     def read_ahead(self) -> None:

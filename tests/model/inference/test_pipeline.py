@@ -2,12 +2,15 @@
 random ones."""
 
 import base64
+import contextlib
+import gc
 import html
 import io
 import json
 import re
 import tracemalloc
 import warnings
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -313,6 +316,38 @@ def test_a_stream_that_is_given_up(random_segmenter):
     with pytest.raises(ValueError, match="interrupted"):
         _ = stream.result
     assert len(session.turns) == 1
+
+
+@pytest.mark.parametrize("kind", [{}, {"selecting": True, "chain": True}])
+def test_a_session_that_is_over_is_freed_at_once(kind):
+    """Not when Python looks for circles: its features and KV cache are large, and CUDA's memory is
+    nothing that Python would look for."""
+    segmenter = ReasoningSegmenter.from_pretrained(scripted_model(**kind), max_new_tokens=12)
+
+    def half(session: Session) -> None:
+        next(session.stream("where?"))
+
+    def refused(session: Session) -> None:
+        with contextlib.suppress(ValueError):
+            session.ask("")
+
+    def failing(session: Session) -> None:
+        session._images = None  # so that the masks cannot be made
+        with contextlib.suppress(AttributeError):
+            session.ask("where?")
+
+    ends = (half, refused, failing, lambda s: s.ask("where?"), lambda s: s.stream("where?"))
+    gc.collect()
+    gc.disable()
+    try:
+        for end in ends:
+            session = segmenter.open(picture())
+            cache, there = weakref.ref(session._cache), weakref.ref(session)
+            end(session)
+            del session
+            assert there() is None and cache() is None, end
+    finally:
+        gc.enable()
 
 
 def test_old_turns_make_room(segmenter):
