@@ -4,9 +4,9 @@ Settings say where weights and data lie; what lies there may be replaced. So eac
 identity.json with hashes of samples of it. Going on compares all of it, merging and evaluating the
 weights; what changed is refused by name, and --accept_changes goes on.
 
-It is cheap: of every tensor, or of a file, some values are read; of a data set the names of its
-images, the sizes of SIZES of them and of what lies beside them, and SAMPLES samples with their
-words. A change that touches none of these is not found.
+It is cheap: of every tensor, or of a file, some values are read; of a data set the names of NAMES
+images, the sizes of SIZES of them and of the JSONs beside them, and SAMPLES samples with their
+words and masks. A change that touches none of these is not found.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from utils.settings.flags import UsageError
 logger = logging.getLogger(__name__)
 
 IDENTITY = "identity.json"
-SIZES, SAMPLES, VALUES, BLOCKS, BLOCK = 2000, 8, 64, 1024, 512
+NAMES, SIZES, SAMPLES = 20_000, 2000, 8
+VALUES, BLOCKS, BLOCK = 63, 1024, 512
 PROGRAM = Path(__file__).resolve().parents[1]
 
 
@@ -98,10 +99,10 @@ def of_file(path: Path) -> str:
 
 
 def of_data(loader: Loader, root: Path) -> dict[str, Any]:
-    """Number of images, and a hash of their names, sizes and some samples. Names are relative to
-    ``root``, the data folder, which may be moved."""
+    """Number of images, and a hash of names, sizes and some samples. Names are relative to ``root``,
+    the data folder, which may be moved."""
     digest = hashlib.blake2b(digest_size=10)
-    for index in range(len(loader)):
+    for index in _spread(len(loader), NAMES):
         digest.update(str(loader.path(index)).removeprefix(str(root)).encode("utf-8", "replace"))
     for index in _spread(len(loader), SIZES):
         image = Path(loader.path(index))

@@ -160,3 +160,14 @@ def test_write_text_replaces_whole_files(tmp_path):
     checkpoint.write_text(tmp_path / "deep" / "f", "two")
     assert (tmp_path / "deep" / "f").read_text() == "two"
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["f"]
+
+
+def test_every_bit_of_the_progress_counts(run):
+    """The run goes on from what was written, or not at all."""
+    file = run / "ckpt" / "last" / checkpoint.PROGRESS
+    whole, progress = file.read_bytes(), checkpoint.read_progress(file.parent)
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        assert checkpoint.read_progress(file.parent) in (None, progress), bit
