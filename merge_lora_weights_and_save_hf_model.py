@@ -28,6 +28,7 @@ from utils import distributed
 
 distributed.prepare_environment()  # It must come before any import of deepspeed.
 
+from dataset.files.write import sync  # noqa: E402
 from model.checkpoints.precision import DTYPES  # noqa: E402
 from model.checkpoints.source import open_source  # noqa: E402
 from model.checkpoints.weights import read_json_file  # noqa: E402
@@ -46,6 +47,7 @@ from utils.settings.arguments import (  # noqa: E402
     read_resumed,
 )
 from utils.settings.flags import UsageError  # noqa: E402
+from utils.settings.saved import run_of  # noqa: E402
 from utils.training import checkpoint  # noqa: E402
 
 # What merging may find elsewhere than training did, or does not depend on.
@@ -116,12 +118,12 @@ def load(args: Namespace, rest: list[str]) -> tuple[CoresForReasoningSegmentatio
             f"{origin}: is merged already; give the run folder that it came from, or --merged for"
             " another layout"
         )
-    if args.run and not checkpoint.is_run(origin):
+    if args.run and not run_of(origin):
         raise UsageError(
             f"{origin}: neither a run folder nor a checkpoint in one (--run); weights without a run"
             " go with --weight"
         )
-    if checkpoint.is_run(origin):
+    if run_of(origin):
         settings = settings_of_run(origin, rest)
         settings.precision = args.precision or settings.precision
         origin = checkpoint.find_weights(origin, args.which or "best")
@@ -201,20 +203,26 @@ def settings_without_run(origin: Path, rest: list[str]) -> Settings:
 def save(
     model: CoresForReasoningSegmentation, processor: CoresProcessor, folder: Path, layout: str
 ) -> None:
-    """The files appear only when they are complete; ``folder`` is new or empty, and may be "." or a
-    link."""
+    """``folder``, which is new or empty and may be "." or a link, appears when it is complete; a
+    merge that was killed leaves a hidden folder beside it, which the next one removes."""
     folder = folder.resolve()
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(f".{folder.name}.merging")
     shutil.rmtree(partial, ignore_errors=True)
     if layout == "lisa":
         save_published(model, processor, partial)
     else:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
-    folder.mkdir(exist_ok=True)
-    for file in sorted(partial.iterdir()):
-        shutil.move(file, folder)
-    partial.rmdir()
+    for file in sorted(partial.rglob("*"), reverse=True):
+        sync(file)
+    if folder == Path.cwd() or folder.is_mount():  # It must stay the folder that it is.
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+            shutil.move(file, folder)
+        partial.rmdir()
+        return
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,14 +26,21 @@ from utils import distributed
 distributed.prepare_environment()  # This comes before anything that imports deepspeed.
 
 from dataset.files.faults import read_skip_list  # noqa: E402
-from utils import build  # noqa: E402
+from utils import build, identity  # noqa: E402
 from utils.evaluation.cli import final_evaluation, modes_of  # noqa: E402
 from utils.evaluation.runner import evaluate, refuse_too_long  # noqa: E402
-from utils.settings.arguments import Settings, one_line, parse  # noqa: E402
+from utils.settings.arguments import (  # noqa: E402
+    Settings,
+    one_line,
+    parse,
+    read_resumed,
+    settings_of,
+)
 from utils.settings.flags import UsageError  # noqa: E402
-from utils.training import checkpoint, reshard  # noqa: E402
+from utils.training import checkpoint, lock, reshard  # noqa: E402
 from utils.training.failures import Interrupted, NonFiniteLoss, ProcessLost  # noqa: E402
 from utils.training.trainer import Trainer  # noqa: E402
+from utils.training.verify import read_progress  # noqa: E402
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLEAR_ERRORS = (UsageError, ValueError, FileNotFoundError, OSError)
@@ -84,18 +91,25 @@ def check_ranks(s: Settings) -> None:
 def train(s: Settings, started: float) -> None:
     if not hasattr(signal, "alarm"):
         raise UsageError("training needs POSIX (Linux, macOS, WSL): signal.alarm ends its workers")
+    with lock.owned(s.run_dir):
+        train_here(s, started)
+
+
+def train_here(s: Settings, started: float) -> None:
+    """As ``train``, in a run folder that no other training uses."""
+    checkpoint.recover_all(s.run_dir)
     resume_from = find_resume(s)
     if resume_from:
-        checkpoint.refuse_damaged(resume_from, s.run_dir)
-        earlier = checkpoint.load_settings(s.run_dir)
-        s.refuse_changes(earlier, s.run_dir)
-        reshard.refuse(resume_from, checkpoint.read_progress(resume_from), s, earlier)
+        refuse_other_run(s, resume_from)
     # The data come first, as a wrong path should be known before a model is loaded.
     source = build.open_version(s)
     prompt = build.prompt_format(s, source)
     data = build.build_mixture(s, prompt)
     val = None if s.no_eval else build.build_eval(s, prompt)
-    checkpoint.require_writable(s.run_dir)
+    lock.require_writable(s.run_dir)
+    made_of = identity.of_run(s, source, data, val)
+    if resume_from:
+        identity.refuse_changes(resume_from, made_of, s, "going on")
     model, processor = build.build_model(s, source)
     if val is not None:
         mine = range(distributed.rank(), len(val), distributed.world_size())
@@ -112,7 +126,8 @@ def train(s: Settings, started: float) -> None:
         print_once(f"after epoch {epoch}, {mode}: " + report.line())
         return {k: v for k, v in report.summary.items() if isinstance(v, float)}
 
-    trainer = Trainer(model, processor, data, s, validate if val is not None else None)
+    notes = {identity.IDENTITY: made_of}
+    trainer = Trainer(model, processor, data, s, validate if val is not None else None, notes)
     if resume_from:
         trainer.resume(resume_from)
         print_once(f"continuing from {resume_from}, step {trainer.global_step}")
@@ -126,8 +141,25 @@ def train(s: Settings, started: float) -> None:
         # ``best`` is what the merge script exports. ZeRO-3 has taken the weights apart, so that
         # nothing can be loaded into them.
         if s.zero_stage < 3:
-            checkpoint.load_weights(model, checkpoint.find_checkpoint(s.run_dir, "best"))
+            which = "best" if (s.run_dir / "ckpt" / "best").is_dir() else "last"
+            checkpoint.load_weights(model, checkpoint.find_checkpoint(s.run_dir, which))
         final_evaluation(model, processor, val, s, started)
+
+
+def refuse_other_run(s: Settings, folder: Path) -> None:
+    """Raises UsageError where the run cannot go on from the checkpoint ``folder`` with these
+    settings: damaged files, other settings, another number of images in a step."""
+    checkpoint.refuse_damaged(folder, s.run_dir)
+    if not s.no_eval and s.zero_stage < 3:
+        checkpoint.refuse_damaged_best(s.run_dir)
+    try:
+        earlier = settings_of(read_resumed(s.run_dir))
+    except UsageError:
+        if not s.accept_changes:
+            raise
+        earlier = s
+    s.refuse_changes(earlier, s.run_dir)
+    reshard.refuse(folder, read_progress(folder) or {}, s, earlier)
 
 
 def find_resume(s: Settings) -> Path | None:

@@ -27,7 +27,7 @@ from model.reasoning.lora import add_lora, load_adapter
 from model.reasoning.prefix_sharing import PrefixSharing
 from model.segmenting.embedding_cache import SamCache, encoder_fingerprint
 from model.trainable import set_trainable
-from utils import distributed
+from utils import distributed, identity
 from utils.settings.arguments import Settings, numbers, read_resumed, settings_of
 from utils.settings.flags import SELECTING, UsageError
 from utils.training import checkpoint
@@ -87,7 +87,9 @@ def build_model(
     """
     if s.eval_only and s.resume:
         run = s.run_dir if s.resume == "auto" else s.resume
-        model, processor, _ = build_trained(run, precision=s.precision)
+        model, processor, _ = build_trained(
+            run, precision=s.precision, accept_changes=s.accept_changes
+        )
         processor.proposals = select_as(model, s)
         return model, processor
     source = source or open_version(s)
@@ -155,15 +157,19 @@ def _finished_model(
 
 
 def build_trained(
-    run: str | Path, which: str = "best", precision: str | None = None
+    run: str | Path,
+    which: str = "best",
+    precision: str | None = None,
+    accept_changes: bool = False,
 ) -> tuple[CoresForReasoningSegmentation, CoresProcessor, Settings]:
     """The unmerged model of a run folder, or of one of its checkpoints, and its settings.
 
     ``precision``: of the weights, instead of the run's. Raises UsageError if there is no such
-    checkpoint.
+    checkpoint, or if it belongs to other backbones and ``accept_changes`` is not set.
     """
     settings = settings_of(read_resumed(run))
     settings.precision = precision or settings.precision
+    settings.accept_changes = accept_changes
     folder = checkpoint.find_checkpoint(run, which)
     return *unmerged_model(settings, checkpoint.read_weights(folder), folder), settings
 
@@ -181,7 +187,11 @@ def unmerged_model(
     if to_merge:
         s.load_in_4bit = s.load_in_8bit = False
         s.attn_implementation = "eager"  # Nothing is computed.
-    model, processor = build_model(s)
+    source = open_version(s)
+    if (origin / checkpoint.PROGRESS).is_file():  # Ours: it knows what it was trained on.
+        weights_now = {"weights": identity.of_weights(s, source)}
+        identity.refuse_changes(origin, weights_now, s, "putting the trained weights into it")
+    model, processor = build_model(s, source)
     make_trainable(model, s)
     if to_merge:
         for name, parameter in model.named_parameters():

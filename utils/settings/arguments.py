@@ -8,7 +8,6 @@ cannot be honoured is refused, never ignored. The flags themselves are in utils/
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import reprlib
 import unicodedata
@@ -21,6 +20,7 @@ import yaml
 from dataset.files.text import read_text
 from dataset.numbers import refuse_outside
 from utils.settings.flags import GROUPS, EvalArguments, UsageError
+from utils.settings.saved import read_settings, run_of
 
 FIELDS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
 # What a YAML file may give for a field of a type; the first entry reads a word of the command line.
@@ -71,7 +71,7 @@ class Settings(Namespace):
 
     def saved(self) -> dict[str, Any]:
         """What a later tool needs to rebuild the run, without how this process was started."""
-        unsaved = ("local_rank", "facts", "resume", "eval_only")
+        unsaved = ("local_rank", "facts", "resume", "eval_only", "accept_changes")
         return {k: v for k, v in sorted(vars(self).items()) if k not in unsaved}
 
     def refuse_changes(self, earlier: Settings, where: Path) -> None:
@@ -251,15 +251,24 @@ def parse_over(known: dict[str, Any], argv: list[str] | None = None) -> Settings
 def read_resumed(path: str | Path) -> dict[str, Any]:
     """The settings of a run, of which ``path`` is the folder or a checkpoint. The run may have been
     moved: log_base_dir and exp_name say where it is now."""
-    path = Path(path).resolve()
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / "config.json").is_file() and (folder / "ckpt").is_dir():
-            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            return values | {"log_base_dir": str(folder.parent), "exp_name": folder.name}
-    raise UsageError(
-        f"{path}: neither a run folder nor a checkpoint in one (--resume); a run folder has"
-        " config.json and ckpt/"
-    )
+    folder = run_of(path)
+    if folder is None:
+        raise UsageError(
+            f"{path}: neither a run folder nor a checkpoint in one (--resume); a run folder has"
+            " config.json and ckpt/"
+        )
+    values = read_settings(folder, _fits, FIELDS.keys() - FREE_ON_RESUME - DIVISION)
+    return values | {"log_base_dir": str(folder.parent), "exp_name": folder.name}
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a setting may have a value of this type; one that is unknown here may have any, as
+    another version of the program may have written it."""
+    if name not in FIELDS:
+        return True
+    kind, choices = FIELDS[name].type, FIELDS[name].metadata["choices"]
+    sound = isinstance(value, KINDS[kind]) and (kind == "bool") == isinstance(value, bool)
+    return sound and (not choices or value in choices)
 
 
 def settings_of(values: dict[str, Any], facts: dict[str, Any] | None = None) -> Settings:

@@ -236,6 +236,11 @@ class TrainArguments:
         may_change=True,
     )
     auto_resume: bool = option(True, "continue this run if it has a checkpoint", may_change=True)
+    accept_changes: bool = option(
+        False,
+        "go on although weights, data or versions are not those that the run was made of",
+        may_change=True,
+    )
     spike_factor: float = option(
         3.0,
         "a loss this many times the median of the last 50 steps is reported with its samples;"

@@ -9,20 +9,22 @@
                 random_R.pt   random state of rank R
                 files.json    size of every file, in bytes
                 progress.json how far the training was
-              log.jsonl  tensorboard/  metrics.json  examples.png
+                settings.json, identity.json
+                              copies of config.json, and what the run was made of (identity.py)
+              identity.json  lock  log.jsonl  tensorboard/  metrics.json  examples.png
 
 A checkpoint is written beside its place and renamed when it is complete: a killed run leaves the
-previous one intact. One that a disk damaged later is refused.
+previous one intact. One that a disk damaged later is refused, whoever reads it. Only the training
+that holds the lock (lock.py) writes; readers take what is there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
+import errno
 import json
 import shutil
-import zipfile
-import zlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,51 +32,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataset.files.sealed import write_sealed
 from dataset.files.write import sync, write_text
 from model.checkpoints.weights import SINGLE, read_all, read_file
 from model.reasoning.lora import our_name
 from utils import distributed
-from utils.settings.arguments import Settings, settings_of
+from utils.settings.arguments import Settings
 from utils.settings.flags import UsageError
-from utils.training import reshard
+from utils.training import reshard, shards
+from utils.training.verify import FILES, PROGRESS, faults, read_progress
 
-PROGRESS = "progress.json"
-FILES = "files.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-
-
-def require_writable(run: Path) -> None:
-    """Raises UsageError if nothing can be written in the run folder, or where it will be made. It
-    is called early, as a run should not find this out at its first save."""
-    there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    probe = there / f".probe-{distributed.rank()}"
-    try:
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UsageError(
-            f"{run}: the run folder cannot be written ({reason}); repair it or choose another with"
-            " --log_base_dir, --exp_name"
-        ) from None
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def save_settings(run: Path, settings: Settings) -> None:
     write_text(run / "config.json", json.dumps(settings.saved(), indent=1) + "\n")
-
-
-def load_settings(run: Path) -> Settings:
-    """The settings of a run folder. Raises UsageError if it is none."""
-    file = run / "config.json"
-    if not file.is_file():
-        raise UsageError(f"{file}: not found; give a run folder that train_ds.py wrote")
-    try:
-        return settings_of(json.loads(file.read_text()))
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{file}: damaged ({error}); remove it and give the flags of the run again"
-        ) from None
 
 
 def find_checkpoint(path: str | Path, which: str = "last") -> Path:
@@ -82,9 +56,10 @@ def find_checkpoint(path: str | Path, which: str = "last") -> Path:
     UsageError."""
     path = Path(path)
     for folder in (path, path / "ckpt" / which, path / which):
-        recover(folder)
-        if (folder / PROGRESS).is_file():
-            return folder
+        # The second stands for the first while a training replaces it, or was killed doing so.
+        for there in (folder, _old(folder)):
+            if (there / PROGRESS).is_file():
+                return there
     raise UsageError(
         f"{path}: no checkpoint here; looked for {PROGRESS} in it, in ckpt/{which} and in {which}"
     )
@@ -105,30 +80,41 @@ def find_weights(path: str | Path, which: str) -> Path:
         raise
 
 
+def _old(folder: Path) -> Path:
+    """Where a checkpoint is between the two renames of a replacement."""
+    return folder.with_name(folder.name + ".old")
+
+
 def recover(folder: Path) -> None:
-    """Undoes a replacement (see ``_replace``) that was interrupted between its two renames."""
-    old = folder.with_name(folder.name + ".old")
-    if old.is_dir() and not folder.exists():
-        with contextlib.suppress(FileNotFoundError):  # Another rank may be faster.
-            old.rename(folder)
+    """Undoes a replacement (see ``_replace``) that was interrupted between its two renames. Only
+    the main rank of the training that holds the run's lock calls it."""
+    if _old(folder).is_dir() and not folder.exists():
+        _old(folder).rename(folder)
+
+
+def recover_all(run: Path) -> None:
+    """``recover`` for the checkpoints of a run. Every rank of its training calls it."""
+    if distributed.is_main():
+        for name in ("last", "best"):
+            recover(run / "ckpt" / name)
+    distributed.barrier()
 
 
 def _replace(folder: Path, partial: Path) -> None:
     """Puts the complete ``partial`` in the place of ``folder``; ``recover`` mends an interruption
     between the two renames."""
     recover(folder)  # Otherwise the next lines would remove an ``.old`` that is the only one left.
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(_old(folder), ignore_errors=True)
     if folder.exists():
-        folder.rename(old)
+        folder.rename(_old(folder))
     partial.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(_old(folder), ignore_errors=True)
 
 
-def save(engine, folder: Path, progress: dict[str, Any]) -> None:
+def save(engine, folder: Path, progress: dict[str, Any], notes: dict[str, dict[str, Any]]) -> None:
     """Writes the engine's state, the random states and ``progress`` to ``folder``, all or nothing.
-    Every rank calls it.
+    Every rank calls it. ``notes``: further JSON objects, by the names of their files.
 
     Raises OSError, one line, where the files cannot be written; ``folder`` is then what it was.
     """
@@ -142,10 +128,12 @@ def save(engine, folder: Path, progress: dict[str, Any]) -> None:
         torch.save(_random_state(), partial / f"random_{distributed.rank()}.pt")
         distributed.barrier()
         if distributed.is_main():
+            for name, content in notes.items():
+                write_sealed(partial / name, content)
             files = (path for path in sorted(partial.rglob("*")) if path.is_file())
             sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
-            write_text(partial / FILES, json.dumps(sizes, indent=1) + "\n")
-            write_text(partial / PROGRESS, json.dumps(progress, indent=1) + "\n")
+            write_sealed(partial / FILES, sizes)
+            write_sealed(partial / PROGRESS, progress)
             _sync_all(partial)
             _replace(folder, partial)
         distributed.barrier()
@@ -158,17 +146,8 @@ def write_progress(folder: Path, progress: dict[str, Any]) -> None:
         saved = read_progress(folder) or {}
         # This stays, as the state may come from another number of ranks.
         progress = progress | {k: v for k, v in saved.items() if k == "world_size"}
-        write_text(folder / PROGRESS, json.dumps(progress, indent=1) + "\n")
+        write_sealed(folder / PROGRESS, progress)
     distributed.barrier()
-
-
-def read_progress(folder: Path) -> dict[str, Any] | None:
-    """The progress.json of a checkpoint; None if there is none or it is damaged."""
-    try:
-        progress = json.loads((folder / PROGRESS).read_text())
-    except (OSError, ValueError):
-        return None
-    return progress if isinstance(progress, dict) else None
 
 
 def copy(source: Path, target: Path) -> None:
@@ -194,58 +173,32 @@ def _one_line(partial: Path) -> Iterator[None]:
         # pos 128 vs 0".
         if isinstance(error, OSError):
             reason = error.strerror or " ".join(str(error).split())
+            full = error.errno in DISK_FULL
         elif "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
-            reason = "the disk seems to be full"
+            reason, full = "the disk seems to be full", True
         else:
             raise
         shutil.rmtree(partial, ignore_errors=True)
         there = next(folder for folder in partial.parents if folder.is_dir())
-        free = shutil.disk_usage(there).free / 10**9
+        if full:
+            reason += f"; {shutil.disk_usage(there).free / 10**9:.2f} GB are free there"
+        mend = "free space" if full else "see what else changes this folder"
         raise OSError(
-            f"{partial}: the checkpoint cannot be written ({reason}; {free:.2f} GB are free there);"
-            " free space, and the same command continues from the last complete one"
+            f"{partial}: the checkpoint cannot be written ({reason}); {mend}, and the same command"
+            " continues from the last complete one"
         ) from error
 
 
-def faults(folder: Path) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line each. Every rank calls it; they divide
-    the reading, and every rank gets all lines."""
-    found = []
-    try:
-        sizes: dict[str, int] = dict(json.loads((folder / FILES).read_text()))
-    except FileNotFoundError:  # Checkpoints did not always have this file.
-        sizes = {}
-    except (OSError, ValueError, TypeError):
-        found, sizes = [f"{folder / FILES}: damaged"], {}
-    names = sorted(sizes.keys() | {str(p.relative_to(folder)) for p in folder.rglob("*.pt")})
-    for name in names[distributed.rank() :: distributed.world_size()]:
-        if fault := _fault(folder / name, sizes.get(name)):
-            found.append(f"{folder / name}: {fault}")
-    return list(dict.fromkeys(distributed.gather_lists(found)))
-
-
-def _fault(file: Path, size: int | None) -> str:
-    if not file.is_file():
-        return "missing"
-    if size is not None and file.stat().st_size != size:
-        return f"cut off: {file.stat().st_size} of {size} bytes"
-    if file.suffix != ".pt":
-        return ""
-    try:  # torch.save writes checksums (a .pt file is a zip archive), but torch.load ignores them.
-        with zipfile.ZipFile(file) as archive:
-            return "damaged" if archive.testzip() else ""
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError):
-        return "damaged"
-
-
 def refuse_damaged(folder: Path, run: Path) -> None:
-    """Raises UsageError naming a damaged file of a checkpoint and the flag that goes on without it.
-    Every rank calls it."""
-    found = [] if read_progress(folder) else [f"{folder / PROGRESS}: missing or damaged"]
-    found += faults(folder)
+    """Raises UsageError naming a damaged file of a checkpoint and the flag that goes on without it,
+    or a file that holds more than a state. Every rank calls it."""
+    lost = [] if read_progress(folder) else [f"{folder / PROGRESS}: missing or damaged"]
+    found = list(dict.fromkeys(lost + faults(folder)))
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise UsageError(f"{found[0]}{more}; {_way_on(folder, run)}")
+    for file in sorted(folder.rglob("*.pt")):
+        shards.read_states(file)
 
 
 def _way_on(bad: Path, run: Path) -> str:
@@ -262,11 +215,22 @@ def _way_on(bad: Path, run: Path) -> str:
     return f"there is no other checkpoint in {run / 'ckpt'}: {restart}"
 
 
+def refuse_damaged_best(run: Path) -> None:
+    """Raises UsageError if the ``best`` of a run is damaged, which the run would need at its end.
+    Every rank calls it."""
+    best = run / "ckpt" / "best"
+    found = faults(best) if best.is_dir() else []
+    if found:
+        raise UsageError(
+            f"{found[0]}; remove {best}: the run goes on from last, and takes the best of the"
+            " validations to come"
+        )
+
+
 def refuse_lost(run: Path) -> None:
     """Raises UsageError if a run has checkpoints but no usable ``last``: starting over would
     destroy what is left."""
     last = run / "ckpt" / "last"
-    recover(last)
     if last.is_dir():
         refuse_damaged(last, run)
     elif any((run / "ckpt" / name / PROGRESS).is_file() for name in ("best", "best.old")):
@@ -280,10 +244,13 @@ def load(engine, folder: Path) -> dict[str, Any]:
     Call ``refuse_damaged`` and ``reshard.refuse`` before, even before a model is loaded: they tell
     whether the files are whole and these ranks may go on.
     """
-    progress = json.loads((folder / PROGRESS).read_text())
+    progress = read_progress(folder)
+    if progress is None:
+        raise UsageError(f"{folder / PROGRESS}: missing or damaged")
     saved = progress["world_size"]
     if saved == distributed.world_size():
-        found, _ = engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+        with shards.restricted(engine):
+            found, _ = engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
     else:
         found = reshard.load(engine, folder, saved)
     if found is None:
@@ -330,14 +297,6 @@ def put_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path
             own[name].copy_(weights[name])
 
 
-def is_run(path: Path) -> bool:
-    """Whether ``path`` is a run folder or one of its checkpoints, whose settings are known."""
-    around = (path, *list(path.resolve().parents)[:2])
-    return any(
-        (folder / "config.json").is_file() and (folder / "ckpt").is_dir() for folder in around
-    )
-
-
 def is_adapter(path: Path) -> bool:
     """Whether ``path`` is a folder that PEFT wrote."""
     return (path / ADAPTER_CONFIG).is_file()
@@ -375,15 +334,16 @@ def refuse_other_adapters(config: dict[str, Any], path: Path) -> None:
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Names and values, on the CPU, of whatever holds weights: a checkpoint folder of ours or of
-    DeepSpeed, a folder or an index of shards, a PEFT adapter, or one file. Raises UsageError naming
-    what is missing or broken.
+    DeepSpeed, a folder or an index of shards, a PEFT adapter, or one file.
+
+    Every rank calls it. Raises UsageError naming what is missing, damaged or more than weights.
     """
     path = Path(path)
     try:
         if is_adapter(path):
             return read_file(next(path / name for name in ADAPTER_FILES if (path / name).is_file()))
-        if path.is_dir() and (state := _deepspeed_state(path)):
-            return _read_shards(path, state)
+        if path.is_dir() and shards.state_folder(path) is not None:
+            return _read_state(path)
         if path.is_dir() or path.name.endswith(".index.json"):
             return read_all(path)
         return read_file(path)
@@ -395,31 +355,39 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UsageError(str(error)) from None
 
 
-def _deepspeed_state(folder: Path) -> Path | None:
-    """The folder with DeepSpeed's files: ``state`` in a checkpoint of ours, the one that ``latest``
-    names in another's, or ``folder`` itself; None if none has any."""
-    latest = folder / "latest"
-    names = ["state", latest.read_text().strip()] if latest.is_file() else ["state"]
-    for state in (*(folder / name for name in names if name and Path(name).name == name), folder):
-        if any(state.glob("*_states.pt")):
-            return state
+def _read_state(folder: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of a checkpoint folder with DeepSpeed's files, which are whole. A
+    training that replaces the folder meanwhile makes one process begin again."""
+    for _ in range(5):
+        before = _version(folder)
+        found, weights = [f"{folder}: gone"], {}
+        try:
+            state = shards.state_folder(folder)
+            if before and state:
+                # Beside the state that another program's ``latest`` names may be many more.
+                found = faults(folder if (folder / FILES).is_file() else state)
+            if not found and state:
+                weights = shards.trained_weights(state)
+        except (OSError, UsageError) as error:
+            found = [str(error)]
+        if before == _version(folder) and before:
+            break
+        if distributed.world_size() > 1:  # Ranks that did different things would wait forever.
+            found = [f"{folder}: was replaced by a training while it was read; try again"]
+            break
+        folder = folder.with_name(folder.name.removesuffix(".old"))
+        time.sleep(0.5)
+    if found:
+        raise UsageError(found[0] + (f" and {len(found) - 1} more" if len(found) > 1 else ""))
+    return weights
+
+
+def _version(folder: Path) -> tuple[int, int] | None:
+    """Differs between a checkpoint folder and the one that replaces it; None if it is not there."""
+    for path in (folder / FILES, folder):
+        with contextlib.suppress(OSError):
+            return path.stat().st_ino, path.stat().st_mtime_ns
     return None
-
-
-def _read_shards(folder: Path, state: Path) -> dict[str, torch.Tensor]:
-    """The trained weights of the checkpoint ``folder`` from DeepSpeed's files in ``state``."""
-    if not any(state.glob("*_optim_states.pt")):  # Without ZeRO there are no shards.
-        file = state / "mp_rank_00_model_states.pt"
-        return torch.load(file, map_location="cpu", weights_only=True)["module"]
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # It prints what it does.
-            return get_fp32_state_dict_from_zero_checkpoint(
-                str(state.parent), tag=state.name, exclude_frozen_parameters=True
-            )
-    except (ValueError, FileNotFoundError) as error:  # A shard is missing.
-        raise UsageError(f"{folder}: incomplete checkpoint: {error}") from None
 
 
 def _random_state() -> dict[str, Any]:

@@ -16,7 +16,8 @@ from dataset.collate import Batch
 from utils import distributed
 from utils.settings.arguments import Settings
 from utils.settings.flags import UsageError
-from utils.training import checkpoint, normalisation
+from utils.training import normalisation
+from utils.training.verify import read_progress
 
 # Words of errors that torch.distributed raises when another rank has died.
 RANK_GONE = (
@@ -43,7 +44,8 @@ class ProcessLost(RuntimeError):
 
 
 class StopSignals:
-    """SIGTERM and SIGINT, while this context is entered, ask the run to stop.
+    """SIGTERM, SIGINT and SIGHUP, while this context is entered, ask the run to stop. A SIGHUP that
+    is ignored, as under nohup, stays ignored.
 
     The loop stops where its state is saved. While ``at_once`` is True a signal raises Interrupted
     wherever the run is.
@@ -53,8 +55,10 @@ class StopSignals:
         self.asked = self.at_once = False
 
     def __enter__(self) -> None:
-        both = signal.SIGTERM, signal.SIGINT
-        self.previous = {number: signal.signal(number, self._ask) for number in both}
+        asking = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            asking.append(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self._ask) for number in asking}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
@@ -140,7 +144,7 @@ def explained(error: Exception, s: Settings, step: int, last: Path) -> Exception
         what = f"another rank is gone, see its own last words ({text[:200]})"
     else:
         return error
-    saved = checkpoint.read_progress(last)
+    saved = read_progress(last)
     way_on = "there is no checkpoint yet"
     if saved is not None:
         saved_step = saved["epoch"] * s.steps_per_epoch + saved["step"]

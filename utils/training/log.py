@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dataset.files.write import write_text
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -18,6 +22,7 @@ class RunLog:
 
     ``done``: for each kind of row, "train" and "val", the last step that the run need not do again.
     Later rows are dropped, because they will be written anew, and so is a row that a kill cut off.
+    Other lines that are damaged are left out, and ``log.jsonl.bad`` keeps what was there.
     Every method raises OSError, one line, where the file cannot be written.
     """
 
@@ -28,7 +33,12 @@ class RunLog:
         run.mkdir(parents=True, exist_ok=True)
         with self._one_line():
             if self.path.is_file():
-                rows = read_log(self.path)
+                rows, damaged = _parse(self.path.read_bytes())
+                if damaged:
+                    kept_as = self.path.with_name("log.jsonl.bad")
+                    shutil.copyfile(self.path, kept_as)
+                    words = "%s: %s left out; %s keeps the file as it was"
+                    logger.warning(words, self.path, _named(damaged), kept_as.name)
                 kept = [row for row in rows if row["step"] <= done.get(row["kind"], 0)]
                 write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self.stream = self.path.open("a", encoding="utf-8")
@@ -65,14 +75,35 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log.jsonl up to the first one that a kill cut off."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    """The rows of a log.jsonl. Damaged lines are left out with a warning, a last one that a kill
+    cut off without."""
+    rows, damaged = _parse(path.read_bytes())
+    if damaged:
+        logger.warning("%s: %s left out", path, _named(damaged))
+    return rows
+
+
+def _parse(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows, and the numbers of the lines that are damaged."""
+    rows, damaged = [], []
+    *lines, rest = content.decode("utf-8", errors="replace").split("\n")
+    for number, line in enumerate([*lines, rest], start=1):
         try:
             row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or not {"kind", "step"} <= row.keys():
-            break
-        rows.append(row)
-    return rows
+        except (ValueError, RecursionError):
+            row = None
+        if (
+            isinstance(row, dict)
+            and isinstance(row.get("kind"), str)
+            and type(row.get("step")) is int
+            and row["step"] >= 0
+        ):
+            rows.append(row)
+        elif line.strip() and number <= len(lines):
+            damaged.append(number)
+    return rows, damaged
+
+
+def _named(lines: list[int]) -> str:
+    shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
+    return f"damaged line {shown}" if len(lines) == 1 else f"{len(lines)} damaged lines ({shown})"

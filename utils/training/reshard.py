@@ -20,6 +20,10 @@ import torch
 from utils import distributed
 from utils.settings.arguments import Settings
 from utils.settings.flags import UsageError
+from utils.training import shards
+
+# The parts of a random state, and what stands for one that need not be there.
+RANDOM: dict[str, Any] = {"torch": None, "cuda": torch.empty(0)}
 
 
 def refuse(folder: Path, progress: dict[str, Any], s: Settings, earlier: Settings) -> None:
@@ -30,6 +34,13 @@ def refuse(folder: Path, progress: dict[str, Any], s: Settings, earlier: Setting
     later step would have other samples than if the run had never stopped.
     """
     saved, now = progress["world_size"], distributed.world_size()
+    epoch, step = progress.get("epoch", s.start_epoch), progress.get("step", 0)
+    if not (s.start_epoch <= epoch <= s.epochs and step <= (epoch < s.epochs) * s.steps_per_epoch):
+        raise UsageError(
+            f"{folder}: progress.json says epoch {epoch}, step {step}, which --epochs {s.epochs} of"
+            f" --steps_per_epoch {s.steps_per_epoch} do not have; use another checkpoint, or"
+            " --no-auto_resume to start over"
+        )
     if saved != now and s.zero_stage == 3:
         raise UsageError(
             f"{folder}: saved by {saved} ranks, this run has {now}; --zero_stage 3 continues with"
@@ -57,9 +68,10 @@ def load(engine, folder: Path, saved: int) -> str | None:
     weights.
     """
     parts = engine.zero_optimization()
-    loaded, _ = engine.load_checkpoint(
-        str(folder), tag="state", load_module_strict=False, load_optimizer_states=not parts
-    )
+    with shards.restricted(engine):
+        loaded, _ = engine.load_checkpoint(
+            str(folder), tag="state", load_module_strict=False, load_optimizer_states=not parts
+        )
     if loaded is not None and parts:
         state = _state_of_this_rank(engine.optimizer, _read_parts(folder, saved), folder)
         engine.optimizer.load_state_dict(
@@ -89,7 +101,10 @@ def random_state(folder: Path, saved: int, rank: int) -> dict[str, Any]:
     A rank that was there goes on with its own state; a new one starts from a hash of a saved state
     and of its number.
     """
-    state = torch.load(folder / f"random_{rank % saved}.pt", weights_only=True)
+    file = folder / f"random_{rank % saved}.pt"
+    state = shards.read_states(file, mmap=False)
+    if not all(isinstance(state.get(k, fine), torch.Tensor) for k, fine in RANDOM.items()):
+        raise UsageError(f"{file}: holds no random state; copy it again")
     if rank < saved:
         return state
     digest = hashlib.sha256(state["torch"].numpy().tobytes() + str(rank).encode()).digest()
@@ -103,26 +118,12 @@ def random_state(folder: Path, saved: int, rank: int) -> dict[str, Any]:
 def _read_parts(folder: Path, saved: int) -> list[dict[str, Any]]:
     """What ZeRO saved of the optimizer, by rank. Files are mapped into memory, so that only tensors
     that are used are read."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    files = [
-        list((folder / "state").glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
-        for rank in range(saved)
-    ]
-    if not all(len(found) == 1 for found in files):
+    files = shards.optimizer_files(folder / "state")
+    if len(files) != saved:
         raise UsageError(
             f"{folder}: saved by {saved} ranks, but the optimizer's state is not in {saved} files"
         )
-    with torch.serialization.safe_globals(
-        [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    ):
-        shards = [
-            torch.load(found[0], map_location="cpu", mmap=True, weights_only=True)
-            for found in files
-        ]
-    return [shard["optimizer_state_dict"] for shard in shards]
+    return [shards.read_states(file)[shards.OPTIMIZER] for file in files]
 
 
 def _state_of_this_rank(optimizer, saved: list[dict[str, Any]], folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from model.cores import CoresForReasoningSegmentation
 from model.processor import CoresProcessor
 from utils import distributed
 from utils.settings.arguments import Settings
+from utils.settings.saved import COPY
 from utils.training import checkpoint, normalisation
 from utils.training.deepspeed import make_engine
 from utils.training.failures import (
@@ -33,6 +34,7 @@ from utils.training.failures import (
 )
 from utils.training.loader import make_loader
 from utils.training.log import RunLog
+from utils.training.verify import read_progress
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ class Trainer:
     """Trains, validates and saves.
 
     ``evaluate``: gets the number of epochs done and returns scores, fractions, "giou" among them,
-    which decides what becomes ``ckpt/best``. None trains without validation.
+    which decides what becomes ``ckpt/best``. None trains without validation. ``notes``: further
+    JSON objects for the checkpoints, by the names of their files.
     """
 
     def __init__(
@@ -54,8 +57,10 @@ class Trainer:
         data: TrainMixture,
         settings: Settings,
         evaluate: Callable[[int], dict[str, Any]] | None,
+        notes: dict[str, dict[str, Any]] | None = None,
     ):
         self.s, self.data, self.evaluate = settings, data, evaluate
+        self.notes = {COPY: settings.saved()} | (notes or {})
         self.engine = make_engine(model, settings)
         self.loader, self.sampler = make_loader(data, processor, settings)
         self.last, self.best = (settings.run_dir / "ckpt" / name for name in ("last", "best"))
@@ -231,13 +236,16 @@ class Trainer:
     def _save(self) -> None:
         if self.log:
             self.log.sync()  # A checkpoint must not know of steps that the log has lost.
-        checkpoint.save(self.engine, self.last, self.progress)
+        checkpoint.save(self.engine, self.last, self.progress, self.notes)
 
     def resume(self, folder: Path) -> None:
         """Continues from the checkpoint ``folder``."""
         saved = checkpoint.load(self.engine, folder)
         self.progress |= saved | {"world_size": distributed.world_size()}
+        if not self.best.is_dir() and self.progress["best_step"] != self.global_step:
+            # Its score says nothing of the validations to come.
+            self.progress |= {"best": None, "best_step": None}
         # A kill between saving the best state and copying it left the copy to be made here.
         is_best = self.progress["best_step"] == self.global_step
-        if is_best and checkpoint.read_progress(self.best) != checkpoint.read_progress(folder):
+        if is_best and read_progress(self.best) != read_progress(folder):
             checkpoint.copy(folder, self.best)

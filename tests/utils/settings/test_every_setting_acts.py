@@ -161,6 +161,7 @@ ELSEWHERE = {  # flag: the test that fails when it does nothing
     "save_every": "test_kills_change_nothing",
     "resume": "test_the_way_on_leads_to_the_same_end",
     "auto_resume": "test_a_lost_last_checkpoint_does_not_start_over_in_silence",
+    "accept_changes": "test_other_backbones_are_accepted_by_a_flag",
     "spike_factor": "test_a_loss_far_above_the_others_is_logged_with_its_samples",
     "start_epoch": "test_a_run_that_starts_at_a_later_epoch",
     "no_eval": "test_a_run_without_evaluation",

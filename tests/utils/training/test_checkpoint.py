@@ -1,6 +1,5 @@
 """Checkpoints: all or nothing, strict, and readable without the settings being typed again."""
 
-import json
 import shutil
 
 import pytest
@@ -9,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import train_ds
+from dataset.files.sealed import read_sealed, write_sealed
 from tests.backbone_toys import flags, toys, trained_run
 from utils.build import build_trained
 from utils.settings.arguments import read_resumed, settings_of
@@ -99,16 +99,40 @@ def test_a_save_that_was_cut_short_is_invisible(run):
     assert checkpoint.find_checkpoint(run).name == "last"
 
 
-def test_a_replacement_that_was_cut_short_is_finished(run):
+def test_readers_leave_a_replacement_alone_that_its_training_finishes(run):
     (run / "ckpt" / "last").rename(run / "ckpt" / "last.old")
+    assert checkpoint.find_checkpoint(run) == run / "ckpt" / "last.old"
+    assert checkpoint.read_weights(checkpoint.find_checkpoint(run))
+    checkpoint.recover_all(run)
     assert checkpoint.find_checkpoint(run) == run / "ckpt" / "last"
-    assert weights_of(run)
 
 
 def test_a_missing_shard_is_one_clear_line(run):
     (run / "ckpt" / "best" / "state" / "mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(UsageError, match=r"mp_rank_00_model_states\.pt: missing"):
+        checkpoint.read_weights(run / "ckpt" / "best")
+    (run / "ckpt" / "best" / "files.json").unlink()
     with pytest.raises(UsageError, match="incomplete checkpoint"):
         checkpoint.read_weights(run / "ckpt" / "best")
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(run, monkeypatch):
+    """Never a mixture of the old one's files and the new one's."""
+    last, whole = run / "ckpt" / "last", checkpoint.read_weights(run / "ckpt" / "last")
+    shutil.copytree(last, run / "ckpt" / "next")
+    real, times = checkpoint.shards.trained_weights, []
+
+    def read(state):
+        times.append(state)
+        if len(times) == 1:
+            shutil.rmtree(last)
+            (run / "ckpt" / "next").rename(last)
+            raise UsageError("half of it is gone")
+        return real(state)
+
+    monkeypatch.setattr(checkpoint.shards, "trained_weights", read)
+    found = checkpoint.read_weights(last)
+    assert len(times) == 2 and all(torch.equal(found[name], whole[name]) for name in whole)
 
 
 def test_no_checkpoint(tmp_path):
@@ -126,7 +150,7 @@ def test_no_checkpoint(tmp_path):
 )
 def test_a_checkpoint_that_these_ranks_cannot_continue(run, facts, words, capsys):
     file = run / "ckpt" / "last" / checkpoint.PROGRESS
-    file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+    write_sealed(file, read_sealed(file) | facts)
     assert train_ds.main(flags(toys(), log_base_dir=run.parent, exp_name="run")) == 2
     assert words in capsys.readouterr().err
 
@@ -136,3 +160,14 @@ def test_write_text_replaces_whole_files(tmp_path):
     checkpoint.write_text(tmp_path / "deep" / "f", "two")
     assert (tmp_path / "deep" / "f").read_text() == "two"
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["f"]
+
+
+def test_every_bit_of_the_progress_counts(run):
+    """The run goes on from what was written, or not at all."""
+    file = run / "ckpt" / "last" / checkpoint.PROGRESS
+    whole, progress = file.read_bytes(), checkpoint.read_progress(file.parent)
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        assert checkpoint.read_progress(file.parent) in (None, progress), bit

@@ -1,6 +1,5 @@
 """A run goes on with another number of ranks as if it had had that number all along."""
 
-import json
 import math
 import shutil
 from functools import cache
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import train_ds
+from dataset.files.sealed import read_sealed, write_sealed
 from tests.backbone_toys import flags, toys, trained_run
 from tests.fork_server import server
 from tests.utils.training.test_engine import Stop, losses
@@ -138,8 +138,8 @@ def write_as(folder: Path, world: int) -> None:
         if rank:
             shutil.copy(folder / "random_0.pt", folder / f"random_{rank}.pt")
     (folder / checkpoint.FILES).unlink()
-    progress = json.loads((folder / checkpoint.PROGRESS).read_text())
-    (folder / checkpoint.PROGRESS).write_text(json.dumps(progress | {"world_size": world}))
+    file = folder / checkpoint.PROGRESS
+    write_sealed(file, read_sealed(file) | {"world_size": world})
 
 
 def test_one_rank_goes_on_for_three_bit_for_bit(monkeypatch):
