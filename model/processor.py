@@ -17,15 +17,15 @@ from transformers.utils import PushToHubMixin
 from dataset.conversation.templates import ConversationTemplate, get_template
 from dataset.proposals import ProposalSource
 from model.checkpoints.llava import add_image_token, set_spaces
-from model.checkpoints.published import is_published
 from model.checkpoints.source import (
     IMAGE_TOKEN,
     PROCESSOR_FILE,
     CLIPImageProcessor,
+    Kind,
     Source,
     open_source,
 )
-from model.checkpoints.weights import read_json_file
+from model.checkpoints.weights import blaming, read_json_file
 from model.config import CoresConfig
 from model.segmenting.embedding_cache import SamCache
 from model.segmenting.frames import preprocess, resized_size
@@ -154,17 +154,18 @@ class CoresProcessor(PushToHubMixin):
         """
         source = open_source(source, vision_tower, **unused)
         file = source.file(PROCESSOR_FILE)
-        if file is not None:
+        if file is not None and source.kind is not Kind.ADAPTER:
             fields = read_json_file(source.folder, PROCESSOR_FILE)
-            try:
-                return cls(source.tokenizer, source.image_processor, **fields)
-            except TypeError as error:
-                raise ValueError(f"{file}: {error}; save the processor again") from error
-        if source.file("config.json") is None or not is_published(source.config):
-            raise FileNotFoundError(
-                f"{source.name}/{PROCESSOR_FILE}: not found; --version needs the folder of a merged"
-                " model"
-            )
+            tokenizer, image_processor = source.tokenizer, source.image_processor
+            with blaming(file):
+                processor = cls(tokenizer, image_processor, **fields)
+                sizes = processor.image_size, processor.image_token_count, processor.exemplar_count
+                if not all(type(size) is int for size in sizes):
+                    raise ValueError(f"sizes must be whole numbers, not {sizes}")
+                processor.conversation  # noqa: B018  # It knows the template's name.
+            return processor
+        if source.kind is not Kind.PUBLISHED_CORES:
+            raise source.refuse("--version needs the folder of a merged model")
         add_image_token(source.llava, source.tokenizer)
         return cls(
             source.tokenizer,
