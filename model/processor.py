@@ -94,6 +94,17 @@ class CoresProcessor(PushToHubMixin):
             strip_at_tokens=self.strip_at_tokens,
         )
 
+    def refuse_other_types(self) -> None:
+        """Raises ValueError for fields of other types than the constructor's, and KeyError or
+        ValueError for a template that is not known."""
+        texts = [*self.levels, *(self.image_marks or ()), self.image_token, self.system or ""]
+        sizes = self.image_size, self.image_token_count, self.exemplar_count
+        for values, kind in ((texts, str), (sizes, int)):
+            for value in values:
+                if type(value) is not kind:
+                    raise ValueError(f"{value!r} is no {kind.__name__}")
+        get_template(self.template)
+
     @property
     def image_token_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(self.image_token)
@@ -159,10 +170,7 @@ class CoresProcessor(PushToHubMixin):
             tokenizer, image_processor = source.tokenizer, source.image_processor
             with blaming(file):
                 processor = cls(tokenizer, image_processor, **fields)
-                sizes = processor.image_size, processor.image_token_count, processor.exemplar_count
-                if not all(type(size) is int for size in sizes):
-                    raise ValueError(f"sizes must be whole numbers, not {sizes}")
-                processor.conversation  # noqa: B018  # It knows the template's name.
+                processor.refuse_other_types()
             return processor
         if source.kind is not Kind.PUBLISHED_CORES:
             raise source.refuse("--version needs the folder of a merged model")

@@ -110,12 +110,16 @@ def weights_with_tower(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
     linear = published.has_linear_projector(source.llava)
     ours = published.to_ours(source.hand_over_weights(), linear)
     if not any(name.startswith(published.TOWER) for name in ours):
-        tower = CLIPVisionModel.from_pretrained(
+        loaded: Any = CLIPVisionModel.from_pretrained(
             None,
             config=source.vision,
             state_dict=source.tower.hand_over_weights(),
             dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
+        tower, info = loaded
+        refuse_bad_loading(source.tower.name, info | {"unexpected_keys": ()})  # CLIP reads, too.
         ours |= {published.TOWER + name: tensor for name, tensor in tower.state_dict().items()}
     return ours
 

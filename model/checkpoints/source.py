@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
@@ -266,7 +267,10 @@ class Source:
         if source is self or source.file(IMAGE_PROCESSOR_FILE):
             source._checked([IMAGE_PROCESSOR_FILE])
             with source._blaming(IMAGE_PROCESSOR_FILE):
-                return CLIPImageProcessor.from_pretrained(source.folder)
+                found = CLIPImageProcessor.from_pretrained(source.folder)
+                # What its fields are is only seen in use.
+                found(images=np.zeros((2, 2, 3), dtype=np.uint8), input_data_format="channels_last")
+            return found
         _, _, size = published.clip_sizes(self.vision)
         return CLIPImageProcessor(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}

@@ -87,12 +87,12 @@ def weight_names(folder: str | Path) -> set[str] | None:
     be loaded to know them."""
     file = weight_file(folder)
     if file.suffix == ".json":
-        return set(_weight_map(file))
+        return set(_plain_names(_weight_map(file)))
     if file.suffix != ".safetensors":
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            return set(opened.keys())
+            return set(_plain_names(opened.keys()))
     except SafetensorError as error:
         raise _broken(file, error) from None
 
@@ -174,12 +174,18 @@ def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
             " the one to use alone"
         )
     (weights,) = tables.values()
-    names = [name.replace(COMPILED, "") for name in weights]
-    while names and all(name.startswith(PARALLEL) for name in names):
-        names = [name.removeprefix(PARALLEL) for name in names]
+    names = _plain_names(weights)
     if len(set(names)) < len(names):
         raise ValueError(f"{file}: holds weights twice, with and without {COMPILED!r} in the name")
     return dict(zip(names, weights.values(), strict=True))
+
+
+def _plain_names(wrapped: Iterable[str]) -> list[str]:
+    """Names of weights without what DDP and torch.compile put into all of them."""
+    names = [name.replace(COMPILED, "") for name in wrapped]
+    while names and all(name.startswith(PARALLEL) for name in names):
+        names = [name.removeprefix(PARALLEL) for name in names]
+    return names
 
 
 def _tables(content: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, dict]]:
@@ -205,7 +211,7 @@ def refuse_non_finite(weights: Mapping[str, Tensor], source: str | Path) -> None
     bad = [name for name, weight in weights.items() if not is_finite(weight)]
     if bad:
         raise ValueError(
-            f"{source}: not finite (NaN or infinity): {_few(bad)}; the file is damaged, or its"
+            f"{source}: not finite: {_few(bad)} (NaN or infinity); the file is damaged, or its"
             " training has diverged: take another one"
         )
 
