@@ -170,7 +170,8 @@ class Source:
         if self.kind is Kind.ADAPTER:
             content = read_json_file(self.folder, ADAPTER_FILE)
             base = content.get("base_model_name_or_path") or "a model that it does not name"
-            if self.file("non_lora_trainables.bin") is not None:
+            # Training LLaVA writes its own config.json beside the adapter, PEFT writes none.
+            if self.file("config.json") is not None and published.is_published(self.config):
                 return (
                     f"a LoRA adapter of LLaVA's training on {base} and not a whole model; merge it"
                     " with scripts/merge_lora_weights.py of the LLaVA code (--model-path this"

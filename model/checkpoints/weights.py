@@ -60,7 +60,7 @@ def blaming(file: Path | str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{file}: cannot be used ({type(error).__name__}: {reason}); copy or download it again"
+            f"{file}: cannot be used ({type(error).__name__}: {reason}); mend it or take another"
         ) from None
 
 
