@@ -5,6 +5,9 @@ The store has one small file per image, written in one step::
 
     <store>/<settings and SAM>/<2 digits>/<hash of the pixels>.json
 
+Each file ends with its checksum, and what is read is proved to be masks of its image before it is
+used. One that is damaged is computed again where SAM is at hand.
+
 K proposals of one image · (h, w) the frame of the proposals: the original one, or smaller where the
 longer side was over the generator's limit · P side of the pooling weights, which lie over the
 padded square frame.
@@ -14,7 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +29,11 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 
-from dataset.files.errors import DataError
+from dataset.files.errors import DamagedRecords, DataError
+from dataset.files.rle import run_lengths
+from dataset.files.sealed import seal, unseal
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -40,6 +48,33 @@ class Found:
     """In pixels of ``size``."""
     quality: list[float]
     """Predicted IoU × stability, each 0…1."""
+
+    def refuse_other(self, image: tuple[int, ...]) -> None:
+        """Raises ValueError for anything but masks of an image of this (H, W): pycocotools, to
+        which they go, would loop for ever over runs of another length."""
+        height, width = self.size
+        full_height, full_width = image[:2]
+        whole = all(type(side) is int and side > 0 for side in (height, width))
+        # Masks of a large image are smaller, but of its shape; each side was rounded by itself.
+        off = height * full_width - width * full_height if whole else 0
+        if not whole or height > full_height or abs(off) > full_height + full_width:
+            raise ValueError(f"size {self.size} is not that of the image")
+        if not len(self.masks) == len(self.areas) == len(self.quality):
+            raise ValueError("masks, areas and quality differ in number")
+        for number, (counts, area, quality) in enumerate(
+            zip(self.masks, self.areas, self.quality, strict=True)
+        ):
+            if not isinstance(counts, str):
+                raise ValueError(f"mask {number} is no text of run lengths")
+            run = run_lengths(counts)
+            if run.sum() != height * width or not (run[1:] > 0).all():
+                raise ValueError(f"the runs of mask {number} do not fill the image")
+            if type(area) is not int or run[1::2].sum() != area:
+                raise ValueError(f"mask {number} has another area than it says")
+            if isinstance(quality, bool) or not isinstance(quality, (int, float)):
+                raise ValueError(f"quality {number} is no number")
+            if not math.isfinite(quality):
+                raise ValueError(f"quality {number} is not finite")
 
     def ranked(self, ranking: str, count: int) -> list[int]:
         """Indices of the best ``count`` masks: the largest for "area" (published), those of the
@@ -138,20 +173,30 @@ class ProposalStore:
         name = digest.hexdigest()
         return self.folder / name[:2] / f"{name}.json"
 
-    def __contains__(self, image: np.ndarray) -> bool:
-        return self.path(image).is_file()
+    def read_or_none(self, image: np.ndarray) -> Found | None:
+        """As ``read``, for who can compute it again: None for a damaged file, too, which is said
+        once and replaced by what is written next."""
+        try:
+            return self.read(image)
+        except DataError as error:
+            logger.warning("%s; it is computed again", str(error).partition("; delete it")[0])
+            return None
 
     def read(self, image: np.ndarray) -> Found | None:
-        """None where nothing is stored. Raises DataError naming a file that cannot be read."""
+        """None where nothing is stored. Raises DataError naming a file that cannot be read or holds
+        anything but what was written for this image."""
         path = self.path(image)
         try:
-            values = json.loads(path.read_text(encoding="ascii"))
-            return Found(**(values | {"size": tuple(values["size"])}))
+            values = unseal(path.read_bytes())
+            found = Found(**(values | {"size": tuple(values["size"])}))
+            found.refuse_other(image.shape)
+            return found
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, DamagedRecords) as error:
             raise DataError(
                 f"{path}: not a file of proposals ({error}); delete it and compute it again"
+                " (python -m utils.precompute_proposals with the flags of the run)"
             ) from error
 
     def write(self, image: np.ndarray, found: Found) -> None:
@@ -160,7 +205,7 @@ class ProposalStore:
         path = self.path(image)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(dataclasses.asdict(found)), encoding="ascii")
+        partial.write_bytes(seal(dataclasses.asdict(found)))
         partial.replace(path)
 
 
@@ -185,7 +230,10 @@ class ProposalSource:
     def __call__(self, image: np.ndarray, name: str) -> Proposals:
         """Proposals of uint8 (H, W, 3). ``name`` says in a DataError which image has none
         stored."""
-        found = self.store.read(image) if self.store is not None else None
+        found = None
+        if self.store is not None:
+            can_compute = self.generate is not None
+            found = self.store.read_or_none(image) if can_compute else self.store.read(image)
         if found is None:
             if self.generate is None:
                 where = "no store is given (--proposals)"

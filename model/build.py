@@ -17,6 +17,7 @@ from model.checkpoints.llava import add_image_token, add_level_tokens, load_llav
 from model.checkpoints.published import clip_sizes, clip_tokens
 from model.checkpoints.sam import load_sam
 from model.checkpoints.source import Source, open_source
+from model.checkpoints.weights import blaming, refuse_non_finite
 from model.config import CoresConfig, SelectorConfig
 from model.connection import TextProjection
 from model.cores import CoresForReasoningSegmentation
@@ -111,7 +112,9 @@ def load_dinov2(path: str | None, selector: dict | None) -> Dinov2Model | None:
             "a selector with features dinov2 needs --features_pretrained, such as"
             " facebook/dinov2-large"
         )
-    encoder = Dinov2Model.from_pretrained(path)
+    with blaming(path):
+        encoder = Dinov2Model.from_pretrained(path)
+    refuse_non_finite(encoder.state_dict(), path)
     selector["dinov2"] = encoder.config.to_diff_dict()
     return encoder
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dataset.collate import Batch
 from dataset.proposals import Proposals
+from model.checkpoints.weights import require_finite
 from model.config import CoresConfig
 from model.segmenting.chain import SegmentingChain
 from model.segmenting.frames import to_grid, to_original, valid_cells
@@ -171,10 +172,11 @@ class MaskBranch:
         self, prompts: Tensor, counts: list[int], image_index: Tensor, images: EncodedImages
     ) -> list[Segmentation]:
         """The masks of every conversation: the chain's, the selector's, or the chain's with the
-        selector's choice in place of the last one."""
+        selector's choice in place of the last one. Raises NonFiniteAnswer."""
         chain = None
         if self.config.decodes:
             logits, iou = self.decode_levels(prompts, counts, image_index, images)
+            require_finite(logits, "the logits of the masks")
             masks = self.to_masks(logits, counts, image_index, images)
             chain = [
                 Segmentation(mask, ious.float())
@@ -244,6 +246,8 @@ class MaskBranch:
         assert self.selecting is not None and images.proposals is not None
         chain_masks = None if chain is None else [found.masks[:, -1] for found in chain]
         scores = self.score(prompts, counts, image_index, images, chain_masks)
+        for values in (scores.similarity, scores.iop):  # An absent proposal may have any score.
+            require_finite(values[scores.present], "the scores of the proposals")
         chosen = self.selecting.choose(scores)
         confidence = (scores.iop * chosen).amax(1, keepdim=True)
         out = []

@@ -17,15 +17,15 @@ from transformers.utils import PushToHubMixin
 from dataset.conversation.templates import ConversationTemplate, get_template
 from dataset.proposals import ProposalSource
 from model.checkpoints.llava import add_image_token, set_spaces
-from model.checkpoints.published import is_published
 from model.checkpoints.source import (
     IMAGE_TOKEN,
     PROCESSOR_FILE,
     CLIPImageProcessor,
+    Kind,
     Source,
     open_source,
 )
-from model.checkpoints.weights import read_json_file
+from model.checkpoints.weights import blaming, read_json_file
 from model.config import CoresConfig
 from model.segmenting.embedding_cache import SamCache
 from model.segmenting.frames import preprocess, resized_size
@@ -94,6 +94,17 @@ class CoresProcessor(PushToHubMixin):
             strip_at_tokens=self.strip_at_tokens,
         )
 
+    def refuse_other_types(self) -> None:
+        """Raises ValueError for fields of other types than the constructor's, and KeyError or
+        ValueError for a template that is not known."""
+        texts = [*self.levels, *(self.image_marks or ()), self.image_token, self.system or ""]
+        sizes = self.image_size, self.image_token_count, self.exemplar_count
+        for values, kind in ((texts, str), (sizes, int)):
+            for value in values:
+                if type(value) is not kind:
+                    raise ValueError(f"{value!r} is no {kind.__name__}")
+        get_template(self.template)
+
     @property
     def image_token_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(self.image_token)
@@ -154,17 +165,15 @@ class CoresProcessor(PushToHubMixin):
         """
         source = open_source(source, vision_tower, **unused)
         file = source.file(PROCESSOR_FILE)
-        if file is not None:
+        if file is not None and source.kind is not Kind.ADAPTER:
             fields = read_json_file(source.folder, PROCESSOR_FILE)
-            try:
-                return cls(source.tokenizer, source.image_processor, **fields)
-            except TypeError as error:
-                raise ValueError(f"{file}: {error}; save the processor again") from error
-        if source.file("config.json") is None or not is_published(source.config):
-            raise FileNotFoundError(
-                f"{source.name}/{PROCESSOR_FILE}: not found; --version needs the folder of a merged"
-                " model"
-            )
+            tokenizer, image_processor = source.tokenizer, source.image_processor
+            with blaming(file):
+                processor = cls(tokenizer, image_processor, **fields)
+                processor.refuse_other_types()
+            return processor
+        if source.kind is not Kind.PUBLISHED_CORES:
+            raise source.refuse("--version needs the folder of a merged model")
         add_image_token(source.llava, source.tokenizer)
         return cls(
             source.tokenizer,

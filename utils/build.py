@@ -233,9 +233,15 @@ def set_speed(model: CoresForReasoningSegmentation, processor: CoresProcessor, s
                 "--sam_cache: this selector looks at DINOv2's features, which it does not keep;"
                 " leave the flag out"
             )
-        name = encoder_fingerprint(model.segmenting.sam.image_encoder, processor.image_size)
-        processor.sam_cache = SamCache(s.sam_cache, name, s.sam_cache_dtype, s.sam_cache_gb)
+        processor.sam_cache = open_sam_cache(s, model.segmenting.sam, processor.image_size)
         model.segmenting.store_embedding = processor.sam_cache.store
+
+
+def open_sam_cache(s: Settings, sam: Sam, image_size: int) -> SamCache:
+    """The cache of --sam_cache for the embeddings of ``sam``."""
+    name = encoder_fingerprint(sam.image_encoder, image_size)
+    shape = sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size
+    return SamCache(s.sam_cache, name, s.sam_cache_dtype, s.sam_cache_gb, shape)
 
 
 def refuse_no_compiler(s: Settings) -> None:

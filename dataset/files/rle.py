@@ -14,9 +14,12 @@ from dataset.files.errors import DataError, reason_of
 from dataset.files.images import check_size, whole_number
 
 
-def _run_total(text: str) -> int:
-    """The number of pixels that compressed run lengths cover. Raises ValueError for any other
-    text.
+def run_lengths(text: str) -> np.ndarray:
+    """The runs of a compressed mask, int64, of background and target in turns. Raises ValueError
+    for any other text.
+
+    pycocotools checks nothing: of runs that do not add up to the picture it decodes memory that it
+    never wrote, or compares them for ever.
 
     A number is written in groups of five bits, lowest first, each as one character from "0" on with
     the sixth bit set if another group follows; from the fourth number on it is the difference to
@@ -37,7 +40,7 @@ def _run_total(text: str) -> int:
         numbers[parity::2] = np.cumsum(numbers[parity::2])
     if (numbers < 0).any():
         raise ValueError("a run is negative")
-    return int(numbers.sum())
+    return numbers
 
 
 def rle_size(rle: Any) -> tuple[int, int] | None:
@@ -67,8 +70,7 @@ def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) ->
             if not sound or sum(counts) != height * width:
                 raise ValueError(f"the runs do not add up to {height * width} pixels")
             rle = rle_codec.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        # Where the runs are too few, pycocotools would return uninitialised memory as the rest.
-        elif (total := _run_total(counts)) != height * width:
+        elif (total := int(run_lengths(counts).sum())) != height * width:
             raise ValueError(f"the runs add up to {total} pixels, the image has {height * width}")
         return rle_codec.decode({"size": [height, width], "counts": rle["counts"]}).astype(bool)
     except (ValueError, TypeError) as error:

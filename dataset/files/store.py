@@ -5,7 +5,7 @@ memory by every process that needs them.
 
     <cache>/<kind>-<content hash>/         one store: header.json, *.npy (arrays), *.bin (records)
     <cache>/stamps/<hash of path>.json     what an annotation file was when it was last seen:
-                                           its size, time, inode and content hash
+                                           its size, times, inode and content hash
 
 The cache is ``$CORES_CACHE/index`` or ``~/.cache/cores/index``. A store is written in a
 ``.partial`` folder under a lock and renamed when it is complete, so a process that is killed on the
@@ -157,7 +157,9 @@ class IndexStore:
 
 
 Build = Callable[[Path, StoreWriter], None]
-Signature = tuple[int, int, int]  # size, time of the last change in ns, inode
+# Size, time of the last change of the content and of anything in ns, inode. Only the second time
+# tells of an edit in place after which the first was put back, as rsync -t and cp -p do.
+Signature = tuple[int, int, int, int]
 
 
 def open_store(
@@ -291,8 +293,8 @@ def _temporary_root() -> Path:
 
 
 def content_hash(source: Path, root: Path) -> str:
-    """SHA-256 of the file's content. The file is not read again while its size, time and inode are
-    those of its stamp."""
+    """SHA-256 of the file's content. The file is not read again while its size, times and inode
+    are those of its stamp."""
     signature = _signature(source)
     place = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:32]
     stamp = root / "stamps" / f"{place}.json"
@@ -307,7 +309,7 @@ def content_hash(source: Path, root: Path) -> str:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({reason_of(error)})") from None
-    if time.time_ns() - signature[1] > SETTLED_NS and _signature(source) == signature:
+    if time.time_ns() - max(signature[1:3]) > SETTLED_NS and _signature(source) == signature:
         with suppress(OSError):  # The stamp is only a shortcut; a full disk must not stop the run.
             partial = stamp.with_name(f"{stamp.name}.{os.getpid()}.partial")
             seen = {"file": str(source), "signature": signature, "sha256": digest}
@@ -325,7 +327,7 @@ def _signature(source: Path) -> Signature:
         ) from None
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror})") from None
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _checksum(path: Path) -> int:

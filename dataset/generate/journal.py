@@ -1,10 +1,9 @@
-"""The journal: every request and every reply as one JSON per line, in the order of arrival, on disk
-before it is used."""
+"""The journal: every request and every reply as one JSON per line with its checksum, in the order
+of arrival, on disk before it is used."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 from dataclasses import asdict, dataclass
@@ -13,7 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dataset.files.errors import DataError
+from dataset.files.errors import DamagedRecords, DataError
+from dataset.files.sealed import seal, unseal
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ def read_answers(path: Path) -> tuple[dict[str, Answer], int]:
                 break
             length += len(line)
             try:
-                record = json.loads(line)
+                record = unseal(line)
                 if record["answer"] is not None:
                     answers[record["key"]] = Answer(**record["answer"])
-            except (ValueError, TypeError, KeyError):
+            except (DamagedRecords, TypeError, KeyError):
                 raise DataError(
                     f"{path}: line {number} is damaged; remove it, and its request is sent again"
                 ) from None
@@ -87,7 +87,7 @@ class Journal:
         """Writes one attempt; when this returns, it is on the disk. ``answer``: None for an attempt
         that failed."""
         record = {"key": key, **facts, "answer": None if answer is None else asdict(answer)}
-        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        line = seal(record) + b"\n"
         with self._lock:
             self._stream.write(line)
             self._stream.flush()

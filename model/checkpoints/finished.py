@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from model.checkpoints import published
 from model.checkpoints.llava import add_image_token, weights_with_tower
 from model.checkpoints.source import Kind, Source
+from model.checkpoints.weights import blaming
 from model.config import CoresConfig
 
 
@@ -23,25 +24,20 @@ def loading_arguments(source: Source, dtype: torch.dtype | str | None) -> dict[s
     """
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
-    if published.is_published(source.config):
+    if not source.finished:
+        raise source.refuse(f"a merged model says model_type {CoresConfig.model_type!r}")
+    if source.kind is Kind.PUBLISHED_CORES:
         return _of_published(source, dtype)
-    if source.kind is not Kind.CORES:
-        found = source.config.get("model_type")
-        raise ValueError(
-            f"{source.name}: model_type is {found!r}; a merged model says"
-            f" {CoresConfig.model_type!r}"
-        )
+    with blaming(source.folder / "config.json"):
+        config = CoresConfig.from_pretrained(source.folder)
+        if config.level_token_ids is None:
+            raise ValueError("level_token_ids is missing")
     weights = source.hand_over_weights()
     renaming = published.tower_renaming(weights)
-    return {"config": str(source.folder), "state_dict": weights, "dtype": dtype} | renaming
+    return {"config": config, "state_dict": weights, "dtype": dtype} | renaming
 
 
 def _of_published(source: Source, dtype: torch.dtype | str | None) -> dict[str, Any]:
-    if source.kind is not Kind.PUBLISHED_CORES:
-        raise ValueError(
-            f"{source.name}: a LLaVA without masks; it is a backbone, which needs"
-            " --vision_pretrained"
-        )
     if not isinstance(dtype, torch.dtype):
         stored = source.weights.get("lm_head.weight")
         dtype = stored.dtype if dtype == "auto" and stored is not None else torch.float32

@@ -17,7 +17,7 @@ from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGenera
 
 from model.checkpoints import published
 from model.checkpoints.source import IMAGE_TOKEN, CLIPImageProcessor, Kind, Source, open_source
-from model.checkpoints.weights import refuse_bad_loading
+from model.checkpoints.weights import blaming, refuse_bad_loading
 
 
 class LinearProjector(nn.Module):
@@ -74,16 +74,8 @@ def load_llava(
     what was found, for another kind of model or for weights that are missing or left over.
     """
     source = open_source(version, vision_tower)
-    if source.config.get("model_type") != "llava":
-        raise ValueError(
-            f"{source.name}: --version needs a model of type 'llava', this is"
-            f" {source.config.get('model_type')!r}"
-        )
-    if source.kind is Kind.PUBLISHED_CORES:
-        raise ValueError(
-            f"{source.name}: is a whole LISA or CoReS, not a LLaVA; load it without"
-            " --vision_pretrained"
-        )
+    if source.kind not in (Kind.LLAVA, Kind.PUBLISHED_LLAVA):
+        raise source.refuse("--version needs a model of type 'llava'")
     theirs = source.kind is Kind.PUBLISHED_LLAVA
     if theirs:
         config: LlavaConfig = source.llava
@@ -92,7 +84,8 @@ def load_llava(
             for name, tensor in weights_with_tower(source, dtype).items()
         }
     else:
-        config = LlavaConfig.from_pretrained(source.folder)
+        with blaming(source.folder / "config.json"):
+            config = LlavaConfig.from_pretrained(source.folder)
         state = source.hand_over_weights()
     loaded: Any = llava_class(config).from_pretrained(
         None,
@@ -117,12 +110,16 @@ def weights_with_tower(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
     linear = published.has_linear_projector(source.llava)
     ours = published.to_ours(source.hand_over_weights(), linear)
     if not any(name.startswith(published.TOWER) for name in ours):
-        tower = CLIPVisionModel.from_pretrained(
+        loaded: Any = CLIPVisionModel.from_pretrained(
             None,
             config=source.vision,
             state_dict=source.tower.hand_over_weights(),
             dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
+        tower, info = loaded
+        refuse_bad_loading(source.tower.name, info | {"unexpected_keys": ()})  # CLIP reads, too.
         ours |= {published.TOWER + name: tensor for name, tensor in tower.state_dict().items()}
     return ours
 

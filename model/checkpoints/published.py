@@ -9,8 +9,9 @@ translation to and from ours: names of weights and fields of config.json. It ope
     CoReS   the same, and a token [SEG_SEMA] before [SEG]; one variant has a refiner,
             transformer_cross_attention_layers.*
 
-All say ``"model_type": "llava"`` in config.json, as transformers' own LLaVA does, but name other
-architectures. The CLIP tower is often left out; then config.json names it.
+They say ``"model_type": "llava"`` in config.json, as transformers' own LLaVA does, but name other
+architectures, or, saved by today's code of LLaVA, "llava_llama". The CLIP tower is often left out;
+then config.json names it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig
+from transformers import (
+    CONFIG_MAPPING,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+)
 
 from model.checkpoints.sam import detect_dims
 from model.config import CoresConfig, SamDims
 
 HF_ARCHITECTURE = "LlavaForConditionalGeneration"
+MODEL_TYPES = ("llava", "llava_llama")
+"""What config.json of these layouts calls them."""
+ARCHITECTURES = ("LlavaLlamaForCausalLM", "LISAForCausalLM", "CORESForCausalLM")
+"""By which a fork is known whose model_type is one that nobody else has."""
 IMAGE_MARKS = ("<im_start>", "<im_end>")
 # A tokenizer may have the tokens of several chains; the longest is the one it was trained with.
 LEVEL_CHAINS = (("SEG_SEMA", "SEG"), ("LOC", "SEG"), ("SEG",))
@@ -48,9 +59,14 @@ PREFIXES = (
     ("lm_head.", f"{LLAVA}lm_head."),
     ("model.", f"{LLAVA}model.language_model."),
 )
-THEIR_TOWER = "model.vision_tower.vision_tower.vision_model."
+# The second name is that of a tower which transformers 5 has saved.
+THEIR_TOWERS = (
+    "model.vision_tower.vision_tower.vision_model.",
+    "model.vision_tower.vision_tower.",
+)
 # Fields of a LLaMA's config that both sides call alike; only rope_theta and rope_scaling, which
 # transformers calls rope_parameters today, are translated apart.
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 LLAMA_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -75,10 +91,11 @@ MLP_LAYERS = {"0.": "linear_1.", "2.": "linear_2."}
 def is_published(config: Mapping[str, Any]) -> bool:
     """Whether a config.json belongs to one of these layouts rather than to transformers' own
     LLaVA."""
-    theirs = (
-        HF_ARCHITECTURE not in (config.get("architectures") or ()) and "text_config" not in config
-    )
-    return config.get("model_type") == "llava" and theirs
+    architectures = config.get("architectures") or ()
+    theirs = HF_ARCHITECTURE not in architectures and "text_config" not in config
+    kind = config.get("model_type")
+    of_fork = kind not in CONFIG_MAPPING and any(name in ARCHITECTURES for name in architectures)
+    return theirs and (kind in MODEL_TYPES or of_fork)
 
 
 def has_masks(names: Iterable[str]) -> bool:
@@ -113,8 +130,9 @@ def our_name(name: str, linear_projector: bool) -> str | None:
     back as they are."""
     if LEFTOVERS.search(name):
         return None
-    if name.startswith(THEIR_TOWER):
-        return TOWER + clip_prefix() + name.removeprefix(THEIR_TOWER)
+    for tower in THEIR_TOWERS:
+        if name.startswith(tower):
+            return TOWER + clip_prefix() + name.removeprefix(tower)
     for theirs, ours in PREFIXES:
         if name.startswith(theirs):
             rest = name.removeprefix(theirs)
@@ -129,7 +147,7 @@ def their_name(name: str, linear_projector: bool) -> str:
     """The published name of one of our weights; inverse of ``our_name``. Raises ValueError where
     there is none."""
     if name.startswith(TOWER):
-        return THEIR_TOWER + name.removeprefix(TOWER).removeprefix("vision_model.")
+        return THEIR_TOWERS[0] + name.removeprefix(TOWER).removeprefix("vision_model.")
     if name.startswith(PROJECTOR):
         rest = name.removeprefix(PROJECTOR)
         if linear_projector:
@@ -208,15 +226,16 @@ def llava_config(
 ) -> LlavaConfig:
     """transformers' config of a published LLaVA. ``rows``: of its token table. Raises ValueError
     for what it cannot say."""
+    if str(config.get("image_aspect_ratio", "")).startswith("anyres"):
+        raise ValueError(
+            f"image_aspect_ratio is {config['image_aspect_ratio']!r}: a LLaVA 1.6 (NeXT), which"
+            " takes images apart into tiles; give a LLaVA 1.5 or 1"
+        )
     select = config.get("mm_vision_select_feature") or "patch"
     if select not in ("patch", "cls_patch"):
         raise ValueError(f"mm_vision_select_feature is {select!r}; known are patch and cls_patch")
     text = {name: config[name] for name in LLAMA_FIELDS if name in config}
-    text |= {
-        name: config[name]
-        for name in ("rope_theta", "rope_scaling")
-        if config.get(name) is not None
-    }
+    text |= {name: config[name] for name in ROPE_FIELDS if config.get(name) is not None}
     linear = says_linear_projector(config)
     extra: dict[str, Any] = {
         "projector_layers": 1 if linear else 2

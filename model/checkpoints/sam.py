@@ -4,6 +4,8 @@ program wrote."""
 from __future__ import annotations
 
 import json
+import logging
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,9 +13,24 @@ from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from model.checkpoints.weights import load_strict, read_file
+from model.checkpoints.weights import blaming, load_strict, read_file, read_json_file
 from model.config import SamDims
 from model.segmenting.sam import build_sam
+
+logger = logging.getLogger(__name__)
+
+# What else is called a SAM, by the name of one of its weights below the prefix of its wrapper.
+RELATIVES = (
+    (r"mask_decoder\.(hf_|.*_hq|compress_vit_feat)", "a SAM-HQ, whose decoder has more parts"),
+    (r"image_encoder\.trunk\.|memory_attention\.|sam_mask_decoder\.", "a SAM 2"),
+    (r"image_encoder\.(layers\.\d+\.blocks|patch_embed\.seq)\.", "a MobileSAM (TinyViT)"),
+    (r"image_encoder\.(features|stem|stages|stage\d)\b", "a SAM with another encoder"),
+    (r"vision_encoder\.(layers|patch_embed)\.", "a SAM in transformers' layout"),
+    (r"\.(Adapter|adapter\w*|lora_\w+|linear_[abq]_\w+)\.", "a SAM with adapters in it"),
+    (r"detector\.|geometry_encoder\.", "a SAM 3"),
+)
+FIRST = "image_encoder.patch_embed.proj.weight"
+ORIGINAL = "the original sam_vit_h_4b8939.pth, or a fine-tuned SAM of its layout, is needed"
 
 PRESETS = {
     "vit_b": SamDims(),
@@ -57,10 +74,37 @@ def detect_dims(weights: dict[str, Tensor], source: Path | str) -> SamDims:
             mask_in_chans=shapes["prompt_encoder.mask_downscaling.3.weight"][0],
             iou_head_hidden_dim=shapes["mask_decoder.iou_prediction_head.layers.0.weight"][0],
         )
-    except (AttributeError, KeyError, IndexError, ValueError) as error:
+    except KeyError as error:
+        raise ValueError(
+            f"{source}: not the weights of a SAM: no {error} among its {len(weights)} weights"
+            f" ({', '.join(sorted(weights)[:3])} …); {ORIGINAL}"
+        ) from None
+    except (AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(
             f"{source}: not the weights of a SAM ({type(error).__name__}: {error})"
         ) from None
+
+
+def own_names(weights: dict[str, Tensor], source: Path | str) -> dict[str, Tensor]:
+    """The weights of the one SAM in a file under SAM's own names, whatever holds it there
+    (Lightning's "model.", "net.", a LISA's "model.visual_model."). What is beside it is left out,
+    and said.
+
+    Raises ValueError for two of them, and for a relative of SAM that is none, by its name.
+    """
+    prefixes = [name.removesuffix(FIRST) for name in weights if name.endswith(FIRST)]
+    if len(prefixes) > 1:
+        raise ValueError(f"{source}: holds several SAMs, below {', '.join(sorted(prefixes))}")
+    prefix = prefixes[0] if prefixes else ""
+    own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+    for pattern, words in RELATIVES:
+        if any(re.search(pattern, name) for name in own):
+            raise ValueError(f"{source}: is {words}; {ORIGINAL}")
+    if len(own) < len(weights):
+        beside = next(name for name in weights if not name.startswith(prefix))
+        count = len(weights) - len(own)
+        logger.warning("%s: the SAM in it is used, not %s (%d weights)", source, beside, count)
+    return own
 
 
 def load_sam(path: str | Path) -> tuple[Sam, SamDims]:
@@ -72,23 +116,33 @@ def load_sam(path: str | Path) -> tuple[Sam, SamDims]:
     """
     path = Path(path)
     dims, weights = _read_folder(path) if path.is_dir() else _read_pth(path)
-    sam = build_sam(dims)
+    with blaming(path):
+        sam = build_sam(dims)
     load_strict(sam, weights, path)
     return sam, dims
 
 
 def _read_folder(folder: Path) -> tuple[SamDims, dict[str, Tensor]]:
-    config, weights = folder / "sam.json", folder / "sam.safetensors"
-    for file in (config, weights):
-        if not file.is_file():
+    config, file = folder / "sam.json", folder / "sam.safetensors"
+    for needed in (config, file):
+        if not needed.is_file():
             raise FileNotFoundError(
-                f"{file}: not found (--vision_pretrained: a SAM .pth or a folder with sam.json)"
+                f"{needed}: not found (--vision_pretrained: a SAM .pth or a folder with sam.json)"
             )
-    try:
-        dims = SamDims(**json.loads(config.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{config}: not the sizes of a SAM: {error}") from error
-    return dims, read_file(weights)
+    fields = read_json_file(folder, config.name)
+    with blaming(config):
+        dims = SamDims(**fields)
+    weights = read_file(file)
+    # A module of the sizes that the file claims is made only where the weights have these sizes.
+    found = detect_dims(weights, file)
+    traceless = {"decoder_heads", "window_size", "global_attn_indexes"}
+    for name, value in asdict(found).items():
+        if name not in traceless and getattr(dims, name) != value:
+            raise ValueError(
+                f"{config}: says {name} {getattr(dims, name)!r}, but the weights in {file.name}"
+                f" have {value}; take both from one SAM"
+            )
+    return dims, weights
 
 
 def _read_pth(path: Path) -> tuple[SamDims, dict[str, Tensor]]:
@@ -96,7 +150,7 @@ def _read_pth(path: Path) -> tuple[SamDims, dict[str, Tensor]]:
         raise FileNotFoundError(
             f"{path}: not found (--vision_pretrained: a SAM .pth or a folder with sam.json)"
         )
-    weights = read_file(path)
+    weights = own_names(read_file(path), path)
     return detect_dims(weights, path), weights
 
 

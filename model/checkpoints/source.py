@@ -8,25 +8,35 @@ transformers is given local paths only, so that it never asks the hub again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPVisionConfig, GenerationConfig, LlavaConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlavaConfig,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from model.checkpoints import published
 from model.checkpoints.weights import (
     SINGLE,
+    blaming,
     read_all,
     read_json_file,
     shards,
+    weight_file,
     weight_names,
 )
 from model.config import CoresConfig, SamDims
@@ -40,6 +50,11 @@ except ImportError:  # Older versions of transformers have Pillow's under the pl
 
 IMAGE_TOKEN = "<image>"
 PROCESSOR_FILE = "cores_processor.json"
+ADAPTER_FILE = "adapter_config.json"
+IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
+# Each of the first is a tokenizer; the others are read with it where they are there.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_PARTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 """Everything of a hub repository but its weights; folders inside it are left out."""
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -51,8 +66,9 @@ class Kind(Enum):
 
     LLAVA = "a LLaVA in transformers' layout"
     PUBLISHED_LLAVA = "a LLaVA in its authors' layout"
-    PUBLISHED_CORES = "a LISA or CoReS in its authors' layout"
-    CORES = "a finished model of this program"
+    PUBLISHED_CORES = "a whole LISA or CoReS in its authors' layout"
+    CORES = "a whole model of this program"
+    ADAPTER = "a LoRA adapter and not a whole model"
     OTHER = "something else"
 
 
@@ -114,6 +130,8 @@ class Source:
     @cached_property
     def kind(self) -> Kind:
         """Read off config.json and, for the layouts of other authors, the names of the weights."""
+        if self.file(ADAPTER_FILE) is not None and not self._has_weights:
+            return Kind.ADAPTER
         if self.file("config.json") is None:
             if self._hub is not None and self.file(PROCESSOR_FILE) is None:
                 raise FileNotFoundError(
@@ -122,7 +140,9 @@ class Source:
                     " a folder"
                 )
             return Kind.OTHER
-        if published.is_published(self.config):
+        with self._blaming("config.json"):
+            theirs = published.is_published(self.config)
+        if theirs:
             masks = published.has_masks(self._weight_names)
             return Kind.PUBLISHED_CORES if masks else Kind.PUBLISHED_LLAVA
         kinds = {"llava": Kind.LLAVA, CoresConfig.model_type: Kind.CORES}
@@ -133,6 +153,63 @@ class Source:
         """Whether it is a whole model, ours or a published LISA or CoReS, rather than a
         backbone."""
         return self.kind in (Kind.CORES, Kind.PUBLISHED_CORES)
+
+    def refuse(self, wanted: str) -> ValueError:
+        """The error for a caller that needs something else, ``wanted`` in words: it says what the
+        checkpoint is and how to come by what is needed."""
+        return ValueError(f"{self.name}: {wanted}, this is {self._advice()}")
+
+    def _advice(self) -> str:
+        if self.kind in (Kind.LLAVA, Kind.PUBLISHED_LLAVA):
+            return (
+                f"{self.kind.value}, a backbone without masks; train with it (train_ds.py --version"
+                f" {self.name} --vision_pretrained SAM), merge, and give the merged folder"
+            )
+        if self.finished:
+            return f"{self.kind.value}, not a LLaVA; load it without --vision_pretrained"
+        if self.kind is Kind.ADAPTER:
+            content = read_json_file(self.folder, ADAPTER_FILE)
+            base = content.get("base_model_name_or_path") or "a model that it does not name"
+            # Training LLaVA writes its own config.json beside the adapter, PEFT writes none.
+            if self.file("config.json") is not None and published.is_published(self.config):
+                return (
+                    f"a LoRA adapter of LLaVA's training on {base} and not a whole model; merge it"
+                    " with scripts/merge_lora_weights.py of the LLaVA code (--model-path this"
+                    f" folder, --model-base {base}) and give the merged folder"
+                )
+            return (
+                f"a LoRA adapter of {base} and not a whole model; merge it with its base first:"
+                " with merge_and_unload() of PEFT, or, for an adapter of a model of this program,"
+                " with `merge_lora_weights_and_save_hf_model.py --weight` this folder and"
+                " `--version` its base"
+            )
+        if (self.folder / "ckpt").is_dir():
+            return (
+                "the folder of a run; merge it first: `merge_lora_weights_and_save_hf_model.py"
+                f" --run {self.name} --save_path {self.name}/model`, and give {self.name}/model"
+            )
+        return repr(self.config.get("model_type"))
+
+    @property
+    def _has_weights(self) -> bool:
+        """Whether whole weights are there; for a hub, that downloads them."""
+        with suppress(FileNotFoundError):
+            return weight_file(self._weight_folder).is_file()
+        return False
+
+    @contextmanager
+    def _blaming(self, name: str) -> Iterator[None]:
+        """``weights.blaming`` for a small file, by the name that the user gave."""
+        with self._named(), blaming(self.folder / name):
+            yield
+
+    def _checked(self, names: Sequence[str]) -> None:
+        """Raises ValueError for one of these files that is there and no JSON object. Whatever
+        transformers reads goes through this first, as its own errors name no file."""
+        for name in names:
+            if name.endswith(".json") and self.file(name) is not None:
+                with self._named():
+                    read_json_file(self.folder, name)
 
     @cached_property
     def _weight_folder(self) -> Path:
@@ -170,13 +247,17 @@ class Source:
     @cached_property
     def tokenizer(self) -> Any:
         """Able to pad. Shared by everybody who asks, who may add tokens to it."""
+        self._checked([*TOKENIZERS, *TOKENIZER_PARTS])
         return load_tokenizer(self.folder, self.name)
 
     @cached_property
     def generation_config(self) -> GenerationConfig | None:
         """None without a generation_config.json."""
-        found = self.file(GENERATION_CONFIG_NAME)
-        return None if found is None else GenerationConfig.from_pretrained(self.folder)
+        if self.file(GENERATION_CONFIG_NAME) is None:
+            return None
+        self._checked([GENERATION_CONFIG_NAME])
+        with self._blaming(GENERATION_CONFIG_NAME):
+            return GenerationConfig.from_pretrained(self.folder)
 
     @cached_property
     def image_processor(self) -> CLIPImageProcessor:
@@ -184,8 +265,13 @@ class Source:
         at the tower's size."""
         borrowed = not self.file(PROCESSOR_FILE) and published.is_published(self.config)
         source = self.tower if borrowed else self
-        if source is self or source.file("preprocessor_config.json"):
-            return CLIPImageProcessor.from_pretrained(source.folder)
+        if source is self or source.file(IMAGE_PROCESSOR_FILE):
+            source._checked([IMAGE_PROCESSOR_FILE])
+            with source._blaming(IMAGE_PROCESSOR_FILE):
+                found = CLIPImageProcessor.from_pretrained(source.folder)
+                # What its fields are is only seen in use.
+                found(images=np.zeros((2, 2, 3), dtype=np.uint8), input_data_format="channels_last")
+            return found
         _, _, size = published.clip_sizes(self.vision)
         return CLIPImageProcessor(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}
@@ -204,15 +290,21 @@ class Source:
     @cached_property
     def vision(self) -> CLIPVisionConfig:
         """The sizes of the tower."""
-        return CLIPVisionConfig.from_pretrained(self.tower.folder)
+        tower = self.tower
+        tower._checked(["config.json"])
+        with tower._blaming("config.json"):
+            vision = CLIPVisionConfig.from_pretrained(tower.folder)
+            published.clip_sizes(vision)
+        return vision
 
     @cached_property
     def llava(self) -> LlavaConfig:
         """transformers' config of the LLaVA, or of the one inside a LISA or CoReS."""
         try:
             rows = self.weights["model.embed_tokens.weight"].shape[0]
-            image = image_token_id(self.tokenizer)
-            return published.llava_config(self.config, self.vision, rows, image)
+            image, vision = image_token_id(self.tokenizer), self.vision
+            with self._blaming("config.json"):
+                return published.llava_config(self.config, vision, rows, image)
         except KeyError as error:
             raise ValueError(f"{self.name}: has no weight {error}") from None
         except ValueError as error:
@@ -224,7 +316,10 @@ class Source:
     def sam_dims(self) -> SamDims:
         """The sizes of the SAM inside a LISA or CoReS."""
         stated = self.config.get("sam")
-        return SamDims(**stated) if stated else published.sam_dims(self.weights, self.name)
+        if not stated:
+            return published.sam_dims(self.weights, self.name)
+        with self._blaming("config.json"):
+            return SamDims(**stated)
 
     @property
     def levels(self) -> list[str]:
@@ -286,16 +381,35 @@ def looks_like_path(source: str) -> bool:
 def load_tokenizer(folder: str | Path, name: str | None = None) -> Any:
     """The tokenizer of a folder, able to pad. ``name``: for the ValueError where there is none that
     can be read."""
+    if Path(folder).is_dir() and not any((Path(folder) / file).is_file() for file in TOKENIZERS):
+        raise ValueError(
+            f"{name or folder}: has no tokenizer ({', '.join(TOKENIZERS[:2])}); copy its files from"
+            " the model that this one was trained from"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name or folder}: has no tokenizer that can be read: {' '.join(str(error).split())}"
-        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # The Rust part raises Exception itself.
+        _blame_config(Path(folder))
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name or folder}: has no tokenizer that can be read: {reason}") from None
     # Masks come from lengths, so padding may share its id with a real token.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _blame_config(folder: Path) -> None:
+    """Raises ValueError where a config.json is why transformers could not read the tokenizer beside
+    it: it reads the one to know the class of the other."""
+    file = folder / "config.json"
+    if (
+        file.is_file()
+        and str(read_json_file(folder, file.name).get("model_type")) in CONFIG_MAPPING
+    ):
+        with blaming(file):
+            AutoConfig.from_pretrained(folder)
 
 
 def image_token_id(tokenizer) -> int:

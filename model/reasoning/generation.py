@@ -21,6 +21,7 @@ from transformers.generation import (
 )
 
 from dataset.collate import Batch
+from model.checkpoints.weights import require_finite
 from model.reasoning.chain import ReasoningChain
 
 ROOM = 256  # positions by which the buffers of the KV cache grow
@@ -74,10 +75,12 @@ class Decoding:
         return cls(**options)
 
     def choose(self, generated: Tensor, logits: Tensor) -> Tensor:
-        """The next token of each row: generated int64 (N, M), logits (N, V) -> int64 (N,)."""
+        """The next token of each row: generated int64 (N, M), logits (N, V) -> int64 (N,). Raises
+        NonFiniteAnswer."""
         processors = [*self.logits_processor]
         if self.do_sample:
             processors += [TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p)]
+        require_finite(logits, "the scores of the next word")
         logits = logits.float()
         for process in processors:
             logits = process(generated, logits)

@@ -11,9 +11,9 @@ utils/precompute/sam_cache.py fills it beforehand.
 
 An entry's name is the hash of the image's pixels, its folder the hash of the encoder's weights, so
 nothing can be taken for something else, and data sets and runs may share a DIR. Entries appear
-whole or not at all, so any number of ranks, workers and killed runs may meet in one DIR; a broken
-entry is computed again. A full cache stays as it is, because for images drawn at random no other
-choice of what to store is better.
+whole or not at all, so any number of ranks, workers and killed runs may meet in one DIR; each has a
+checksum, and one that is broken, or of before there were checksums, is computed again. A full cache
+stays as it is, because for images drawn at random no other choice of what to store is better.
 
 What training sees does not depend on what the cache held: a fresh embedding is rounded as a stored
 one is.
@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import platform
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +40,14 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("fp16", "int8")
+# What an entry of each --sam_cache_dtype holds.
+FORMATS = {
+    "fp16": {"values": torch.float16},
+    "int8": {"values": torch.int8, "scale": torch.float32},
+}
+DTYPES = tuple(FORMATS)
 GIGABYTE = 10**9
+CHECKSUM = "crc32"
 STALE_SECONDS = 3600  # The writer of a partial file of this age is gone.
 
 
@@ -67,6 +75,32 @@ def pack(embedding: Tensor, dtype: str) -> dict[str, Tensor]:
     return {"values": (values / scale).round().to(torch.int8).contiguous(), "scale": scale}
 
 
+def checksum(stored: dict[str, Tensor]) -> str:
+    """CRC-32 of what ``pack`` made: names, formats, sizes and bytes."""
+    value = 0
+    for name, tensor in sorted(stored.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
+
+
+def seal(stored: dict[str, Tensor]) -> bytes:
+    """The file of what ``pack`` made."""
+    return save(stored, {CHECKSUM: checksum(stored)})
+
+
+def unseal(content: bytes) -> dict[str, Tensor]:
+    """What ``seal`` made a file of. Raises ValueError or SafetensorError for any other content."""
+    stored = load(content)
+    length = int.from_bytes(content[:8], "little")
+    expected = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(CHECKSUM)
+    if expected is None:
+        raise ValueError("it has no checksum, so it is of an older version")
+    if expected != checksum(stored):
+        raise ValueError("its checksum is wrong")
+    return stored
+
+
 def unpack(stored: dict[str, Tensor]) -> Tensor:
     """The embedding float32 (C, G, G) of what ``pack`` made."""
     values = stored["values"].float()
@@ -76,9 +110,16 @@ def unpack(stored: dict[str, Tensor]) -> Tensor:
 class SamCache:
     """One folder of embeddings of one encoder."""
 
-    def __init__(self, root: str | Path, name: str, dtype: str = "fp16", limit_gb: float = 0.0):
+    def __init__(
+        self,
+        root: str | Path,
+        name: str,
+        dtype: str = "fp16",
+        limit_gb: float = 0.0,
+        shape: tuple[int, int, int] | None = None,
+    ):
         """``name``: see ``encoder_fingerprint``. ``limit_gb``: the most that ``root`` may hold, in
-        10⁹ bytes; 0: no limit.
+        10⁹ bytes; 0: no limit. ``shape``: the (C, G, G) of every embedding, None for any.
 
         Raises ValueError for an unknown dtype or a negative limit, OSError where ``root`` cannot be
         written.
@@ -90,6 +131,7 @@ class SamCache:
         self.root, self.dtype, self.limit = Path(root), dtype, int(limit_gb * GIGABYTE)
         self.folder = self.root / f"{name}-{dtype}"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.shape, self._told = shape, False
         self.closed = False  # True once this cache or its disk is full.
         with self._lock:
             self._write_used(self._count())
@@ -110,24 +152,34 @@ class SamCache:
         return self._path(key).is_file()
 
     def load(self, key: str) -> Tensor | None:
-        """The embedding float32 (C, G, G), None if it is not there or cannot be read."""
+        """The embedding float32 (C, G, G), None if it is not there or is not what was stored. The
+        first of these is said by each process, and each is removed, to be computed again."""
         try:
-            return unpack(load(self._path(key).read_bytes()))
+            stored = unseal(self._path(key).read_bytes())
+            if {name: tensor.dtype for name, tensor in stored.items()} != FORMATS[self.dtype]:
+                raise ValueError(f"it is not {self.dtype}")
+            embedding = unpack(stored)
+            if self.shape is not None and tuple(embedding.shape) != self.shape:
+                raise ValueError(f"its shape is {tuple(embedding.shape)}, not {self.shape}")
+            return embedding
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError, KeyError) as error:
-            logger.warning("%s: unreadable (%s); computed again", self._path(key), error)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            level = logging.DEBUG if self._told else logging.WARNING
+            logger.log(level, "%s: not used (%s); computed again", self._path(key), error)
+            self._told = True
             with contextlib.suppress(OSError):
                 self._path(key).unlink()
             return None
 
     def store(self, key: str, embedding: Tensor) -> Tensor:
         """Stores an embedding (C, G, G) if there is room; returns it as ``load`` will, on its
-        device in its dtype."""
+        device in its dtype. One that is not finite is not stored."""
         stored = pack(embedding, self.dtype)
-        if not self.closed and not self.has(key):
-            self._write(self._path(key), save(stored))
-        return unpack(stored).to(embedding)
+        kept = unpack(stored)
+        if not self.closed and not self.has(key) and kept.isfinite().all():
+            self._write(self._path(key), seal(stored))
+        return kept.to(embedding)
 
     def used(self) -> int:
         """Bytes in ``root``, of all encoders."""

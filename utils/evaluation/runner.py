@@ -30,6 +30,7 @@ from dataset.collate import collate, collate_prompts, token_counts
 from dataset.conversation.turns import text_from_ids
 from dataset.files.errors import DataError
 from dataset.sample import Sample
+from model.checkpoints.weights import NonFiniteAnswer
 from utils import distributed
 from utils.evaluation.collector import Collector, GroundTruth
 from utils.report.results import Report
@@ -168,13 +169,16 @@ def _answer_shards(
     build = collate if mode == "teacher_forced" else collate_prompts
     batch = build(samples, processor, levels, processor.conversation)
     batch = batch.to(weights.device, weights.dtype)
-    if mode == "teacher_forced":
-        answers = model.segment(batch)
-        texts = [""] * len(answers)
-    else:
-        tokenizer = processor.tokenizer
-        answers = model.generate(batch, tokenizer, max_new_tokens=max_new_tokens)
-        texts = [text_from_ids(answer.token_ids, tokenizer, levels) for answer in answers]
+    try:
+        if mode == "teacher_forced":
+            answers = model.segment(batch)
+            texts = [""] * len(answers)
+        else:
+            tokenizer = processor.tokenizer
+            answers = model.generate(batch, tokenizer, max_new_tokens=max_new_tokens)
+            texts = [text_from_ids(answer.token_ids, tokenizer, levels) for answer in answers]
+    except NonFiniteAnswer as error:
+        raise NonFiniteAnswer(f"{', '.join(sample.name for sample in samples)}: {error}") from None
     places = [(shard, i) for shard in shards for i in range(len(shard.sample.conversations))]
     for row, ((shard, i), answer) in enumerate(zip(places, answers, strict=True)):
         truth = GroundTruth(

@@ -21,6 +21,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import Queue
 
 import numpy as np
@@ -91,8 +92,9 @@ class RunImages(Dataset):
         return sample.image if any(len(c.masks) for c in sample.conversations) else None
 
 
-# Of this process, set by start_worker: the images, where their proposals are kept, what makes them.
-_worker: tuple[RunImages, ProposalStore, Callable[[np.ndarray], Found]] | None = None
+# Of this process, set by start_worker: the images, where their proposals are kept, what makes them;
+# or why there are none. A pool tells nobody what happened while its processes started.
+_worker: tuple[RunImages, ProposalStore, Callable[[np.ndarray], Found]] | Exception | None = None
 
 
 def load_source(s: Settings, device: str = "cpu") -> ProposalSource:
@@ -125,19 +127,24 @@ def start_worker(s: Settings, ranks: int, numbers: Queue[int]) -> None:
     torch.set_num_threads(1)
     devices = torch.cuda.device_count()
     number = numbers.get()
-    source = load_source(s, f"cuda:{number % devices}" if devices else "cpu")
-    assert source.store is not None and source.generate is not None, "load_source sets both"
-    _worker = RunImages(s, ranks), source.store, source.generate
+    try:
+        source = load_source(s, f"cuda:{number % devices}" if devices else "cpu")
+        assert source.store is not None and source.generate is not None, "load_source sets both"
+        _worker = RunImages(s, ranks), source.store, source.generate
+    except (ValueError, OSError) as error:
+        _worker = error
 
 
 def compute_image(index: int) -> str:
     """What happened to the image: "computed", "there" already, or "not needed"."""
     assert _worker is not None, "start_worker comes first"
+    if isinstance(_worker, Exception):
+        raise _worker
     images, store, generate = _worker
     image = images[index]
     if image is None:
         return "not needed"
-    if image in store:
+    if store.read_or_none(image) is not None:
         return "there"
     store.write(image, generate(image))
     return "computed"
@@ -162,7 +169,8 @@ def compute_all(s: Settings, ranks: int, jobs: int, total: int) -> Iterator[str]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 2 with one line for a mistake in flags or files; 130 when interrupted."""
+    """Exit code 0; 2 with one line for a mistake in flags or files; 4 when a process was killed;
+    130 when interrupted."""
     try:
         own, s = read_arguments(argv)
         images = RunImages(s, own.ranks)  # reports a wrong path once, before any process starts
@@ -182,6 +190,14 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    except BrokenProcessPool:
+        print(
+            f"error: one of the {own.jobs} processes was killed, as the system does when memory"
+            " runs out; what was computed is kept, and the same command, with fewer --jobs say,"
+            " goes on from here",
+            file=sys.stderr,
+        )
+        return 4
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

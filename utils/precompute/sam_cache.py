@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset.files.errors import DataError
-from model.segmenting.embedding_cache import GIGABYTE, SamCache, encoder_fingerprint
+from model.segmenting.embedding_cache import GIGABYTE, SamCache
 from model.segmenting.frames import preprocess
 from utils import build, distributed
 from utils.settings.arguments import one_line, parse
@@ -53,7 +53,9 @@ class LoaderImages(Dataset):
             logger.warning("left out: %s", error)
             return None
         key = self.cache.key(image)
-        return key, None if self.cache.has(key) else preprocess(image, self.image_size)[0]
+        # A damaged entry must not wait for the training to find it.
+        there = self.cache.load(key) is not None
+        return key, None if there else preprocess(image, self.image_size)[0]
 
 
 def fill(
@@ -96,8 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         if not s.no_eval:
             loaders.append(build.build_eval(s, prompt).loader)
         sam, image_size = build.build_sam_only(s, source)
-        identity = encoder_fingerprint(sam.image_encoder, image_size)
-        cache = SamCache(s.sam_cache, identity, s.sam_cache_dtype, s.sam_cache_gb)
+        cache = build.open_sam_cache(s, sam, image_size)
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         images = LoaderImages(loaders, cache, image_size, s.on_bad_sample == "skip")
         counts = fill(sam, cache, images, slice(rank, None, world), s.workers, progress=rank == 0)

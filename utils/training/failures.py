@@ -139,6 +139,11 @@ def explained(error: Exception, s: Settings, step: int, last: Path) -> Exception
             f"{text}; the system kills the largest process when memory runs out: lower --workers"
             f" (now {s.workers}) or --batch_size (now {s.batch_size})"
         )
+    elif "DataLoader timed out" in text:
+        what = (
+            f"{text}: a data worker hangs, on a disk that does not answer say; --workers 0 reads in"
+            " the main process and shows where"
+        )
     elif distributed.world_size() > 1 and any(sign in text for sign in RANK_GONE):
         where += f", rank {distributed.rank()}"
         what = f"another rank is gone, see its own last words ({text[:200]})"

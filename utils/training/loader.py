@@ -15,6 +15,9 @@ from utils import distributed
 from utils.settings.arguments import Settings
 
 WORKER_GRACE = 60  # seconds that a data worker outlives SIGTERM, so that its rank can save
+# Seconds without a batch after which a data worker is taken to hang. A slow disk needs seconds for
+# a batch, and a worker that builds the index of a file of many gigabytes again some minutes.
+STUCK_AFTER = 1800
 
 
 class RankSampler(Sampler[int]):
@@ -69,6 +72,7 @@ def make_loader(
         collate_fn=build,
         persistent_workers=s.workers > 0,
         prefetch_factor=4 if s.workers else None,
+        timeout=STUCK_AFTER if s.workers else 0,
         worker_init_fn=_outlive_stop_signals,
         # The loader draws a seed per epoch. From the global generator, a resumed epoch would draw
         # it a second time, and dropout would go on differently.

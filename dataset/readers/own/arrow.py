@@ -10,7 +10,9 @@ files.
                                  <split>-00001-of-00002.parquet
 
 They are read with pyarrow alone. Local files are mapped into memory and never held in it. Parquet
-is compressed, so it is unpacked once into the cache (dataset/files/store.py) and mapped from there.
+is compressed, so it is unpacked once into the cache (dataset/files/store.py) and mapped from there;
+its checksum is compared at every start, when every row is read anyway. A few bytes of Parquet can
+unpack to any number, so one that grows more than photos and texts do is refused.
 
 A row is named as in ``dataset[12]``: "own/signs/train:row 12",
 "own/signs/train-00001-of-00002.parquet:row 12" (of this file).
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -36,6 +39,9 @@ COLUMNS = ("image", "query", *SHAPE_COLUMNS, "answer", "is_sentence", "split")
 PARQUET = ".parquet"
 PYARROW = "pyarrow==26.0.1"
 UNPACKED = "table.arrow"
+UNPACKED_LIMIT = "CORES_UNPACKED_GB"  # the variable with the most that a Parquet may unpack to
+GIGABYTE = 10**9
+GROWTH = 50  # Photos do not grow, texts a few times, masks of zeros and ones some ten times.
 ROWS_AT_ONCE = 64  # Few rows of Parquet are unpacked at a time, because photos are large.
 _PIECE = re.compile(r"(.+)-\d{5}-of-(\d{5})\.parquet")
 _PLACE = re.compile(r"(.+):row (\d+)/(\w+)(?:\[(\d+)\])?/[^/]+")
@@ -196,7 +202,7 @@ def _mapped(path: Path, _written: int) -> Any:
     if path.is_dir():
         files = _saved_files(path)
     else:
-        files = [open_store(path, "parquet-1", _unpack).folder / UNPACKED]
+        files = [open_store(path, "parquet-2", _unpack).folder / UNPACKED]
     try:
         streams = [pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))) for file in files]
         table = pyarrow.concat_tables([stream.read_all() for stream in streams])
@@ -232,14 +238,43 @@ def _unpack(source: Path, store: StoreWriter) -> None:
             with pyarrow.parquet.ParquetFile(source, memory_map=True) as parquet:
                 schema = parquet.schema_arrow
                 schema = pyarrow.schema([field for field in schema if field.name in COLUMNS])
+                limit = _unpacked_limit(source)
+                _refuse_growth(source, _claimed_bytes(parquet.metadata), limit)
                 with pyarrow.ipc.new_stream(sink, schema) as stream:
                     for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=schema.names):
+                        _refuse_growth(source, sink.tell() + batch.nbytes, limit)
                         stream.write_batch(batch)
         except (pyarrow.ArrowException, OSError) as error:
             if getattr(error, "errno", None):
                 raise  # An error of the system, such as a full disk, says nothing about the file.
             raise _unreadable(source, error) from None
-    store.finish(UNPACKED, verify=False)  # It is too large to be read whole by every process.
+    store.finish(UNPACKED)
+
+
+def _unpacked_limit(source: Path) -> float:
+    """The most bytes that a Parquet may unpack to: what the environment says, or a multiple of its
+    size, but a gigabyte in any case. Raises DataError."""
+    stated = os.environ.get(UNPACKED_LIMIT)
+    if stated is None:
+        return max(GIGABYTE, GROWTH * source.stat().st_size)
+    try:
+        return float(stated) * GIGABYTE
+    except ValueError:
+        raise DataError(f"{UNPACKED_LIMIT} is {stated!r}; give a number of gigabytes") from None
+
+
+def _claimed_bytes(metadata: Any) -> int:
+    """What a Parquet says its pages unpack to. Values that repeat may take more than that."""
+    return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+
+
+def _refuse_growth(source: Path, size: int, limit: float) -> None:
+    if size > limit:
+        raise DataError(
+            f"{source}: unpacks to more than {limit / GIGABYTE:.1f} GB, from"
+            f" {source.stat().st_size / GIGABYTE:.6f} GB; if that is right, set {UNPACKED_LIMIT} to"
+            " the gigabytes that it may take"
+        )
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

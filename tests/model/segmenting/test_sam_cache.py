@@ -67,7 +67,7 @@ def test_names_follow_content(tmp_path):
 
 
 def test_the_limit_holds_for_all_writers_together(tmp_path, caplog):
-    size = len(embeddings.save(pack(embedding(), "fp16")))
+    size = len(embeddings.seal(pack(embedding(), "fp16")))
     first, second = (
         SamCache(tmp_path, name, limit_gb=(3.5 * size) / 1e9) for name in ("one", "two")
     )

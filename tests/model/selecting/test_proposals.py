@@ -35,7 +35,9 @@ def picture(seed: int = 0, size: tuple[int, int] = (20, 30)) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
-FOUND = Found((4, 6), encode_counts(masks_of(1, 3, (4, 6))), [5, 9, 7], [0.9, 0.5, 0.7])
+BOXES = np.zeros((3, 4, 6), dtype=bool)
+BOXES[0, 0, :5], BOXES[1, 1:4, :3], BOXES[2, 1:3, 3:6] = True, True, True
+FOUND = Found((4, 6), encode_counts(BOXES), [5, 9, 6], [0.9, 0.5, 0.7])
 
 
 @settings(max_examples=40, deadline=None)
@@ -82,9 +84,9 @@ def test_pooling_weights_are_shares_of_the_padded_frame():
 def test_the_store_is_addressed_by_pixels_and_settings(tmp_path):
     store, other = ProposalStore(tmp_path, "a"), ProposalStore(tmp_path, "b")
     image = picture()
-    assert store.read(image) is None and image not in store
+    assert store.read(image) is None
     store.write(image, FOUND)
-    assert store.read(image.copy()) == FOUND and image in store
+    assert store.read(image.copy()) == FOUND
     assert other.read(image) is None
     assert store.read(picture(1)) is None
     assert store.read(image.reshape(30, 20, 3)) is None  # the same bytes, another picture

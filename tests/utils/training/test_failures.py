@@ -150,6 +150,16 @@ def test_a_data_worker_that_dies():
     assert checkpoint.faults(run_of(name) / "ckpt" / "last") == []
 
 
+def test_a_data_worker_that_hangs_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("utils.training.loader.STUCK_AFTER", 1)
+    monkeypatch.setattr("utils.training.loader.WORKER_GRACE", 1)
+    monkeypatch.setattr("dataset.mixture.TrainMixture.__getitem__", lambda *_: time.sleep(30))
+    how = {"workers": 1, "no_eval": "true", "log_base_dir": tmp_path, "epochs": 1}
+    assert train_ds.main(flags(toys(), **how)) == 4
+    (line,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("error: ")]
+    assert "timed out after 1 seconds" in line and "a data worker hangs" in line
+
+
 def test_an_item_that_breaks_in_a_data_worker_is_one_line(tmp_path):
     shutil.copytree(toys() / "data", tmp_path / "data")
     argv = flags(
