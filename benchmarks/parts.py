@@ -200,7 +200,8 @@ def selection(repeats: int) -> dict:
 def store(images: int, folder: Path) -> dict:
     rng = np.random.default_rng(0)
     ious = rng.random(200).round(4).tolist()
-    found = Found(SIZE, encode_counts(ellipses(200, rng)), list(range(200, 0, -1)), ious)
+    masks = ellipses(200, rng)
+    found = Found(SIZE, encode_counts(masks), masks.sum((1, 2)).tolist(), ious)
     pixels = rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 
     def image_of(number: int) -> np.ndarray:
