@@ -20,10 +20,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import numpy as np
 from PIL import Image
 
-from chat import add_model_flags, load_segmenter, remarks, require_positive
+from chat import LESS_MEMORY, add_model_flags, load_segmenter, remarks, require_positive
+from dataset.command import one_line
 from dataset.drawing import fit, level_colour, overlay
 from dataset.files.errors import DataError
 from dataset.files.images import read_image
@@ -34,7 +40,7 @@ from model.inference.segmenter import ReasoningSegmenter, Session
 from utils import distributed
 from utils.report.gallery import encode_jpeg
 from utils.report.html import TEMPLATES
-from utils.settings.arguments import OneLineParser, one_line
+from utils.settings.arguments import OneLineParser
 from utils.settings.flags import UsageError
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -520,16 +526,13 @@ def serve(args: Namespace, folder: Path, block: bool = True) -> Any:
     return page
 
 
+@command.entry(memory=LESS_MEMORY)
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for a mistake in flags or files."""
     distributed.prepare_environment()
-    try:
-        args = read_page_arguments(argv)
-        with tempfile.TemporaryDirectory(prefix="cores-app-") as folder:
-            serve(args, Path(folder))
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+    args = read_page_arguments(argv)
+    with tempfile.TemporaryDirectory(prefix="cores-app-") as folder:
+        serve(args, Path(folder))
     return 0
 
 

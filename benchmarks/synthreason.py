@@ -24,6 +24,11 @@ from functools import reduce
 from operator import getitem
 from pathlib import Path
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import numpy as np
 
 from benchmarks.shared import ROOT, benchmark_parser, write_json
@@ -93,6 +98,7 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__)
     parser.set_defaults(json=RESULTS)
@@ -123,4 +129,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -186,10 +186,16 @@ def copy(source: Path, target: Path) -> None:
 @contextlib.contextmanager
 def _one_line(partial: Path) -> Iterator[None]:
     """Turns errors of writing the folder ``partial`` into an OSError, one line, and removes what
-    was written of it, so that the disk is no fuller than before."""
+    was written of it, so that the disk is no fuller than before.
+
+    The main rank removes it, as the others write there, too; whatever fails for them because of
+    that is a ProcessLost that names the first fault."""
+    done = False
     try:
         yield
+        done = True
     except (OSError, RuntimeError) as error:
+        distributed.refuse_after_others(error)
         # torch.save reports a full disk as "[enforce fail at inline_container.cc:672] . unexpected
         # pos 128 vs 0".
         if isinstance(error, OSError):
@@ -198,13 +204,17 @@ def _one_line(partial: Path) -> Iterator[None]:
             reason = "the disk seems to be full"
         else:
             raise
-        shutil.rmtree(partial, ignore_errors=True)
         there = next(folder for folder in partial.parents if folder.is_dir())
         free = shutil.disk_usage(there).free / 10**9
-        raise OSError(
+        failed = OSError(
             f"{partial}: the checkpoint cannot be written ({reason}; {free:.2f} GB are free there);"
             " free space, and the same command continues from the last complete one"
-        ) from error
+        )
+        distributed.tell(failed)
+        raise failed from error
+    finally:
+        if not done and distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def faults(folder: Path) -> list[str]:

@@ -6,40 +6,46 @@ go on.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+from dataset import command
 from dataset.collate import Batch
 from utils import distributed
+from utils.distributed import ProcessLost
 from utils.settings.arguments import Settings
 from utils.settings.flags import UsageError
 from utils.training import checkpoint, normalisation
 
-# Words of errors that torch.distributed raises when another rank has died.
-RANK_GONE = (
-    "Connection closed by peer",
-    "Connection reset",
-    "Broken pipe",
-    "gloo",
-    "NCCL",
-    "Timed out waiting",
-    "Socket Timeout",
+LESS_MEMORY = (
+    "lower --batch_size (a higher --grad_accumulation_steps makes up for it) or --workers, or use"
+    " --load_in_4bit, --offload optimizer or --gradient_checkpointing"
 )
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; its state is saved."""
+    """The run was asked to stop; its state is saved. All ranks stop together, and one says so."""
+
+    exit_code = command.STOPPED
+
+    @property
+    def said(self) -> bool:
+        return not distributed.is_main()
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or a gradient is not a number; nothing was saved of that step."""
+    """The loss or a gradient is not a number; nothing was saved of that step. All ranks raise it
+    with the same words, and one says them."""
 
+    exit_code = 3
 
-class ProcessLost(RuntimeError):
-    """A data worker or another rank died; the last checkpoint is intact."""
+    @property
+    def said(self) -> bool:
+        return not distributed.is_main()
 
 
 class StopSignals:
@@ -63,7 +69,8 @@ class StopSignals:
     def _ask(self, number: int, _: Any) -> None:
         if not self.asked and distributed.is_main():
             line = f"\n{signal.Signals(number).name}: stopping as soon as the state is saved\n"
-            os.write(2, line.encode())  # The signal may have interrupted a print.
+            with contextlib.suppress(OSError):  # The terminal may be gone.
+                os.write(2, line.encode())  # The signal may have interrupted a print.
         self.asked = True
         if self.at_once:
             raise Interrupted
@@ -128,16 +135,19 @@ def explained(error: Exception, s: Settings, step: int, last: Path) -> Exception
     if isinstance(error, Interrupted):
         return Interrupted(f"stopped at step {step}; the same command continues from {last}")
     where, text = f"step {step + 1}", " ".join(str(error).split())
-    if isinstance(error, NonFiniteLoss):
-        what = text
+    kind: type[Exception] = ProcessLost
+    if isinstance(error, (NonFiniteLoss, ProcessLost)):
+        kind, what = type(error), text
+    elif lack := command.out_of_memory(error):
+        kind, what = command.MemoryRanOut, f"{lack}; {LESS_MEMORY}"
     elif "DataLoader worker" in text and "Traceback" not in text:
         what = (
             f"{text}; the system kills the largest process when memory runs out: lower --workers"
             f" (now {s.workers}) or --batch_size (now {s.batch_size})"
         )
-    elif distributed.world_size() > 1 and any(sign in text for sign in RANK_GONE):
-        where += f", rank {distributed.rank()}"
-        what = f"another rank is gone, see its own last words ({text[:200]})"
+    elif distributed.lost_rank(error):
+        words = distributed.last_words() or f"see its own last words ({text[:200]})"
+        what = f"another rank is gone, {words}"
     else:
         return error
     saved = checkpoint.read_progress(last)
@@ -148,5 +158,4 @@ def explained(error: Exception, s: Settings, step: int, last: Path) -> Exception
             f"the last checkpoint, of step {saved_step}, is in {last}, and the same command"
             " continues from it"
         )
-    kind = NonFiniteLoss if isinstance(error, NonFiniteLoss) else ProcessLost
     return kind(f"{where}: {what}; {way_on}")
