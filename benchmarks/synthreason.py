@@ -40,7 +40,7 @@ CONFIGS = {  # configs of the methods that --config does not fit
 }
 
 
-def command(method: str, seed: int, args: argparse.Namespace) -> list[str]:
+def training_command(method: str, seed: int, args: argparse.Namespace) -> list[str]:
     flags = {
         "config": CONFIGS.get(method, args.config),
         "method": method,
@@ -64,7 +64,11 @@ def train_and_evaluate(method: str, seed: int, args: argparse.Namespace) -> dict
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
         with log.open("w") as stream:
             code = subprocess.run(
-                command(method, seed, args), cwd=ROOT, env=env, stdout=stream, stderr=stream
+                training_command(method, seed, args),
+                cwd=ROOT,
+                env=env,
+                stdout=stream,
+                stderr=stream,
             ).returncode
         if code:
             raise RuntimeError(

@@ -123,6 +123,9 @@ def start() -> None:
         torch.cuda.set_device(device())
     backend = "nccl" if gpus else "gloo"
     if here.world == 1:
+        # DeepSpeed reads these, too.
+        os.environ.update(LOCAL_RANK=str(here.local), MASTER_ADDR=here.address)
+        os.environ["MASTER_PORT"] = str(here.port)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     store, _lifeline = _meet(here)

@@ -169,8 +169,8 @@ def write_synthreason(
 
 @command.entry()
 def main(argv: list[str] | None = None) -> None:
-    command, description = "python -m dataset.synthetic", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog=command, description=description)
+    name, description = "python -m dataset.synthetic", __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog=name, description=description)
     add = parser.add_argument
     add("--out", default="data/synthreason", help="folder to write, later given as --dataset_dir")
     add("--train", type=int, default=3000, help="training scenes")

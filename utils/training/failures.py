@@ -49,7 +49,8 @@ class NonFiniteLoss(RuntimeError):
 
 
 class StopSignals:
-    """SIGTERM and SIGINT, while this context is entered, ask the run to stop.
+    """SIGTERM, SIGINT and SIGHUP (of a closed terminal; ``nohup`` has it ignored), while this context
+    is entered, ask the run to stop.
 
     The loop stops where its state is saved. While ``at_once`` is True a signal raises Interrupted
     wherever the run is.
@@ -59,8 +60,9 @@ class StopSignals:
         self.asked = self.at_once = False
 
     def __enter__(self) -> None:
-        both = signal.SIGTERM, signal.SIGINT
-        self.previous = {number: signal.signal(number, self._ask) for number in both}
+        asked = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+        heard = [number for number in asked if signal.getsignal(number) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._ask) for number in heard}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
