@@ -49,8 +49,8 @@ class NonFiniteLoss(RuntimeError):
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP (of a closed terminal; ``nohup`` has it ignored), while this context
-    is entered, ask the run to stop.
+    """SIGTERM, SIGINT and SIGHUP (of a closed terminal; not where ``nohup`` has it ignored) ask the
+    run to stop, while this context is entered.
 
     The loop stops where its state is saved. While ``at_once`` is True a signal raises Interrupted
     wherever the run is.
