@@ -20,9 +20,15 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
 
 import cv2
 import numpy as np
@@ -236,6 +242,7 @@ def store(images: int, folder: Path) -> dict:
     }
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("part", choices=["loader", "llm_seg"])
@@ -262,4 +269,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

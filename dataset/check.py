@@ -19,6 +19,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import numpy as np
 from tqdm import tqdm
 
@@ -209,6 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)  # exits with 2 by itself
     logger = logging.getLogger("dataset")
@@ -222,9 +228,6 @@ def main(argv: list[str] | None = None) -> int:
         only = args.only.split("||") if args.only else None
         samples = None if args.all else args.samples
         findings, absent = inspect_all(root, samples, only, args.follow_links)
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     finally:
         logger.setLevel(level)
     print(report(findings, absent))

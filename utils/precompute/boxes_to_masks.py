@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing
@@ -27,6 +26,7 @@ from pycocotools import mask as rle_codec
 from segment_anything import SamPredictor
 from tqdm import tqdm
 
+from dataset import command
 from dataset.files.errors import DataError
 from dataset.files.images import claimed_size, read_claimed
 from dataset.files.paths import require_folder, resolve_inside
@@ -34,7 +34,7 @@ from dataset.files.text import read_json
 from dataset.files.write import write_text
 from model.checkpoints.sam import load_sam
 from utils import distributed
-from utils.settings.arguments import OneLineParser, one_line
+from utils.settings.arguments import OneLineParser
 from utils.settings.flags import UsageError
 
 BOXES_AT_A_TIME = 32  # limits the memory, which the masks at full resolution dominate
@@ -178,6 +178,7 @@ def _masks_of(
     return masks
 
 
+@command.entry(stopped="stopped; the same command continues")
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(
         prog="python -m utils.boxes_to_masks",
@@ -191,11 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--images", type=Path, required=True, help=folder)
     add("--vision_pretrained", type=Path, required=True, help="SAM checkpoint (.pth) or folder")
     add("--out", type=Path, required=True, help="JSON to write")
-    try:
-        args = parser.parse_args(argv)
-        count = convert(args.annotations, args.images, args.vision_pretrained, args.out)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    count = convert(args.annotations, args.images, args.vision_pretrained, args.out)
     print(f"{args.out}: {count} new masks")
     return 0

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import reprlib
-import unicodedata
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from dataset.command import one_line
 from dataset.files.text import read_text
 from dataset.numbers import refuse_outside
 from utils.settings.flags import GROUPS, EvalArguments, UsageError
@@ -90,21 +90,6 @@ class Settings(Namespace):
                 f"{where}: holds a run with other settings: {changes}; choose another --exp_name or"
                 " the earlier settings"
             )
-
-
-def shown(text: str) -> str:
-    """``text`` as a terminal may show it, without control characters, which could steer it."""
-    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error, or its class name if it has none, as one printable line."""
-    text = str(error).strip()
-    # torch puts the whole trace of a data worker into the message, whose last line is like
-    # "dataset.files.errors.DataError: /data/a.jpg: not a readable image".
-    if "Original Traceback" in text:
-        text = text.splitlines()[-1].split(": ", 1)[-1]
-    return " ".join(shown(text).split()) or type(error).__name__
 
 
 class OneLineParser(ArgumentParser):
@@ -195,7 +180,7 @@ def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
     try:
         values = yaml.load(read_text(path), _FlatLoader) or {}  # noqa: S506 (a safe loader)
     except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{path}: not valid YAML: {one_line(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {one_line(error)}") from error
     if not isinstance(values, dict):
