@@ -21,7 +21,6 @@ that holds the lock (lock.py) writes; readers take what is there.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import shutil
 import time
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataset.command import DISK_FULL
 from dataset.files.sealed import write_sealed
 from dataset.files.write import sync, write_text
 from model.checkpoints.weights import SINGLE, read_all, read_file
