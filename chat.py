@@ -161,7 +161,9 @@ class TerminalChat:
     def run_line(self, line: str) -> bool:
         """Runs a command or answers a question; False for /quit. Raises ValueError or OSError and
         then leaves the conversation as it was."""
+        line = line.lstrip("\ufeff")  # what Windows writes at the start of a text file
         command, rest = [*line.split(maxsplit=1), "", ""][:2]
+        command = command.lower() if command.lower() in (*self.commands, "/quit") else command
         if command in ("/quit", "/exit") or line.strip().lower() in ("quit", "exit"):
             return False
         if command in self.commands:

@@ -33,7 +33,7 @@ from dataset.conversation.wordings import SENTENCE_QUESTIONS
 from dataset.drawing import QueryCard, card_sheet
 from dataset.files.errors import MissingDataError
 from dataset.files.faults import BadItem, Faults, write_skip_list
-from dataset.files.paths import require_folder
+from dataset.files.paths import require_folder, typed_folder
 from dataset.registry import DatasetEntry, entries
 from dataset.sample import LoaderOptions, Sample
 
@@ -195,7 +195,10 @@ def build_parser() -> argparse.ArgumentParser:
     description = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m dataset.check", description=description)
     parser.add_argument(
-        "--dataset_dir", required=True, type=Path, help="root of all data sets, as for train_ds.py"
+        "--dataset_dir",
+        required=True,
+        type=typed_folder,
+        help="root of all data sets, as for train_ds.py",
     )
     parser.add_argument("--out", type=Path, help="folder for one contact sheet per data set")
     parser.add_argument(

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from dataset.command import one_line
+from dataset.files.paths import typed_folder
 from dataset.files.text import read_text
 from dataset.numbers import refuse_outside
 from utils.settings.flags import GROUPS, EvalArguments, UsageError
@@ -96,6 +97,8 @@ class OneLineParser(ArgumentParser):
     """Mistakes are a UsageError, not a page of usage."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:") and message.endswith((": ", "  ")):
+            message = "an argument is empty or blank, as after a backslash that ends no line"
         raise UsageError(f"{message}; --help lists the flags")
 
 
@@ -147,7 +150,11 @@ class _FlatLoader(yaml.SafeLoader):
                 None, None, "references (*name) are not read; write the value", mark
             )
         if parent is not None and isinstance(event, yaml.CollectionStartEvent):
-            raise yaml.MarkedYAMLError(None, None, "a list or a table cannot be a value", mark)
+            key = getattr(index, "value", "")
+            key = key if key in FIELDS else f"unknown key {key}"
+            raise yaml.MarkedYAMLError(
+                None, None, f"{key}: a list or a table cannot be a value", mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
@@ -260,6 +267,9 @@ def settings_of(values: dict[str, Any], facts: dict[str, Any] | None = None) -> 
     """Settings with the defaults for whatever ``values`` leaves out; ``facts`` are values of FACTS.
     Raises UsageError for contradictions."""
     values = {name: f.default for name, f in FIELDS.items()} | values
+    for name, value in values.items():
+        if isinstance(value, str) and value[:1] in ("~", "$"):
+            values[name] = str(typed_folder(value))
     if values["method"] in ("lisa", "llm_seg"):
         values = values | {
             "levels": "SEG",
@@ -281,8 +291,11 @@ def _check(s: Settings) -> None:
                 refuse_outside(value, f.metadata["minimum"], f.metadata["maximum"])
             except ValueError as error:
                 raise UsageError(f"--{name} {error}") from None
-    if not s.exp_name.strip() or Path(s.exp_name) == Path():
-        raise UsageError("--exp_name is empty; give the run a name")
+        # An empty text means "unset" where that is the default, and elsewhere a lost $VARIABLE.
+        if f.type == "str" and f.default and not value.strip():
+            raise UsageError(f"--{name} is empty; give a value or leave the flag out")
+    if Path(s.exp_name) == Path():
+        raise UsageError(f"--exp_name is {s.exp_name!r}; give the run a name")
     if not s.level_list or s.level_list[-1] != "SEG" or len(set(s.level_list)) != len(s.level_list):
         raise UsageError(
             f"--levels {s.levels!r}: give different names that end with SEG, such as LOC,SEG"
