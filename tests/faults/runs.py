@@ -279,7 +279,7 @@ def two_runs(tmp_path: Path) -> None:
         before[run / lock.NAME] = (run / lock.NAME).stat().st_mtime_ns
         assert_refused(train(run), run, f"process {os.getpid()}", "--exp_name")
         assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
-    with lock.owned(tmp_path / "new"):
+    with lock.owned(tmp_path / "new" / "name"):
         pass
     assert not (tmp_path / "new").exists()
 

@@ -30,8 +30,8 @@ _held: set[int] = set()
 def owned(run: Path) -> Iterator[None]:
     """While it is entered, the run folder, made if need be, is this program's. Every rank calls it.
 
-    Raises UsageError on all ranks if another training has it, or if it cannot be written. A folder
-    that was made for nothing goes again.
+    Raises UsageError on all ranks if another training has it, or if it cannot be written. What
+    was made for nothing goes again.
     """
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     found, descriptor = [], None
@@ -50,7 +50,7 @@ def owned(run: Path) -> Iterator[None]:
             if made and [path.name for path in run.iterdir()] == [NAME]:
                 with contextlib.suppress(OSError):
                     (run / NAME).unlink()
-                    for folder in made:
+                    for folder in made:  # The first one that others use ends this.
                         folder.rmdir()
             _held.discard(descriptor)
             os.close(descriptor)
