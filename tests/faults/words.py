@@ -10,10 +10,12 @@ from unittest import mock
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as rle_codec
 
 import chat
 import train_ds
 from dataset import check
+from dataset.files.rle import encode_rle
 from dataset.mixture import EvalDataset
 from tests.faults.case import case
 from tests.scripted import scripted_model
@@ -173,3 +175,95 @@ def queries_in_other_scripts(tmp_path: Path) -> None:
     argv = ["--dataset_dir", str(tmp_path), "--all"]
     code, shown = said(check.main, *argv, "--out", str(tmp_path / "sheets"))
     assert code == 0 and list((tmp_path / "sheets").glob("*.png")), shown
+
+
+def boxes_of_coco(folder: Path) -> dict[tuple[int, int], np.ndarray]:
+    """The data set coco|val2017 in ``folder``, as COCO numbers and names it. (image, category) ->
+    mask, bool (H, W)."""
+    root, size = folder / "coco", (24, 32)
+    (root / "annotations").mkdir(parents=True)
+    (root / "val2017").mkdir()
+    corners = {(139, 1): (2, 3, 12, 20), (139, 6): (15, 4, 30, 22), (285, 1): (5, 5, 20, 20)}
+    images, annotations, masks = {}, [], {}
+    for number, ((image, category), (x0, y0, x1, y1)) in enumerate(corners.items(), 1):
+        name = f"{image:012}.jpg"
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(root / "val2017" / name)
+        images[image] = {"id": image, "file_name": name, "height": size[0], "width": size[1]}
+        outline = [x0, y0, x1, y0, x1, y1, x0, y1]
+        annotations.append({"id": number, "image_id": image, "category_id": category})
+        annotations[-1] |= {"segmentation": [outline], "iscrowd": 0}
+        drawn = rle_codec.frPyObjects([outline], *size)
+        masks[image, category] = rle_codec.decode(drawn)[..., 0].astype(bool)
+    names = [{"id": 1, "name": "person"}, {"id": 6, "name": "bus"}]
+    content = {"images": [*images.values()], "annotations": annotations, "categories": names}
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    return masks
+
+
+def score_of(folder: Path, predictions: object, name: str = "p") -> tuple[int, str]:
+    """(exit code, what is said) of the command that scores a list, or a folder, of predictions on
+    the data set of ``folder``."""
+    path = predictions
+    if not isinstance(predictions, Path):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(predictions))
+    argv = ["score", "--predictions", str(path), "--dataset_dir", str(folder), "--gallery", "0"]
+    argv += ["--examples", "0", "--val_dataset", "coco|val2017", "--out", str(folder / "out")]
+    return said(evaluation.main, *argv)
+
+
+def free_score(shown: str) -> str:
+    return next(line.split()[1] for line in shown.splitlines() if line.startswith("free"))
+
+
+@case(
+    "COCO's results list: image_id 139 for 000000000139.jpg, several categories of an image,"
+    " counts as str(bytes), polygons; PNGs with three equal channels",
+    "right",
+    "each entry answers the question about its category",
+)
+def results_of_other_systems(tmp_path: Path) -> None:
+    masks, entries = boxes_of_coco(tmp_path), []
+    folder = tmp_path / "pngs"
+    folder.mkdir()
+    for (image, category), mask in reversed(masks.items()):
+        runs = encode_rle(mask)
+        runs["counts"] = str(runs["counts"].encode())
+        entries.append({"image_id": image, "category_id": category, "segmentation": runs})
+        suffix = ".1" if category == 6 else ""
+        grey = np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
+        Image.fromarray(grey).save(folder / f"{image:012}{suffix}.png")
+    # "285" of a table that was read as floats, and polygons instead of run lengths.
+    outline = [[5, 5, 20, 5, 20, 20, 5, 20]]
+    entries[0] |= {"image_id": 285.0, "segmentation": outline, "score": 0.5}
+    for predictions in (entries, folder):
+        code, shown = score_of(tmp_path, predictions)
+        assert code == 0 and free_score(shown) == "100.0", shown
+        assert "without a prediction" not in shown and "no target" not in shown
+
+
+@case(
+    "predictions of half the size, two detections of one category, a category that the data do not"
+    " have, a.png beside a.0.png",
+    "refused",
+    "by file or entry, with what to do",
+)
+def results_that_may_mean_two_things(tmp_path: Path) -> None:
+    masks = boxes_of_coco(tmp_path)
+    whole, small = encode_rle(masks[139, 1]), encode_rle(masks[139, 1][::2, ::2])
+    entry = {"image_id": 139, "category_id": 1, "segmentation": whole}
+    for entries, words in (
+        ([entry | {"segmentation": small}], "12×16"),
+        ([entry, entry], "[1] is the second prediction for 139, category 1"),
+        ([entry | {"category_id": 0}], '"category_id" 0 is no category of coco|val2017'),
+        ([entry, {"image_id": "000000000139", "segmentation": whole}], "are both predictions"),
+        ({"annotations": [entry]}, "give its list of annotations"),
+    ):
+        code, shown = score_of(tmp_path, entries)
+        assert code == 2 and len(shown.splitlines()) == 1 and words in shown, shown
+    folder = tmp_path / "pngs"
+    folder.mkdir()
+    for name in ("000000000139.png", "000000000139.0.png"):
+        Image.fromarray(masks[139, 1]).save(folder / name)
+    code, shown = score_of(tmp_path, folder)
+    assert code == 2 and "are both predictions for 000000000139; keep one" in shown
