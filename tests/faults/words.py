@@ -20,6 +20,7 @@ from dataset.mixture import EvalDataset
 from tests.faults.case import case
 from tests.scripted import scripted_model
 from utils.evaluation import cli as evaluation
+from utils.precompute import boxes_to_masks
 
 
 def said(run, *argv: str) -> tuple[int, str]:
@@ -267,3 +268,62 @@ def results_that_may_mean_two_things(tmp_path: Path) -> None:
         Image.fromarray(masks[139, 1]).save(folder / name)
     code, shown = score_of(tmp_path, folder)
     assert code == 2 and "are both predictions for 000000000139; keep one" in shown
+
+
+def boxes_file(folder: Path, *boxes: tuple[object, list[float]], **fields: object) -> list[str]:
+    """The command that makes masks of ``boxes``, (image_id, bbox), of the photos cam1/0001.jpg and
+    cam2/0001.jpg. ``fields``: of both images, None for one that is not there."""
+    images = []
+    for number in (1, 2):
+        place = folder / "images" / f"cam{number}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((24, 32, 3), 90 * number, np.uint8)
+        Image.fromarray(pixels).save(place / "0001.png")
+        image = {"id": number, "file_name": f"cam{number}/0001.png", "height": 24, "width": 32}
+        images.append({k: v for k, v in (image | fields).items() if v is not None})
+    entries = [
+        {"id": n, "image_id": image, "category_id": 1, "bbox": box}
+        for n, (image, box) in enumerate(boxes, 1)
+    ]
+    content = {"images": images, "annotations": entries, "categories": [{"id": 1, "name": "car"}]}
+    (folder / "boxes.json").write_text(json.dumps(content))
+    argv = ["--annotations", str(folder / "boxes.json"), "--images", str(folder / "images")]
+    sam = Path(__file__).parents[2] / "assets" / "tiny" / "sam"
+    return [*argv, "--vision_pretrained", str(sam), "--out", str(folder / "new" / "masks.json")]
+
+
+@case(
+    "boxes of a detector whose photos lie in subfolders, one box of height 0",
+    "right",
+    "masks for all other boxes; that box is left out and named",
+)
+def boxes_in_subfolders(tmp_path: Path) -> None:
+    square = [4, 4, 12, 12]
+    argv = boxes_file(tmp_path, (1, square), (2, [4, 4, 12, 0]), (2.0, square))
+    code, shown = said(boxes_to_masks.main, *argv)
+    assert code == 0 and "2 new masks" in shown and "annotation 2 is left out" in shown, shown
+    after = json.loads((tmp_path / "new" / "masks.json").read_text())["annotations"]
+    assert [entry["id"] for entry in after] == [1, 3]
+    assert all(entry["segmentation"]["size"] == [24, 32] for entry in after)
+
+
+@case(
+    "boxes of a detector without file_name, without image_id, without any photo or area, or with"
+    " nothing left to do",
+    "refused",
+    "before the work, by the entry and the field",
+)
+def boxes_without_names(tmp_path: Path) -> None:
+    square = [4, 4, 12, 12]
+    for boxes, fields, words in (
+        ([(1, square)], {"file_name": None}, 'image 1 has no "file_name"'),
+        ([(None, square)], {}, 'annotation 1: "image_id" is None'),
+        ([(1, square)], {"file_name": "gone.jpg"}, "none of its 1 photos is there"),
+        ([(1, square), (2, square)], {"file_name": "cam1/0001.png"}, "are both"),
+        ([(1, [4, 4, 0, 12])], {}, "no box has an area"),
+        ([], {}, "nothing to do"),
+    ):
+        code, shown = said(boxes_to_masks.main, *boxes_file(tmp_path, *boxes, **fields))
+        errors = [line for line in shown.splitlines() if line.startswith("error:")]
+        assert code == 2 and len(errors) == 1 and words in errors[0], shown
+        assert not (tmp_path / "new" / "masks.json").exists()
