@@ -28,10 +28,23 @@ from html import escape
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import numpy as np
 from PIL import Image
 
-from chat import MISTAKES, add_model_flags, load_segmenter, remarks, require_positive
+from chat import (
+    LESS_MEMORY,
+    MISTAKES,
+    add_model_flags,
+    load_segmenter,
+    remarks,
+    require_positive,
+)
+from dataset.command import one_line
 from dataset.drawing import fit, level_colour, overlay
 from dataset.files.errors import DataError
 from dataset.files.images import read_image
@@ -45,7 +58,7 @@ from utils.serving.folder import ServedFolder
 from utils.serving.guard import Guard
 from utils.serving.line import Line, Visitor
 from utils.serving.visitors import FORGET_AFTER, MOST_ANSWERS, VisitorChat, Visitors
-from utils.settings.arguments import OneLineParser, one_line
+from utils.settings.arguments import OneLineParser
 from utils.settings.flags import UsageError
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -798,16 +811,13 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@command.entry(memory=LESS_MEMORY)
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for a mistake in flags or files."""
     distributed.prepare_environment()
-    try:
-        args = read_page_arguments(argv)
-        with ended_by_signals(), ServedFolder(args.max_disk_mb * 2**20) as folder:
-            serve(args, folder)
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+    args = read_page_arguments(argv)
+    with ended_by_signals(), ServedFolder(args.max_disk_mb * 2**20) as folder:
+        serve(args, folder)
     return 0
 
 

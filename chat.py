@@ -25,9 +25,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import torch
 from transformers.utils import logging as transformers_logging
 
+from dataset.command import one_line, shown
 from dataset.conversation.templates import TEMPLATES
 from dataset.files.write import write_text
 from model.checkpoints.precision import DTYPES, choose_attention, quantization
@@ -36,7 +42,7 @@ from model.inference.inputs import load_image
 from model.inference.results import Result
 from model.inference.segmenter import ReasoningSegmenter, Session
 from utils import distributed
-from utils.settings.arguments import OneLineParser, one_line, shown
+from utils.settings.arguments import OneLineParser
 from utils.settings.flags import UsageError
 from utils.settings.typed_path import names_a_path, refuse_no_file, typed_path
 
@@ -46,6 +52,7 @@ with contextlib.suppress(ImportError):
 
 # Reported in one line; anything else is a defect of the program and shows its trace.
 MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
+LESS_MEMORY = "use --load_in_4bit or --load_in_8bit, or a smaller model"
 HELP = """Type a question about the picture, or the path of another picture.
   /image PATH   another picture and a new conversation
   /undo         take the last question and its answer back
@@ -154,7 +161,9 @@ class TerminalChat:
     def run_line(self, line: str) -> bool:
         """Runs a command or answers a question; False for /quit. Raises ValueError or OSError and
         then leaves the conversation as it was."""
+        line = line.lstrip("\ufeff")  # what Windows writes at the start of a text file
         command, rest = [*line.split(maxsplit=1), "", ""][:2]
+        command = command.lower() if command.lower() in (*self.commands, "/quit") else command
         if command in ("/quit", "/exit") or line.strip().lower() in ("quit", "exit"):
             return False
         if command in self.commands:
@@ -316,29 +325,24 @@ def _step(chat: TerminalChat, line: str | None) -> bool:
         return True
 
 
+@command.entry(ends_with_reader=True, memory=LESS_MEMORY)
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; see the top of this file."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    try:
-        args = read_chat_arguments(argv)
-        if args.prompt is not None:  # A mistake is reported before the model is loaded.
-            _prepare_folder(args.vis_save_path)
-            refuse_no_file(args.image)
-            load_image(args.image)
-        transformers_logging.disable_progress_bar()
-        chat = TerminalChat(load_segmenter(args), args.vis_save_path)
-        if args.prompt is None:
-            converse(chat, args.image)
-            return 0
-        chat.session = chat.segmenter.open(args.image)
-        result, report = chat.ask(args.prompt, stream=not args.json)
-    except MISTAKES as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    args = read_chat_arguments(argv)
+    if args.prompt is not None:  # A mistake is reported before the model is loaded.
+        _prepare_folder(args.vis_save_path)
+        refuse_no_file(args.image)
+        load_image(args.image)
+    transformers_logging.disable_progress_bar()
+    chat = TerminalChat(load_segmenter(args), args.vis_save_path)
+    if args.prompt is None:
+        converse(chat, args.image)
+        return 0
+    chat.session = chat.segmenter.open(args.image)
+    result, report = chat.ask(args.prompt, stream=not args.json)
     if args.json:
         print(json.dumps(report))
     else:

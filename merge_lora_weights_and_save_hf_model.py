@@ -24,6 +24,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 from utils import distributed
 
 distributed.prepare_environment()  # It must come before any import of deepspeed.
@@ -42,7 +47,6 @@ from utils.settings.arguments import (  # noqa: E402
     FREE_ON_RESUME,
     OneLineParser,
     Settings,
-    one_line,
     parse_over,
     read_resumed,
 )
@@ -225,22 +229,19 @@ def save(
     partial.rename(folder)
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for a mistake in flags or files."""
-    try:
-        args, rest = read_arguments(argv)
-        folder = Path(args.save_path)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UsageError(
-                f"{folder}: exists and is not empty; give another --save_path or delete it"
-            )
-        model, processor = load(args, rest)
-        if has_lora(model):
-            merge_lora(model)
-        save(model, processor, folder, args.layout)
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+    args, rest = read_arguments(argv)
+    folder = Path(args.save_path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(
+            f"{folder}: exists and is not empty; give another --save_path or delete it"
+        )
+    model, processor = load(args, rest)
+    if has_lora(model):
+        merge_lora(model)
+    save(model, processor, folder, args.layout)
     print(f"{folder}: saved; try `python chat.py --version {folder}`")
     return 0
 

@@ -10,13 +10,16 @@ metrics.json, report.html, examples.png.
 
 from __future__ import annotations
 
-import errno
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
 
 import numpy as np
 import torch
@@ -25,25 +28,16 @@ from utils import distributed
 
 distributed.prepare_environment()  # This comes before anything that imports deepspeed.
 
-from dataset.files.faults import read_skip_list  # noqa: E402
+from dataset.files.faults import SKIPPED, read_skip_list  # noqa: E402
 from utils import build, identity  # noqa: E402
 from utils.evaluation.cli import final_evaluation, modes_of  # noqa: E402
 from utils.evaluation.runner import evaluate, refuse_too_long  # noqa: E402
-from utils.settings.arguments import (  # noqa: E402
-    Settings,
-    one_line,
-    parse,
-    read_resumed,
-    settings_of,
-)
+from utils.settings.arguments import Settings, parse, read_resumed, settings_of  # noqa: E402
 from utils.settings.flags import UsageError  # noqa: E402
 from utils.training import checkpoint, lock, reshard  # noqa: E402
-from utils.training.failures import Interrupted, NonFiniteLoss, ProcessLost  # noqa: E402
+from utils.training.failures import LESS_MEMORY  # noqa: E402
 from utils.training.trainer import Trainer  # noqa: E402
 from utils.training.verify import read_progress  # noqa: E402
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-CLEAR_ERRORS = (UsageError, ValueError, FileNotFoundError, OSError)
 
 
 def seed_everything(seed: int) -> None:
@@ -79,6 +73,12 @@ def check_ranks(s: Settings) -> None:
                 "--zero_stage 3 on several ranks cannot train on --dataset vqa, which has no"
                 " targets; use --zero_stage 2"
             )
+    runs = sorted(set(distributed.gather_lists([s.exp_name])))
+    if len(runs) > 1:
+        raise UsageError(
+            f"ranks of different runs have met, {' and '.join(runs)}: give each run a --master_port"
+            " of its own"
+        )
     if s.global_batch_size:
         if s.global_batch_size % (s.batch_size * world):
             raise UsageError(
@@ -101,6 +101,11 @@ def train_here(s: Settings, started: float) -> None:
     resume_from = find_resume(s)
     if resume_from:
         refuse_other_run(s, resume_from)
+    if not resume_from or not resume_from.resolve().is_relative_to(s.run_dir.resolve()):
+        # What another run of this name has left out says nothing about this one.
+        if distributed.is_main():
+            (s.run_dir / SKIPPED).unlink(missing_ok=True)
+        distributed.barrier()
     # The data come first, as a wrong path should be known before a model is loaded.
     source = build.open_version(s)
     prompt = build.prompt_format(s, source)
@@ -134,7 +139,7 @@ def train_here(s: Settings, started: float) -> None:
     if distributed.is_main():
         checkpoint.save_settings(s.run_dir, s)
     trainer.train()
-    skipped = s.run_dir / "skipped.jsonl"
+    skipped = s.run_dir / SKIPPED
     if skipped.is_file():
         print_once(f"{len(read_skip_list(skipped))} bad items were left out; {skipped} names them")
     if val is not None:
@@ -179,37 +184,18 @@ def evaluate_only(s: Settings, started: float) -> None:
     final_evaluation(model, processor, build.build_eval(s, processor), s, started)
 
 
+@command.entry(stopped="stopped; the same command continues", memory=LESS_MEMORY)
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0; 2 for a mistake in flags or files; 3 after a non-finite loss; 4 when a data
-    worker or another rank died; 130 when asked to stop."""
+    worker or another rank died; 5 when memory ran out; 130 when asked to stop."""
     started = time.time()
-    try:
+    with distributed.joined():
         settings = parse(argv)
-        distributed.start()
         check_ranks(settings)
         seed_everything(settings.seed)
         (evaluate_only if settings.eval_only else train)(settings, started)
-    except Interrupted as stop:
-        print_once(stop)
-        return 130
-    except NonFiniteLoss as error:  # All ranks have the same message.
-        if distributed.is_main():
-            print(f"error: {error}", file=sys.stderr)
-        return 3
-    except ProcessLost as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 4
-    except CLEAR_ERRORS as error:
-        hint = ""
-        if getattr(error, "errno", None) in DISK_FULL:  # Such errors seldom name their file.
-            hint = f" (in {settings.run_dir}); free space, and the same command continues"
-        print(f"error: {one_line(error)}{hint}", file=sys.stderr)
-        return 2
     return 0
 
 
 if __name__ == "__main__":
-    code = main()
-    if code == 0:
-        distributed.stop()
-    sys.exit(code)
+    distributed.leave(main())

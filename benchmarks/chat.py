@@ -32,6 +32,11 @@ from functools import partial
 from itertools import cycle
 from typing import Any
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -323,6 +328,7 @@ def time_both(
     return {**facts, "ratio": ratio, "median_seconds": medians, "seconds": taken}
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> int:
     parser = benchmark_parser(__doc__)
     add = parser.add_argument

@@ -20,7 +20,13 @@ better                  the better of CoReS's mask and LLM-Seg's choice, by its 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
+
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
 
 import numpy as np
 import torch
@@ -180,6 +186,7 @@ def summary(scores: dict[str, list[tuple[int, int]]]) -> dict[str, dict[str, flo
     return out
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__)
     cores = "runs of CoReS, one after the other, with --llm_seg"
@@ -202,4 +209,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,6 +20,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import numpy as np
 
 from benchmarks.shared import benchmark_parser, in_a_process, machine, memory_mb, write_json
@@ -156,6 +161,7 @@ def measure_all(folder: Path, megabytes: int) -> dict:
     return results
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> int:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--megabytes", type=int, default=650, help="size of the generated file")

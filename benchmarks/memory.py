@@ -38,6 +38,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -379,6 +384,7 @@ def put_between_marks(file: Path, name: str, table: str) -> None:
     file.write_text(f"{before}{mark}\n{table}\n{end}{after}", encoding="utf-8")
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> int:
     layout = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=layout)

@@ -20,9 +20,15 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
 
 import cv2
 import numpy as np
@@ -200,7 +206,8 @@ def selection(repeats: int) -> dict:
 def store(images: int, folder: Path) -> dict:
     rng = np.random.default_rng(0)
     ious = rng.random(200).round(4).tolist()
-    found = Found(SIZE, encode_counts(ellipses(200, rng)), list(range(200, 0, -1)), ious)
+    masks = ellipses(200, rng)
+    found = Found(SIZE, encode_counts(masks), masks.sum((1, 2)).tolist(), ious)
     pixels = rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 
     def image_of(number: int) -> np.ndarray:
@@ -235,6 +242,7 @@ def store(images: int, folder: Path) -> dict:
     }
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("part", choices=["loader", "llm_seg"])
@@ -261,4 +269,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,6 +24,11 @@ from functools import reduce
 from operator import getitem
 from pathlib import Path
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import numpy as np
 
 from benchmarks.shared import ROOT, benchmark_parser, write_json
@@ -43,7 +48,7 @@ CONFIGS = {  # configs of the methods that --config does not fit
 }
 
 
-def command(method: str, seed: int, args: argparse.Namespace) -> list[str]:
+def training_command(method: str, seed: int, args: argparse.Namespace) -> list[str]:
     flags = {
         "config": CONFIGS.get(method, args.config),
         "method": method,
@@ -67,7 +72,11 @@ def train_and_evaluate(method: str, seed: int, args: argparse.Namespace) -> dict
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
         with log.open("w") as stream:
             code = subprocess.run(
-                command(method, seed, args), cwd=ROOT, env=env, stdout=stream, stderr=stream
+                training_command(method, seed, args),
+                cwd=ROOT,
+                env=env,
+                stdout=stream,
+                stderr=stream,
             ).returncode
         if code:
             raise RuntimeError(
@@ -129,6 +138,7 @@ def differences(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__)
     parser.set_defaults(json=RESULTS)
@@ -160,4 +170,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,12 +22,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
 
 import torch
 from torch import Tensor
@@ -430,7 +436,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str] | None = None) -> dict:
+def measure(argv: list[str] | None = None) -> dict:
     args = parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.memory_of:
@@ -457,5 +463,11 @@ def main(argv: list[str] | None = None) -> dict:
     return result
 
 
+@command.entry()
+def main(argv: list[str] | None = None) -> int:
+    measure(argv)
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,6 +19,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import numpy as np
 from tqdm import tqdm
 
@@ -28,7 +33,8 @@ from dataset.conversation.wordings import SENTENCE_QUESTIONS
 from dataset.drawing import QueryCard, card_sheet
 from dataset.files.errors import MissingDataError
 from dataset.files.faults import BadItem, Faults, write_skip_list
-from dataset.files.paths import require_folder
+from dataset.files.paths import require_folder, typed_folder
+from dataset.files.write import prepare_output
 from dataset.registry import DatasetEntry, entries
 from dataset.sample import LoaderOptions, Sample
 
@@ -190,7 +196,10 @@ def build_parser() -> argparse.ArgumentParser:
     description = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m dataset.check", description=description)
     parser.add_argument(
-        "--dataset_dir", required=True, type=Path, help="root of all data sets, as for train_ds.py"
+        "--dataset_dir",
+        required=True,
+        type=typed_folder,
+        help="root of all data sets, as for train_ds.py",
     )
     parser.add_argument("--out", type=Path, help="folder for one contact sheet per data set")
     parser.add_argument(
@@ -209,6 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)  # exits with 2 by itself
     logger = logging.getLogger("dataset")
@@ -221,13 +231,12 @@ def main(argv: list[str] | None = None) -> int:
         root = require_folder(args.dataset_dir, "the data")
         only = args.only.split("||") if args.only else None
         samples = None if args.all else args.samples
+        prepare_output("--out", args.out, is_folder=True)
+        prepare_output("--fix-list", args.fix_list)
         findings, absent = inspect_all(root, samples, only, args.follow_links)
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     finally:
         logger.setLevel(level)
-    print(report(findings, absent))
+    print("\n".join(map(command.shown, report(findings, absent).split("\n"))))
     bad = [item for finding in findings for item in finding.bad]
     broken = [finding for finding in findings if finding.error]
     print(

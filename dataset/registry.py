@@ -323,6 +323,10 @@ def open_evaluation(dataset_dir: str | Path, name: str, options: LoaderOptions) 
     its files."""
     root = Path(dataset_dir)
     dataset, _, split = name.partition("|")
+    if "||" in name:
+        raise ValueError(
+            f"--val_dataset {name!r}: one evaluation set at a time; run the command once for each"
+        )
     if not split:
         raise ValueError(
             f'--val_dataset {name!r} names no split; write it as "ReasonSeg|val", "coco|val2017" or'

@@ -44,6 +44,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -58,8 +65,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.conversation.wordings import (
     PHRASE_QUESTIONS,
@@ -710,6 +715,7 @@ def export(work: Path, out: Path) -> None:
     print(f"{out}: {total / 1e6:.1f} MB")
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -736,4 +742,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

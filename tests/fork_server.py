@@ -39,6 +39,7 @@ class ForkServer:
         env |= {
             name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         }
+        env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as command.guard has it for programs
         self.folder = folder
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.fork_server"],

@@ -12,6 +12,7 @@ from tests.dataset_toys import write_image, write_json
 SIZE = (10, 12)
 # 4 × 3 pixels as a polygon of COCO's, 5 × 4 as one of labelme's, whose outline belongs to it.
 RECTANGLE = [[2, 2], [6, 2], [6, 5], [2, 5]]
+FLAT_ROW = {"query": "the dog", "polygons": [[2, 2, 6, 2, 6, 5, 2, 5]]}
 
 
 def box(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:

@@ -2,6 +2,11 @@
 
 import sys
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 from utils.precompute.sam_cache import main
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def resolve_inside(root: str | Path, name: str, follow_links: bool = False) -> P
             " its links with --follow_links (a folder of a hub's cache is made of them)"
         )
     return path
+
+
+def typed_folder(text: str) -> Path:
+    """The path that a flag or a setting names, with the ~ and the $VARIABLES that a shell would
+    have replaced, had it seen them."""
+    return Path(os.path.expandvars(os.path.expanduser(text)))
 
 
 def require_folder(path: str | Path, what: str) -> Path:

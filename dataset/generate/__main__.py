@@ -8,6 +8,11 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import fields
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 from dataset.conversation.exemplars import ExemplarLibrary
 from dataset.files.errors import DataError
 from dataset.files.text import read_json
@@ -92,9 +97,11 @@ def run_rephrase(args: Namespace, run: GenerationRun) -> int:
     return run.finish(outcome, refused, summary, {"wordings": count})
 
 
+KEPT = "answers so far are kept, and the same command goes on"
 COMMANDS = {"questions": run_questions, "exemplars": run_exemplars, "rephrase": run_rephrase}
 
 
+@command.entry(stopped=f"interrupted; {KEPT}")
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done; 1 something got no answer, and the same command goes on; 2 a wrong flag or
     file; 130 interrupted."""
@@ -106,16 +113,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             print(estimate_table(run.estimates, run.prices))
         return code
-    except (ValueError, OSError) as error:  # OSError: of a missing file or a full disk, for example
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except (Abort, Stopped) as error:
-        kept = "answers so far are kept, and the same command goes on"
-        print(f"error: {error}; {kept}", file=sys.stderr)
+        print(f"error: {command.one_line(error)}; {KEPT}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; answers so far are kept, and the same command goes on", file=sys.stderr)
-        return 130
     finally:
         if run is not None:
             run.close()

@@ -202,6 +202,12 @@ class ReasoningSegmentation:
         used: set[Path] = set()
         read, found, faults = 0, False, self.options.faults
         paths = list_files(folder, (".json",), links)
+        for inner in list_folders(folder):
+            if count := len(list_files(inner, (".json",), links)):
+                faults.remark(
+                    self.dataset,
+                    f"{inner}: {count} JSONs in a folder of their own are not read; move them up",
+                )
         for path in paths:
             if faults.skips(self.dataset, path):
                 continue

@@ -35,6 +35,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from dataset import command
 from dataset.files.rle import encode_rle
 from dataset.synthetic.queries import PartQuery, make_query
 from dataset.synthetic.scenes import SIZE, SyntheticScene, make_scene
@@ -166,9 +167,10 @@ def write_synthreason(
     return out
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> None:
-    command, description = "python -m dataset.synthetic", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog=command, description=description)
+    name, description = "python -m dataset.synthetic", __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog=name, description=description)
     add = parser.add_argument
     add("--out", default="data/synthreason", help="folder to write, later given as --dataset_dir")
     add("--train", type=int, default=3000, help="training scenes")

@@ -48,7 +48,7 @@ def test_schedules_have_equal_losses_and_gradients(tmp_path, flags):
 
 def test_time_and_flops_are_measured_and_written(tmp_path, capsys):
     file = tmp_path / "out.json"
-    train_step.main(
+    train_step.measure(
         [
             "--size",
             "toy",
@@ -81,7 +81,7 @@ def test_time_and_flops_are_measured_and_written(tmp_path, capsys):
 
 @pytest.mark.slow  # a process for each schedule
 def test_memory_is_measured():
-    found = train_step.main(["--size", "toy", "--only", "memory"])
+    found = train_step.measure(["--size", "toy", "--only", "memory"])
     assert all(
         memory["peak_bytes"] > memory["weight_bytes"] > 0 for memory in found["memory"].values()
     )

@@ -20,6 +20,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import torch
 
 from tests.parity import model as parity_model
@@ -54,6 +59,7 @@ def _factor(text: str) -> float:
     return float(text)
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.parity", description=__doc__.splitlines()[0]

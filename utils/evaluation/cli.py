@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from dataset.files.errors import DataError
-from dataset.files.write import write_text
+from dataset import command
+from dataset.files.write import prepare_output, write_text
 from dataset.mixture import EvalDataset
 from utils import distributed
 from utils.evaluation.predictions import Predictions, score_predictions
@@ -32,7 +32,7 @@ from utils.evaluation.runner import MODES, evaluate
 from utils.evaluation.writer import write_reports
 from utils.report.compare import compare_targets, read_targets
 from utils.report.page import comparison_page
-from utils.settings.arguments import OneLineParser, Settings, one_line, parse, read_resumed
+from utils.settings.arguments import OneLineParser, Settings, parse, read_resumed
 from utils.settings.flags import UsageError
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -132,7 +132,6 @@ def run_command(argv: Sequence[str], started: float) -> None:
 
     s = run_settings(argv)
     build.refuse_half_on_cpu(s)
-    distributed.start()
     torch.manual_seed(s.seed)
     model, processor = build.build_model(s)
     final_evaluation(model, processor, build.build_eval(s, processor), s, started)
@@ -177,14 +176,7 @@ def score_command(argv: Sequence[str], started: float) -> None:
         texts=args.eval_texts,
         follow_links=args.follow_links,
     )
-    try:
-        # A folder that cannot be made is reported before the work rather than after it.
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--out {args.out}: results cannot be written there ({error.strerror}); give another"
-            " folder"
-        ) from None
+    prepare_output("--out", args.out, is_folder=True)
     report = score_predictions(
         predictions, data, args.eval_mode, args.examples, args.gallery, args.seed
     )
@@ -197,7 +189,7 @@ def score_command(argv: Sequence[str], started: float) -> None:
     ):
         if names:
             more = f" and {len(names) - 10} more, see metrics.json" if len(names) > 10 else ""
-            print(f"{len(names)} {what}: {', '.join(names[:10])}{more}")
+            print(command.shown(f"{len(names)} {what}: {', '.join(names[:10])}{more}"))
 
 
 def compare_command(argv: Sequence[str]) -> None:
@@ -212,6 +204,7 @@ def compare_command(argv: Sequence[str]) -> None:
     args = parser.parse_args(list(argv))
     if args.top < 0 or args.seed < 0:
         raise UsageError("--top and --seed must not be negative")
+    prepare_output("--html", args.html)
     found = compare_targets(read_targets(args.a), read_targets(args.b), args.top, args.seed)
     print(found.table())
     if args.html:
@@ -219,17 +212,15 @@ def compare_command(argv: Sequence[str]) -> None:
         print(f"written to {args.html}")
 
 
+@command.entry(memory="lower --val_batch_size, or use --load_in_4bit")
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for a mistake in flags or files."""
     started, argv = time.time(), sys.argv[1:] if argv is None else argv
-    try:
-        if argv[:1] == ["compare"]:
-            compare_command(argv[1:])
-        elif argv[:1] == ["score"]:
-            score_command(argv[1:], started)
-        else:
+    if argv[:1] == ["compare"]:
+        compare_command(argv[1:])
+    elif argv[:1] == ["score"]:
+        score_command(argv[1:], started)
+    else:
+        with distributed.joined():
             run_command(argv, started)
-    except (UsageError, DataError, ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
     return 0

@@ -29,6 +29,7 @@ from pycocotools import mask as rle_codec
 from segment_anything import SamPredictor
 from tqdm import tqdm
 
+from dataset import command
 from dataset.files.errors import DataError, MissingDataError
 from dataset.files.images import claimed_size, read_claimed
 from dataset.files.index import as_id
@@ -36,10 +37,10 @@ from dataset.files.lookup import Lookup, photo_name
 from dataset.files.paths import require_folder
 from dataset.files.rle import encode_rle
 from dataset.files.text import read_json
-from dataset.files.write import write_text
+from dataset.files.write import prepare_output, write_text
 from model.checkpoints.sam import load_sam
 from utils import distributed
-from utils.settings.arguments import OneLineParser, one_line, shown
+from utils.settings.arguments import OneLineParser
 from utils.settings.flags import UsageError
 
 BOXES_AT_A_TIME = 32  # limits the memory, which the masks at full resolution dominate
@@ -228,6 +229,7 @@ def _photos(
     return sorted(found.items(), key=itemgetter(0)), remarks
 
 
+@command.entry(stopped="stopped; the same command continues")
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(
         prog="python -m utils.boxes_to_masks",
@@ -241,13 +243,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--images", type=Path, required=True, help=folder)
     add("--vision_pretrained", type=Path, required=True, help="SAM checkpoint (.pth) or folder")
     add("--out", type=Path, required=True, help="JSON to write")
-    try:
-        args = parser.parse_args(argv)
-        count, remarks = convert(args.annotations, args.images, args.vision_pretrained, args.out)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    prepare_output("--out", args.out)
+    count, remarks = convert(args.annotations, args.images, args.vision_pretrained, args.out)
     for remark in remarks:
-        print(f"warning: {shown(remark)}", file=sys.stderr)
+        print(f"warning: {command.shown(remark)}", file=sys.stderr)
     print(f"{args.out}: {count} new masks")
     return 0

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import Queue
 
 import numpy as np
@@ -30,6 +28,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from dataset import command
 from dataset.proposals import Found, ProposalSource, ProposalStore
 from model.checkpoints.sam import load_sam
 from model.config import ProposalConfig
@@ -38,7 +37,7 @@ from model.selecting.proposals import make_generator, proposals_fingerprint
 from utils import build, distributed
 from utils.evaluation.oracle import score_oracles
 from utils.report.tables import format_table
-from utils.settings.arguments import OneLineParser, Settings, one_line, parse
+from utils.settings.arguments import OneLineParser, Settings, parse
 from utils.settings.flags import SELECTING, UsageError
 from utils.training.loader import samples_per_epoch
 
@@ -168,37 +167,26 @@ def compute_all(s: Settings, ranks: int, jobs: int, total: int) -> Iterator[str]
         pool.shutdown(cancel_futures=True)
 
 
+@command.entry(
+    stopped="stopped; the same command goes on from here",
+    memory="lower --jobs, each of which holds a SAM",
+)
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 with one line for a mistake in flags or files; 4 when a process was killed;
     130 when interrupted."""
-    try:
-        own, s = read_arguments(argv)
-        images = RunImages(s, own.ranks)  # reports a wrong path once, before any process starts
-        counts = {"computed": 0, "there": 0, "not needed": 0}
-        with tqdm(total=len(images), unit="image") as bar:
-            for result in compute_all(s, own.ranks, own.jobs, len(images)):
-                counts[result] += 1
-                bar.update()
-                bar.set_postfix(counts, refresh=False)
-        source = load_source(s)
-        assert source.store is not None, "load_source sets it"
-        shown = ", ".join(f"{count} {what}" for what, count in counts.items())
-        print(f"{source.store.folder}: {shown}")
-        if images.val is not None:
-            print(f"{s.val_dataset}, the best that a selection can reach, percent [95 % interval]")
-            print(format_table(score_oracles(images.val, source, s.seed)))
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        print(
-            f"error: one of the {own.jobs} processes was killed, as the system does when memory"
-            " runs out; what was computed is kept, and the same command, with fewer --jobs say,"
-            " goes on from here",
-            file=sys.stderr,
-        )
-        return 4
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    own, s = read_arguments(argv)
+    images = RunImages(s, own.ranks)  # reports a wrong path once, before any process starts
+    counts = {"computed": 0, "there": 0, "not needed": 0}
+    with tqdm(total=len(images), unit="image") as bar:
+        for result in compute_all(s, own.ranks, own.jobs, len(images)):
+            counts[result] += 1
+            bar.update()
+            bar.set_postfix(counts, refresh=False)
+    source = load_source(s)
+    assert source.store is not None, "load_source sets it"
+    shown = ", ".join(f"{count} {what}" for what, count in counts.items())
+    print(f"{source.store.folder}: {shown}")
+    if images.val is not None:
+        print(f"{s.val_dataset}, the best that a selection can reach, percent [95 % interval]")
+        print(format_table(score_oracles(images.val, source, s.seed)))
     return 0

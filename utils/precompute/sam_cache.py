@@ -9,8 +9,6 @@ The same command continues where it was stopped.
 from __future__ import annotations
 
 import logging
-import os
-import sys
 
 import numpy as np
 import torch
@@ -19,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from dataset import command
 from dataset.files.errors import DataError
 from model.segmenting.embedding_cache import GIGABYTE, SamCache
 from model.segmenting.frames import preprocess
 from utils import build, distributed
-from utils.settings.arguments import one_line, parse
+from utils.settings.arguments import parse
 from utils.settings.flags import UsageError
 
 logger = logging.getLogger(__name__)
@@ -83,31 +82,25 @@ def fill(
     return counts
 
 
+@command.entry(stopped="stopped; the same command continues")
 def main(argv: list[str] | None = None) -> int:
     """Fills a cache with the images that the flags of train_ds.py name. Exit code 0; 2 for a
     mistake; 130 when stopped."""
-    distributed.prepare_environment()
-    try:
-        s = parse(argv)
-        if not s.sam_cache:
-            raise UsageError("--sam_cache: name the folder to fill")
-        source = build.open_version(s)
-        prompt = build.prompt_format(s, source)
-        families = build.build_mixture(s, prompt).families
-        loaders = [loader for family in families for loader in family]
-        if not s.no_eval:
-            loaders.append(build.build_eval(s, prompt).loader)
-        sam, image_size = build.build_sam_only(s, source)
-        cache = build.open_sam_cache(s, sam, image_size)
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        images = LoaderImages(loaders, cache, image_size, s.on_bad_sample == "skip")
-        counts = fill(sam, cache, images, slice(rank, None, world), s.workers, progress=rank == 0)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+    here = distributed.place()  # Ranks share the work, but need not meet.
+    s = parse(argv)
+    if not s.sam_cache:
+        raise UsageError("--sam_cache: name the folder to fill")
+    source = build.open_version(s)
+    prompt = build.prompt_format(s, source)
+    families = build.build_mixture(s, prompt).families
+    loaders = [loader for family in families for loader in family]
+    if not s.no_eval:
+        loaders.append(build.build_eval(s, prompt).loader)
+    sam, image_size = build.build_sam_only(s, source)
+    cache = build.open_sam_cache(s, sam, image_size)
+    images = LoaderImages(loaders, cache, image_size, s.on_bad_sample == "skip")
+    share = slice(here.rank, None, here.world)
+    counts = fill(sam, cache, images, share, s.workers, progress=here.rank == 0)
     shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
     full = "; full, the rest is computed as it is needed" if cache.closed else ""
     size = f"{cache.used() / GIGABYTE:.2f} GB in {cache.root}"

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import reprlib
-import unicodedata
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from dataset.command import one_line
+from dataset.files.paths import typed_folder
 from dataset.files.text import read_text
 from dataset.numbers import refuse_outside
 from utils.settings.flags import GROUPS, EvalArguments, UsageError
@@ -92,25 +93,12 @@ class Settings(Namespace):
             )
 
 
-def shown(text: str) -> str:
-    """``text`` as a terminal may show it, without control characters, which could steer it."""
-    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error, or its class name if it has none, as one printable line."""
-    text = str(error).strip()
-    # torch puts the whole trace of a data worker into the message, whose last line is like
-    # "dataset.files.errors.DataError: /data/a.jpg: not a readable image".
-    if "Original Traceback" in text:
-        text = text.splitlines()[-1].split(": ", 1)[-1]
-    return " ".join(shown(text).split()) or type(error).__name__
-
-
 class OneLineParser(ArgumentParser):
     """Mistakes are a UsageError, not a page of usage."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:") and message.endswith((": ", "  ")):
+            message = "an argument is empty or blank, as after a backslash that ends no line"
         raise UsageError(f"{message}; --help lists the flags")
 
 
@@ -162,7 +150,11 @@ class _FlatLoader(yaml.SafeLoader):
                 None, None, "references (*name) are not read; write the value", mark
             )
         if parent is not None and isinstance(event, yaml.CollectionStartEvent):
-            raise yaml.MarkedYAMLError(None, None, "a list or a table cannot be a value", mark)
+            key = getattr(index, "value", "")
+            key = key if key in FIELDS else f"unknown key {key}"
+            raise yaml.MarkedYAMLError(
+                None, None, f"{key}: a list or a table cannot be a value", mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
@@ -195,7 +187,7 @@ def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
     try:
         values = yaml.load(read_text(path), _FlatLoader) or {}  # noqa: S506 (a safe loader)
     except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{path}: not valid YAML: {one_line(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {one_line(error)}") from error
     if not isinstance(values, dict):
@@ -275,6 +267,9 @@ def settings_of(values: dict[str, Any], facts: dict[str, Any] | None = None) -> 
     """Settings with the defaults for whatever ``values`` leaves out; ``facts`` are values of FACTS.
     Raises UsageError for contradictions."""
     values = {name: f.default for name, f in FIELDS.items()} | values
+    for name, value in values.items():
+        if isinstance(value, str) and value[:1] in ("~", "$"):
+            values[name] = str(typed_folder(value))
     if values["method"] in ("lisa", "llm_seg"):
         values = values | {
             "levels": "SEG",
@@ -296,8 +291,11 @@ def _check(s: Settings) -> None:
                 refuse_outside(value, f.metadata["minimum"], f.metadata["maximum"])
             except ValueError as error:
                 raise UsageError(f"--{name} {error}") from None
-    if not s.exp_name.strip() or Path(s.exp_name) == Path():
-        raise UsageError("--exp_name is empty; give the run a name")
+        # An empty text means "unset" where that is the default, and elsewhere a lost $VARIABLE.
+        if f.type == "str" and f.default and not value.strip():
+            raise UsageError(f"--{name} is empty; give a value or leave the flag out")
+    if Path(s.exp_name) == Path():
+        raise UsageError(f"--exp_name is {s.exp_name!r}; give the run a name")
     if not s.level_list or s.level_list[-1] != "SEG" or len(set(s.level_list)) != len(s.level_list):
         raise UsageError(
             f"--levels {s.levels!r}: give different names that end with SEG, such as LOC,SEG"

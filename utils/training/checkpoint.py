@@ -21,7 +21,6 @@ that holds the lock (lock.py) writes; readers take what is there.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import shutil
 import time
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataset.command import DISK_FULL
 from dataset.files.sealed import write_sealed
 from dataset.files.write import sync, write_text
 from model.checkpoints.weights import SINGLE, read_all, read_file
@@ -44,7 +44,6 @@ from utils.training.verify import FILES, PROGRESS, faults, read_progress
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def save_settings(run: Path, settings: Settings) -> None:
@@ -165,10 +164,16 @@ def copy(source: Path, target: Path) -> None:
 @contextlib.contextmanager
 def _one_line(partial: Path) -> Iterator[None]:
     """Turns errors of writing the folder ``partial`` into an OSError, one line, and removes what
-    was written of it, so that the disk is no fuller than before."""
+    was written of it, so that the disk is no fuller than before.
+
+    The main rank removes it, as the others write there, too; whatever fails for them because of
+    that is a ProcessLost that names the first fault."""
+    done = False
     try:
         yield
+        done = True
     except (OSError, RuntimeError) as error:
+        distributed.refuse_after_others(error)
         # torch.save reports a full disk as "[enforce fail at inline_container.cc:672] . unexpected
         # pos 128 vs 0".
         if isinstance(error, OSError):
@@ -178,15 +183,19 @@ def _one_line(partial: Path) -> Iterator[None]:
             reason, full = "the disk seems to be full", True
         else:
             raise
-        shutil.rmtree(partial, ignore_errors=True)
         there = next(folder for folder in partial.parents if folder.is_dir())
         if full:
             reason += f"; {shutil.disk_usage(there).free / 10**9:.2f} GB are free there"
         mend = "free space" if full else "see what else changes this folder"
-        raise OSError(
+        failed = OSError(
             f"{partial}: the checkpoint cannot be written ({reason}); {mend}, and the same command"
             " continues from the last complete one"
-        ) from error
+        )
+        distributed.tell(failed)
+        raise failed from error
+    finally:
+        if not done and distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def refuse_damaged(folder: Path, run: Path) -> None:

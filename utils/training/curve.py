@@ -10,7 +10,6 @@ reported are marked.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402
 
-from utils.settings.arguments import OneLineParser, one_line  # noqa: E402
+from dataset import command  # noqa: E402
+from dataset.files.write import prepare_output  # noqa: E402
+from utils.settings.arguments import OneLineParser  # noqa: E402
 from utils.settings.flags import UsageError  # noqa: E402
 from utils.training.log import read_log  # noqa: E402
 
@@ -79,7 +80,6 @@ def draw(logs: dict[str, Log], losses: Sequence[str], scores: Sequence[str], out
     _panel(axes[0, 0], logs, "train", losses, 1, "loss")
     if validated:
         _panel(axes[0, 1], logs, "val", scores, 100, "validation, percent")
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
     pyplot.close(figure)
 
@@ -116,6 +116,7 @@ def names_of(runs: Sequence[Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(run) for run in runs]
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for a mistake."""
     about = "Curves of runs, from their log.jsonl."
@@ -126,14 +127,11 @@ def main(argv: list[str] | None = None) -> int:
     commas = "joined by commas (default: %(default)s)"
     add("--loss", default="loss", help=f"values of the steps, {commas}")
     add("--score", default="giou", help=f"values of the validations, {commas}")
-    try:
-        args = parser.parse_args(argv)
-        logs = dict(zip(names_of(args.runs), map(read_run, args.runs), strict=True))
-        first = args.runs[0]
-        out = args.out or (first if first.is_dir() else first.parent) / "curve.png"
-        draw(logs, args.loss.split(","), args.score.split(","), out)
-    except (UsageError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    prepare_output("--out", args.out)
+    logs = dict(zip(names_of(args.runs), map(read_run, args.runs), strict=True))
+    first = args.runs[0]
+    out = args.out or (first if first.is_dir() else first.parent) / "curve.png"
+    draw(logs, args.loss.split(","), args.score.split(","), out)
     print(out)
     return 0

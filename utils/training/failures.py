@@ -6,46 +6,52 @@ go on.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+from dataset import command
 from dataset.collate import Batch
 from utils import distributed
+from utils.distributed import ProcessLost
 from utils.settings.arguments import Settings
 from utils.settings.flags import UsageError
 from utils.training import normalisation
 from utils.training.verify import read_progress
 
-# Words of errors that torch.distributed raises when another rank has died.
-RANK_GONE = (
-    "Connection closed by peer",
-    "Connection reset",
-    "Broken pipe",
-    "gloo",
-    "NCCL",
-    "Timed out waiting",
-    "Socket Timeout",
+LESS_MEMORY = (
+    "lower --batch_size (a higher --grad_accumulation_steps makes up for it) or --workers, or use"
+    " --load_in_4bit, --offload optimizer or --gradient_checkpointing"
 )
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; its state is saved."""
+    """The run was asked to stop; its state is saved. All ranks stop together, and one says so."""
+
+    exit_code = command.STOPPED
+
+    @property
+    def said(self) -> bool:
+        return not distributed.is_main()
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or a gradient is not a number; nothing was saved of that step."""
+    """The loss or a gradient is not a number; nothing was saved of that step. All ranks raise it
+    with the same words, and one says them."""
 
+    exit_code = 3
 
-class ProcessLost(RuntimeError):
-    """A data worker or another rank died; the last checkpoint is intact."""
+    @property
+    def said(self) -> bool:
+        return not distributed.is_main()
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP, while this context is entered, ask the run to stop. A SIGHUP that
-    is ignored, as under nohup, stays ignored.
+    """SIGTERM, SIGINT and SIGHUP (of a closed terminal; not where ``nohup`` has it ignored) ask the
+    run to stop, while this context is entered.
 
     The loop stops where its state is saved. While ``at_once`` is True a signal raises Interrupted
     wherever the run is.
@@ -55,10 +61,9 @@ class StopSignals:
         self.asked = self.at_once = False
 
     def __enter__(self) -> None:
-        asking = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            asking.append(signal.SIGHUP)
-        self.previous = {number: signal.signal(number, self._ask) for number in asking}
+        asked = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+        heard = [number for number in asked if signal.getsignal(number) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._ask) for number in heard}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
@@ -67,7 +72,8 @@ class StopSignals:
     def _ask(self, number: int, _: Any) -> None:
         if not self.asked and distributed.is_main():
             line = f"\n{signal.Signals(number).name}: stopping as soon as the state is saved\n"
-            os.write(2, line.encode())  # The signal may have interrupted a print.
+            with contextlib.suppress(OSError):  # The terminal may be gone.
+                os.write(2, line.encode())  # The signal may have interrupted a print.
         self.asked = True
         if self.at_once:
             raise Interrupted
@@ -132,8 +138,11 @@ def explained(error: Exception, s: Settings, step: int, last: Path) -> Exception
     if isinstance(error, Interrupted):
         return Interrupted(f"stopped at step {step}; the same command continues from {last}")
     where, text = f"step {step + 1}", " ".join(str(error).split())
-    if isinstance(error, NonFiniteLoss):
-        what = text
+    kind: type[Exception] = ProcessLost
+    if isinstance(error, (NonFiniteLoss, ProcessLost)):
+        kind, what = type(error), text
+    elif lack := command.out_of_memory(error):
+        kind, what = command.MemoryRanOut, f"{lack}; {LESS_MEMORY}"
     elif "DataLoader worker" in text and "Traceback" not in text:
         what = (
             f"{text}; the system kills the largest process when memory runs out: lower --workers"
@@ -144,9 +153,9 @@ def explained(error: Exception, s: Settings, step: int, last: Path) -> Exception
             f"{text}: a data worker hangs, on a disk that does not answer say; --workers 0 reads in"
             " the main process and shows where"
         )
-    elif distributed.world_size() > 1 and any(sign in text for sign in RANK_GONE):
-        where += f", rank {distributed.rank()}"
-        what = f"another rank is gone, see its own last words ({text[:200]})"
+    elif distributed.lost_rank(error):
+        words = distributed.last_words() or f"see its own last words ({text[:200]})"
+        what = f"another rank is gone, {words}"
     else:
         return error
     saved = read_progress(last)
@@ -157,5 +166,4 @@ def explained(error: Exception, s: Settings, step: int, last: Path) -> Exception
             f"the last checkpoint, of step {saved_step}, is in {last}, and the same command"
             " continues from it"
         )
-    kind = NonFiniteLoss if isinstance(error, NonFiniteLoss) else ProcessLost
     return kind(f"{where}: {what}; {way_on}")

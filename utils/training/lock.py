@@ -33,7 +33,8 @@ def owned(run: Path) -> Iterator[None]:
     Raises UsageError on all ranks if another training has it, or if it cannot be written. A folder
     that was made for nothing goes again.
     """
-    new, found, descriptor = not run.exists(), [], None
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    found, descriptor = [], None
     if distributed.is_main():
         try:
             descriptor = _locked(run)
@@ -46,10 +47,11 @@ def owned(run: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            if new and [path.name for path in run.iterdir()] == [NAME]:
+            if made and [path.name for path in run.iterdir()] == [NAME]:
                 with contextlib.suppress(OSError):
                     (run / NAME).unlink()
-                    run.rmdir()
+                    for folder in made:
+                        folder.rmdir()
             _held.discard(descriptor)
             os.close(descriptor)
 

@@ -87,7 +87,7 @@ class Trainer:
         """All remaining epochs.
 
         Raises Interrupted after SIGTERM or SIGINT, when the state is saved; NonFiniteLoss;
-        ProcessLost; OSError for a full disk.
+        ProcessLost; MemoryRanOut; OSError for a full disk.
         """
         try:
             with self.stop:
@@ -101,7 +101,7 @@ class Trainer:
                     if self.progress["step"] < self.s.steps_per_epoch:
                         self._train_epoch()
                     self._end_epoch()
-        except (Interrupted, RuntimeError) as error:
+        except (Interrupted, RuntimeError, MemoryError) as error:
             raise explained(error, self.s, self.global_step, self.last) from error
         finally:
             if self.log:

@@ -17,6 +17,7 @@ from dataset.readers.own.formats import (
     OwnQuery,
     Shape,
     optional_field,
+    same_words,
     unread_texts,
     with_article,
     wordings_of,
@@ -135,6 +136,8 @@ def _annotations(
                 checked = _annotation(entry, item, categories, image_has_texts, brushed)
         # An image that is bad or skipped takes its annotations along.
         if image is not None and has_image:
+            if checked and checked["is_shell"] and not image_has_texts:
+                faults.remark(dataset, f"{item}: an empty shape of area 0 is not asked")
             checked = checked or _lost(entry, item, categories, image_has_texts)
             found.setdefault(image, []).append(checked)
     return found
@@ -166,7 +169,7 @@ def _lost(entry: dict, item: str, categories: dict[int | str, str], image_has_te
         texts = _asked_texts(entry, item, categories, image_has_texts)
     except DataError:
         texts = None
-    return {"item": item, "texts": texts, "crowd": False, "is_lost": True}
+    return {"item": item, "texts": texts, "crowd": False, "is_shell": False, "is_lost": True}
 
 
 def _annotation(
@@ -191,9 +194,13 @@ def _annotation(
     else:
         polygons = polygons_of(segmentation, item, "segmentation")
         shapes = [("polygons", polygons, item)] if polygons else []
+    has_texts = bool(_texts_of(entry, item))
     return {
         "item": item,
         "texts": texts,
+        "has_texts": has_texts,
+        # Tools leave shells of what was deleted; [] and a query means that nothing is there.
+        "is_shell": segmentation == [] and entry.get("area") == 0 and not has_texts,
         "shapes": shapes,
         "crowd": entry.get("ignore") == 1 or (entry.get("iscrowd") == 1 and not brushed),
         "answer": optional_field(entry, "answer", str, item, "a text"),
@@ -258,17 +265,19 @@ def _queries_of(
     """One query for each different text, that of the image first."""
     item = f"{path}:image {number}"
     groups: dict[tuple[str, ...], list[dict]] = {}
+    spelled: dict[tuple[str, ...], tuple[str, ...]] = {}
     image_texts = tuple(_texts_of(image, item))
     if image_texts:
-        groups[image_texts] = []
+        groups[spelled.setdefault(same_words(image_texts), image_texts)] = []
     if any(entry["texts"] is None for entry in annotations):
         return  # A part is missing, and nobody knows of which query.
     for entry in annotations:
-        groups.setdefault(tuple(entry["texts"]) or image_texts, []).append(entry)
+        texts = tuple(entry["texts"]) or image_texts
+        groups.setdefault(spelled.setdefault(same_words(texts), texts), []).append(entry)
     for texts, entries in groups.items():
         if any(entry.get("is_lost") for entry in entries):
             continue  # Without a part of its target the query would have a wrong answer.
-        objects = [e for e in entries if not e["crowd"]]
+        objects = [e for e in entries if not e["crowd"] and not e["is_shell"]]
         if not objects and texts != image_texts:
             continue  # There is only a crowd, which is no target.
         source = image if texts == image_texts else objects[0]
@@ -283,5 +292,6 @@ def _queries_of(
             split=image.get("split") or "train",
             size=claimed_size(image, item),
             source=item,
-            entry=item,
+            # Of a category, all objects in the photo are meant, so no other entry may have some.
+            entry="" if texts == image_texts or objects[0]["has_texts"] else item,
         )

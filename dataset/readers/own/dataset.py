@@ -46,7 +46,7 @@ from dataset.files.text import read_json
 from dataset.readers.own.arrow import TableImage, image_named, is_saved
 from dataset.readers.own.coco import read_coco
 from dataset.readers.own.dialects import as_coco, is_supervisely, read_supervisely
-from dataset.readers.own.formats import OwnQuery
+from dataset.readers.own.formats import OwnQuery, same_words
 from dataset.readers.own.labelme import read_labelme
 from dataset.readers.own.layouts import TABLES, OwnFolder, split_of
 from dataset.readers.own.tables import read_table
@@ -199,7 +199,7 @@ class OwnData:
         """Whether all ``records`` that led to the file mean one image, so that none lacks the
         objects of another. Raises DataError unless bad items are tolerated."""
         with self.faults.guard(self.dataset, image):
-            entries = sorted({record["entry"] for record in records})
+            entries = sorted({record["entry"] for record in records if record["entry"]})
             if len(entries) > 1:
                 raise DataError(
                     f"{image}: is the file of {' and of '.join(entries)}; give all its annotations"
@@ -288,16 +288,16 @@ def _joined(queries: list[dict]) -> list[dict]:
     lost: dict[tuple[str, ...], list] = defaultdict(list)
     whole: list[dict] = []
     for query in queries:
-        (lost[tuple(query["texts"])] if query["is_lost"] else whole).append(query)
+        (lost[same_words(query["texts"])] if query["is_lost"] else whole).append(query)
     for query in whole:
-        same = lost.get(tuple(query["texts"]), [])
+        same = lost.get(same_words(query["texts"]), [])
         same[:] = [other for other in same if other["drawn"] != query["drawn"]]
     found: dict[tuple, dict] = {}
-    for number, query in enumerate(q for q in whole if not lost.get(tuple(q["texts"]))):
+    for number, query in enumerate(q for q in whole if not lost.get(same_words(q["texts"]))):
         several = len(query["targets"]) > 1 or any(
             shape[0] == "painted" for shapes in query["targets"] for shape in shapes
         )
-        key = (number,) if several else tuple(query["texts"])
+        key = (number,) if several else same_words(query["texts"])
         if key not in found:
             found[key] = query
             continue

@@ -96,7 +96,7 @@ def _via_label(attributes: Any) -> str | None:
     return next((lower[name] for name in LABEL_ATTRIBUTES if name in lower), None)
 
 
-def _via_shape(shape: dict) -> list[list[float]]:
+def _via_shape(shape: Any) -> list[list[float]]:
     kind = shape["name"]
     if kind == "polygon":
         points = zip(shape["all_points_x"], shape["all_points_y"], strict=True)

@@ -66,6 +66,11 @@ class OwnQuery:
         return [[(kind, value) for kind, value, _ in target] for target in self.targets]
 
 
+def same_words(texts: Iterable[str]) -> tuple[str, ...]:
+    """The same for wordings that differ in upper and lower case only."""
+    return tuple(text.casefold() for text in texts)
+
+
 def wordings_of(value: Any, where: str, name: str) -> list[str]:
     """A text or a list of several wordings as a list, each in one line."""
     texts = as_wordings(value)

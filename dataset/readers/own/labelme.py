@@ -10,7 +10,8 @@ from pathlib import Path
 from dataset.annotations.shapes import WITHOUT_AREA, hint_of_inline, outline
 from dataset.files.errors import DataError
 from dataset.files.faults import Faults, blame
-from dataset.files.images import claimed_size
+from dataset.files.images import IMAGE_SUFFIXES, claimed_size
+from dataset.files.lookup import base_name
 from dataset.files.paths import list_files
 from dataset.files.text import read_json
 from dataset.readers.own.dialects import tool_of
@@ -49,6 +50,7 @@ def _queries_of(path: Path, split: str, faults: Faults, dataset: str) -> Iterato
         OwnQuery, image=image, split=split, size=size, source=where, hint=hint_of_inline(record)
     )
     by_label: dict[str, list[tuple[int, dict]]] = {}
+    spelled: dict[str, str] = {}
     for number, shape in enumerate(record["shapes"]):
         label = shape.get("label") if isinstance(shape, dict) else None
         if not isinstance(label, str) or not label.strip():
@@ -56,6 +58,7 @@ def _queries_of(path: Path, split: str, faults: Faults, dataset: str) -> Iterato
         if label.lower() not in ("flag", "_background_"):
             label = " ".join(label.split())
             name = label if label.lower() in IGNORED_LABELS else readable_name(label)
+            name = spelled.setdefault(name.casefold(), name)
             by_label.setdefault(name, []).append((number, shape))
     if record.get("text") not in (None, ""):  # Tools of OCR write an empty one.
         texts = wordings_of(record["text"], where, "text")
@@ -114,4 +117,13 @@ def _checked(shapes: list[tuple[int, dict]], where: str) -> dict[int, dict]:
 def _image_name(record: dict, path: Path) -> str:
     """The name of the image, which is looked for where those of all own data are."""
     name = optional_field(record, "imagePath", str, str(path), "a file name")
-    return path.stem if name is None else name  # of any photo's ending
+    if name is None:
+        return path.stem  # of any photo's ending
+    beside = [path.stem + suffix for suffix in IMAGE_SUFFIXES if path.with_suffix(suffix).is_file()]
+    meant = base_name(name)
+    if beside and meant not in beside and (path.parent / meant).is_file():
+        raise DataError(
+            f'{path}: "imagePath" says {name}, but {beside[0]} has the name of this JSON; correct'
+            " the one that was renamed"
+        )
+    return name

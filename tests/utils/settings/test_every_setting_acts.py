@@ -144,6 +144,7 @@ ELSEWHERE = {  # flag: the test that fails when it does nothing
     "dataset_dir": "test_the_data_are_uneven",
     "on_bad_sample": "test_training_over_broken_files_leaves_out_exactly_these",
     "skip_list": "test_training_with_a_skip_list_meets_nothing_bad",
+    "follow_links": "test_links_out_of_the_data_are_followed_where_they_may_be",
     "workers": "test_a_data_worker_that_dies",
     "exp_name": "test_a_run_writes_what_it_is_told",
     "log_base_dir": "test_a_run_folder_that_cannot_be_written",

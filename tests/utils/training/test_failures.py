@@ -20,6 +20,7 @@ from tests.chaos_toys import assert_same, command, run_of, whole
 from tests.fork_server import ROOT, Trial, free_port, server
 from utils.settings.arguments import one_line
 from utils.training import checkpoint
+from utils.training.failures import StopSignals
 from utils.training.log import RunLog, read_log
 
 
@@ -200,6 +201,19 @@ def test_sigterm_at_a_bad_moment(moment):
     assert f"stopped at step {expected}; the same command continues" in trial.output
     assert trial.output.count("SIGTERM: stopping") == 1
     assert_goes_on(name)
+
+
+def test_a_terminal_that_is_closed_saves_unless_nohup():
+    stop = StopSignals()
+    with stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.asked
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

@@ -1,0 +1,323 @@
+"""One place around ``main`` for every command: what ends it, in one line and with which exit code.
+
+    if __name__ == "__main__":      # above the imports that take seconds
+        command.guard()
+
+    @command.entry(stopped="stopped; the same command continues")
+    def main(argv: list[str] | None = None) -> int: ...
+
+A mistake in flags or files is a line and exit code 2, Ctrl-C and SIGTERM are a line and 130; an
+error of a class with an ``exit_code`` has its own. A defect of the program shows its trace, and a
+last line that says so. Whoever stops reading what is printed ends no work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+import unicodedata
+from collections.abc import Callable, Iterator
+from json import JSONDecodeError
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn
+
+MISTAKE, PROCESS_LOST, OUT_OF_MEMORY, DEFECT, STOPPED = 2, 4, 5, 70, 130
+READER_GONE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+
+ENTRY = "is_command_entry"  # the mark of a ``main`` that ``entry`` decorates
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Of a pipe whose reader has ended, and of a terminal that was closed.
+NO_READER = {errno.EPIPE, errno.EIO}
+# What torch, CUDA, OpenCV, the C++ library and the loader of libraries say without memory.
+NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|could not|failed to) allocate|not enough memory|bad_alloc"
+    r"|insufficient memory|unable to mmap|failed to map segment|ALLOC_FAILED|start new thread",
+    re.IGNORECASE,
+)
+
+# Errors of Python's own readers, which know of no file.
+NAMELESS = (UnicodeDecodeError, JSONDecodeError)
+
+
+class Terminated(BaseException):
+    """SIGTERM came; not an Exception, as nothing but ``entry`` shall catch it."""
+
+
+class MemoryRanOut(RuntimeError):
+    """Out of memory, with words on what was being done and what needs less."""
+
+    exit_code = OUT_OF_MEMORY
+
+
+class Advice(NamedTuple):
+    """What a command says about going on."""
+
+    stopped: str = "stopped"
+    """After Ctrl-C and SIGTERM."""
+    memory: str = "end other programs, or use a machine with more"
+    """What needs less memory."""
+
+
+_advice = Advice()
+
+
+class End(NamedTuple):
+    """How a command ends."""
+
+    code: int
+    line: str
+    """Without "error: "."""
+    defect: bool = False
+
+
+def shown(text: str) -> str:
+    """``text`` as a terminal may show it, without control characters, which could steer it."""
+    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, or its class name if it has none, as one printable line."""
+    text = str(error).strip()
+    # torch puts the whole trace of a data worker into the message, whose last line is like
+    # "dataset.files.errors.DataError: /data/a.jpg: not a readable image".
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].split(": ", 1)[-1]
+    return " ".join(shown(text).split()) or type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What lacks, in words, if ``error`` says that memory ran out; else ""."""
+    # torch is not imported here: the commands that read data only shall start without it.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error)
+    if not (
+        kinds & {"MemoryError", "OutOfMemoryError"}
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (kinds & {"RuntimeError", "ImportError", "error"} and NO_MEMORY.search(text))
+    ):
+        return ""
+    gpu = "OutOfMemoryError" in kinds or re.search("CUDA|CUBLAS|CUDNN|HIP", text)
+    asked = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    more = f" ({asked[1]} more were asked for)" if asked else ""
+    return f"out of memory{' on the GPU' if gpu else ''}{more}"
+
+
+def explain(error: BaseException) -> End:
+    """Exit code and line of what ended the command that runs now."""
+    line = one_line(error)
+    if isinstance(error, (KeyboardInterrupt, Terminated)):
+        return End(STOPPED, _advice.stopped)
+    if isinstance(code := getattr(error, "exit_code", None), int):
+        return End(code, line)
+    if lack := out_of_memory(error):
+        return End(OUT_OF_MEMORY, f"{lack}; {_advice.memory}")
+    if isinstance(error, RecursionError):
+        return End(MISTAKE, f"{_at_hand(error)}is nested too deeply to be read")
+    if _is_lost_process(error):
+        return End(
+            PROCESS_LOST,
+            f"another process ended early ({line}); the system ends the largest one when memory"
+            " runs out, so start fewer of them (--workers, --jobs), and the same command continues",
+        )
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        file = "" if error.filename else _at_hand(error)
+        way_on = "" if "free space" in line else "; free space, and the same command continues"
+        return End(MISTAKE, f"{file}{line}{way_on}")
+    # Numbers that JSON cannot hold are computed here, so that no file of the user's is to blame.
+    if isinstance(error, (ValueError, OSError)) and "not JSON compliant" not in line:
+        file = _at_hand(error) if isinstance(error, NAMELESS) else ""
+        return End(MISTAKE, file + line)
+    return End(
+        DEFECT,
+        f"{type(error).__name__}: {line}; this is a defect of the program, no mistake of yours:"
+        " please report the lines above together with the command",
+        defect=True,
+    )
+
+
+def _is_lost_process(error: BaseException) -> bool:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error)
+    worker = "DataLoader worker" in text and "Traceback" not in text
+    return worker or "BrokenExecutor" in kinds or isinstance(error, ConnectionError)
+
+
+def _at_hand(error: BaseException) -> str:
+    """The file that the innermost function with a path among its arguments was given, as the
+    beginning of a line; else ""."""
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        for value in (frame.f_locals.get(name) for name in names):
+            if isinstance(value, Path) or (isinstance(value, str) and _is_file(value)):
+                found = f"{shown(str(value))}: "
+    return found
+
+
+def _is_file(text: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return len(text) < 4096 and os.path.isfile(text)
+    return False
+
+
+def report(end: End, error: BaseException) -> int:
+    """Prints how the command ends; the exit code. A second Ctrl-C does not get between."""
+    with _signals_ignored(), contextlib.suppress(OSError):
+        if end.defect:
+            traceback.print_exception(error)
+        prefix = "" if end.code == STOPPED else "error: "
+        print(f"{prefix}{end.line}", file=sys.stderr, flush=True)
+    return end.code
+
+
+def entry(*, ends_with_reader: bool = False, **advice: str) -> Callable:
+    """Decorates ``main(argv) -> exit code``; ``advice``: the fields of ``Advice``.
+
+    ``ends_with_reader``: the command ends when nobody reads its output any more; others do their
+    work to the end, in silence.
+    """
+
+    def decorate(main: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(main)
+        def guarded(argv: list[str] | None = None) -> Any:
+            global _advice
+            before, _advice = _advice, Advice(**advice)
+            try:
+                with _sigterm_raises(), _output(lasting=not ends_with_reader):
+                    return _run(main, argv, ends_with_reader)
+            finally:
+                _advice = before
+
+        setattr(guarded, ENTRY, True)
+        return guarded
+
+    return decorate
+
+
+def _run(main: Callable[..., Any], argv: list[str] | None, ends_with_reader: bool) -> Any:
+    try:
+        return main(argv)
+    except SystemExit:  # of --help
+        raise
+    except BaseException as error:
+        if ends_with_reader and isinstance(error, BrokenPipeError):
+            _silence(sys.stdout)
+            return READER_GONE
+        end = explain(error)
+        return end.code if getattr(error, "said", False) else report(end, error)
+
+
+def guard() -> None:
+    """For a program while it imports: what ends it is one line, too."""
+
+    def end_now(_: type, error: BaseException, __: Any) -> NoReturn:
+        code = report(explain(error), error)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # When a rank ends, torch's C++ parts would warn all others with the names of their frames.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    sys.excepthook = end_now
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    raise Terminated
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises Terminated, so that files and folders are left in order. Processes that this
+    one forks end as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process, previous = os.getpid(), signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        _terminate(number, frame)
+
+    if previous is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _signals_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    both = signal.SIGINT, signal.SIGTERM
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in both}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+class _LastingStream:
+    """Passes everything on to ``stream`` until nobody reads it."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._do(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._do(self._stream.flush)
+
+    def _do(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if error.errno not in NO_READER:
+                raise
+            _silence(self._stream)
+
+
+def _silence(stream: Any) -> None:
+    """Whatever comes after goes nowhere, what is still in the buffer included."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _output(lasting: bool) -> Iterator[None]:
+    streams = sys.stdout, sys.stderr
+    if not lasting or None in streams:
+        yield
+        return
+    sys.stdout, sys.stderr = map(_LastingStream, streams)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
