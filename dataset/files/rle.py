@@ -66,7 +66,7 @@ def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) ->
     ``size``: the (H, W) that the mask must have. Raises DataError naming ``path`` and ``field`` for
     anything malformed.
     """
-    counts = _plain(rle.get("counts")) if isinstance(rle, dict) else None
+    counts: Any = _plain(rle.get("counts")) if isinstance(rle, dict) else None
     claimed = rle_size(rle) if isinstance(counts, (str, list)) else None
     if claimed is None:
         raise DataError(f'{path}: "{field}" must be {{"size": [height, width], "counts": …}}')

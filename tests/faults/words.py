@@ -327,3 +327,57 @@ def boxes_without_names(tmp_path: Path) -> None:
         errors = [line for line in shown.splitlines() if line.startswith("error:")]
         assert code == 2 and len(errors) == 1 and words in errors[0], shown
         assert not (tmp_path / "new" / "masks.json").exists()
+
+
+@case(
+    "a system that never answers with a mask, or only with empty ones",
+    "right",
+    "the scores, and a warning in the summary and in report.html",
+)
+def no_answer_is_said_loudly(tmp_path: Path) -> None:
+    boxes_of_coco(tmp_path)
+    empty = encode_rle(np.zeros((24, 32), bool))
+    entries = [{"image_id": 285, "category_id": 1, "segmentation": empty}]
+    code, shown = score_of(tmp_path, entries)
+    assert code == 0 and "WARNING, free: every mask that was answered is empty (1 of 3" in shown
+    assert "every mask that was answered is empty" in (tmp_path / "out/report.html").read_text()
+
+
+@case(
+    "file names that a terminal or a spreadsheet would run: escapes, =HYPERLINK(…)",
+    "right",
+    "shown without control characters; a cell of the table begins with an apostrophe",
+)
+def names_that_would_run(tmp_path: Path) -> None:
+    masks = boxes_of_coco(tmp_path)
+    source = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    content = json.loads(source.read_text())
+    names = dict(
+        zip(("000000000139", "000000000285"), ("=HYPERLINK(1)", "\x1b]0;gone\x07"), strict=True)
+    )
+    for image in content["images"]:
+        old = image["file_name"]
+        image["file_name"] = f"{names[old[:-4]]}.jpg"
+        place = tmp_path / "coco" / "val2017"
+        (place / old).rename(place / image["file_name"])
+    source.write_text(json.dumps(content))
+    runs = encode_rle(masks[139, 1])
+    entries = [{"image_id": 139, "category_id": 1, "segmentation": runs}]
+    code, shown = score_of(tmp_path, entries)
+    assert code == 0 and "gone" in shown and "\x1b" not in shown and "\x07" not in shown, shown
+    assert "'=HYPERLINK(1)" in (tmp_path / "out" / "targets-free.csv").read_text()
+
+
+@case(
+    "--fix-list, --out and --html in folders that do not exist, or where nothing can be written",
+    "right",
+    "the folder is made before the work; where that fails, one line with the flag, before the work",
+)
+def files_in_new_folders(tmp_path: Path) -> None:
+    own_rows(tmp_path, ["the box"])
+    argv, new = ["--dataset_dir", str(tmp_path), "--fix-list"], tmp_path / "new" / "a" / "bad.jsonl"
+    code, shown = said(check.main, *argv, str(new))
+    assert code == 0 and new.is_file(), shown
+    (tmp_path / "file").write_text("")
+    code, shown = said(check.main, *argv, str(tmp_path / "file" / "bad.jsonl"))
+    assert code == 2 and len(shown.splitlines()) == 1 and "--fix-list" in shown, shown

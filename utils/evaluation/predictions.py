@@ -258,7 +258,7 @@ def _key(entry: Any, path: Path, index: int) -> TargetKey:
         )
     if entry.keys() & {"conversation", "target"}:
         return TargetKey(found, *numbers)
-    return TargetKey(found, *numbers, whole_number(entry.get("category_id")))
+    return TargetKey(found, *numbers, category=whole_number(entry.get("category_id")))
 
 
 def score_predictions(

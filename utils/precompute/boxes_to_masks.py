@@ -168,7 +168,8 @@ def convert(
         for path, image in tqdm(photos, desc="boxes to masks", disable=None):
             pixels = read_claimed(path, claimed_size(image, annotations), annotations.name)
             size, photo = pixels.shape[:2], hashlib.sha256(path.read_bytes()).hexdigest()
-            places = [(entry, corners(entry["bbox"], size)) for entry in wanted[as_id(image["id"])]]
+            entries = wanted.get(as_id(image["id"]) or 0, [])
+            places = [(entry, corners(entry["bbox"], size)) for entry in entries]
             boxes = dict.fromkeys(box for _, box in places if box is not None)
             new = [box for box in boxes if finished.get(photo, box) is None]
             if new:
