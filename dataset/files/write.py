@@ -38,7 +38,8 @@ def prepare_output(flag: str, path: Path | None, is_folder: bool = False) -> Non
     except OSError as error:
         reason = error.strerror or str(error)
     if reason:
-        raise DataError(f"{flag} {path}: results cannot be written there ({reason}); give another")
+        other = "another folder" if is_folder else "another file"
+        raise DataError(f"{flag} {path}: results cannot be written there ({reason}); give {other}")
 
 
 def sync(path: Path) -> None:

@@ -381,3 +381,30 @@ def files_in_new_folders(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, shown = said(check.main, *argv, str(tmp_path / "file" / "bad.jsonl"))
     assert code == 2 and len(shown.splitlines()) == 1 and "--fix-list" in shown, shown
+
+
+@case(
+    "skipped.jsonl of an earlier run in the folder of a new run of the same name",
+    "right",
+    "is removed before the new run opens its data, so that only its own bad items are counted",
+)
+def stale_list_of_bad_items(tmp_path: Path) -> None:
+    own_rows(tmp_path, ["the box"])
+    stale = tmp_path / "runs" / "again" / "skipped.jsonl"
+    stale.parent.mkdir(parents=True)
+    stale.write_text('{"dataset": "own:asked", "item": "gone.png", "reason": "missing"}\n')
+    argv = ["--version", str(scripted_model()), "--dataset_dir", str(tmp_path), "--own_data"]
+    argv += [
+        "none",
+        "--dataset",
+        "own",
+        "--sample_rates",
+        "1",
+        "--exp_name",
+        "again",
+        "--no_eval",
+        "--precision",
+        "fp32",
+    ]
+    code, shown = said(train_ds.main, *argv, "--log_base_dir", str(tmp_path / "runs"))
+    assert code == 2 and "own/none" in shown and not stale.exists(), shown

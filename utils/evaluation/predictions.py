@@ -75,7 +75,7 @@ class TargetKey(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedTarget:
     """A target, with all that a prediction may call it."""
 
     key: TargetKey
@@ -116,7 +116,7 @@ class Predictions:
 
     def __init__(self, path: Path, masks: dict[Name, ReadMask], answers: dict[Name, str]):
         self.path, self._masks, self._answers = path, masks, answers
-        self.used: dict[Name, Asked] = {}
+        self.used: dict[Name, AskedTarget] = {}
         """Which target took a prediction."""
         self.categories = {
             name.category
@@ -180,7 +180,7 @@ class Predictions:
         """Predictions that no target has taken."""
         return [str(name) for name in self._masks if name not in self.used]
 
-    def _take(self, asked: Asked) -> Name | None:
+    def _take(self, asked: AskedTarget) -> Name | None:
         """The prediction for a target, which no other target may take from now on."""
         key, image = asked.key, asked.image
         found = [name for name in asked.names(self.categories) if name in self._masks]
@@ -207,7 +207,7 @@ class Predictions:
             )
         return found[0]
 
-    def mask(self, asked: Asked, size: tuple[int, int]) -> np.ndarray | None:
+    def mask(self, asked: AskedTarget, size: tuple[int, int]) -> np.ndarray | None:
         """The mask of a target, bool (H, W) of this ``size``, or None, which is remembered in
         ``missing``.
 
@@ -220,11 +220,11 @@ class Predictions:
             return None
         return self._masks[name](size)
 
-    def answer(self, asked: Asked) -> str:
+    def answer(self, asked: AskedTarget) -> str:
         """The text of the system's answer, "" where the predictions do not hold it."""
         return self._answers.get(self._take(asked) or "", "")
 
-    def extra_masks(self, first: Asked, targets: int) -> int:
+    def extra_masks(self, first: AskedTarget, targets: int) -> int:
         """The number of predictions for the conversation of its ``first`` target beyond the
         ``targets`` that it has."""
         count = 0
@@ -256,9 +256,9 @@ def _key(entry: Any, path: Path, index: int) -> TargetKey:
         raise DataError(
             f'{path}: [{index}] "conversation" and "target" must be whole numbers from 0'
         )
-    if entry.keys() & {"conversation", "target"}:
-        return TargetKey(found, *numbers)
-    return TargetKey(found, *numbers, category=whole_number(entry.get("category_id")))
+    says_which = bool(entry.keys() & {"conversation", "target"})
+    category = None if says_which else whole_number(entry.get("category_id"))
+    return TargetKey(found, numbers[0], numbers[1], category)
 
 
 def score_predictions(
@@ -288,7 +288,9 @@ def score_predictions(
         size = sample.image.shape[:2]
         for number, conversation in enumerate(sample.conversations, start=shard.first):
             asked = [
-                Asked(TargetKey(sample.id, number, k), image, sample.number, conversation.category)
+                AskedTarget(
+                    TargetKey(sample.id, number, k), image, sample.number, conversation.category
+                )
                 for k in range(len(conversation.masks))
             ]
             masks = [_tensor(predictions.mask(target, size)) for target in asked]
