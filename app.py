@@ -42,13 +42,13 @@ from chat import (
     add_model_flags,
     load_segmenter,
     remarks,
-    require_positive,
 )
 from dataset.command import one_line
 from dataset.drawing import fit, level_colour, overlay
 from dataset.files.errors import DataError
 from dataset.files.images import read_image
 from dataset.files.text import read_json
+from dataset.numbers import in_range
 from dataset.synthetic import write as synthetic
 from model.inference.results import Result
 from utils import distributed
@@ -123,28 +123,34 @@ def read_page_arguments(argv: list[str] | None) -> Namespace:
     add("--examples", type=Path, help=examples)
     host = "address to listen on; 0.0.0.0: every machine that can reach this one"
     add("--host", default="127.0.0.1", help=host)
-    add("--port", type=int, default=7860, help="0: any free one")
+    add("--port", type=in_range(int, 0, 65535), default=7860, help="0: any free one")
     names = "further names under which the page is served, such as that of a proxy before it"
     add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help=names)
-    add("--max_upload_mb", type=int, default=20, help="largest picture that may be sent")
-    add("--max_megapixels", type=int, default=60, help="largest picture, decoded")
+    add(
+        "--max_upload_mb",
+        type=in_range(int, 1),
+        default=20,
+        help="largest picture that may be sent",
+    )
+    add("--max_megapixels", type=in_range(int, 1), default=60, help="largest picture, decoded")
     queue = "questions that may wait, half of them from one address; further ones are refused"
-    add("--max_queue", type=int, default=64, help=queue)
+    add("--max_queue", type=in_range(int, 1), default=64, help=queue)
     most = "conversations that are kept, half of them from one address"
-    add("--max_conversations", type=int, default=128, help=most)
+    add("--max_conversations", type=in_range(int, 1), default=128, help=most)
     ready = "conversations with all that the model needs in memory; others are read again"
-    add("--keep_ready", type=int, default=8, help=ready)
-    add("--max_disk_mb", type=int, default=2048, help="for what visitors send and get, in all")
+    add("--keep_ready", type=in_range(int, 1), default=8, help=ready)
+    add(
+        "--max_disk_mb",
+        type=in_range(int, 1),
+        default=2048,
+        help="for what visitors send and get, in all",
+    )
     args = parser.parse_args(argv)
-    limits = "max_upload_mb", "max_megapixels", "max_queue", "max_conversations", "keep_ready"
-    require_positive(args, "max_new_tokens", "model_max_length", "max_disk_mb", *limits)
     if args.max_disk_mb <= args.max_upload_mb:
         raise UsageError(
             f"--max_disk_mb is {args.max_disk_mb}; it must be more than --max_upload_mb"
             f" ({args.max_upload_mb})"
         )
-    if not 0 <= args.port < 65536:
-        raise UsageError(f"--port is {args.port}; it must be from 0 to 65535")
     return args
 
 

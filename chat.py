@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from dataset.command import one_line, shown
 from dataset.conversation.templates import TEMPLATES
 from dataset.files.write import write_text
+from dataset.numbers import in_range
 from model.checkpoints.precision import DTYPES, choose_attention, quantization
 from model.choices import ATTENTION, PRECISIONS
 from model.inference.inputs import load_image
@@ -77,21 +78,13 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add("--attn_implementation", choices=kinds, default="auto", help="attention (default: auto)")
     template = "conversation template (default: that of the training)"
     add("--conv_type", choices=list(TEMPLATES), help=template)
-    add("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
+    add("--max_new_tokens", type=in_range(int, 1), default=64, help="longest answer, in tokens")
     length = "longest conversation, in tokens (default: that of the model)"
-    add("--model_max_length", type=int, help=length)
+    add("--model_max_length", type=in_range(int, 1), help=length)
     store = (
         "LLM-Seg, cores+select: folder of a proposal store (default: computed for every picture)"
     )
     add("--proposals", type=Path, help=store)
-
-
-def require_positive(args: Namespace, *names: str) -> None:
-    """Raises UsageError for a flag that is given and below 1."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}; it must be at least 1")
 
 
 def read_chat_arguments(argv: list[str] | None) -> Namespace:
@@ -110,7 +103,6 @@ def read_chat_arguments(argv: list[str] | None) -> Namespace:
         raise UsageError("--json needs --image and --prompt")
     if args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt is empty")
-    require_positive(args, "max_new_tokens", "model_max_length")
     return args
 
 

@@ -35,6 +35,7 @@ from dataset.files.errors import MissingDataError
 from dataset.files.faults import BadItem, Faults, write_skip_list
 from dataset.files.paths import require_folder, typed_folder
 from dataset.files.write import prepare_output
+from dataset.numbers import in_range
 from dataset.registry import DatasetEntry, entries
 from dataset.sample import LoaderOptions, Sample
 
@@ -203,7 +204,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="folder for one contact sheet per data set")
     parser.add_argument(
-        "--samples", type=int, default=8, help="images of each split to open (default: 8)"
+        "--samples",
+        type=in_range(int, 1),
+        default=8,
+        help="images of each split to open (default: 8)",
     )
     parser.add_argument("--all", action="store_true", help="open every image")
     parser.add_argument(
@@ -226,8 +230,6 @@ def main(argv: list[str] | None = None) -> int:
     logger.setLevel(logging.ERROR)  # The report names what is left out, but no encodings.
     logging.getLogger("dataset.files.text").setLevel(logging.WARNING)
     try:
-        if args.samples < 1:
-            raise ValueError(f"--samples is {args.samples}; it must be at least 1")
         root = require_folder(args.dataset_dir, "the data")
         only = args.only.split("||") if args.only else None
         samples = None if args.all else args.samples

@@ -15,17 +15,17 @@ def refuse_outside(
 ) -> None:
     """Raises ValueError for a number outside, for NaN and for infinity: "is 2; it must be a finite
     number of at least 0 and of at most 1". ``above``: ``low`` itself is refused, too."""
-    if isinstance(value, int):
-        high = LARGEST_INT if high is None else high
-    sound = math.isfinite(value) and (high is None or value <= high)
+    most = LARGEST_INT if high is None and isinstance(value, int) else high
+    sound = math.isfinite(value) and (most is None or value <= most)
     sound = sound and (low is None or (value > low if above else value >= low))
     if not sound:
         limits = [] if low is None else [f"{'above' if above else 'of at least'} {low}"]
-        limits += [] if high is None else [f"of at most {high}"]
+        if most is not None and (high is not None or value > most):
+            limits.append(f"of at most {most}")
         raise ValueError(f"is {value}; it must be a finite number {' and '.join(limits)}".rstrip())
 
 
-def number(
+def in_range(
     kind: type, low: float | None = 0, high: float | None = None, above: bool = False
 ) -> Callable[[str], float]:
     """A ``type=`` of argparse: int or float, checked as ``refuse_outside`` does."""

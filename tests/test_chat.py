@@ -221,8 +221,8 @@ def test_too_little_memory_is_one_line(photo, tmp_path, monkeypatch, capsys):
         raise chat.torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(chat.ReasoningSegmenter, "open", full)
-    assert chat.main(flags(tmp_path / "out", "--image", photo, "--prompt", "hello")) == 2
-    assert capsys.readouterr().err == "error: CUDA out of memory\n"
+    assert chat.main(flags(tmp_path / "out", "--image", photo, "--prompt", "hello")) == 5
+    assert capsys.readouterr().err == f"error: out of memory on the GPU; {chat.LESS_MEMORY}\n"
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_ctrl_c_ends_a_single_question_quietly(photo, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr("model.inference.segmenter.decode", interrupted)
     assert chat.main(flags(tmp_path / "out", "--image", photo, "--prompt", "where?")) == 130
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "stopped\n"
 
 
 # ---------------------------------------------------------------------------------------- endurance

@@ -68,7 +68,7 @@ def prepare_environment() -> None:
         )
 
 
-class Place(NamedTuple):
+class RankPlace(NamedTuple):
     """Where this process stands among the ranks, as launchers say it."""
 
     rank: int
@@ -78,7 +78,7 @@ class Place(NamedTuple):
     port: int
 
 
-def place() -> Place:
+def place() -> RankPlace:
     """This process's place. Raises ValueError naming the variable that is missing or wrong."""
     prepare_environment()
     needed = ["RANK", "WORLD_SIZE"]
@@ -102,7 +102,7 @@ def place() -> Place:
         raise ValueError(f"RANK is {rank}, but WORLD_SIZE {world}: ranks count from 0")
     if not 0 < port < 65536:
         raise ValueError(f"MASTER_PORT is {port}; ports are 1 to 65535")
-    return Place(rank, world, local, os.environ.get("MASTER_ADDR") or "127.0.0.1", port)
+    return RankPlace(rank, world, local, os.environ.get("MASTER_ADDR") or "127.0.0.1", port)
 
 
 def start() -> None:
@@ -135,7 +135,7 @@ def start() -> None:
         raise _leaving(error) from error
 
 
-def _meet(here: Place) -> tuple[dist.Store, Lifeline]:
+def _meet(here: RankPlace) -> tuple[dist.Store, Lifeline]:
     try:
         addresses = {str(found[4][0]) for found in socket.getaddrinfo(here.address, here.port)}
     except (OSError, UnicodeError) as error:

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from dataset import command
 from dataset.files.rle import encode_rle
+from dataset.numbers import in_range
 from dataset.synthetic.queries import PartQuery, make_query
 from dataset.synthetic.scenes import SIZE, SyntheticScene, make_scene
 from dataset.synthetic.vocabulary import CATEGORIES
@@ -173,11 +174,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=name, description=description)
     add = parser.add_argument
     add("--out", default="data/synthreason", help="folder to write, later given as --dataset_dir")
-    add("--train", type=int, default=3000, help="training scenes")
-    add("--val", type=int, default=200, help="validation scenes (two queries each)")
-    add("--semantic", type=int, default=600, help="scenes with label maps of whole objects")
-    add("--queries", type=int, default=4, help="queries per training scene")
-    add("--seed", type=int, default=0)
+    add("--train", type=in_range(int, 1), default=3000, help="training scenes")
+    add("--val", type=in_range(int, 1), default=200, help="validation scenes (two queries each)")
+    add(
+        "--semantic",
+        type=in_range(int, 1),
+        default=600,
+        help="scenes with label maps of whole objects",
+    )
+    add("--queries", type=in_range(int, 1), default=4, help="queries per training scene")
+    add("--seed", type=in_range(int, 0, 2**63 - 1), default=0)
     args = parser.parse_args(argv)
     out = write_synthreason(**vars(args))
     counts = Counter(p.suffix for p in (out / "reason_seg").rglob("*") if p.is_file())

@@ -561,3 +561,88 @@ def other_exports(root: Path) -> None:
     assert code == 1
     for how in ("Label Studio's own JSON: export it as COCO", "YOLO", "export it as COCO 1.0"):
         assert how in out
+
+
+@case(
+    "the same class as Car, car and 'car ' by different annotators, in one photo",
+    "right",
+    "one query; its target is all of them",
+)
+def labels_in_other_cases(root: Path) -> None:
+    folder = root / "own" / "lab" / "train"
+    photo(folder / "a.jpg")
+    shapes = labelme("Car")["shapes"] + labelme("car ")["shapes"]
+    shapes[1]["points"] = [[7, 6], [9, 6], [9, 8], [7, 8]]
+    write_json(folder / "a.json", {"shapes": shapes})
+    assert asked(root, "own:lab|train") == [("a", "the Car", 12 + 9)]
+    content = coco("a.jpg", categories=("Car", "car"))
+    content["annotations"].append(
+        content["annotations"][0]
+        | {"id": 2, "category_id": 2, "segmentation": [[7, 6, 9, 6, 9, 8]]}
+    )
+    photo(root / "own" / "coco" / "a.jpg")
+    write_json(root / "own" / "coco" / "train.json", content)
+    ((_, query, pixels),) = asked(root, "own:coco|train")
+    assert query == "the Car" and pixels > 12
+
+
+@case(
+    "an empty shell that COCO Annotator leaves of what was deleted (segmentation [], area 0)",
+    "right",
+    "not asked, and the check says so; with a query of its own it is an empty target",
+)
+def empty_shells(root: Path) -> None:
+    content = coco("a.jpg", categories=("car", "dog"))
+    shell = {"image_id": 1, "category_id": 2, "segmentation": [], "area": 0, "iscrowd": 0}
+    content["annotations"].append({"id": 2} | shell)
+    photo(root / "own" / "shell" / "a.jpg")
+    write_json(root / "own" / "shell" / "train.json", content)
+    assert asked(root, "own:shell|train") == [("a", "the car", 12)]
+    assert "empty shape of area 0 is not asked" in checked(root)[1]
+    content["annotations"][1]["query"] = "the dog"
+    write_json(root / "own" / "shell" / "train.json", content)
+    assert ("a", "the dog", 0) in asked(root, "own:shell|train")
+
+
+@case(
+    "labelme's imagePath after the photo and its JSON were renamed, with both photos there",
+    "refused",
+    "names the two names; one of them is to be corrected",
+)
+def renamed_beside_its_json(root: Path) -> None:
+    folder = root / "own" / "lab" / "train"
+    for name in ("0001", "0002"):
+        photo(folder / f"{name}.jpg")
+        write_json(folder / f"{name}.json", labelme(imagePath="0001.jpg"))
+    code, out = checked(root)
+    assert code == 1 and '"imagePath" says 0001.jpg, but 0002.jpg has the name of this JSON' in out
+
+
+@case(
+    "a second batch of JSONs in a folder inside a ReasonSeg split",
+    "right",
+    "the check says that it is not read and to move it up",
+)
+def a_folder_in_a_split(root: Path) -> None:
+    folder = root / "reason_seg" / "Mine" / "train"
+    for place in (folder, folder / "batch2"):
+        photo(place / "a.jpg")
+        write_json(place / "a.json", labelme("target", text=["which?"], is_sentence=True))
+    assert "1 JSONs in a folder of their own are not read; move them up" in checked(root)[1]
+
+
+@case(
+    "one photo under several ids, each with a caption of its own (MDETR's files)",
+    "right",
+    "each caption is a query about the photo",
+)
+def captions_under_many_ids(root: Path) -> None:
+    content = coco("a.jpg", "a.jpg")
+    for image, caption in zip(content["images"], ("left car", "right car"), strict=True):
+        image["caption"] = caption
+    photo(root / "own" / "mdetr" / "a.jpg")
+    write_json(root / "own" / "mdetr" / "train.json", content)
+    assert sorted(query for _, query, _ in asked(root, "own:mdetr|train")) == [
+        "left car",
+        "right car",
+    ]

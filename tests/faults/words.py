@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 from PIL import Image
 from pycocotools import mask as rle_codec
 
@@ -21,6 +23,7 @@ from tests.faults.case import case
 from tests.scripted import scripted_model
 from utils.evaluation import cli as evaluation
 from utils.precompute import boxes_to_masks
+from utils.settings.arguments import parse
 
 
 def said(run, *argv: str) -> tuple[int, str]:
@@ -408,3 +411,48 @@ def stale_list_of_bad_items(tmp_path: Path) -> None:
     ]
     code, shown = said(train_ds.main, *argv, "--log_base_dir", str(tmp_path / "runs"))
     assert code == 2 and "own/none" in shown and not stale.exists(), shown
+
+
+@case(
+    "a ~ or a $VARIABLE in a path that no shell has replaced (--dataset_dir=~/data, YAML)",
+    "right",
+    "replaced as a shell does",
+)
+def unexpanded_paths(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("dataset_dir: ~/data\nlog_base_dir: $PLACE/runs\n")
+    with mock.patch.dict(os.environ, {"HOME": "/home/me", "PLACE": "/big"}):
+        s = parse(["--config", str(config), "--sam_cache", "~/cache"])
+    assert (s.dataset_dir, s.log_base_dir, s.sam_cache) == (
+        "/home/me/data",
+        "/big/runs",
+        "/home/me/cache",
+    )
+
+
+@case(
+    "a flag that lost its $VARIABLE (--version=), a blank after a backslash, two evaluation sets",
+    "refused",
+    "each is told as what it is",
+)
+def lost_words(tmp_path: Path) -> None:
+    for argv, words in (
+        (["--version="], "--version is empty"),
+        (["--epochs", "1", " "], "empty or blank"),
+    ):
+        code, shown = said(train_ds.main, *argv)
+        assert code == 2 and len(shown.splitlines()) == 1 and words in shown, shown
+    with pytest.raises(ValueError, match="one evaluation set at a time"):
+        EvalDataset(tmp_path, "Toy|val||own:x|val", ["SEG"])
+
+
+@case(
+    "questions piped from a script of Windows: BOM, CRLF, /IMAGE in capitals",
+    "right",
+    "read as if typed",
+)
+def a_script_from_windows(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(tmp_path / "truck.jpg")
+    shown = conversation(tmp_path, "\ufefftruck.jpg", "/IMAGE truck.jpg\r", "QUIT\r")
+    assert sum("32 × 24 pixels" in line for line in shown) == 2
+    assert not any(line.startswith("error") for line in shown)

@@ -26,6 +26,7 @@ import torch
 from dataset import command
 from dataset.files.write import prepare_output, write_text
 from dataset.mixture import EvalDataset
+from dataset.numbers import in_range
 from utils import distributed
 from utils.evaluation.predictions import Predictions, score_predictions
 from utils.evaluation.runner import MODES, evaluate
@@ -150,9 +151,21 @@ def read_score_arguments(argv: Sequence[str]) -> Namespace:
     add("--eval_mode", choices=MODES, default="free", help=how)
     wordings = "wordings of a query that are scored"
     add("--eval_texts", choices=["first", "all"], default="first", help=wordings)
-    add("--examples", type=int, default=16, help="rows of the contact sheet (default: 16)")
-    add("--gallery", type=int, default=8, help="answers of each kind in report.html (default: 8)")
-    add("--seed", type=int, default=0, help="of the bootstrap and of the choice of pictures")
+    add(
+        "--examples", type=in_range(int), default=16, help="rows of the contact sheet (default: 16)"
+    )
+    add(
+        "--gallery",
+        type=in_range(int),
+        default=8,
+        help="answers of each kind in report.html (default: 8)",
+    )
+    add(
+        "--seed",
+        type=in_range(int, 0, 2**63 - 1),
+        default=0,
+        help="of the bootstrap and of the choice of pictures",
+    )
     links = "files may be links out of the data folder"
     add("--follow_links", action="store_true", help=links)
     args = parser.parse_args(list(argv))
@@ -199,8 +212,8 @@ def compare_command(argv: Sequence[str]) -> None:
     add("b", type=Path, help="the same of the second system, on the same data")
     add("--html", type=Path, help="also write the comparison as a page")
     changes = "samples that changed most, in each direction (default: 10)"
-    add("--top", type=int, default=10, help=changes)
-    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--top", type=in_range(int), default=10, help=changes)
+    add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the bootstrap")
     args = parser.parse_args(list(argv))
     if args.top < 0 or args.seed < 0:
         raise UsageError("--top and --seed must not be negative")

@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dataset import command
+from dataset.numbers import in_range
 from dataset.proposals import Found, ProposalSource, ProposalStore
 from model.checkpoints.sam import load_sam
 from model.config import ProposalConfig
@@ -49,9 +50,9 @@ def read_arguments(argv: list[str] | None) -> tuple[Namespace, Settings]:
         allow_abbrev=False,
     )
     jobs = "processes; with GPUs, process i takes GPU i modulo their number"
-    parser.add_argument("--jobs", type=int, default=1, help=jobs)
+    parser.add_argument("--jobs", type=in_range(int, 1), default=1, help=jobs)
     ranks = "ranks of the training run: they decide how many images it draws"
-    parser.add_argument("--ranks", type=int, default=1, help=ranks)
+    parser.add_argument("--ranks", type=in_range(int, 1), default=1, help=ranks)
     own, rest = parser.parse_known_args(argv)
     settings = parse(rest)
     if settings.method not in SELECTING:
@@ -60,9 +61,6 @@ def read_arguments(argv: list[str] | None) -> tuple[Namespace, Settings]:
         )
     if not settings.proposals:
         raise UsageError("--proposals is unset; name the folder of the store")
-    for name in ("jobs", "ranks"):
-        if getattr(own, name) < 1:
-            raise UsageError(f"--{name} is {getattr(own, name)}; it must be at least 1")
     return own, settings
 
 

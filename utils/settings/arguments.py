@@ -97,6 +97,7 @@ class OneLineParser(ArgumentParser):
     """Mistakes are a UsageError, not a page of usage."""
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (--\w+): is ", r"\1 is ", message)
         if message.startswith("unrecognized arguments:") and message.endswith((": ", "  ")):
             message = "an argument is empty or blank, as after a backslash that ends no line"
         raise UsageError(f"{message}; --help lists the flags")
