@@ -28,7 +28,7 @@ from utils import distributed
 
 distributed.prepare_environment()  # This comes before anything that imports deepspeed.
 
-from dataset.files.faults import read_skip_list  # noqa: E402
+from dataset.files.faults import SKIPPED, read_skip_list  # noqa: E402
 from utils import build, identity  # noqa: E402
 from utils.evaluation.cli import final_evaluation, modes_of  # noqa: E402
 from utils.evaluation.runner import evaluate, refuse_too_long  # noqa: E402
@@ -101,6 +101,11 @@ def train_here(s: Settings, started: float) -> None:
     resume_from = find_resume(s)
     if resume_from:
         refuse_other_run(s, resume_from)
+    if not resume_from or not resume_from.resolve().is_relative_to(s.run_dir.resolve()):
+        # What another run of this name has left out says nothing about this one.
+        if distributed.is_main():
+            (s.run_dir / SKIPPED).unlink(missing_ok=True)
+        distributed.barrier()
     # The data come first, as a wrong path should be known before a model is loaded.
     source = build.open_version(s)
     prompt = build.prompt_format(s, source)
@@ -134,7 +139,7 @@ def train_here(s: Settings, started: float) -> None:
     if distributed.is_main():
         checkpoint.save_settings(s.run_dir, s)
     trainer.train()
-    skipped = s.run_dir / "skipped.jsonl"
+    skipped = s.run_dir / SKIPPED
     if skipped.is_file():
         print_once(f"{len(read_skip_list(skipped))} bad items were left out; {skipped} names them")
     if val is not None:

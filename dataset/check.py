@@ -34,6 +34,7 @@ from dataset.drawing import QueryCard, card_sheet
 from dataset.files.errors import MissingDataError
 from dataset.files.faults import BadItem, Faults, write_skip_list
 from dataset.files.paths import require_folder, typed_folder
+from dataset.files.write import prepare_output
 from dataset.numbers import in_range
 from dataset.registry import DatasetEntry, entries
 from dataset.sample import LoaderOptions, Sample
@@ -232,10 +233,12 @@ def main(argv: list[str] | None = None) -> int:
         root = require_folder(args.dataset_dir, "the data")
         only = args.only.split("||") if args.only else None
         samples = None if args.all else args.samples
+        prepare_output("--out", args.out, is_folder=True)
+        prepare_output("--fix-list", args.fix_list)
         findings, absent = inspect_all(root, samples, only, args.follow_links)
     finally:
         logger.setLevel(level)
-    print(report(findings, absent))
+    print("\n".join(map(command.shown, report(findings, absent).split("\n"))))
     bad = [item for finding in findings for item in finding.bad]
     broken = [finding for finding in findings if finding.error]
     print(

@@ -29,6 +29,8 @@ class Sample:
     """With ``dataset`` the provenance that every error message names."""
     exemplars: list[tuple[str, str]] = field(default_factory=list)
     """In-context (question, answer) texts drawn for this sample."""
+    number: int | None = None
+    """The photo's id in a file in COCO's format."""
 
     @property
     def name(self) -> str:

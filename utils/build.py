@@ -13,6 +13,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
+from dataset.files.faults import SKIPPED
 from dataset.mixture import EvalDataset, TrainMixture
 from dataset.proposals import ProposalSource
 from model.build import build_from_backbones
@@ -406,7 +407,7 @@ def build_mixture(s: Settings, prompt: PromptFormat | CoresProcessor) -> TrainMi
         exclude_val=s.exclude_val,
         own_data=s.own_data,
         skip_list=s.skip_list,
-        report=s.run_dir / "skipped.jsonl",
+        report=s.run_dir / SKIPPED,
         follow_links=s.follow_links,
     )
 

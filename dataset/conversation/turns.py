@@ -40,6 +40,8 @@ class Conversation:
     """bool (K, H, W): the object that holds each target, where the data know it."""
     is_sentence: bool | None = None
     """ReasonSeg's long (True) or short (False) query; None where the data do not say."""
+    category: int | None = None
+    """The number of the category that is asked for, of data in COCO's format."""
 
 
 def answer_text(answer: Answer) -> str:

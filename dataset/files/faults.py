@@ -28,6 +28,8 @@ from dataset.files.text import read_text
 
 logger = logging.getLogger(__name__)
 
+SKIPPED = "skipped.jsonl"  # the skip list that a run writes into its folder
+
 
 @dataclass(frozen=True)
 class BadItem:

@@ -43,6 +43,14 @@ def run_lengths(text: str) -> np.ndarray:
     return numbers
 
 
+def _plain(counts: Any) -> Any:
+    """Of str(bytes), as programs write pycocotools' bytes by mistake, the text that is meant. No
+    other run lengths hold a quotation mark."""
+    if not isinstance(counts, str) or counts[:2] not in ("b'", 'b"') or counts[-1] != counts[1]:
+        return counts
+    return counts[2:-1].replace("\\\\", "\\")
+
+
 def rle_size(rle: Any) -> tuple[int, int] | None:
     """The (H, W) that run lengths give, or None if they give none."""
     size = rle.get("size") if isinstance(rle, dict) else None
@@ -58,7 +66,7 @@ def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) ->
     ``size``: the (H, W) that the mask must have. Raises DataError naming ``path`` and ``field`` for
     anything malformed.
     """
-    counts: Any = rle.get("counts") if isinstance(rle, dict) else None
+    counts: Any = _plain(rle.get("counts")) if isinstance(rle, dict) else None
     claimed = rle_size(rle) if isinstance(counts, (str, list)) else None
     if claimed is None:
         raise DataError(f'{path}: "{field}" must be {{"size": [height, width], "counts": …}}')
@@ -69,10 +77,11 @@ def decode_rle(rle: Any, size: tuple[int, int], path: str | Path, field: str) ->
             sound = all(isinstance(run, int) and run >= 0 for run in counts)
             if not sound or sum(counts) != height * width:
                 raise ValueError(f"the runs do not add up to {height * width} pixels")
-            rle = rle_codec.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+            runs = {"size": [height, width], "counts": counts}
+            counts = rle_codec.frPyObjects(runs, height, width)["counts"]
         elif (total := int(run_lengths(counts).sum())) != height * width:
             raise ValueError(f"the runs add up to {total} pixels, the image has {height * width}")
-        return rle_codec.decode({"size": [height, width], "counts": rle["counts"]}).astype(bool)
+        return rle_codec.decode({"size": [height, width], "counts": counts}).astype(bool)
     except (ValueError, TypeError) as error:
         raise DataError(
             f'{path}: "{field}" is not a valid run-length mask ({reason_of(error)})'

@@ -29,6 +29,7 @@ import httpx2
 import numpy as np
 from PIL import Image
 
+from dataset.command import shown
 from dataset.files.images import read_image
 from dataset.generate.journal import Answer, Journal
 
@@ -317,7 +318,7 @@ def _read(response: httpx2.Response, deadline: float) -> str:
 
 def _shortened(text: str, longest: int = 200) -> str:
     """``text`` in one line."""
-    text = " ".join(text.split())
+    text = " ".join(shown(text).split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
+from dataset.command import shown
 from dataset.files.write import write_text
 from dataset.generate.client import (
     Abort,
@@ -175,16 +176,17 @@ class GenerationRun:
         reasons = dict(sorted(kinds.items(), key=lambda pair: (-pair[1], pair[0])))
         report = facts | {"refused": reasons, "cost": cost, "errors": outcome.errors}
         write_json(self.folder / "report.json", report)
-        print(f"{self.args.out}: {summary}")
+        print(shown(f"{self.args.out}: {summary}"))
         for reason, count in list(reasons.items())[:5]:
-            print(f"  refused {count} times: {reason}")
+            print(shown(f"  refused {count} times: {reason}"))
         answers = sum(row["requests"] for row in cost.values())
         dollars = sum(row["usd"] for row in cost.values())
         print(f"  {answers} answers, {dollars:.4f} USD; journal and report in {self.folder}")
         if outcome.errors:
             print(
                 f"error: {len(outcome.errors)} of {len(outcome.results)} items have no answer, for"
-                f" example:\nerror: {outcome.errors[0]}; the same command asks for them again",
+                f" example:\nerror: {shown(outcome.errors[0])}; the same command asks"
+                " for them again",
                 file=sys.stderr,
             )
         return 1 if outcome.errors else 0

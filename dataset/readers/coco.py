@@ -94,8 +94,13 @@ class CocoInstances:
                     self.dataset, f"{path}: {phrase!r} covers no pixel and is not asked"
                 )
                 continue
-            conversations.append(phrase_conversation(phrase, masks[0], self.options, rng, masks[1]))
+            asked = phrase_conversation(phrase, masks[0], self.options, rng, masks[1])
+            asked.category = category
+            conversations.append(asked)
         if self.options.training and not conversations:
             raise NothingToAsk(f"{path}: no category that was drawn has a pixel in {self.source}")
         name = self.identities.of(record["file_name"])
-        return Sample(image, str(path), conversations, "semantic", self.dataset, name)
+        number = record["id"]
+        return Sample(
+            image, str(path), conversations, "semantic", self.dataset, name, number=number
+        )

@@ -196,13 +196,16 @@ class PartSegmentation:
             if target.any():
                 host = self._host(category, by_category, size)
                 phrase = self.names[category].phrase(self.options.wording(rng))
-                conversations.append(
-                    phrase_conversation(phrase, target, self.options, rng, crowd, host)
-                )
+                asked = phrase_conversation(phrase, target, self.options, rng, crowd, host)
+                asked.category = category
+                conversations.append(asked)
         if self.options.training and not conversations:
             raise NothingToAsk(f"{path}: no annotation in {self.source} has a pixel")
         name = self.identities.of(file)
-        return Sample(image, str(path), conversations, "semantic", self.dataset, name)
+        number = record["id"]
+        return Sample(
+            image, str(path), conversations, "semantic", self.dataset, name, number=number
+        )
 
     def _host(
         self, category: int, by_category: dict[int, list[dict]], size: tuple[int, int]

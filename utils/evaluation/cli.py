@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from dataset import command
-from dataset.files.write import write_text
+from dataset.files.write import prepare_output, write_text
 from dataset.mixture import EvalDataset
 from dataset.numbers import in_range
 from utils import distributed
@@ -189,14 +189,7 @@ def score_command(argv: Sequence[str], started: float) -> None:
         texts=args.eval_texts,
         follow_links=args.follow_links,
     )
-    try:
-        # A folder that cannot be made is reported before the work rather than after it.
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--out {args.out}: results cannot be written there ({error.strerror}); give another"
-            " folder"
-        ) from None
+    prepare_output("--out", args.out, is_folder=True)
     report = score_predictions(
         predictions, data, args.eval_mode, args.examples, args.gallery, args.seed
     )
@@ -209,7 +202,7 @@ def score_command(argv: Sequence[str], started: float) -> None:
     ):
         if names:
             more = f" and {len(names) - 10} more, see metrics.json" if len(names) > 10 else ""
-            print(f"{len(names)} {what}: {', '.join(names[:10])}{more}")
+            print(command.shown(f"{len(names)} {what}: {', '.join(names[:10])}{more}"))
 
 
 def compare_command(argv: Sequence[str]) -> None:
@@ -224,6 +217,7 @@ def compare_command(argv: Sequence[str]) -> None:
     args = parser.parse_args(list(argv))
     if args.top < 0 or args.seed < 0:
         raise UsageError("--top and --seed must not be negative")
+    prepare_output("--html", args.html)
     found = compare_targets(read_targets(args.a), read_targets(args.b), args.top, args.seed)
     print(found.table())
     if args.html:

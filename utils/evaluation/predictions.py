@@ -13,7 +13,10 @@ or a JSON list in the manner of COCO results::
     {"image_id": id, "conversation": 0, "target": 0, "answer": text,
      "segmentation": {"size": [H, W], "counts": …}}
 
-where conversation, target and answer may be left out. The sample's id is the name of its image file
+where conversation, target and answer may be left out. A segmentation may be polygons, and what
+COCO's own evaluation reads is read, too: an "image_id" that is a number is that of the photo in
+COCO's file, and of an image that is asked about several categories, "category_id" says which one is
+answered. The sample's id is the name of its image file
 without the ending, with the folders in front where several images share it: cam1/0001.png for
 cam1/0001.jpg. A target without a prediction scores as one without a mask: 0, or 1 where the
 target is empty. A file that two images may claim, such as a.0.png where they are a.jpg and a.0.jpg,
@@ -23,7 +26,8 @@ is an error; the list can tell them apart.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +35,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dataset.annotations.masks import read_mask
+from dataset.annotations.masks import annotation_mask, read_mask
 from dataset.files.errors import DataError
+from dataset.files.images import whole_number
 from dataset.files.paths import list_files, list_folders
-from dataset.files.rle import decode_rle
 from dataset.files.text import read_json
 from utils.evaluation.collector import Collector, GroundTruth
 from utils.evaluation.runner import evenly_spaced, shards_of
@@ -47,12 +51,17 @@ USE_A_LIST = 'give a JSON list, where "image_id", "conversation" and "target" ar
 class TargetKey(NamedTuple):
     """Which target a prediction answers."""
 
-    id: str
+    id: str | int
+    """A number is the photo's in a file in COCO's format."""
     conversation: int
     target: int
+    category: int | None = None
+    """Of an entry that says this instead of the conversation."""
 
     def __str__(self) -> str:
-        return self.names[0] if self.conversation or self.target else self.id
+        if self.category is not None:
+            return f"{self.id}, category {self.category}"
+        return self.names[0] if self.conversation or self.target else str(self.id)
 
     @property
     def names(self) -> list[str]:
@@ -61,8 +70,40 @@ class TargetKey(NamedTuple):
         if self.target == 0:
             full.append(f"{self.id}.{self.conversation}")
             if self.conversation == 0:
-                full.append(self.id)
+                full.append(str(self.id))
         return full
+
+
+@dataclass(frozen=True)
+class AskedTarget:
+    """A target, with all that a prediction may call it."""
+
+    key: TargetKey
+    image: str
+    """The path of the image."""
+    number: int | None = None
+    """The photo's in a file in COCO's format."""
+    category: int | None = None
+    """What is asked for, of data in COCO's format."""
+
+    def names(self, categories: Collection[int]) -> list[Name]:
+        """``categories``: those of all predictions."""
+        key = self.key
+        found: list[Name] = [*key.names]
+        ids: list[str | int] = [key.id, f"{key.id}{Path(self.image).suffix}"]
+        digits = str(key.id)
+        named = int(digits) if digits.isascii() and digits.isdigit() else None
+        ids += sorted({number for number in (self.number, named) if number is not None})
+        # A category that the data know names the question; otherwise the only one is the first's.
+        if self.category is not None:
+            fitting: Collection[int] = (self.category,)
+        else:
+            fitting = categories if key.conversation == 0 else ()
+        for id in ids:
+            found.append(TargetKey(id, key.conversation, key.target))
+            if key.target == 0:
+                found += [TargetKey(id, 0, 0, category) for category in fitting]
+        return found
 
 
 # A file is known by its name, which may mean several targets; an entry of a list by its one target.
@@ -75,8 +116,14 @@ class Predictions:
 
     def __init__(self, path: Path, masks: dict[Name, ReadMask], answers: dict[Name, str]):
         self.path, self._masks, self._answers = path, masks, answers
-        self.used: dict[Name, tuple[TargetKey, str]] = {}
-        """Which target of which image (its path) took a prediction."""
+        self.used: dict[Name, AskedTarget] = {}
+        """Which target took a prediction."""
+        self.categories = {
+            name.category
+            for name in masks
+            if isinstance(name, TargetKey) and name.category is not None
+        }
+        """Of entries that say which category of an image they answer."""
         self.missing: list[str] = []
         """Targets that were asked for and have no prediction."""
 
@@ -108,18 +155,23 @@ class Predictions:
     def _of_json(cls, path: Path) -> Predictions:
         entries = read_json(path)
         if not isinstance(entries, list) or not entries:
+            is_coco = isinstance(entries, dict) and isinstance(entries.get("annotations"), list)
             raise DataError(
                 f'{path}: must be a list of {{"image_id": …, "segmentation": …}} with at least one'
-                " entry"
+                f" entry{'; give its list of annotations' if is_coco else ''}"
             )
         masks: dict[Name, ReadMask] = {}
         answers: dict[Name, str] = {}
         for i, entry in enumerate(entries):
             name = _key(entry, path, i)
             if name in masks:
-                raise DataError(f"{path}: [{i}] is the second prediction for {name}; keep one")
+                mend = "keep one"
+                if name.category is not None:
+                    mend += ', or join their masks: a question is about all of a category; "score"'
+                    mend += " is not read"
+                raise DataError(f"{path}: [{i}] is the second prediction for {name}; {mend}")
             where = f"[{i}].segmentation"
-            masks[name] = partial(decode_rle, entry["segmentation"], path=path, field=where)
+            masks[name] = partial(annotation_mask, entry["segmentation"], path=path, field=where)
             answers[name] = str(entry.get("answer") or "")
         return cls(path, masks, answers)
 
@@ -128,20 +180,26 @@ class Predictions:
         """Predictions that no target has taken."""
         return [str(name) for name in self._masks if name not in self.used]
 
-    def _take(self, key: TargetKey, image: str) -> Name | None:
-        """The prediction for a target of ``image``, which no other target may take from now on."""
-        found = [name for name in (key, *key.names) if name in self._masks]
+    def _take(self, asked: AskedTarget) -> Name | None:
+        """The prediction for a target, which no other target may take from now on."""
+        key, image = asked.key, asked.image
+        found = [name for name in asked.names(self.categories) if name in self._masks]
         if len(found) > 1:
-            files = " and ".join(f"{name}.png" for name in found)
+            is_file = isinstance(found[0], str)
+            files = " and ".join(f"{name}.png" if is_file else str(name) for name in found[:2])
+            mend = USE_A_LIST if is_file else 'say with "conversation" which question each answers,'
             raise DataError(
-                f"{self.path}: {files} are both predictions for {key}; keep one, or {USE_A_LIST} if"
+                f"{self.path}: {files} are both predictions for {key}; keep one, or {mend} if"
                 " they are not"
             )
         if not found:
             return None
-        taken, of = self.used.setdefault(found[0], (key, image))
-        if (taken, of) != (key, image):
+        first = self.used.setdefault(found[0], asked)
+        if first != asked:
+            taken, of = first.key, first.image
             mend = "rename one of the images" if taken == key else USE_A_LIST
+            if not isinstance(found[0], str):
+                mend = 'give the name of the image file as "image_id"'
             name = f"{found[0]}.png" if isinstance(found[0], str) else found[0]
             raise DataError(
                 f"{self.path}: {name} may be the prediction for {taken} ({of}) and for {key}"
@@ -149,27 +207,28 @@ class Predictions:
             )
         return found[0]
 
-    def mask(self, key: TargetKey, size: tuple[int, int], image: str) -> np.ndarray | None:
+    def mask(self, asked: AskedTarget, size: tuple[int, int]) -> np.ndarray | None:
         """The mask of a target, bool (H, W) of this ``size``, or None, which is remembered in
-        ``missing``. ``image``: its path.
+        ``missing``.
 
         Raises DataError naming the file for another size, for anything unreadable, for two
         predictions of one target and for one that may be meant for two.
         """
-        name = self._take(key, image)
+        name = self._take(asked)
         if name is None:
-            self.missing.append(str(key))
+            self.missing.append(str(asked.key))
             return None
         return self._masks[name](size)
 
-    def answer(self, key: TargetKey, image: str) -> str:
+    def answer(self, asked: AskedTarget) -> str:
         """The text of the system's answer, "" where the predictions do not hold it."""
-        return self._answers.get(self._take(key, image) or "", "")
+        return self._answers.get(self._take(asked) or "", "")
 
-    def extra_masks(self, id: str, conversation: int, targets: int, image: str) -> int:
-        """The number of predictions for a conversation beyond the ``targets`` that it has."""
+    def extra_masks(self, first: AskedTarget, targets: int) -> int:
+        """The number of predictions for the conversation of its ``first`` target beyond the
+        ``targets`` that it has."""
         count = 0
-        while self._take(TargetKey(id, conversation, targets + count), image):
+        while self._take(replace(first, key=first.key._replace(target=targets + count))):
             count += 1
         return count
 
@@ -188,7 +247,7 @@ def _key(entry: Any, path: Path, index: int) -> TargetKey:
             ' {"size", "counts"}}'
         )
     found = entry.get("image_id", entry.get("id"))
-    if isinstance(found, bool) or not isinstance(found, (str, int)):
+    if not isinstance(found, str) and (found := whole_number(found)) is None:
         raise DataError(
             f'{path}: [{index}] has no "image_id", the name of the image file without its ending'
         )
@@ -197,7 +256,9 @@ def _key(entry: Any, path: Path, index: int) -> TargetKey:
         raise DataError(
             f'{path}: [{index}] "conversation" and "target" must be whole numbers from 0'
         )
-    return TargetKey(str(found), *numbers)
+    says_which = bool(entry.keys() & {"conversation", "target"})
+    category = None if says_which else whole_number(entry.get("category_id"))
+    return TargetKey(found, numbers[0], numbers[1], category)
 
 
 def score_predictions(
@@ -215,13 +276,24 @@ def score_predictions(
     fits.
     """
     started, indices = time.perf_counter(), range(len(dataset))
+    known = getattr(dataset.loader, "names", {}) if predictions.categories else {}
+    if known and (strange := sorted(predictions.categories - set(known))):
+        raise DataError(
+            f'{predictions.path}: "category_id" {strange[0]} is no category of'
+            f" {dataset.loader.dataset}; write the ids of its file ({min(known)} to {max(known)})"
+        )
     collector = Collector([LEVEL], set(evenly_spaced(len(indices), examples)), gallery, seed)
     for shard in shards_of(dataset, indices):
         sample, image = shard.sample, shard.sample.image_path
         size = sample.image.shape[:2]
         for number, conversation in enumerate(sample.conversations, start=shard.first):
-            keys = [TargetKey(sample.id, number, k) for k in range(len(conversation.masks))]
-            masks = [_tensor(predictions.mask(key, size, image)) for key in keys]
+            asked = [
+                AskedTarget(
+                    TargetKey(sample.id, number, k), image, sample.number, conversation.category
+                )
+                for k in range(len(conversation.masks))
+            ]
+            masks = [_tensor(predictions.mask(target, size)) for target in asked]
             truth = GroundTruth(
                 index=shard.index,
                 sample=sample,
@@ -235,8 +307,8 @@ def score_predictions(
             collector.add(
                 truth,
                 [None if mask is None else mask[None] for mask in masks],
-                predictions.answer(keys[0], image),
-                predictions.extra_masks(sample.id, number, len(keys), image),
+                predictions.answer(asked[0]),
+                predictions.extra_masks(asked[0], len(asked)),
             )
     if not predictions.used:
         wanted = ", ".join(predictions.missing[:3])

@@ -73,6 +73,9 @@ def write_reports(
     who = f"{printable(name)} on " if name else ""
     print(f"\n{who}{reports[0].dataset}, percent [95 % interval]")
     print(format_table(summaries | baselines))
+    for report in reports:
+        for warning in report.warnings:
+            print(f"WARNING, {words(report.mode)}: {warning}")
     files = "report.html, metrics.json, targets-*.json, targets-*.csv, examples.png"
     print(f"written to {folder}/: {files}", flush=True)
     return metrics

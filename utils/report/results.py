@@ -62,6 +62,22 @@ class Report:
             shown += f", first mask on host {percent(s['first_host_iou'])}"
         return shown + f" (n = {s['n']})"
 
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the scores say less than they seem to, in words."""
+        found, n = [], len(self.scores)
+        answered = [score for score in self.scores if score.emitted]
+        empty = sum(score.target_area == 0 for score in self.scores)
+        if not answered:
+            found.append(f"no answer held a mask: all {n} targets are scored as unanswered")
+        elif all(score.union - score.target_area + score.inter == 0 for score in answered):
+            found.append(f"every mask that was answered is empty ({len(answered)} of {n} targets)")
+        if 2 * empty > n:
+            found.append(
+                f"{empty} of {n} targets are empty; on these an answer without a mask scores 100"
+            )
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures."""
         return {
@@ -90,8 +106,15 @@ class Report:
         writer.writerow(f.name for f in dataclasses.fields(TargetScore))
         for score in self.scores:
             values = dataclasses.astuple(score)
-            writer.writerow(printable(v) if isinstance(v, str) else v for v in values)
+            writer.writerow(_cell(v) if isinstance(v, str) else v for v in values)
         write_text(Path(path), table.getvalue())
+
+
+def _cell(text: str) -> str:
+    """``text`` in one line, which no spreadsheet takes for a formula: it would run what a file name
+    or a question says."""
+    line = printable(text)
+    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
 
 
 def versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 from dataset import command  # noqa: E402
+from dataset.files.write import prepare_output  # noqa: E402
 from utils.settings.arguments import OneLineParser  # noqa: E402
 from utils.settings.flags import UsageError  # noqa: E402
 from utils.training.log import read_log  # noqa: E402
@@ -79,7 +80,6 @@ def draw(logs: dict[str, Log], losses: Sequence[str], scores: Sequence[str], out
     _panel(axes[0, 0], logs, "train", losses, 1, "loss")
     if validated:
         _panel(axes[0, 1], logs, "val", scores, 100, "validation, percent")
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
     pyplot.close(figure)
 
@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--loss", default="loss", help=f"values of the steps, {commas}")
     add("--score", default="giou", help=f"values of the validations, {commas}")
     args = parser.parse_args(argv)
+    prepare_output("--out", args.out)
     logs = dict(zip(names_of(args.runs), map(read_run, args.runs), strict=True))
     first = args.runs[0]
     out = args.out or (first if first.is_dir() else first.parent) / "curve.png"
