@@ -20,7 +20,7 @@ from model.build import build_from_backbones
 from model.checkpoints.precision import DTYPES, choose_attention, quantization
 from model.checkpoints.published import clip_sizes
 from model.checkpoints.sam import load_sam
-from model.checkpoints.source import Source, open_source, open_tower
+from model.checkpoints.source import Kind, Source, open_source, open_tower
 from model.cores import CoresForReasoningSegmentation
 from model.processor import CoresProcessor
 from model.reasoning.chain import enable_checkpointing
@@ -42,8 +42,12 @@ VISION_TOWERS = {
 
 
 def open_version(s: Settings) -> Source:
-    """What --version names, opened once for all that follows. Raises FileNotFoundError."""
-    return open_source(s.version, s.vision_tower)
+    """What --version names, opened once for all that follows. Raises FileNotFoundError, and
+    ValueError for what is neither a LLaVA nor a finished model."""
+    source = open_source(s.version, s.vision_tower)
+    if not source.finished and source.kind not in (Kind.LLAVA, Kind.PUBLISHED_LLAVA):
+        raise source.refuse("--version needs a model of type 'llava'")
+    return source
 
 
 def is_finished(path: str | Path) -> bool:

@@ -224,6 +224,8 @@ def journal(root: Path) -> None:
     now="one line, exit code 4; what was computed is kept",
 )
 def killed_worker(root: Path) -> None:
+    from concurrent.futures.process import BrokenProcessPool
+
     from tests.backbone_toys import flags, toys
     from tests.faults.weights import said
     from utils.precompute import proposals as command
@@ -236,7 +238,7 @@ def killed_worker(root: Path) -> None:
 
         def map(self, *_, **__):
             yield "computed"
-            raise command.BrokenProcessPool("A process in the process pool was terminated abruptly")
+            raise BrokenProcessPool("A process in the process pool was terminated abruptly")
 
         def shutdown(self, **_):
             pass

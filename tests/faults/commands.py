@@ -97,7 +97,7 @@ def nested_too_deeply(tmp_path: Path) -> None:
     deep.write_text("version: " + "[" * 100_000)
     code, line = last_words(train_ds.main, ["--config", deep])
     assert code == 2 and line.count("\n") == 1 and "deep.yaml" in line, line
-    deep.write_bytes(b"version: \xc1\n")
+    deep.write_bytes(b"version: \x81\x9d\n")
     code, line = last_words(train_ds.main, ["--config", deep])
     assert code == 2 and line.count("\n") == 1 and "deep.yaml" in line, line
 

@@ -49,7 +49,37 @@ def _outlive_stop_signals(_: int) -> None:
     """Starts a data worker. Launchers and terminals signal every process, but a rank whose workers
     are gone could not end its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # its rank's handler was inherited
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+
+
+def batches_of(loader: DataLoader) -> Iterator[Batch]:
+    """The batches of an epoch. Raises RuntimeError where a data worker has died, or gives no batch
+    for STUCK_AFTER seconds.
+
+    The loader's own ``timeout`` is not used: while it waits for that, it does not look whether its
+    workers are alive.
+    """
+    if not loader.num_workers:
+        yield from loader
+        return
+
+    def stuck(*_: object) -> None:
+        raise RuntimeError(f"DataLoader timed out after {STUCK_AFTER} seconds")
+
+    iterator = None
+    while True:
+        before = signal.signal(signal.SIGALRM, stuck)
+        signal.alarm(STUCK_AFTER)
+        try:
+            iterator = iterator or iter(loader)
+            batch = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+        yield batch
 
 
 def make_loader(
@@ -72,7 +102,6 @@ def make_loader(
         collate_fn=build,
         persistent_workers=s.workers > 0,
         prefetch_factor=4 if s.workers else None,
-        timeout=STUCK_AFTER if s.workers else 0,
         worker_init_fn=_outlive_stop_signals,
         # The loader draws a seed per epoch. From the global generator, a resumed epoch would draw
         # it a second time, and dropout would go on differently.

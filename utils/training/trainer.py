@@ -32,7 +32,7 @@ from utils.training.failures import (
     refuse_non_finite_loss,
     refuse_without_targets,
 )
-from utils.training.loader import make_loader
+from utils.training.loader import batches_of, make_loader
 from utils.training.log import RunLog
 from utils.training.verify import read_progress
 
@@ -112,7 +112,7 @@ class Trainer:
         self.engine.train()
         self.data.set_epoch(self.progress["epoch"])
         self.sampler.first_micro_step = done * s.grad_accumulation_steps
-        batches = iter(self.loader)
+        batches = batches_of(self.loader)
         label = f"epoch {self.progress['epoch'] + 1}/{s.epochs}"
         quiet = not distributed.is_main()
         bar = tqdm(desc=label, total=s.steps_per_epoch, initial=done, unit="step", disable=quiet)
