@@ -29,6 +29,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 import numpy as np
 from PIL import Image
 
@@ -248,6 +253,7 @@ def mixed(answers: list[dict[str, Any]], right: list[dict[str, Any]], name: str)
     )
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> int:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--version", default="runs/demo/model", help="model folder")

@@ -16,11 +16,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dataset import command  # noqa: E402
+
+if __name__ == "__main__":
+    command.guard()
+
 from dataset.mixture import EvalDataset  # noqa: E402
 from model import ReasoningSegmenter  # noqa: E402
 from utils.report.visualize import Example, contact_sheet  # noqa: E402
 
 
+@command.entry()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name in ("version", "dataset_dir", "val_dataset", "out"):
