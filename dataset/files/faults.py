@@ -25,6 +25,7 @@ from filelock import FileLock
 
 from dataset.files.errors import DataError, NothingToAsk
 from dataset.files.text import read_text
+from dataset.files.write import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def read_skip_list(path: str | Path) -> list[BadItem]:
 
 def write_skip_list(items: list[BadItem], path: str | Path) -> None:
     text = "".join(json.dumps(asdict(item)) + "\n" for item in items)
-    Path(path).write_text(text, encoding="utf-8")
+    write_text(Path(path), text)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 from dataset import command  # noqa: E402
+from dataset.files.write import writing  # noqa: E402
 from utils.settings.arguments import OneLineParser  # noqa: E402
 from utils.settings.flags import UsageError  # noqa: E402
 from utils.training.log import read_log  # noqa: E402
@@ -79,9 +80,11 @@ def draw(logs: dict[str, Log], losses: Sequence[str], scores: Sequence[str], out
     _panel(axes[0, 0], logs, "train", losses, 1, "loss")
     if validated:
         _panel(axes[0, 1], logs, "val", scores, 100, "validation, percent")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
-    pyplot.close(figure)
+    try:
+        with writing(out) as partial:
+            figure.savefig(partial, dpi=100, format=out.suffix[1:] or "png")
+    finally:
+        pyplot.close(figure)
 
 
 def _panel(
