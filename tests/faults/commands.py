@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import errno
 import io
+import json
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +17,22 @@ import torch
 import merge_lora_weights_and_save_hf_model as merge
 import train_ds
 from dataset import check, command
+from dataset.synthetic import write as synthetic
 from tests.dataset_toys import write_reason_seg
 from tests.faults.case import case
 from utils.evaluation import cli as evaluation
 from utils.training import curve
+
+
+@contextlib.contextmanager
+def full_disk(room: int = 64):
+    """No file of this process may grow beyond ``room`` bytes, which fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def last_words(main: Callable, argv: list[str], error: BaseException | None = None):
@@ -111,3 +125,59 @@ def a_defect(tmp_path: Path) -> None:
     code, text = last_words(merge.main, [], KeyError("version"))
     assert code == command.DEFECT and text.startswith("Traceback")
     assert "please report" in text.splitlines()[-1]
+
+
+@case(
+    "the disk of the outputs is full: sheets and list of the check, comparison, curve, benchmark",
+    "refused",
+    "one line that names the file and what to do, exit code 2; nothing half-written is left",
+)
+def disk_of_outputs_is_full(tmp_path: Path) -> None:
+    folder = write_reason_seg(tmp_path / "data")
+    (folder / "000.json").write_text("[]")
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    out = tmp_path / "out"
+    data = ["--dataset_dir", str(tmp_path / "data"), "--all"]
+    argvs = {
+        check.main: [[*data, "--out", out / "sheets"], [*data, "--fix-list", out / "bad.jsonl"]],
+        curve.main: [[tmp_path / "log.jsonl", "--out", out / "curve.png"]],
+        synthetic.main: [["--out", out / "bench", "--train", 1, "--val", 1, "--semantic", 1]],
+    }
+    for main, several in argvs.items():
+        for argv in several:
+            with full_disk(), contextlib.redirect_stdout(io.StringIO()):
+                code, line = last_words(main, argv)
+            assert code == 2 and line.count("error:") == 1 and "free space" in line, line
+            assert str(argv[argv.index("--out" if "--out" in argv else "--fix-list") + 1]) in line
+    assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+@case(
+    "the standard output goes to a full disk",
+    "refused",
+    "the work goes on and is kept; one line and exit code 2 say that not all was printed",
+)
+def output_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
+        code, line = last_words(curve.main, [tmp_path / "log.jsonl"])
+    assert code == 2 and line.startswith("error: standard output: ") and line.count("\n") == 1
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+@case(
+    "a terminal that knows ASCII only (LANG=C, a batch system), names and queries of other scripts",
+    "right",
+    "every command prints, with escapes for what the terminal lacks",
+)
+def terminal_of_ascii(tmp_path: Path) -> None:
+    folder = write_reason_seg(tmp_path / "圖", name="試")
+    (folder / "000.json").rename(folder / "狗.json")
+    (folder / "000.jpg").rename(folder / "狗.jpg")
+    (folder / "001.json").write_text(json.dumps({"text": 3}))
+    said = io.BytesIO()
+    terminal = io.TextIOWrapper(said, "ascii", "strict")
+    with contextlib.redirect_stdout(terminal):
+        code, line = last_words(check.main, ["--dataset_dir", tmp_path / "圖", "--all"])
+    text = said.getvalue().decode("ascii")
+    assert code == 1 and not line and "001.json" in text and r"\u8a66" in text, (line, text)
