@@ -29,6 +29,8 @@ from dataset.files.write import write_text
 
 logger = logging.getLogger(__name__)
 
+SKIP_LIST_BEGINS = b'{"dataset": "'
+
 
 @dataclass(frozen=True)
 class BadItem:

@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 
 from dataset.files.errors import DataError, MissingDataError, reason_of
 from dataset.files.packed import PackedRecords
-from dataset.files.paths import typed_folder
+from dataset.files.paths import refuse_endless, typed_folder
 from dataset.files.write import sync
 
 logger = logging.getLogger(__name__)
@@ -320,6 +320,7 @@ def content_hash(source: Path, root: Path) -> str:
 
 
 def _signature(source: Path) -> Signature:
+    refuse_endless(source)
     try:
         status = source.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -65,6 +65,21 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def refuse_foreign(path: Path, begins: bytes, flag: str) -> None:
+    """Raises ValueError where ``path``, a file to write, holds what does not begin as this program
+    would write it: an input that was typed, or completed by the shell, behind the wrong flag."""
+    try:
+        with path.open("rb") as stream:
+            found = stream.read(80).lstrip()
+    except OSError:
+        return  # It is not there, or its writer says what is wrong.
+    if found and not found.startswith(begins):
+        raise ValueError(
+            f"{flag} {path}: is there and was not written by this command; give another name, or"
+            " remove it"
+        )
+
+
 def remove(path: Path) -> None:
     """Removes a file or folder, if it is there, as far as that is possible."""
     if path.is_dir() and not path.is_symlink():

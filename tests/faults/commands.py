@@ -12,11 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 import merge_lora_weights_and_save_hf_model as merge
 import train_ds
 from dataset import check, command
+from dataset.files.errors import DataError
+from dataset.files.faults import read_skip_list
 from dataset.synthetic import write as synthetic
 from tests.dataset_toys import write_reason_seg
 from tests.faults.case import case
@@ -150,6 +153,49 @@ def disk_of_outputs_is_full(tmp_path: Path) -> None:
             assert code == 2 and line.count("error:") == 1 and "free space" in line, line
             assert str(argv[argv.index("--out" if "--out" in argv else "--fix-list") + 1]) in line
     assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+@case(
+    "an output is named that is an input: --fix-list on annotations, --out of a curve on its log",
+    "refused",
+    "one line; the file stays what it was",
+)
+def output_is_an_input(tmp_path: Path) -> None:
+    file = write_reason_seg(tmp_path) / "000.json"
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    before = file.read_bytes(), log.read_bytes()
+    for main, argv in (
+        (check.main, ["--dataset_dir", tmp_path, "--fix-list", file]),
+        (curve.main, [log, "--out", log]),
+        (evaluation.main, ["compare", file, file, "--html", file]),
+    ):
+        code, line = last_words(main, argv)
+        assert code == 2 and line.count("\n") == 1 and str(argv[-1]) in line, line
+    assert (file.read_bytes(), log.read_bytes()) == before
+
+
+@case(
+    "a named pipe where a photo, its JSON or a skip list is expected",
+    "refused",
+    "one line; nothing is waited for",
+)
+def pipes_for_files(tmp_path: Path) -> None:
+    folder = write_reason_seg(tmp_path)
+    for name in ("000.jpg", "001.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert last_words(check.main, ["--dataset_dir", tmp_path, "--all"])[0] == 1
+    assert "000.jpg is not in" in said.getvalue() and "001.json: is a pipe" in said.getvalue()
+    with pytest.raises(DataError, match="is a pipe"):
+        read_skip_list(folder / "001.json")
+    handed, end = os.pipe()
+    os.write(end, b'{"dataset": "a|train", "item": "x"}')
+    os.close(end)  # as a shell hands over <(grep …)
+    assert len(read_skip_list(f"/dev/fd/{handed}")) == 1
+    os.close(handed)
 
 
 @case(

@@ -19,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.backend_bases import FigureCanvasBase  # noqa: E402
 
 from dataset import command  # noqa: E402
 from dataset.files.write import writing  # noqa: E402
@@ -134,6 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     logs = dict(zip(names_of(args.runs), map(read_run, args.runs), strict=True))
     first = args.runs[0]
     out = args.out or (first if first.is_dir() else first.parent) / "curve.png"
+    known = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix[1:] not in known and out.suffix:
+        raise UsageError(f"--out {out}: its name has to end like one of {', '.join(sorted(known))}")
     draw(logs, args.loss.split(","), args.score.split(","), out)
     print(out)
     return 0
