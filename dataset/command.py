@@ -348,17 +348,18 @@ def _silence(stream: Any) -> None:
 def _printing(ends_with_reader: bool) -> Iterator[_Printed]:
     """Both streams as ``_Printed``; yields that of the standard output. What comes in may have any
     characters, too."""
-    streams = sys.stdout, sys.stderr
+    streams: tuple[Any, Any] = (sys.stdout, sys.stderr)
     # A program without a terminal may have no streams.
     whole = [stream or open(os.devnull, "w") for stream in streams]  # noqa: SIM115
     for stream in whole:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.reconfigure(errors="backslashreplace")
+    stdin: Any = sys.stdin
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
-        sys.stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors="replace")
+        ascii_only = codecs.lookup(stdin.encoding).name == "ascii"
+        stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors="replace")
     stdout, stderr = _Printed(whole[0], ends_with_reader), _Printed(whole[1])
-    sys.stdout, sys.stderr = stdout, stderr  # type: ignore[assignment]
+    sys.stdout, sys.stderr = stdout, stderr
     try:
         yield stdout
     finally:
