@@ -15,7 +15,6 @@ Ctrl-C. docs/chat.md has more.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -320,9 +319,6 @@ def _step(chat: TerminalChat, line: str | None) -> bool:
 @command.entry(ends_with_reader=True, memory=LESS_MEMORY)
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; see the top of this file."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     args = read_chat_arguments(argv)
     if args.prompt is not None:  # A mistake is reported before the model is loaded.
         _prepare_folder(args.vis_save_path)

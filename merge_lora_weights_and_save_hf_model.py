@@ -33,7 +33,7 @@ from utils import distributed
 
 distributed.prepare_environment()  # It must come before any import of deepspeed.
 
-from dataset.files.write import sync  # noqa: E402
+from dataset.files.write import all_or_nothing, remove, sync  # noqa: E402
 from model.checkpoints.precision import DTYPES  # noqa: E402
 from model.checkpoints.source import open_source  # noqa: E402
 from model.checkpoints.weights import read_json_file  # noqa: E402
@@ -208,25 +208,39 @@ def save(
     model: CoresForReasoningSegmentation, processor: CoresProcessor, folder: Path, layout: str
 ) -> None:
     """``folder``, which is new or empty and may be "." or a link, appears when it is complete; a
-    merge that was killed leaves a hidden folder beside it, which the next one removes."""
+    merge that was killed leaves a hidden folder beside it, which the next one removes. Raises
+    OSError naming ``folder``."""
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.merging")
     shutil.rmtree(partial, ignore_errors=True)
-    if layout == "lisa":
-        save_published(model, processor, partial)
-    else:
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-    for file in sorted(partial.rglob("*"), reverse=True):
-        sync(file)
-    if folder == Path.cwd() or folder.is_mount():  # It must stay the folder that it is.
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-            shutil.move(file, folder)
-        partial.rmdir()
-        return
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    with all_or_nothing(folder, partial):
+        if layout == "lisa":
+            save_published(model, processor, partial)
+        else:
+            model.save_pretrained(partial)
+            processor.save_pretrained(partial)
+        for file in sorted(partial.rglob("*"), reverse=True):
+            sync(file)
+        if folder == Path.cwd() or folder.is_mount():  # It must stay the folder that it is.
+            _move_into(folder, partial)
+        else:
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+
+
+def _move_into(folder: Path, partial: Path) -> None:
+    """What is in ``partial`` to the empty ``folder``, all or nothing."""
+    files = sorted(partial.iterdir(), key=lambda file: file.name == "config.json")
+    moved = [folder / file.name for file in files]
+    try:
+        for file, target in zip(files, moved, strict=True):
+            shutil.move(file, target)
+    except BaseException:
+        for target in moved:
+            remove(target)
+        raise
+    partial.rmdir()
 
 
 @command.entry()

@@ -32,9 +32,9 @@ from dataset.conversation.turns import answer_text
 from dataset.conversation.wordings import SENTENCE_QUESTIONS
 from dataset.drawing import QueryCard, card_sheet
 from dataset.files.errors import MissingDataError
-from dataset.files.faults import BadItem, Faults, write_skip_list
+from dataset.files.faults import SKIP_LIST_BEGINS, BadItem, Faults, write_skip_list
 from dataset.files.paths import require_folder, typed_folder
-from dataset.files.write import prepare_output
+from dataset.files.write import prepare_output, refuse_foreign
 from dataset.numbers import in_range
 from dataset.registry import DatasetEntry, entries
 from dataset.sample import LoaderOptions, Sample
@@ -230,6 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     logger.setLevel(logging.ERROR)  # The report names what is left out, but no encodings.
     logging.getLogger("dataset.files.text").setLevel(logging.WARNING)
     try:
+        if args.fix_list is not None:
+            refuse_foreign(args.fix_list, SKIP_LIST_BEGINS, "--fix-list")
         root = require_folder(args.dataset_dir, "the data")
         only = args.only.split("||") if args.only else None
         samples = None if args.all else args.samples

@@ -8,11 +8,13 @@
 
 A mistake in flags or files is a line and exit code 2, Ctrl-C and SIGTERM are a line and 130; an
 error of a class with an ``exit_code`` has its own. A defect of the program shows its trace, and a
-last line that says so. Whoever stops reading what is printed ends no work.
+last line that says so. What is printed ends no work: not a terminal without the characters, not a
+full disk, not a reader who has gone.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import functools
@@ -29,12 +31,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
+from dataset.files.write import DISK_FULL, disk_error
+
 MISTAKE, PROCESS_LOST, OUT_OF_MEMORY, DEFECT, STOPPED = 2, 4, 5, 70, 130
 READER_GONE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 
 ENTRY = "is_command_entry"  # the mark of a ``main`` that ``entry`` decorates
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Of a pipe whose reader has ended, and of a terminal that was closed.
 NO_READER = {errno.EPIPE, errno.EIO}
 # What torch, CUDA, OpenCV, the C++ library and the loader of libraries say without memory.
@@ -128,8 +131,9 @@ def explain(error: BaseException) -> End:
             f"another process ended early ({line}); the system ends the largest one when memory"
             " runs out, so start fewer of them (--workers, --jobs), and the same command continues",
         )
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        file = "" if error.filename else _at_hand(error)
+    if (full := disk_error(error)) and full.errno in DISK_FULL:
+        file = "" if full.filename else _at_hand(error)
+        line = line if full is error else one_line(full)
         way_on = "" if "free space" in line else "; free space, and the same command continues"
         return End(MISTAKE, f"{file}{line}{way_on}")
     # Numbers that JSON cannot hold are computed here, so that no file of the user's is to blame.
@@ -183,7 +187,8 @@ def entry(*, ends_with_reader: bool = False, **advice: str) -> Callable:
     """Decorates ``main(argv) -> exit code``; ``advice``: the fields of ``Advice``.
 
     ``ends_with_reader``: the command ends when nobody reads its output any more; others do their
-    work to the end, in silence.
+    work to the end, in silence. All do where the output cannot be written, as to a full disk; the
+    exit code is then 2.
     """
 
     def decorate(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,8 +197,12 @@ def entry(*, ends_with_reader: bool = False, **advice: str) -> Callable:
             global _advice
             before, _advice = _advice, Advice(**advice)
             try:
-                with _sigterm_raises(), _output(lasting=not ends_with_reader):
-                    return _run(main, argv, ends_with_reader)
+                with _sigterm_raises(), _printing(ends_with_reader) as printed:
+                    try:
+                        code = _run(main, argv)
+                    except SystemExit as end:  # of --help
+                        raise SystemExit(printed.end(end.code)) from None
+                    return printed.end(code)
             finally:
                 _advice = before
 
@@ -203,21 +212,23 @@ def entry(*, ends_with_reader: bool = False, **advice: str) -> Callable:
     return decorate
 
 
-def _run(main: Callable[..., Any], argv: list[str] | None, ends_with_reader: bool) -> Any:
+def _run(main: Callable[..., Any], argv: list[str] | None) -> Any:
     try:
         return main(argv)
-    except SystemExit:  # of --help
+    except SystemExit:
         raise
+    except _ReaderGone:
+        return READER_GONE
     except BaseException as error:
-        if ends_with_reader and isinstance(error, BrokenPipeError):
-            _silence(sys.stdout)
-            return READER_GONE
         end = explain(error)
         return end.code if getattr(error, "said", False) else report(end, error)
 
 
 def guard() -> None:
     """For a program while it imports: what ends it is one line, too."""
+    if sys.getfilesystemencoding() == "ascii":
+        # As LANG=C with PYTHONUTF8=0 has it, which could name no file with other characters.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
     def end_now(_: type, error: BaseException, __: Any) -> NoReturn:
         code = report(explain(error), error)
@@ -230,6 +241,11 @@ def guard() -> None:
         # When a rank ends, torch's C++ parts would warn all others with the names of their frames.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.excepthook = end_now
+    for number in range(3):  # Else the first file that is opened would get what others print.
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     signal.signal(signal.SIGTERM, _terminate)
 
 
@@ -276,11 +292,17 @@ def _signals_ignored() -> Iterator[None]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-class _LastingStream:
-    """Passes everything on to ``stream`` until nobody reads it."""
+class _ReaderGone(BaseException):
+    """Nobody reads the output of a command that ends then."""
 
-    def __init__(self, stream: Any):
-        self._stream = stream
+
+class _Printed:
+    """Passes everything on to ``stream``, with escapes for the characters that it lacks, until it
+    cannot be written."""
+
+    def __init__(self, stream: Any, ends_with_reader: bool = False):
+        self._stream, self._ends = stream, ends_with_reader
+        self._lost: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -296,9 +318,22 @@ class _LastingStream:
         try:
             action()
         except OSError as error:
-            if error.errno not in NO_READER:
-                raise
+            first, self._lost = self._lost is None, self._lost or error
             _silence(self._stream)
+            if self._ends and first and error.errno in NO_READER:
+                raise _ReaderGone from None
+
+    def end(self, code: Any) -> Any:
+        """The exit code of a command that would end with ``code``: not 0 if what it printed is
+        lost to anything but a reader's choice."""
+        try:
+            self.flush()
+        except _ReaderGone:
+            return code or READER_GONE
+        if code or self._lost is None or self._lost.errno in NO_READER:
+            return code
+        line = f"standard output: {one_line(self._lost)}; the work is done, but not all was printed"
+        return report(End(MISTAKE, line), self._lost)
 
 
 def _silence(stream: Any) -> None:
@@ -310,14 +345,23 @@ def _silence(stream: Any) -> None:
 
 
 @contextlib.contextmanager
-def _output(lasting: bool) -> Iterator[None]:
-    streams = sys.stdout, sys.stderr
-    if not lasting or None in streams:
-        yield
-        return
-    sys.stdout, sys.stderr = map(_LastingStream, streams)
+def _printing(ends_with_reader: bool) -> Iterator[_Printed]:
+    """Both streams as ``_Printed``; yields that of the standard output. What comes in may have any
+    characters, too."""
+    streams: tuple[Any, Any] = (sys.stdout, sys.stderr)
+    # A program without a terminal may have no streams.
+    whole = [stream or open(os.devnull, "w") for stream in streams]  # noqa: SIM115
+    for stream in whole:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.reconfigure(errors="backslashreplace")
+    stdin: Any = sys.stdin
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        ascii_only = codecs.lookup(stdin.encoding).name == "ascii"
+        stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors="replace")
+    stdout, stderr = _Printed(whole[0], ends_with_reader), _Printed(whole[1])
+    sys.stdout, sys.stderr = stdout, stderr
     try:
-        yield
+        yield stdout
     finally:
-        sys.stdout.flush()
+        stderr.flush()
         sys.stdout, sys.stderr = streams

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dataset.files.write import writing
 from dataset.fonts import Face
 
 # People with any kind of colour vision can tell these apart. The coarse levels have their own, the
@@ -119,10 +120,8 @@ def draw_lines(
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Writes in one step: the file is never half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    picture.save(partial, format="PNG", optimize=True)
-    partial.replace(path)
+    with writing(path) as partial:
+        picture.save(partial, format="PNG", optimize=True)
 
 
 @dataclass

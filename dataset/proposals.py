@@ -32,6 +32,7 @@ from pycocotools import mask as rle
 from dataset.files.errors import DamagedRecords, DataError
 from dataset.files.rle import run_lengths
 from dataset.files.sealed import seal, unseal
+from dataset.files.write import all_or_nothing
 
 logger = logging.getLogger(__name__)
 
@@ -205,8 +206,9 @@ class ProposalStore:
         path = self.path(image)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(seal(dataclasses.asdict(found)))
-        partial.replace(path)
+        with all_or_nothing(path, partial):
+            partial.write_bytes(seal(dataclasses.asdict(found)))
+            partial.replace(path)
 
 
 @dataclass

@@ -25,10 +25,12 @@ from filelock import FileLock
 
 from dataset.files.errors import DataError, NothingToAsk
 from dataset.files.text import read_text
+from dataset.files.write import write_text
 
 logger = logging.getLogger(__name__)
 
 SKIPPED = "skipped.jsonl"  # the skip list that a run writes into its folder
+SKIP_LIST_BEGINS = b'{"dataset": "'
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def read_skip_list(path: str | Path) -> list[BadItem]:
 
 def write_skip_list(items: list[BadItem], path: str | Path) -> None:
     text = "".join(json.dumps(asdict(item)) + "\n" for item in items)
-    Path(path).write_text(text, encoding="utf-8")
+    write_text(Path(path), text)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from dataset.files.errors import DataError, MissingDataError, reason_of
+from dataset.files.paths import refuse_endless
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
 # Pillow knows 40 more, among them PostScript, which it gives to another program to run.
@@ -50,6 +51,8 @@ def _as_file(path: str | Path | EmbeddedImage) -> Path | EmbeddedImage:
 def _open(path: Path | EmbeddedImage) -> Image.Image:
     """The file, not yet decoded. One that claims more pixels than Pillow's limit (89 million) is
     refused with that limit, and so is any format but FORMATS, whatever the file is called."""
+    if isinstance(path, Path):
+        refuse_endless(path)
     file = path if isinstance(path, Path) else path.open("rb")
     try:
         with warnings.catch_warnings():  # Up to twice its limit, Pillow only warns.

@@ -14,6 +14,7 @@ from typing import Any, TextIO, TypeVar
 
 from dataset.files.encodings import marked_encoding
 from dataset.files.errors import DataError, MissingDataError, reason_of
+from dataset.files.paths import refuse_endless
 from dataset.files.text import text_encoding
 
 WINDOW = 1 << 22  # characters
@@ -117,6 +118,7 @@ def parse_stream(path: str | Path, parse: Callable[[JsonReader], Result]) -> Res
     Raises MissingDataError or DataError naming the file.
     """
     path = Path(path)
+    refuse_endless(path)
     try:
         with path.open("rb") as raw:
             encoding = marked_encoding(raw.read(4)) or "utf-8"

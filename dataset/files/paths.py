@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from dataset.files.errors import DataError, MissingDataError, reason_of
 # What systems and tools leave in folders; names that begin with a dot are left-overs, too.
 LEFTOVERS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle"}
 LEFTOVERS |= {"$recycle.bin", "system volume information", "lost+found", "__pycache__", "icon\r"}
+
+HANDED_OVER = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin", "/dev/null")
 
 
 def is_leftover(name: str) -> bool:
@@ -61,6 +64,18 @@ def typed_folder(text: str) -> Path:
     """The path that a flag or a setting names, with the ~ and the $VARIABLES that a shell would
     have replaced, had it seen them."""
     return Path(os.path.expandvars(os.path.expanduser(text)))
+
+
+def refuse_endless(path: Path) -> None:
+    """Raises DataError for a named pipe, a socket or a device, which would be waited for or read
+    without end. What a shell hands over, as in ``--skip_list <(grep …)``, is read."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return  # Whoever opens it says why it cannot be.
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode) or str(path).startswith(HANDED_OVER):
+        return
+    raise DataError(f"{path}: is a pipe, a socket or a device, not a file; put a file there")
 
 
 def require_folder(path: str | Path, what: str) -> Path:

@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 
 from dataset.files.errors import DataError, MissingDataError, reason_of
 from dataset.files.packed import PackedRecords
+from dataset.files.paths import refuse_endless, typed_folder
 from dataset.files.write import sync
 
 logger = logging.getLogger(__name__)
@@ -260,7 +261,7 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
     if cache_dir is not None:
         return Path(cache_dir)
     if base := os.environ.get("CORES_CACHE"):
-        return Path(base) / "index"
+        return typed_folder(base) / "index"
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cores" / "index"
     except RuntimeError:  # The user of a container may have neither a name nor a HOME.
@@ -319,6 +320,7 @@ def content_hash(source: Path, root: Path) -> str:
 
 
 def _signature(source: Path) -> Signature:
+    refuse_endless(source)
     try:
         status = source.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -10,7 +10,7 @@ from typing import Any
 
 from dataset.files.encodings import marked_encoding, plausible_encodings, proves_little
 from dataset.files.errors import DataError, MissingDataError, reason_of
-from dataset.files.paths import list_files
+from dataset.files.paths import list_files, refuse_endless
 
 logger = logging.getLogger(__name__)
 FILES_TO_ASK = 500
@@ -77,6 +77,7 @@ def read_text(path: str | Path) -> str:
     """A text file in whatever encoding ``text_encoding`` proves. Raises DataError naming the
     file."""
     path = Path(path)
+    refuse_endless(path)
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

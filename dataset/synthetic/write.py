@@ -29,6 +29,7 @@ import argparse
 import json
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -37,6 +38,7 @@ from tqdm import tqdm
 
 from dataset import command
 from dataset.files.rle import encode_rle
+from dataset.files.write import all_or_nothing
 from dataset.numbers import in_range
 from dataset.synthetic.queries import PartQuery, make_query
 from dataset.synthetic.scenes import SIZE, SyntheticScene, make_scene
@@ -89,8 +91,12 @@ def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
 
 def write_jpeg(path: Path, image: np.ndarray) -> None:
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    if not cv2.imwrite(str(path), bgr, [cv2.IMWRITE_JPEG_QUALITY, 95]):
-        raise OSError(f"{path}: could not be written (is the disk full?)")
+    write_image(path, bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])
+
+
+def write_image(path: Path, image: np.ndarray, how: Sequence[int] = ()) -> None:
+    # cv2.imwrite says nothing of a full disk.
+    path.write_bytes(cv2.imencode(path.suffix, image, how)[1].tobytes())
 
 
 def write_reasoning_split(root: Path, split: str, count: int, queries: int, seed: int) -> None:
@@ -124,7 +130,7 @@ def write_semantic_split(root: Path, split: str, count: int, seed: int) -> None:
         for obj in scene.objects:
             label[obj.mask] = CATEGORIES.index(obj.category) + 1
         write_jpeg(images / f"{index:06d}.jpg", scene.image)
-        cv2.imwrite(str(labels / f"{index:06d}.png"), label)
+        write_image(labels / f"{index:06d}.png", label)
 
 
 def write_synthreason(
@@ -156,15 +162,16 @@ def write_synthreason(
         raise ValueError(f"{out}: exists and is not a SynthReason folder; give another --out")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write_reasoning_split(partial, "train", train, queries, seed)
-    write_reasoning_split(partial, "val", val, 2, seed)
-    write_semantic_split(partial, "train", semantic, seed)
-    write_semantic_split(partial, "val", max(1, semantic // 10), seed)
-    (partial / "synth_sem" / "classes.json").write_text(json.dumps(CATEGORIES))
-    (partial / stamp.name).write_text(json.dumps(settings))
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with all_or_nothing(out, partial):
+        write_reasoning_split(partial, "train", train, queries, seed)
+        write_reasoning_split(partial, "val", val, 2, seed)
+        write_semantic_split(partial, "train", semantic, seed)
+        write_semantic_split(partial, "val", max(1, semantic // 10), seed)
+        (partial / "synth_sem" / "classes.json").write_text(json.dumps(CATEGORIES))
+        (partial / stamp.name).write_text(json.dumps(settings))
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
     return out
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from dataset.drawing import fit, level_colour, overlay
 from dataset.files.rle import encode_rle
+from dataset.files.write import writing
 
 SHOWN_SIDE = 480  # pixels of a picture's longer side in a notebook
 
@@ -158,10 +159,12 @@ class Result:
         for index, found in enumerate(self.masks):
             paths = {name: folder / f"{stem}_{index}_{_safe(name)}.png" for name in found.levels}
             for name, mask in found.levels.items():
-                Image.fromarray(255 * mask.astype(np.uint8)).save(paths[name])
+                with writing(paths[name]) as partial:
+                    Image.fromarray(255 * mask.astype(np.uint8)).save(partial, "PNG")
             files.append({name: str(path) for name, path in paths.items()})
         picture = folder / f"{stem}_overlay.png"
-        Image.fromarray(self.overlay()).save(picture)
+        with writing(picture) as partial:
+            Image.fromarray(self.overlay()).save(partial, "PNG")
         return {"masks": files, "overlay": str(picture)}
 
     def to_dict(self, files: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -4,21 +4,38 @@ import argparse
 import contextlib
 import errno
 import io
+import json
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 import merge_lora_weights_and_save_hf_model as merge
 import train_ds
 from dataset import check, command
+from dataset.files.errors import DataError
+from dataset.files.faults import read_skip_list
+from dataset.synthetic import write as synthetic
 from tests.dataset_toys import write_reason_seg
 from tests.faults.case import case
 from utils.evaluation import cli as evaluation
 from utils.training import curve
+
+
+@contextlib.contextmanager
+def full_disk(room: int = 64):
+    """No file of this process may grow beyond ``room`` bytes, which fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def last_words(main: Callable, argv: list[str], error: BaseException | None = None):
@@ -111,3 +128,102 @@ def a_defect(tmp_path: Path) -> None:
     code, text = last_words(merge.main, [], KeyError("version"))
     assert code == command.DEFECT and text.startswith("Traceback")
     assert "please report" in text.splitlines()[-1]
+
+
+@case(
+    "the disk of the outputs is full: sheets and list of the check, comparison, curve, benchmark",
+    "refused",
+    "one line that names the file and what to do, exit code 2; nothing half-written is left",
+)
+def disk_of_outputs_is_full(tmp_path: Path) -> None:
+    folder = write_reason_seg(tmp_path / "data")
+    (folder / "000.json").write_text("[]")
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    out = tmp_path / "out"
+    data = ["--dataset_dir", str(tmp_path / "data"), "--all"]
+    argvs = {
+        check.main: [[*data, "--out", out / "sheets"], [*data, "--fix-list", out / "bad.jsonl"]],
+        curve.main: [[tmp_path / "log.jsonl", "--out", out / "curve.png"]],
+        synthetic.main: [["--out", out / "bench", "--train", 1, "--val", 1, "--semantic", 1]],
+    }
+    for main, several in argvs.items():
+        for argv in several:
+            with full_disk(), contextlib.redirect_stdout(io.StringIO()):
+                code, line = last_words(main, argv)
+            assert code == 2 and line.count("error:") == 1 and "free space" in line, line
+            assert str(argv[argv.index("--out" if "--out" in argv else "--fix-list") + 1]) in line
+    assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+@case(
+    "an output is named that is an input: --fix-list on annotations, --out of a curve on its log",
+    "refused",
+    "one line; the file stays what it was",
+)
+def output_is_an_input(tmp_path: Path) -> None:
+    file = write_reason_seg(tmp_path) / "000.json"
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    before = file.read_bytes(), log.read_bytes()
+    for main, argv in (
+        (check.main, ["--dataset_dir", tmp_path, "--fix-list", file]),
+        (curve.main, [log, "--out", log]),
+        (evaluation.main, ["compare", file, file, "--html", file]),
+    ):
+        code, line = last_words(main, argv)
+        assert code == 2 and line.count("\n") == 1 and str(argv[-1]) in line, line
+    assert (file.read_bytes(), log.read_bytes()) == before
+
+
+@case(
+    "a named pipe where a photo, its JSON or a skip list is expected",
+    "refused",
+    "one line; nothing is waited for",
+)
+def pipes_for_files(tmp_path: Path) -> None:
+    folder = write_reason_seg(tmp_path)
+    for name in ("000.jpg", "001.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert last_words(check.main, ["--dataset_dir", tmp_path, "--all"])[0] == 1
+    assert "000.jpg is not in" in said.getvalue() and "001.json: is a pipe" in said.getvalue()
+    with pytest.raises(DataError, match="is a pipe"):
+        read_skip_list(folder / "001.json")
+    handed, end = os.pipe()
+    os.write(end, b'{"dataset": "a|train", "item": "x"}')
+    os.close(end)  # as a shell hands over <(grep …)
+    assert len(read_skip_list(f"/dev/fd/{handed}")) == 1
+    os.close(handed)
+
+
+@case(
+    "the standard output goes to a full disk",
+    "refused",
+    "the work goes on and is kept; one line and exit code 2 say that not all was printed",
+)
+def output_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
+        code, line = last_words(curve.main, [tmp_path / "log.jsonl"])
+    assert code == 2 and line.startswith("error: standard output: ") and line.count("\n") == 1
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+@case(
+    "a terminal that knows ASCII only (LANG=C, a batch system), names and queries of other scripts",
+    "right",
+    "every command prints, with escapes for what the terminal lacks",
+)
+def terminal_of_ascii(tmp_path: Path) -> None:
+    folder = write_reason_seg(tmp_path / "圖", name="試")
+    (folder / "000.json").rename(folder / "狗.json")
+    (folder / "000.jpg").rename(folder / "狗.jpg")
+    (folder / "001.json").write_text(json.dumps({"text": 3}))
+    said = io.BytesIO()
+    terminal = io.TextIOWrapper(said, "ascii", "strict")
+    with contextlib.redirect_stdout(terminal):
+        code, line = last_words(check.main, ["--dataset_dir", tmp_path / "圖", "--all"])
+    text = said.getvalue().decode("ascii")
+    assert code == 1 and not line and "001.json" in text and r"\u8a66" in text, (line, text)

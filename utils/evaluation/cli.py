@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from dataset import command
-from dataset.files.write import prepare_output, write_text
+from dataset.files.write import prepare_output, refuse_foreign, write_text
 from dataset.mixture import EvalDataset
 from dataset.numbers import in_range
 from utils import distributed
@@ -174,6 +174,11 @@ def read_score_arguments(argv: Sequence[str]) -> Namespace:
             raise UsageError(f"--{flag} is {getattr(args, flag)}; it must not be negative")
     args.name = args.name or args.predictions.resolve().stem
     args.out = args.out or Path("runs") / slug(args.name) / "eval" / slug(args.val_dataset)
+    if args.predictions.is_file() and args.predictions.resolve().parent == args.out.resolve():
+        raise UsageError(
+            f"--out {args.out}: is the folder of --predictions, where results would replace files;"
+            " give another folder"
+        )
     return args
 
 
@@ -215,8 +220,8 @@ def compare_command(argv: Sequence[str]) -> None:
     add("--top", type=in_range(int), default=10, help=changes)
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the bootstrap")
     args = parser.parse_args(list(argv))
-    if args.top < 0 or args.seed < 0:
-        raise UsageError("--top and --seed must not be negative")
+    if args.html:
+        refuse_foreign(args.html, b"<!doctype html", "--html")
     prepare_output("--html", args.html)
     found = compare_targets(read_targets(args.a), read_targets(args.b), args.top, args.seed)
     print(found.table())

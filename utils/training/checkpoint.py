@@ -31,9 +31,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dataset.command import DISK_FULL
 from dataset.files.sealed import write_sealed
-from dataset.files.write import sync, write_text
+from dataset.files.write import DISK_FULL, disk_error, sync, write_text
 from model.checkpoints.weights import SINGLE, read_all, read_file
 from model.reasoning.lora import our_name
 from utils import distributed
@@ -174,15 +173,11 @@ def _one_line(partial: Path) -> Iterator[None]:
         done = True
     except (OSError, RuntimeError) as error:
         distributed.refuse_after_others(error)
-        # torch.save reports a full disk as "[enforce fail at inline_container.cc:672] . unexpected
-        # pos 128 vs 0".
-        if isinstance(error, OSError):
-            reason = error.strerror or " ".join(str(error).split())
-            full = error.errno in DISK_FULL
-        elif "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
-            reason, full = "the disk seems to be full", True
-        else:
+        found = disk_error(error)
+        if found is None:
             raise
+        reason = found.strerror or " ".join(str(found).split())
+        full = found.errno in DISK_FULL
         there = next(folder for folder in partial.parents if folder.is_dir())
         if full:
             reason += f"; {shutil.disk_usage(there).free / 10**9:.2f} GB are free there"

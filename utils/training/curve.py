@@ -19,9 +19,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.backend_bases import FigureCanvasBase  # noqa: E402
 
 from dataset import command  # noqa: E402
-from dataset.files.write import prepare_output  # noqa: E402
+from dataset.files.write import prepare_output, writing  # noqa: E402
 from utils.settings.arguments import OneLineParser  # noqa: E402
 from utils.settings.flags import UsageError  # noqa: E402
 from utils.training.log import read_log  # noqa: E402
@@ -80,8 +81,11 @@ def draw(logs: dict[str, Log], losses: Sequence[str], scores: Sequence[str], out
     _panel(axes[0, 0], logs, "train", losses, 1, "loss")
     if validated:
         _panel(axes[0, 1], logs, "val", scores, 100, "validation, percent")
-    figure.savefig(out, dpi=100)
-    pyplot.close(figure)
+    try:
+        with writing(out) as partial:
+            figure.savefig(partial, dpi=100, format=out.suffix[1:] or "png")
+    finally:
+        pyplot.close(figure)
 
 
 def _panel(
@@ -132,6 +136,9 @@ def main(argv: list[str] | None = None) -> int:
     logs = dict(zip(names_of(args.runs), map(read_run, args.runs), strict=True))
     first = args.runs[0]
     out = args.out or (first if first.is_dir() else first.parent) / "curve.png"
+    known = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix[1:] not in known and out.suffix:
+        raise UsageError(f"--out {out}: its name has to end like one of {', '.join(sorted(known))}")
     draw(logs, args.loss.split(","), args.score.split(","), out)
     print(out)
     return 0

@@ -513,6 +513,8 @@ def test_the_default_cache(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert store_module.cache_root() == Path("/home/me/.cache/cores/index")
+    monkeypatch.setenv("CORES_CACHE", "~/mine")
+    assert store_module.cache_root() == Path("/home/me/mine/index")
 
 
 def test_a_long_build_is_announced(tmp_path, monkeypatch, caplog):
