@@ -202,7 +202,8 @@ def refuse_misplaced(
     ``covered``: pixels that it covers. ``may_leave``: as long as it covers any.
     """
     low, high = points.min(axis=0), points.max(axis=0)
-    if low.min() >= 0 and high.max() <= 1 and max(size) > 1:
+    # ReasonSeg has stray clicks of one and two points.
+    if len(points) > 2 and low.min() >= 0 and high.max() <= 1 and max(size) > 1:
         raise DataError(
             f"{where}: all coordinates lie between 0 and 1, as YOLO writes them; multiply them by"
             " the width and height of the image, in pixels"
