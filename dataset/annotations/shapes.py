@@ -156,9 +156,9 @@ def outline(shape: dict, where: str, least: int = 1) -> np.ndarray:
 
 
 def _points(value: Any, where: str) -> np.ndarray:
-    for spelling in (value, _plain(value)):
+    for spelled in (lambda: value, lambda: _plain(value)):  # The second is slow and rarely needed.
         try:
-            points = np.array(spelling, dtype=float)
+            points = np.array(spelled(), dtype=float)
         except (TypeError, ValueError, OverflowError):
             continue
         # NaN is not smaller either.
