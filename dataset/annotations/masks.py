@@ -93,7 +93,11 @@ def _filled(
     except (TypeError, ValueError) as error:
         raise DataError(f"{where} is not a valid polygon ({error})") from None
     for values, one in zip(drawn, runs, strict=True):
-        if values is not None and may_be_misplaced(values.min(), values.max(), size):
+        if values is None or not may_be_misplaced(values.min(), values.max(), size):
+            continue
+        # A sliver in the first corner is sound beside a part that tells the frame.
+        is_sliver = values.min() >= 0 and values.max() <= 1
+        if not is_sliver or all(v is None or v.max() <= 1 for v in drawn):
             refuse_misplaced(values.reshape(-1, 2), int(rle_codec.area(one)), size, where)
     return rle_codec.decode(rle_codec.merge(runs)).astype(bool)
 

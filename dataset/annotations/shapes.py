@@ -156,9 +156,9 @@ def outline(shape: dict, where: str, least: int = 1) -> np.ndarray:
 
 
 def _points(value: Any, where: str) -> np.ndarray:
-    for spelling in (value, _plain(value)):
+    for spelled in (lambda: value, lambda: _plain(value)):  # The second is slow and rarely needed.
         try:
-            points = np.array(spelling, dtype=float)
+            points = np.array(spelled(), dtype=float)
         except (TypeError, ValueError, OverflowError):
             continue
         # NaN is not smaller either.
@@ -202,7 +202,8 @@ def refuse_misplaced(
     ``covered``: pixels that it covers. ``may_leave``: as long as it covers any.
     """
     low, high = points.min(axis=0), points.max(axis=0)
-    if low.min() >= 0 and high.max() <= 1 and max(size) > 1:
+    # ReasonSeg has stray clicks of one and two points.
+    if len(points) > 2 and low.min() >= 0 and high.max() <= 1 and max(size) > 1:
         raise DataError(
             f"{where}: all coordinates lie between 0 and 1, as YOLO writes them; multiply them by"
             " the width and height of the image, in pixels"

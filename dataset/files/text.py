@@ -31,7 +31,8 @@ def text_encoding(path: Path, raw: bytes) -> str:
     else:
         # A character or two of Chinese may happen to be UTF-8, but its neighbours are not.
         nearby = _plausible_in(path.parent, path.suffix) if is_weak else set()
-        found = {name: shown for name, shown in plausible_encodings(raw).items() if name in nearby}
+        guesses = plausible_encodings(raw) if nearby else {}  # slow, and nearly all files are UTF-8
+        found = {name: shown for name, shown in guesses.items() if name in nearby}
         if not found:
             return "utf-8"
     if len(found) > 1:

@@ -101,6 +101,15 @@ def test_numbers_between_0_and_1_are_no_pixels():
     refuse_misplaced(np.array([[0, 0], [1, 0], [1, 1]]), 1, (1, 1), "an image of one pixel")
 
 
+def test_slivers_and_clicks_in_the_first_corner_are_pixels():
+    body, sliver = [2, 2, 6, 2, 6, 5, 2, 5], [0, 0, 0.9, 0.0, 0.5, 0.8]
+    whole = annotation_mask([body], SIZE, "file", "field")
+    more = annotation_mask([body, sliver], SIZE, "file", "field") & ~whole
+    assert more.sum() <= 1, "it is drawn as what it is"
+    click = {"label": "target", "shape_type": "polygon", "points": [[0.5, 0.5]]}
+    assert draw_shape(click, SIZE, "file").sum() == 1
+
+
 def test_run_lengths_keep_their_size():
     assert rle_of({"size": ["64", 96.0], "counts": "1"}, "f", "rle")["size"] == [64, 96]
     for size in (["64", 96.5], [64], [0, 96], [True, 96], ["x", 96], None):

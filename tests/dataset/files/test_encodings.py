@@ -2,6 +2,7 @@
 
 import pytest
 
+from dataset.files import text
 from dataset.files.encodings import plausible_encodings
 from dataset.files.errors import DataError
 from dataset.files.text import read_text
@@ -43,3 +44,15 @@ def test_other_files_of_a_folder_decide(tmp_path):
 def test_unicode(tmp_path, encoding):
     (tmp_path / "a.json").write_bytes('{"x": "é"}'.encode(encoding))
     assert read_text(tmp_path / "a.json") == '{"x": "é"}'
+
+
+def test_nothing_is_guessed_of_utf_8(tmp_path, monkeypatch):
+    """Guessing is slower than all else that is done with a JSON."""
+    guessed = []
+    monkeypatch.setattr(text, "plausible_encodings", lambda raw: guessed.append(raw) or {})
+    for number, words in enumerate(("a dog", "the naïve visitor", "汽")):
+        path = tmp_path / str(number) / "a.json"
+        path.parent.mkdir()
+        path.write_text(words, encoding="utf-8")
+        assert read_text(path) == words
+    assert not guessed
