@@ -17,7 +17,12 @@ from dataset.files.faults import SKIPPED
 from dataset.mixture import EvalDataset, TrainMixture
 from dataset.proposals import ProposalSource
 from model.build import build_from_backbones
-from model.checkpoints.precision import DTYPES, choose_attention, quantization
+from model.checkpoints.precision import (
+    DTYPES,
+    choose_attention,
+    leave_small_layers,
+    quantization,
+)
 from model.checkpoints.published import clip_sizes
 from model.checkpoints.sam import load_sam
 from model.checkpoints.source import Kind, Source, open_source, open_tower
@@ -110,6 +115,7 @@ def build_model(
         )
     else:
         model, processor = _new_model(s, source, loading)
+    leave_small_layers(model)
     check_facts(s, model, processor)
     set_speed(model, processor, s)
     if s.eval_only:

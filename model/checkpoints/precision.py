@@ -47,6 +47,14 @@ def quantization(
     )
 
 
+def leave_small_layers(model: nn.Module) -> None:
+    """On CPUs with instructions for bfloat16, bitsandbytes packs 4-bit weights anew, 32 rows at a
+    time, and stops at a layer of another size. Such layers are computed as on other CPUs."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False) and module.out_features % 32:
+            module.support_avx512bf16_for_cpu = False
+
+
 def quantized_bits(model: nn.Module) -> int | None:
     """4 or 8 if layers of ``model`` are held so, else None."""
     kinds = {"Linear4bit": 4, "Linear8bitLt": 8}

@@ -29,6 +29,7 @@ from dataset.conversation.encoding import encode_prompt
 from dataset.conversation.turns import Conversation, Turn, answer_from_ids, text_from_ids
 from dataset.files.errors import DataError
 from dataset.sample import Sample
+from model.checkpoints.precision import leave_small_layers
 from model.checkpoints.source import Source, open_source
 from model.cores import CoresForReasoningSegmentation
 from model.inference.inputs import ImageLike, clean_question, clean_questions, load_image
@@ -93,6 +94,7 @@ class ReasoningSegmenter:
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             torch.nn.Module.to(model, device)  # transformers' own ``to`` has no usable annotation.
+        leave_small_layers(model)
         processor.proposals = model.proposal_source(proposals)
         stored = model.generation_config.max_new_tokens or 64
         return cls(model, processor, stored if max_new_tokens is None else max_new_tokens)
