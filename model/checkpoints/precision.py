@@ -4,6 +4,7 @@ attention is used."""
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,11 +49,14 @@ def quantization(
 
 
 def leave_small_layers(model: nn.Module) -> None:
-    """On CPUs with instructions for bfloat16, bitsandbytes packs 4-bit weights anew, 32 rows at a
-    time, and stops at a layer of another size. Such layers are computed as on other CPUs."""
+    """On CPUs with instructions for bfloat16, bitsandbytes packs 4-bit weights anew, 32 rows and a
+    block of 64 columns at a time, and stops at a layer of another size. Such layers are computed
+    as on other CPUs."""
+    module: Any
     for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False) and module.out_features % 32:
-            module.support_avx512bf16_for_cpu = False
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            fits = module.out_features % 32 == 0 and module.in_features % 64 == 0
+            module.support_avx512bf16_for_cpu = fits
 
 
 def quantized_bits(model: nn.Module) -> int | None:
