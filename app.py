@@ -93,7 +93,7 @@ CSS = """
 ON_ITS_WAY = "An answer is on its way; stop it first, or wait for its end."
 INTRODUCTION = (
     "Drop a picture, ask about it, and see where the answer is. The model first marks **where to"
-    " look**, then **what was meant**. A further question may refer to the ones before."
+    " look**, then **what was meant**. A further question is read together with the ones before."
 )
 
 
