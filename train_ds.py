@@ -73,12 +73,6 @@ def check_ranks(s: Settings) -> None:
                 "--zero_stage 3 on several ranks cannot train on --dataset vqa, which has no"
                 " targets; use --zero_stage 2"
             )
-    runs = sorted(set(distributed.gather_lists([s.exp_name])))
-    if len(runs) > 1:
-        raise UsageError(
-            f"ranks of different runs have met, {' and '.join(runs)}: give each run a --master_port"
-            " of its own"
-        )
     if s.global_batch_size:
         if s.global_batch_size % (s.batch_size * world):
             raise UsageError(
@@ -86,6 +80,16 @@ def check_ranks(s: Settings) -> None:
                 f"--batch_size {s.batch_size}; change one of the three"
             )
         s.grad_accumulation_steps = s.global_batch_size // (s.batch_size * world)
+
+
+def refuse_mixed_runs(s: Settings) -> None:
+    """Raises UsageError on all ranks if they were started for different runs."""
+    runs = sorted(set(distributed.gather_lists([s.exp_name])))
+    if len(runs) > 1:
+        raise UsageError(
+            f"ranks of different runs have met, {' and '.join(runs)}: give each run a --master_port"
+            " of its own"
+        )
 
 
 def train(s: Settings, started: float) -> None:
@@ -191,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.time()
     with distributed.joined():
         settings = parse(argv)
+        refuse_mixed_runs(settings)
         check_ranks(settings)
         seed_everything(settings.seed)
         (evaluate_only if settings.eval_only else train)(settings, started)

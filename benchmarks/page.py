@@ -12,7 +12,6 @@ and disk are read ten times on the way. All pictures are noise, 480 × 640.
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
 import signal
@@ -33,6 +32,8 @@ from dataset import command
 
 if __name__ == "__main__":
     command.guard()
+
+import http.client
 
 import numpy as np
 from PIL import Image

@@ -356,7 +356,7 @@ def _printing(ends_with_reader: bool) -> Iterator[_Printed]:
             stream.reconfigure(errors="backslashreplace")
     stdin: Any = sys.stdin
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        ascii_only = codecs.lookup(stdin.encoding).name == "ascii"
+        ascii_only = codecs.lookup(stdin.encoding or "utf-8").name == "ascii"
         stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors="replace")
     stdout, stderr = _Printed(whole[0], ends_with_reader), _Printed(whole[1])
     sys.stdout, sys.stderr = stdout, stderr

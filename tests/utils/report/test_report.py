@@ -708,7 +708,7 @@ def test_the_results_of_a_run_lie_in_it_by_default():
         (["."], "neither a run folder nor a checkpoint"),
         ([], "model"),
         (["compare", "/nowhere.json", "b"], "/nowhere.json"),
-        (["compare", "a", "b", "--top", "-1"], "must not be negative"),
+        (["compare", "a", "b", "--top", "-1"], "--top is -1"),
         (
             ["score", "--predictions", "/nowhere", "--val_dataset", "x|y", "--dataset_dir", "."],
             "/nowhere: does not exist",

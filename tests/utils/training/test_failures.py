@@ -204,12 +204,13 @@ def test_sigterm_at_a_bad_moment(moment):
 
 
 def test_a_terminal_that_is_closed_saves_unless_nohup():
-    stop = StopSignals()
-    with stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-    assert stop.asked
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The tests may run under nohup.
     try:
+        stop = StopSignals()
+        with stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.asked
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with StopSignals():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
