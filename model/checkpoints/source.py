@@ -248,7 +248,14 @@ class Source:
     def tokenizer(self) -> Any:
         """Able to pad. Shared by everybody who asks, who may add tokens to it."""
         self._checked([*TOKENIZERS, *TOKENIZER_PARTS])
-        return load_tokenizer(self.folder, self.name)
+        tokenizer = load_tokenizer(self.folder, self.name)
+        # Without a limit, a published one is 1e30.
+        if type(tokenizer.model_max_length) not in (int, float) or tokenizer.model_max_length < 1:
+            raise ValueError(
+                f"{self.name}: model_max_length in tokenizer_config.json is"
+                f" {tokenizer.model_max_length!r}; it must be a number of at least 1"
+            )
+        return tokenizer
 
     @cached_property
     def generation_config(self) -> GenerationConfig | None:

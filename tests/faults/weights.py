@@ -348,3 +348,18 @@ def cut_weights(root: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     code, line = said(ask, root, folder)
     assert code == 2 and "not a plain file name" in line, line
+
+
+@case(
+    given="a tokenizer_config.json whose model_max_length is a text, a list or negative",
+    outcome="refused",
+    now="names the folder, the file and the field",
+)
+def tokenizer_without_a_limit(root: Path) -> None:
+    folder = finished(root / "odd", merged=True)
+    file = folder / "tokenizer_config.json"
+    content = json.loads(file.read_text())
+    for limit in ("512", [512], -1):
+        file.write_text(json.dumps(content | {"model_max_length": limit}))
+        code, line = said(ask, root, folder)
+        assert code == 2 and "model_max_length" in line and line.count("\n") == 1, line
