@@ -18,6 +18,7 @@ import codecs
 import contextlib
 import errno
 import functools
+import logging
 import os
 import re
 import signal
@@ -36,6 +37,8 @@ from dataset.files.write import DISK_FULL, disk_error
 MISTAKE, PROCESS_LOST, OUT_OF_MEMORY, DEFECT, STOPPED = 2, 4, 5, 70, 130
 READER_GONE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 
+# Unicode's overrides and embeddings of direction, which can make a name look like another one.
+TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 ENTRY = "is_command_entry"  # the mark of a ``main`` that ``entry`` decorates
 
 # Of a pipe whose reader has ended, and of a terminal that was closed.
@@ -83,8 +86,18 @@ class End(NamedTuple):
 
 
 def shown(text: str) -> str:
-    """``text`` as a terminal may show it, without control characters, which could steer it."""
-    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    """``text`` as a terminal may show it, without control characters, which could steer it, and
+    without marks that turn the direction of what follows."""
+    return "".join(
+        " " if unicodedata.category(c) in ("Cc", "Cs") or c in TURNING else c for c in text
+    )
+
+
+class _ShownRecords(logging.Formatter):
+    """What is logged names files and texts of others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 def one_line(error: BaseException) -> str:
@@ -354,6 +367,8 @@ def _printing(ends_with_reader: bool) -> Iterator[_Printed]:
     for stream in whole:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:  # the handler of programs that set up none
+        logging.lastResort.setFormatter(_ShownRecords())
     stdin: Any = sys.stdin
     with contextlib.suppress(OSError, ValueError, AttributeError):
         ascii_only = codecs.lookup(stdin.encoding or "utf-8").name == "ascii"

@@ -124,7 +124,8 @@ class TrainMixture(Dataset):
         self.families = [build_family(name, dataset_dir, data, options) for name in names]
         if skip_list:
             counts = sorted(self.faults.left_out.items())
-            shown = ", ".join(f"{count} of {name}" for name, count in counts if count) or "none"
+            shown = ", ".join(f"{count} of {name}" for name, count in counts if count)
+            shown = shown or "none of them; it may be for other data"
             logger.warning("%s: has %d items, left out: %s", skip_list, len(listed), shown)
         self.rates = rates / rates.sum()
         self.samples_per_epoch = samples_per_epoch

@@ -53,7 +53,8 @@ def writing(path: Path) -> Iterator[Path]:
     """Yields the path of a file to write beside ``path``, which it replaces when it is on the disk.
     Raises OSError naming ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    # Two programs may write the same file at once; the last one to end wins.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with all_or_nothing(path, partial):
         yield partial
         sync(partial)
