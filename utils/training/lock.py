@@ -45,6 +45,9 @@ def owned(run: Path) -> Iterator[None]:
         raise UsageError(found[0])
     try:
         yield
+    except BaseException as error:
+        distributed.tell(error)  # Before the folder goes, of which others would say something else.
+        raise
     finally:
         if descriptor is not None:
             if made and [path.name for path in run.iterdir()] == [NAME]:
@@ -107,6 +110,7 @@ def require_writable(run: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
+        distributed.refuse_after_others(error)
         raise _unwritable(run, error) from None
 
 
