@@ -28,7 +28,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
@@ -36,30 +36,30 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image
 
-from chat import (
+from cores.chat import (
     LESS_MEMORY,
     MISTAKES,
     add_model_flags,
     load_segmenter,
     remarks,
 )
-from dataset.command import one_line
-from dataset.drawing import fit, level_colour, overlay
-from dataset.files.errors import DataError
-from dataset.files.images import read_image
-from dataset.files.text import read_json
-from dataset.numbers import in_range
-from dataset.synthetic import write as synthetic
-from model.inference.results import Result
-from utils import distributed
-from utils.report.gallery import encode_jpeg
-from utils.report.html import TEMPLATES
-from utils.serving.folder import ServedFolder
-from utils.serving.guard import Guard
-from utils.serving.line import Line, Visitor
-from utils.serving.visitors import FORGET_AFTER, MOST_ANSWERS, VisitorChat, Visitors
-from utils.settings.arguments import OneLineParser
-from utils.settings.flags import UsageError
+from cores.dataset.command import one_line
+from cores.dataset.drawing import fit, level_colour, overlay
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.images import read_image
+from cores.dataset.files.text import read_json
+from cores.dataset.numbers import in_range
+from cores.dataset.synthetic import write as synthetic
+from cores.model.inference.results import Result
+from cores.utils import distributed
+from cores.utils.report.gallery import encode_jpeg
+from cores.utils.report.html import TEMPLATES
+from cores.utils.serving.folder import ServedFolder
+from cores.utils.serving.guard import Guard
+from cores.utils.serving.line import Line, Visitor
+from cores.utils.serving.visitors import FORGET_AFTER, MOST_ANSWERS, VisitorChat, Visitors
+from cores.utils.settings.arguments import OneLineParser
+from cores.utils.settings.flags import UsageError
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 ANSWER, CHAIN, PICTURE = "answer", "whole chain", "picture only"  # views, beside those of a level
@@ -623,18 +623,15 @@ def _of_visitor(gr: Any, handler: Callable) -> Callable:
         client = request.client
         return Visitor(str(request.session_hash), client.host if client else "")
 
-    if inspect.isasyncgenfunction(handler):
+    async def stream(request: Any, *values: Any) -> AsyncIterator:
+        async with contextlib.aclosing(handler(visitor(request), *values)) as given:
+            async for shown in given:
+                yield shown
 
-        async def handle(request: Any, *values: Any) -> AsyncIterator:
-            async with contextlib.aclosing(handler(visitor(request), *values)) as given:
-                async for shown in given:
-                    yield shown
+    async def answer(request: Any, *values: Any) -> Any:
+        return await handler(visitor(request), *values)
 
-    else:
-
-        async def handle(request: Any, *values: Any) -> tuple:
-            return await handler(visitor(request), *values)
-
+    handle: Callable = stream if inspect.isasyncgenfunction(handler) else answer
     handle.__annotations__["request"] = gr.Request
     handle.__name__ = handler.__name__
     return handle

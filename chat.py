@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
@@ -32,19 +32,19 @@ if __name__ == "__main__":
 import torch
 from transformers.utils import logging as transformers_logging
 
-from dataset.command import one_line, shown
-from dataset.conversation.templates import TEMPLATES
-from dataset.files.write import write_text
-from dataset.numbers import in_range
-from model.checkpoints.precision import DTYPES, choose_attention, quantization
-from model.choices import ATTENTION, PRECISIONS
-from model.inference.inputs import load_image
-from model.inference.results import Result
-from model.inference.segmenter import ReasoningSegmenter, Session
-from utils import distributed
-from utils.settings.arguments import OneLineParser
-from utils.settings.flags import UsageError
-from utils.settings.typed_path import names_a_path, refuse_no_file, typed_path
+from cores.dataset.command import one_line, shown
+from cores.dataset.conversation.templates import TEMPLATES
+from cores.dataset.files.write import write_text
+from cores.dataset.numbers import in_range
+from cores.model.checkpoints.precision import DTYPES, choose_attention, quantization
+from cores.model.choices import ATTENTION, PRECISIONS
+from cores.model.inference.inputs import load_image
+from cores.model.inference.results import Result
+from cores.model.inference.segmenter import ReasoningSegmenter, Session
+from cores.utils import distributed
+from cores.utils.settings.arguments import OneLineParser
+from cores.utils.settings.flags import UsageError
+from cores.utils.settings.typed_path import names_a_path, refuse_no_file, typed_path
 
 # Importing readline gives input() line editing and a history, where the platform has it.
 with contextlib.suppress(ImportError):

@@ -24,35 +24,35 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
 
-from utils import distributed
+from cores.utils import distributed
 
 distributed.prepare_environment()  # It must come before any import of deepspeed.
 
-from dataset.files.write import all_or_nothing, remove, sync  # noqa: E402
-from model.checkpoints.precision import DTYPES  # noqa: E402
-from model.checkpoints.source import open_source  # noqa: E402
-from model.checkpoints.weights import read_json_file  # noqa: E402
-from model.choices import PRECISIONS  # noqa: E402
-from model.cores import CoresForReasoningSegmentation  # noqa: E402
-from model.export import save_published  # noqa: E402
-from model.processor import CoresProcessor  # noqa: E402
-from model.reasoning.lora import has_lora, merge_lora  # noqa: E402
-from utils import build  # noqa: E402
-from utils.settings.arguments import (  # noqa: E402
+from cores.dataset.files.write import all_or_nothing, remove, sync  # noqa: E402
+from cores.model.checkpoints.precision import DTYPES  # noqa: E402
+from cores.model.checkpoints.source import open_source  # noqa: E402
+from cores.model.checkpoints.weights import read_json_file  # noqa: E402
+from cores.model.choices import PRECISIONS  # noqa: E402
+from cores.model.cores import CoresForReasoningSegmentation  # noqa: E402
+from cores.model.export import save_published  # noqa: E402
+from cores.model.processor import CoresProcessor  # noqa: E402
+from cores.model.reasoning.lora import has_lora, merge_lora  # noqa: E402
+from cores.utils import build  # noqa: E402
+from cores.utils.settings.arguments import (  # noqa: E402
     FREE_ON_RESUME,
     OneLineParser,
     Settings,
     parse_over,
     read_resumed,
 )
-from utils.settings.flags import UsageError  # noqa: E402
-from utils.settings.saved import run_of  # noqa: E402
-from utils.training import checkpoint  # noqa: E402
+from cores.utils.settings.flags import UsageError  # noqa: E402
+from cores.utils.settings.saved import run_of  # noqa: E402
+from cores.utils.training import checkpoint  # noqa: E402
 
 # What merging may find elsewhere than training did, or does not depend on.
 FREE_IN_MERGE = FREE_ON_RESUME | {

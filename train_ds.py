@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
@@ -24,20 +24,20 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from utils import distributed
+from cores.utils import distributed
 
 distributed.prepare_environment()  # This comes before anything that imports deepspeed.
 
-from dataset.files.faults import SKIPPED, read_skip_list  # noqa: E402
-from utils import build, identity  # noqa: E402
-from utils.evaluation.cli import final_evaluation, modes_of  # noqa: E402
-from utils.evaluation.runner import evaluate, refuse_too_long  # noqa: E402
-from utils.settings.arguments import Settings, parse, read_resumed, settings_of  # noqa: E402
-from utils.settings.flags import UsageError  # noqa: E402
-from utils.training import checkpoint, lock, reshard  # noqa: E402
-from utils.training.failures import LESS_MEMORY  # noqa: E402
-from utils.training.trainer import Trainer  # noqa: E402
-from utils.training.verify import read_progress  # noqa: E402
+from cores.dataset.files.faults import SKIPPED, read_skip_list  # noqa: E402
+from cores.utils import build, identity  # noqa: E402
+from cores.utils.evaluation.cli import final_evaluation, modes_of  # noqa: E402
+from cores.utils.evaluation.runner import evaluate, refuse_too_long  # noqa: E402
+from cores.utils.settings.arguments import Settings, parse, read_resumed, settings_of  # noqa: E402
+from cores.utils.settings.flags import UsageError  # noqa: E402
+from cores.utils.training import checkpoint, lock, reshard  # noqa: E402
+from cores.utils.training.failures import LESS_MEMORY  # noqa: E402
+from cores.utils.training.trainer import Trainer  # noqa: E402
+from cores.utils.training.verify import read_progress  # noqa: E402
 
 
 def seed_everything(seed: int) -> None:

@@ -32,7 +32,7 @@ from functools import partial
 from itertools import cycle
 from typing import Any
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
@@ -50,20 +50,20 @@ from transformers import (
 
 from benchmarks.shared import ROOT, alternate, benchmark_parser, seconds, write_json
 from benchmarks.sizes import ModelSize, clip_size, llama_size
-from dataset.collate import collate_prompts
-from dataset.conversation.encoding import encode_prompt
-from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer
-from dataset.sample import Sample
-from model import (
+from cores.dataset.collate import collate_prompts
+from cores.dataset.conversation.encoding import encode_prompt
+from cores.dataset.conversation.turns import Conversation
+from cores.dataset.conversation.wordings import answer
+from cores.dataset.sample import Sample
+from cores.model import (
     CoresConfig,
     CoresForReasoningSegmentation,
     CoresProcessor,
     Decoding,
     ReasoningSegmenter,
 )
-from model.config import SamDims
-from model.reasoning.generation import KVCache, decode
+from cores.model.config import SamDims
+from cores.model.reasoning.generation import KVCache, decode
 
 RESULTS = ROOT / "benchmarks" / "results" / "chat.json"
 LEVELS = ["LOC", "SEG"]

@@ -23,7 +23,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
@@ -33,15 +33,15 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.shared import benchmark_parser, write_json
-from dataset.collate import Batch, collate
-from dataset.conversation.turns import Conversation
-from dataset.mixture import EvalDataset
-from dataset.proposals import Proposals, pooling_weights, runs, union
-from dataset.sample import Sample
-from model.masks import MaskBranch
-from model.selecting.selector import Scores
-from utils.build import build_eval, build_trained
-from utils.metrics import ciou, giou, intersection_and_union, iou
+from cores.dataset.collate import Batch, collate
+from cores.dataset.conversation.turns import Conversation
+from cores.dataset.mixture import EvalDataset
+from cores.dataset.proposals import Proposals, pooling_weights, runs, union
+from cores.dataset.sample import Sample
+from cores.model.masks import MaskBranch
+from cores.model.selecting.selector import Scores
+from cores.utils.build import build_eval, build_trained
+from cores.utils.metrics import ciou, giou, intersection_and_union, iou
 
 
 def with_mask(proposals: Proposals, mask: np.ndarray) -> Proposals:

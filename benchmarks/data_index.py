@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
@@ -89,7 +89,7 @@ def generate(path: Path, megabytes: int, seed: int = 0) -> dict:
 
 def start_index(path: Path, cache: Path) -> Callable[[], None]:
     """Does what CocoInstances does at its start; returns a function that reads annotations."""
-    from dataset.files.index import CocoIndex
+    from cores.dataset.files.index import CocoIndex
 
     index = CocoIndex.open(path, cache)
     names = list(index.file_names)
@@ -120,7 +120,7 @@ def measure_start(reader: str, path: Path, cache: Path) -> dict[str, float]:
     """Seconds and memory of one start in this process, then of reading ``READS`` images."""
     import pycocotools.coco  # noqa: F401
 
-    import dataset.files.index  # noqa: F401 (imports are no part of the start)
+    import cores.dataset.files.index  # noqa: F401 (imports are no part of the start)
 
     before = memory_mb()
     started = time.perf_counter()

@@ -38,7 +38,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
@@ -60,9 +60,9 @@ from benchmarks.sizes import (
     StepSize,
 )
 from benchmarks.train_step import LEVEL_IDS, build_batch, build_model, packed
-from model import CoresConfig, CoresForReasoningSegmentation, losses
-from model.checkpoints.precision import DTYPES
-from model.checkpoints.sam import PRESETS
+from cores.model import CoresConfig, CoresForReasoningSegmentation, losses
+from cores.model.checkpoints.precision import DTYPES
+from cores.model.checkpoints.sam import PRESETS
 
 GIB = 2**30
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in numbers

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()

@@ -25,7 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
@@ -45,9 +45,9 @@ from benchmarks.shared import (
     write_json,
 )
 from benchmarks.sizes import llama_size
-from dataset.collate import collate
-from dataset.mixture import TrainMixture
-from dataset.proposals import (
+from cores.dataset.collate import collate
+from cores.dataset.mixture import TrainMixture
+from cores.dataset.proposals import (
     Found,
     Proposals,
     ProposalSource,
@@ -56,9 +56,9 @@ from dataset.proposals import (
     pooling_weights,
     runs,
 )
-from model.config import SelectorConfig
-from model.processor import CoresProcessor
-from model.selecting.selector import Selector, pool, stack, united
+from cores.model.config import SelectorConfig
+from cores.model.processor import CoresProcessor
+from cores.model.selecting.selector import Selector, pool, stack, united
 
 # ------------------------------------------------------------------------------------------ loader
 

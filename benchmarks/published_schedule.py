@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset.collate import Batch
-from model import losses
-from model.cores import CoresForReasoningSegmentation
-from model.segmenting.encoder import set_fast
-from model.segmenting.frames import to_original, valid_cells
-from model.segmenting.sam import position_encoding
+from cores.dataset.collate import Batch
+from cores.model import losses
+from cores.model.cores import CoresForReasoningSegmentation
+from cores.model.segmenting.encoder import set_fast
+from cores.model.segmenting.frames import to_original, valid_cells
+from cores.model.segmenting.sam import position_encoding
 
 
 @contextmanager

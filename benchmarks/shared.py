@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dataset.files.write import write_text
+from cores.dataset.files.write import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")

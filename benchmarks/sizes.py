@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from model.checkpoints.sam import PRESETS
-from model.config import SamDims
+from cores.model.checkpoints.sam import PRESETS
+from cores.model.config import SamDims
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from functools import reduce
 from operator import getitem
 from pathlib import Path
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()

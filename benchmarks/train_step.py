@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
@@ -43,15 +43,15 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from benchmarks import published_schedule
 from benchmarks.shared import alternate, benchmark_parser, in_a_process, memory_mb, write_json
 from benchmarks.sizes import STEP_SIZES, StepSize
-from dataset.collate import Batch
-from model.checkpoints.precision import DTYPES
-from model.config import CoresConfig
-from model.cores import CoresForReasoningSegmentation
-from model.reasoning.chain import enable_checkpointing
-from model.reasoning.lora import add_lora
-from model.segmenting.embedding_cache import SamCache
-from model.segmenting.frames import resized_size
-from model.trainable import set_trainable
+from cores.dataset.collate import Batch
+from cores.model.checkpoints.precision import DTYPES
+from cores.model.config import CoresConfig
+from cores.model.cores import CoresForReasoningSegmentation
+from cores.model.reasoning.chain import enable_checkpointing
+from cores.model.reasoning.lora import add_lora
+from cores.model.segmenting.embedding_cache import SamCache
+from cores.model.segmenting.frames import resized_size
+from cores.model.trainable import set_trainable
 
 VOCABULARY, IMAGE_ID, LEVEL_IDS = 32_003, 32_000, [32_001, 32_002]
 SCHEDULES = ("published", "ours", "cached")

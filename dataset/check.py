@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
@@ -27,17 +27,17 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from dataset.collate import check_sample
-from dataset.conversation.turns import answer_text
-from dataset.conversation.wordings import SENTENCE_QUESTIONS
-from dataset.drawing import QueryCard, card_sheet
-from dataset.files.errors import MissingDataError
-from dataset.files.faults import SKIP_LIST_BEGINS, BadItem, Faults, write_skip_list
-from dataset.files.paths import require_folder, typed_folder
-from dataset.files.write import prepare_output, refuse_foreign
-from dataset.numbers import in_range
-from dataset.registry import DatasetEntry, entries
-from dataset.sample import LoaderOptions, Sample
+from cores.dataset.collate import check_sample
+from cores.dataset.conversation.turns import answer_text
+from cores.dataset.conversation.wordings import SENTENCE_QUESTIONS
+from cores.dataset.drawing import QueryCard, card_sheet
+from cores.dataset.files.errors import MissingDataError
+from cores.dataset.files.faults import SKIP_LIST_BEGINS, BadItem, Faults, write_skip_list
+from cores.dataset.files.paths import require_folder, typed_folder
+from cores.dataset.files.write import prepare_output, refuse_foreign
+from cores.dataset.numbers import in_range
+from cores.dataset.registry import DatasetEntry, entries
+from cores.dataset.sample import LoaderOptions, Sample
 
 LEVELS = ("LOC", "SEG")
 SHEET_CELLS = 24  # pictures on a contact sheet
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     logger = logging.getLogger("dataset")
     level = logger.level
     logger.setLevel(logging.ERROR)  # The report names what is left out, but no encodings.
-    logging.getLogger("dataset.files.text").setLevel(logging.WARNING)
+    logging.getLogger("cores.dataset.files.text").setLevel(logging.WARNING)
     try:
         if args.fix_list is not None:
             refuse_foreign(args.fix_list, SKIP_LIST_BEGINS, "--fix-list")

@@ -15,12 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dataset.conversation.encoding import IGNORE_INDEX, Encoded, encode_conversation, encode_prompt
-from dataset.conversation.templates import ConversationTemplate
-from dataset.conversation.turns import Conversation, count_groups
-from dataset.files.errors import DataError
-from dataset.proposals import Proposals
-from dataset.sample import Sample
+from cores.dataset.conversation.encoding import (
+    IGNORE_INDEX,
+    Encoded,
+    encode_conversation,
+    encode_prompt,
+)
+from cores.dataset.conversation.templates import ConversationTemplate
+from cores.dataset.conversation.turns import Conversation, count_groups
+from cores.dataset.files.errors import DataError
+from cores.dataset.proposals import Proposals
+from cores.dataset.sample import Sample
 
 logger = logging.getLogger(__name__)
 Encode = Callable[[Sample, Conversation], Encoded]

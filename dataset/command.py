@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
-from dataset.files.write import DISK_FULL, disk_error
+from cores.dataset.files.write import DISK_FULL, disk_error
 
 MISTAKE, PROCESS_LOST, OUT_OF_MEMORY, DEFECT, STOPPED = 2, 4, 5, 70, 130
 READER_GONE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1

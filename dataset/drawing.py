@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dataset.files.write import writing
-from dataset.fonts import Face
+from cores.dataset.files.write import writing
+from cores.dataset.fonts import Face
 
 # People with any kind of colour vision can tell these apart. The coarse levels have their own, the
 # last level always has the final one.

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.conversation import exemplars
-from dataset.files.errors import DataError, NothingToAsk
-from dataset.files.faults import Faults, read_skip_list
-from dataset.files.paths import require_folder
-from dataset.readers.referring import validation_images
-from dataset.registry import TRAINING, Loader, open_evaluation, open_training
-from dataset.sample import LoaderOptions, Sample
+from cores.dataset.conversation import exemplars
+from cores.dataset.files.errors import DataError, NothingToAsk
+from cores.dataset.files.faults import Faults, read_skip_list
+from cores.dataset.files.paths import require_folder
+from cores.dataset.readers.referring import validation_images
+from cores.dataset.registry import TRAINING, Loader, open_evaluation, open_training
+from cores.dataset.sample import LoaderOptions, Sample
 
 logger = logging.getLogger(__name__)
 

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 
-from dataset.files.errors import DamagedRecords, DataError
-from dataset.files.rle import run_lengths
-from dataset.files.sealed import seal, unseal
-from dataset.files.write import all_or_nothing
+from cores.dataset.files.errors import DamagedRecords, DataError
+from cores.dataset.files.rle import run_lengths
+from cores.dataset.files.sealed import seal, unseal
+from cores.dataset.files.write import all_or_nothing
 
 logger = logging.getLogger(__name__)
 

@@ -14,20 +14,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dataset.files.errors import DataError
-from dataset.files.paths import is_leftover, list_files, list_folders
-from dataset.readers.coco import CocoInstances
-from dataset.readers.llm_seg40k import NAME as LLM_SEG40K
-from dataset.readers.llm_seg40k import LlmSeg40K
-from dataset.readers.own.dataset import EVERYTHING, OwnData
-from dataset.readers.own.dataset import FOLDER as OWN
-from dataset.readers.own.layouts import OwnFolder, own_names
-from dataset.readers.parts import PART_SOURCES, PartSegmentation
-from dataset.readers.reasoning import ReasoningSegmentation
-from dataset.readers.referring import SETS, ReferringSegmentation
-from dataset.readers.semantic import LABEL_MAPS, SemanticSegmentation
-from dataset.readers.vqa import VisualQuestionAnswering
-from dataset.sample import LoaderOptions, Sample
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.paths import is_leftover, list_files, list_folders
+from cores.dataset.readers.coco import CocoInstances
+from cores.dataset.readers.llm_seg40k import NAME as LLM_SEG40K
+from cores.dataset.readers.llm_seg40k import LlmSeg40K
+from cores.dataset.readers.own.dataset import EVERYTHING, OwnData
+from cores.dataset.readers.own.dataset import FOLDER as OWN
+from cores.dataset.readers.own.layouts import OwnFolder, own_names
+from cores.dataset.readers.parts import PART_SOURCES, PartSegmentation
+from cores.dataset.readers.reasoning import ReasoningSegmentation
+from cores.dataset.readers.referring import SETS, ReferringSegmentation
+from cores.dataset.readers.semantic import LABEL_MAPS, SemanticSegmentation
+from cores.dataset.readers.vqa import VisualQuestionAnswering
+from cores.dataset.sample import LoaderOptions, Sample
 
 
 class Loader(Protocol):

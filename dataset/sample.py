@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dataset.conversation.turns import Conversation
-from dataset.files.faults import Faults
+from cores.dataset.conversation.turns import Conversation
+from cores.dataset.files.faults import Faults
 
 
 @dataclass

@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from model.config import CoresConfig, RefinerConfig
-    from model.cores import CoresForReasoningSegmentation, CoresOutput
-    from model.inference.results import AnswerMask, Result, Stream
-    from model.inference.segmenter import ReasoningSegmenter, Session
-    from model.masks import Generation, Segmentation
-    from model.processor import CoresProcessor
-    from model.reasoning.generation import Decoding
+    from cores.model.config import CoresConfig, RefinerConfig
+    from cores.model.cores import CoresForReasoningSegmentation, CoresOutput
+    from cores.model.inference.results import AnswerMask, Result, Stream
+    from cores.model.inference.segmenter import ReasoningSegmenter, Session
+    from cores.model.masks import Generation, Segmentation
+    from cores.model.processor import CoresProcessor
+    from cores.model.reasoning.generation import Decoding
 
 __all__ = [
     "AnswerMask",
@@ -47,5 +47,5 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
+            return getattr(import_module(f"cores.model.{module}"), name)
     raise AttributeError(f"module 'model' has no attribute {name!r}")

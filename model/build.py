@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from transformers import Dinov2Model, LlavaConfig
 
-from model.checkpoints.llava import add_image_token, add_level_tokens, load_llava
-from model.checkpoints.published import clip_sizes, clip_tokens
-from model.checkpoints.sam import load_sam
-from model.checkpoints.source import Source, open_source
-from model.checkpoints.weights import blaming, refuse_non_finite
-from model.config import CoresConfig, SelectorConfig
-from model.connection import TextProjection
-from model.cores import CoresForReasoningSegmentation
-from model.processor import CoresProcessor
-from model.segmenting.chain import TokenRefiner
-from model.selecting.selector import Selector
+from cores.model.checkpoints.llava import add_image_token, add_level_tokens, load_llava
+from cores.model.checkpoints.published import clip_sizes, clip_tokens
+from cores.model.checkpoints.sam import load_sam
+from cores.model.checkpoints.source import Source, open_source
+from cores.model.checkpoints.weights import blaming, refuse_non_finite
+from cores.model.config import CoresConfig, SelectorConfig
+from cores.model.connection import TextProjection
+from cores.model.cores import CoresForReasoningSegmentation
+from cores.model.processor import CoresProcessor
+from cores.model.segmenting.chain import TokenRefiner
+from cores.model.selecting.selector import Selector
 
 
 def build_from_backbones(

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, LlavaConfig, PretrainedConfig
 
-from model.choices import RANKINGS, RULES
+from cores.model.choices import RANKINGS, RULES
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -21,25 +21,25 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from dataset.collate import Batch
-from dataset.proposals import ProposalSource
-from model.checkpoints.finished import answer_defaults, loading_arguments
-from model.checkpoints.llava import llava_class
-from model.checkpoints.precision import quantized_bits
-from model.checkpoints.source import Source, open_source
-from model.checkpoints.weights import refuse_bad_loading
-from model.config import CoresConfig
-from model.connection import TextProjection
-from model.masks import Generation, MaskBranch, Segmentation, group_states
-from model.objective import Objective
-from model.reasoning.chain import ReasoningChain
-from model.reasoning.generation import Decoding, decode, prefill, unpadded_prompts
-from model.reasoning.lora import refuse_apart_or_packed
-from model.segmenting.chain import SegmentingChain
-from model.segmenting.frames import PIXEL_MEAN, PIXEL_STD
-from model.segmenting.sam import build_sam
-from model.selecting.proposals import proposal_source
-from model.selecting.selector import Selector
+from cores.dataset.collate import Batch
+from cores.dataset.proposals import ProposalSource
+from cores.model.checkpoints.finished import answer_defaults, loading_arguments
+from cores.model.checkpoints.llava import llava_class
+from cores.model.checkpoints.precision import quantized_bits
+from cores.model.checkpoints.source import Source, open_source
+from cores.model.checkpoints.weights import refuse_bad_loading
+from cores.model.config import CoresConfig
+from cores.model.connection import TextProjection
+from cores.model.masks import Generation, MaskBranch, Segmentation, group_states
+from cores.model.objective import Objective
+from cores.model.reasoning.chain import ReasoningChain
+from cores.model.reasoning.generation import Decoding, decode, prefill, unpadded_prompts
+from cores.model.reasoning.lora import refuse_apart_or_packed
+from cores.model.segmenting.chain import SegmentingChain
+from cores.model.segmenting.frames import PIXEL_MEAN, PIXEL_STD
+from cores.model.segmenting.sam import build_sam
+from cores.model.selecting.proposals import proposal_source
+from cores.model.selecting.selector import Selector
 
 
 @dataclass

@@ -10,10 +10,10 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import CLIPVisionModel
 
-from model.checkpoints import published
-from model.cores import CoresForReasoningSegmentation
-from model.processor import CoresProcessor
-from model.reasoning.lora import refuse_apart_or_packed
+from cores.model.checkpoints import published
+from cores.model.cores import CoresForReasoningSegmentation
+from cores.model.processor import CoresProcessor
+from cores.model.reasoning.lora import refuse_apart_or_packed
 
 CLIP_FOLDER = "clip"
 

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.collate import Batch
-from dataset.proposals import Proposals
-from model.checkpoints.weights import require_finite
-from model.config import CoresConfig
-from model.segmenting.chain import SegmentingChain
-from model.segmenting.frames import to_grid, to_original, valid_cells
-from model.segmenting.sam import position_encoding
-from model.selecting.selector import Scores, Selector, united
+from cores.dataset.collate import Batch
+from cores.dataset.proposals import Proposals
+from cores.model.checkpoints.weights import require_finite
+from cores.model.config import CoresConfig
+from cores.model.segmenting.chain import SegmentingChain
+from cores.model.segmenting.frames import to_grid, to_original, valid_cells
+from cores.model.segmenting.sam import position_encoding
+from cores.model.selecting.selector import Scores, Selector, united
 
 
 @dataclass

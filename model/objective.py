@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dataset.collate import Batch
-from model import losses
-from model.config import CoresConfig
-from model.segmenting.chain import SegmentingChain
-from model.segmenting.frames import to_grid, to_original
-from model.segmenting.sam import position_encoding
-from model.selecting.selector import Scores, Selector
-from model.selecting.targets import proposal_targets
+from cores.dataset.collate import Batch
+from cores.model import losses
+from cores.model.config import CoresConfig
+from cores.model.segmenting.chain import SegmentingChain
+from cores.model.segmenting.frames import to_grid, to_original
+from cores.model.segmenting.sam import position_encoding
+from cores.model.selecting.selector import Scores, Selector
+from cores.model.selecting.targets import proposal_targets
 
 MASK_PIXELS = 1 << 22  # pixels whose logits the mask losses hold at a time: 16 MB a copy
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoProcessor
 from transformers.utils import PushToHubMixin
 
-from dataset.conversation.templates import ConversationTemplate, get_template
-from dataset.proposals import ProposalSource
-from model.checkpoints.llava import add_image_token, set_spaces
-from model.checkpoints.source import (
+from cores.dataset.conversation.templates import ConversationTemplate, get_template
+from cores.dataset.proposals import ProposalSource
+from cores.model.checkpoints.llava import add_image_token, set_spaces
+from cores.model.checkpoints.source import (
     IMAGE_TOKEN,
     PROCESSOR_FILE,
     CLIPImageProcessor,
@@ -25,10 +25,10 @@ from model.checkpoints.source import (
     Source,
     open_source,
 )
-from model.checkpoints.weights import blaming, read_json_file
-from model.config import CoresConfig
-from model.segmenting.embedding_cache import SamCache
-from model.segmenting.frames import preprocess, resized_size
+from cores.model.checkpoints.weights import blaming, read_json_file
+from cores.model.config import CoresConfig
+from cores.model.segmenting.embedding_cache import SamCache
+from cores.model.segmenting.frames import preprocess, resized_size
 
 FIELDS = (
     "image_size",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from model.cores import CoresForReasoningSegmentation
+from cores.model.cores import CoresForReasoningSegmentation
 
 
 def trainable_groups(model: CoresForReasoningSegmentation) -> dict[str, list[nn.Parameter]]:

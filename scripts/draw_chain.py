@@ -16,14 +16,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset import command  # noqa: E402
+from cores.dataset import command  # noqa: E402
 
 if __name__ == "__main__":
     command.guard()
 
-from dataset.mixture import EvalDataset  # noqa: E402
-from model import ReasoningSegmenter  # noqa: E402
-from utils.report.visualize import Example, contact_sheet  # noqa: E402
+from cores.dataset.mixture import EvalDataset  # noqa: E402
+from cores.model import ReasoningSegmenter  # noqa: E402
+from cores.utils.report.visualize import Example, contact_sheet  # noqa: E402
 
 
 @command.entry()

@@ -46,7 +46,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
@@ -66,19 +66,25 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dataset.conversation.wordings import (
+from cores.dataset.conversation.wordings import (
     PHRASE_QUESTIONS,
     SENTENCE_QUESTIONS,
     answer,
     phrase_question,
     sentence_question,
 )
-from dataset.synthetic import vocabulary as world
-from dataset.synthetic.queries import host_phrases, make_query, plural
-from dataset.synthetic.scenes import SIZE, PartInstance, SyntheticObject, SyntheticScene, make_scene
-from model.checkpoints.sam import save_sam
-from model.config import SamDims
-from model.segmenting.sam import build_sam, decode_masks
+from cores.dataset.synthetic import vocabulary as world
+from cores.dataset.synthetic.queries import host_phrases, make_query, plural
+from cores.dataset.synthetic.scenes import (
+    SIZE,
+    PartInstance,
+    SyntheticObject,
+    SyntheticScene,
+    make_scene,
+)
+from cores.model.checkpoints.sam import save_sam
+from cores.model.config import SamDims
+from cores.model.segmenting.sam import build_sam, decode_masks
 
 GRID = 8  # CLIP's patches per side; also the grid of places that the language model names
 PATCH = SIZE // GRID

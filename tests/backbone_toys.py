@@ -16,9 +16,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from model.checkpoints.sam import save_sam
-from model.config import SamDims
-from model.segmenting.sam import build_sam
+from cores.model.checkpoints.sam import save_sam
+from cores.model.config import SamDims
+from cores.model.segmenting.sam import build_sam
 from tests.dataset_toys import IMAGE, metaspace_tokenizer, square, write_json
 
 SIZE = 32
@@ -154,7 +154,7 @@ def toys() -> Path:
 def trained_run() -> Path:
     """A finished run of the six steps that ``flags`` describes, with dropout and an evaluation
     after each epoch."""
-    import train_ds
+    from cores import train_ds
 
     assert train_ds.main(flags(toys(), exp_name="trained")) == 0
     return toys() / "runs" / "trained"

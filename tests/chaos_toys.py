@@ -10,12 +10,12 @@ import cv2
 import numpy as np
 import torch
 
-from dataset.files.index import CocoIndex
+from cores.dataset.files.index import CocoIndex
+from cores.utils.training import checkpoint
+from cores.utils.training.log import read_log
 from tests.backbone_toys import flags, toys
 from tests.dataset_toys import write_json
 from tests.fork_server import Trial, server
-from utils.training import checkpoint
-from utils.training.log import read_log
 
 CHANGES = {
     "save_every": 1,
@@ -71,7 +71,7 @@ def _whole(ranks: int, changes: tuple) -> tuple[Path, Trial, float]:
     name = f"whole-{ranks}-{len(changes)}"
     server()
     started = time.perf_counter()
-    trial = server().run("train_ds", command(name, **dict(changes)), ranks=ranks)
+    trial = server().run("cores.train_ds", command(name, **dict(changes)), ranks=ranks)
     assert set(trial.codes) == {0}, trial.output
     return run_of(name), trial, time.perf_counter() - started
 

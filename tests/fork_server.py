@@ -1,7 +1,7 @@
 """Starts the programs again and again without importing them again, and kills them at chosen
 points.
 
-    trial = server().start("train_ds", argv, die_at=17)
+    trial = server().start("cores.train_ds", argv, die_at=17)
     trial.wait()                                            # -9
 
 The server is a process of its own with one thread: it imports torch, DeepSpeed and the programs
@@ -164,8 +164,8 @@ def watch(events: Events) -> None:
 
     import torch
 
-    from utils.training.log import RunLog
-    from utils.training.trainer import Trainer
+    from cores.utils.training.log import RunLog
+    from cores.utils.training.trainer import Trainer
 
     for owner, name in (
         (os, "fsync"),
@@ -217,7 +217,7 @@ def full_disk(after: int) -> None:
 
 def full_disk_at_save(number: int) -> None:
     """As ``full_disk``, from the checkpoint ``number`` on, counted from 0."""
-    from utils.training import checkpoint
+    from cores.utils.training import checkpoint
 
     real, left = checkpoint.save, iter(range(number))
 
@@ -231,8 +231,8 @@ def full_disk_at_save(number: int) -> None:
 
 def stop_in(what: str) -> None:
     """SIGTERM in the middle of "validation", of a "save", or two of them in a save ("twice")."""
-    import train_ds
-    from utils.training import checkpoint
+    from cores import train_ds
+    from cores.utils.training import checkpoint
 
     def ask(*_: Any) -> None:
         for _ in range(1 + (what == "twice")):
@@ -290,7 +290,7 @@ def images_lost(number: int, folder: str) -> None:
 
 def _at_step(number: int, action: Callable) -> None:
     """``action(trainer)`` before step ``number``, counted from 1."""
-    from utils.training.trainer import Trainer
+    from cores.utils.training.trainer import Trainer
 
     real = Trainer._step
 
@@ -326,7 +326,7 @@ def serve() -> None:
 
     import deepspeed  # noqa: F401
 
-    import train_ds  # noqa: F401  (what the other programs import beside it takes no time)
+    from cores import train_ds  # noqa: F401  (what the other programs import beside it takes no time)
 
     assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1, (
         "a fork would lose threads"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import Mock
 
-from utils.serving.folder import ServedFolder
-from utils.serving.guard import Guard
+from cores.utils.serving.folder import ServedFolder
+from cores.utils.serving.guard import Guard
 
 
 @dataclass

@@ -27,15 +27,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer
-from dataset.sample import Sample
-from model.build import build_from_backbones
-from model.checkpoints.sam import save_sam
-from model.config import SamDims
-from model.cores import CoresForReasoningSegmentation
-from model.processor import CoresProcessor
-from model.segmenting.sam import build_sam
+from cores.dataset.conversation.turns import Conversation
+from cores.dataset.conversation.wordings import answer
+from cores.dataset.sample import Sample
+from cores.model.build import build_from_backbones
+from cores.model.checkpoints.sam import save_sam
+from cores.model.config import SamDims
+from cores.model.cores import CoresForReasoningSegmentation
+from cores.model.processor import CoresProcessor
+from cores.model.segmenting.sam import build_sam
 
 # Of activations computed from equal weights at other addresses, such as mapped from a file:
 # vectorised sums go in another order where the alignment is another. Measured: up to 4.5e-8 for

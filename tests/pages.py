@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
-import app
-from model.inference.segmenter import ReasoningSegmenter
+from cores import app
+from cores.model.inference.segmenter import ReasoningSegmenter
+from cores.utils.serving.folder import ServedFolder
+from cores.utils.serving.line import Line, Visitor
+from cores.utils.serving.visitors import Visitors
 from tests.scripted import scripted_model
-from utils.serving.folder import ServedFolder
-from utils.serving.line import Line, Visitor
-from utils.serving.visitors import Visitors
 
 ANSWER = "It is [LOC] on [SEG]"
 

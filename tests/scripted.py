@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor
+from cores.model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor
 from tests.helpers import LEVELS, SAM_DIMS, TEMPLATE, randomise, tiny_tokenizer
 
 RULES = {

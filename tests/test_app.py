@@ -23,14 +23,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import app
 from benchmarks.page import PageClient, handlers, noise
-from chat import load_segmenter
-from dataset.files.rle import decode_rle
-from model.inference.results import AnswerMask, Result
+from cores import app
+from cores.chat import load_segmenter
+from cores.dataset.files.rle import decode_rle
+from cores.model.inference.results import AnswerMask, Result
+from cores.utils.serving.folder import ServedFolder
 from tests.pages import ANSWER, VisitorlessPage, Widgets, fail_with
 from tests.scripted import scripted_model
-from utils.serving.folder import ServedFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 

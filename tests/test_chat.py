@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import chat
-from dataset.files.rle import decode_rle
+from cores import chat
+from cores.dataset.files.rle import decode_rle
 from tests.scripted import scripted_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -338,8 +338,8 @@ class Terminal:
 
 SLOW = """
 import sys, time
-import chat
-from model.inference import segmenter as pipeline
+from cores import chat
+from cores.model.inference import segmenter as pipeline
 decode = pipeline.decode
 def slow(*arguments):
     for step in decode(*arguments):
@@ -383,7 +383,7 @@ def test_ctrl_c_ends_a_single_question_quietly(photo, tmp_path, monkeypatch, cap
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("model.inference.segmenter.decode", interrupted)
+    monkeypatch.setattr("cores.model.inference.segmenter.decode", interrupted)
     assert chat.main(flags(tmp_path / "out", "--image", photo, "--prompt", "where?")) == 130
     assert capsys.readouterr().err == "stopped\n"
 

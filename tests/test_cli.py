@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import merge_lora_weights_and_save_hf_model as merge
-import train_ds
-from model import CoresForReasoningSegmentation, CoresProcessor
+from cores import merge_lora_weights_and_save_hf_model as merge
+from cores import train_ds
+from cores.model import CoresForReasoningSegmentation, CoresProcessor
+from cores.utils.training import checkpoint
 from tests.backbone_toys import flags, toys, trained_run
-from utils.training import checkpoint
 
 
 def scores(run: Path) -> dict:
@@ -58,9 +58,9 @@ def test_evaluation_of_a_run_and_of_its_merged_model_agree(merged):
 
 
 def test_merging_changes_no_mask(merged):
-    from dataset.collate import collate
-    from dataset.mixture import EvalDataset
-    from utils.build import build_trained
+    from cores.dataset.collate import collate
+    from cores.dataset.mixture import EvalDataset
+    from cores.utils.build import build_trained
 
     apart, processor, _ = build_trained(trained_run())
     whole = CoresForReasoningSegmentation.from_pretrained(merged).eval()

@@ -37,4 +37,4 @@ def test_a_page_loads_nothing_from_elsewhere(site):
 def test_the_interfaces_have_their_docstrings(site):
     page = (site / "api" / "inference.html").read_text(encoding="utf-8")
     assert "A model that answers questions about pictures in words and masks." in page
-    assert 'id="model.inference.segmenter.ReasoningSegmenter.from_pretrained"' in page
+    assert 'id="cores.model.inference.segmenter.ReasoningSegmenter.from_pretrained"' in page

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import merge_lora_weights_and_save_hf_model as merge
-from model import CoresForReasoningSegmentation
-from model.reasoning.lora import add_lora, has_lora
+from cores import merge_lora_weights_and_save_hf_model as merge
+from cores.model import CoresForReasoningSegmentation
+from cores.model.reasoning.lora import add_lora, has_lora
+from cores.utils import build
+from cores.utils.settings.arguments import parse_over
+from cores.utils.training import checkpoint
 from tests.backbone_toys import flags, toys, trained_run
-from utils import build
-from utils.settings.arguments import parse_over
-from utils.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,7 +92,7 @@ def test_a_checkpoint_folder_as_deepspeed_leaves_it(tmp_path, expected):
 
 
 def test_names_of_a_lisa_in_training_are_understood(tmp_path, expected, trained):
-    from model.checkpoints import published
+    from cores.model.checkpoints import published
 
     renamed = {}
     for name, tensor in trained.items():
@@ -295,7 +295,7 @@ def test_a_merged_model_in_another_precision_and_layout(tmp_path, capsys):
 
 
 def test_a_lisa_run_is_written_in_lisas_layout_and_read_back(tmp_path):
-    import train_ds
+    from cores import train_ds
 
     argv = [
         flag
@@ -355,7 +355,7 @@ def test_two_ranks_are_merged_on_one_process(tmp_path, stage):
     command = [*launcher, "train_ds.py", *flags(toys(), exp_name=name, **common)]
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
-    import train_ds
+    from cores import train_ds
 
     assert train_ds.main(flags(toys(), exp_name=f"one{stage}", **common)) == 0
     two = merged_weights(tmp_path / "two", "--run", toys() / "runs" / name, "--which", "last")

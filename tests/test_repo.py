@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cores import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("benchmarks", "dataset", "model", "scripts", "tests", "utils")
-SOURCES = sorted(
-    [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
-)
+FOLDERS = ("benchmarks", "cores", "dataset", "model", "scripts", "tests", "utils")
+SOURCES = sorted([*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))])
+SOURCES = [path for path in SOURCES if not path.is_symlink()]
 
 
 def ruff(*arguments: str) -> subprocess.CompletedProcess:
@@ -135,9 +136,15 @@ MODULES = {
 PROGRAM = {name: text for name, text in MODULES.items() if name.split(".")[0] != "tests"}
 
 
+def _place(name: str) -> str:
+    """The module's name by its place in the repository."""
+    return name.removeprefix("cores.")
+
+
 def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
     """Module -> the modules among ``sources`` (name -> text) that it imports, wherever in its text:
-    an import inside a function or for types only hides a circle and leaves it there.
+    an import inside a function or for types only hides a circle and leaves it there. Names are
+    those of the files: what is imported as cores.model.losses is model.losses.
 
     ``from model import losses`` imports model.losses; that Python runs the package's ``__init__``
     first is not counted, for otherwise no package could import its own modules by name.
@@ -147,10 +154,10 @@ def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
         found = set()
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
+                found |= {_place(alias.name) for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
-                full = [f"{node.module}.{alias.name}" for alias in node.names]
-                found |= {part if part in sources else node.module for part in full}
+                full = [_place(f"{node.module}.{alias.name}") for alias in node.names]
+                found |= {part if part in sources else _place(node.module) for part in full}
         graph[name] = found & sources.keys() - {name}
     return graph
 
@@ -255,6 +262,25 @@ def test_a_wrong_direction_is_found():
     ]
 
 
+PARTS = {path.name for path in (ROOT / "cores").iterdir() if path.is_symlink()}
+
+
+def imports_beside_cores(tree: ast.AST) -> set[str]:
+    """A module that is imported by two names is there twice, with classes that are not the same."""
+    names = {Path(name).stem for name in PARTS}
+    return {name for name in imports(tree) if name.split(".")[0] in names}
+
+
+def test_everything_is_imported_below_one_name():
+    assert {"model", "utils", "dataset", "configs", "train_ds.py", "chat.py"} <= PARTS
+    for name in PARTS:
+        assert (ROOT / "cores" / name).resolve() == ROOT / name
+    found = {name: imports_beside_cores(ast.parse(text)) for name, text in MODULES.items()}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+    tree = ast.parse("from utils import build\nimport chat\nfrom cores.utils import a")
+    assert imports_beside_cores(tree) == {"utils", "utils.build", "chat"}
+
+
 def private_imports(sources: dict[str, str]) -> set[str]:
     """Names with a leading underscore that a module takes from another one of ours."""
     ours = {name.split(".")[0] for name in sources}
@@ -262,7 +288,7 @@ def private_imports(sources: dict[str, str]) -> set[str]:
         f"{module}: {node.module}.{alias.name}"
         for module, text in sources.items()
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ours
+        if isinstance(node, ast.ImportFrom) and _place(node.module or "").split(".")[0] in ours
         for alias in node.names
         if alias.name.startswith("_") and not alias.name.startswith("__")
     }
@@ -483,7 +509,7 @@ def test_licence_and_citation_say_the_same_as_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert project["license"] == citation["license"] == "Apache-2.0"
-    assert project["version"] == citation["version"]
+    assert __version__ == citation["version"]
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for reference in citation["references"]:

@@ -2,12 +2,12 @@
 
 import sys
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
 
-from utils.precompute.boxes_to_masks import main
+from cores.utils.precompute.boxes_to_masks import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,31 +13,31 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from dataset.files.faults import SKIPPED
-from dataset.mixture import EvalDataset, TrainMixture
-from dataset.proposals import ProposalSource
-from model.build import build_from_backbones
-from model.checkpoints.precision import (
+from cores.dataset.files.faults import SKIPPED
+from cores.dataset.mixture import EvalDataset, TrainMixture
+from cores.dataset.proposals import ProposalSource
+from cores.model.build import build_from_backbones
+from cores.model.checkpoints.precision import (
     DTYPES,
     choose_attention,
     leave_small_layers,
     quantization,
 )
-from model.checkpoints.published import clip_sizes
-from model.checkpoints.sam import load_sam
-from model.checkpoints.source import Kind, Source, open_source, open_tower
-from model.cores import CoresForReasoningSegmentation
-from model.processor import CoresProcessor
-from model.reasoning.chain import enable_checkpointing
-from model.reasoning.lora import add_lora, load_adapter
-from model.reasoning.prefix_sharing import PrefixSharing
-from model.segmenting.embedding_cache import SamCache, encoder_fingerprint
-from model.trainable import set_trainable
-from utils import distributed, identity
-from utils.settings.arguments import Settings, numbers, read_resumed, settings_of
-from utils.settings.flags import SELECTING, UsageError
-from utils.training import checkpoint
-from utils.training.loader import samples_per_epoch
+from cores.model.checkpoints.published import clip_sizes
+from cores.model.checkpoints.sam import load_sam
+from cores.model.checkpoints.source import Kind, Source, open_source, open_tower
+from cores.model.cores import CoresForReasoningSegmentation
+from cores.model.processor import CoresProcessor
+from cores.model.reasoning.chain import enable_checkpointing
+from cores.model.reasoning.lora import add_lora, load_adapter
+from cores.model.reasoning.prefix_sharing import PrefixSharing
+from cores.model.segmenting.embedding_cache import SamCache, encoder_fingerprint
+from cores.model.trainable import set_trainable
+from cores.utils import distributed, identity
+from cores.utils.settings.arguments import Settings, numbers, read_resumed, settings_of
+from cores.utils.settings.flags import SELECTING, UsageError
+from cores.utils.training import checkpoint
+from cores.utils.training.loader import samples_per_epoch
 
 # name: hidden size, patch size, image size
 VISION_TOWERS = {

@@ -2,12 +2,12 @@
 
 import sys
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
 
-from utils.training.curve import main
+from cores.utils.training.curve import main
 
 if __name__ == "__main__":
     sys.exit(main())

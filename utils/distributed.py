@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 
-from dataset import command
-from dataset.command import one_line
-from utils.lifeline import LastWords, Lifeline
+from cores.dataset import command
+from cores.dataset.command import one_line
+from cores.utils.lifeline import LastWords, Lifeline
 
 VARIABLES = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 # How long ranks wait for each other at the start, in seconds: on one machine a launcher starts them

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.files.errors import DataError
-from dataset.files.sealed import read_sealed
-from dataset.mixture import EvalDataset, TrainMixture
-from dataset.registry import Loader
-from model.checkpoints.source import Kind, Source, open_source
-from utils import distributed
-from utils.report.results import versions
-from utils.settings.arguments import Settings
-from utils.settings.flags import UsageError
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.sealed import read_sealed
+from cores.dataset.mixture import EvalDataset, TrainMixture
+from cores.dataset.registry import Loader
+from cores.model.checkpoints.source import Kind, Source, open_source
+from cores.utils import distributed
+from cores.utils.report.results import versions
+from cores.utils.settings.arguments import Settings
+from cores.utils.settings.flags import UsageError
 
 logger = logging.getLogger(__name__)
 

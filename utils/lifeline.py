@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from dataset.command import PROCESS_LOST, STOPPED
+from cores.dataset.command import PROCESS_LOST, STOPPED
 
 GRACE = 5.0  # seconds for a rank to end by itself, in order, once another has failed
 HELLO, GREET = 2.0, 8.0  # seconds for a connection to say which rank it is, and for rank 0 to greet

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle_codec
 
-from dataset.annotations.shapes import (
+from cores.dataset.annotations.shapes import (
     LARGEST,
     is_missing,
     kind_of,
@@ -20,9 +20,9 @@ from dataset.annotations.shapes import (
     polygons_of,
     refuse_misplaced,
 )
-from dataset.files.errors import BOXES_ONLY, DataError
-from dataset.files.images import EmbeddedImage, check_size, read_label
-from dataset.files.rle import decode_rle
+from cores.dataset.files.errors import BOXES_ONLY, DataError
+from cores.dataset.files.images import EmbeddedImage, check_size, read_label
+from cores.dataset.files.rle import decode_rle
 
 
 def _coordinates(points: object) -> np.ndarray | None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dataset.files.errors import BOXES_ONLY, DataError
-from dataset.files.rle import rle_size
+from cores.dataset.files.errors import BOXES_ONLY, DataError
+from cores.dataset.files.rle import rle_size
 
 LARGEST = 1e6  # pixels; no image has such a side, so a coordinate beyond it is a mistake
 SLOP = 2  # pixels by which annotators and their tools miss the border of an image

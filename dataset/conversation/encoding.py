@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dataset.conversation.templates import ConversationTemplate, get_template
-from dataset.conversation.turns import (
+from cores.dataset.conversation.templates import ConversationTemplate, get_template
+from cores.dataset.conversation.turns import (
     Answer,
     Conversation,
     Turn,

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.files.errors import DataError
-from dataset.files.text import read_json
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.text import read_json
 
 LIBRARY_PATH = Path(__file__).with_name("exemplars.json")
 LOOKS_SPECIAL = re.compile(r"\[[A-Z_]+\]|<[^<>]*>|\{|\}")

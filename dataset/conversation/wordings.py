@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dataset.conversation.turns import Answer, AnswerToken
+from cores.dataset.conversation.turns import Answer, AnswerToken
 
 # {where} stands for the tokens before the last one, {last} for the last one. The first wording of
 # each list is the canonical one of teacher-forced evaluation.

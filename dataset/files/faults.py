@@ -23,9 +23,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from dataset.files.errors import DataError, NothingToAsk
-from dataset.files.text import read_text
-from dataset.files.write import write_text
+from cores.dataset.files.errors import DataError, NothingToAsk
+from cores.dataset.files.text import read_text
+from cores.dataset.files.write import write_text
 
 logger = logging.getLogger(__name__)
 

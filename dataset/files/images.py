@@ -16,8 +16,8 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from dataset.files.errors import DataError, MissingDataError, reason_of
-from dataset.files.paths import refuse_endless
+from cores.dataset.files.errors import DataError, MissingDataError, reason_of
+from cores.dataset.files.paths import refuse_endless
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
 # Pillow knows 40 more, among them PostScript, which it gives to another program to run.

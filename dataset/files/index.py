@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.files.errors import BOXES_ONLY, DamagedRecords, DataError
-from dataset.files.images import claimed_size
-from dataset.files.json_stream import JsonReader, parse_stream
-from dataset.files.lookup import photo_name
-from dataset.files.store import Build, IndexStore, StoreWriter, open_store
+from cores.dataset.files.errors import BOXES_ONLY, DamagedRecords, DataError
+from cores.dataset.files.images import claimed_size
+from cores.dataset.files.json_stream import JsonReader, parse_stream
+from cores.dataset.files.lookup import photo_name
+from cores.dataset.files.store import Build, IndexStore, StoreWriter, open_store
 
 
 class BadEntry(NamedTuple):

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from dataset.files.encodings import marked_encoding
-from dataset.files.errors import DataError, MissingDataError, reason_of
-from dataset.files.paths import refuse_endless
-from dataset.files.text import text_encoding
+from cores.dataset.files.encodings import marked_encoding
+from cores.dataset.files.errors import DataError, MissingDataError, reason_of
+from cores.dataset.files.paths import refuse_endless
+from cores.dataset.files.text import text_encoding
 
 WINDOW = 1 << 22  # characters
 SPACE = " \t\n\r"

@@ -17,9 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.images import IMAGE_SUFFIXES
-from dataset.files.paths import is_leftover, resolve_inside
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.files.images import IMAGE_SUFFIXES
+from cores.dataset.files.paths import is_leftover, resolve_inside
 
 # Photos of cameras and tools in formats that are not read.
 UNREAD = (".heic", ".heif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".jxl", ".psd", ".svg")

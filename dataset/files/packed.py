@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.files.errors import DamagedRecords
+from cores.dataset.files.errors import DamagedRecords
 
 
 class PackedRecords:

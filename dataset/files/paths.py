@@ -7,7 +7,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset.files.errors import DataError, MissingDataError, reason_of
+from cores.dataset.files.errors import DataError, MissingDataError, reason_of
 
 # What systems and tools leave in folders; names that begin with a dot are left-overs, too.
 LEFTOVERS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle"}

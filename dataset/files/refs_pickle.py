@@ -13,7 +13,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from dataset.files.errors import DataError, MissingDataError, reason_of
+from cores.dataset.files.errors import DataError, MissingDataError, reason_of
 
 # Calling one of these types only copies its argument. bytearray and range are not among them: they
 # would allocate memory of any size for a number in the file.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle_codec
 
-from dataset.files.errors import DataError, reason_of
-from dataset.files.images import check_size, whole_number
+from cores.dataset.files.errors import DataError, reason_of
+from cores.dataset.files.images import check_size, whole_number
 
 
 def run_lengths(text: str) -> np.ndarray:

@@ -9,8 +9,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from dataset.files.errors import DamagedRecords
-from dataset.files.write import write_text
+from cores.dataset.files.errors import DamagedRecords
+from cores.dataset.files.write import write_text
 
 CHECKSUM = "crc32"
 # The end of a record in one line, and of one with a line for each entry.

@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from dataset.files.errors import DataError, MissingDataError, reason_of
-from dataset.files.packed import PackedRecords
-from dataset.files.paths import refuse_endless, typed_folder
-from dataset.files.write import sync
+from cores.dataset.files.errors import DataError, MissingDataError, reason_of
+from cores.dataset.files.packed import PackedRecords
+from cores.dataset.files.paths import refuse_endless, typed_folder
+from cores.dataset.files.write import sync
 
 logger = logging.getLogger(__name__)
 

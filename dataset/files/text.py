@@ -8,9 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dataset.files.encodings import marked_encoding, plausible_encodings, proves_little
-from dataset.files.errors import DataError, MissingDataError, reason_of
-from dataset.files.paths import list_files, refuse_endless
+from cores.dataset.files.encodings import marked_encoding, plausible_encodings, proves_little
+from cores.dataset.files.errors import DataError, MissingDataError, reason_of
+from cores.dataset.files.paths import list_files, refuse_endless
 
 logger = logging.getLogger(__name__)
 FILES_TO_ASK = 500

@@ -8,20 +8,20 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import fields
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()
 
-from dataset.conversation.exemplars import ExemplarLibrary
-from dataset.files.errors import DataError
-from dataset.files.text import read_json
-from dataset.generate import exemplars, questions, rephrase
-from dataset.generate.client import Abort, Stopped
-from dataset.generate.estimate import estimate_table
-from dataset.generate.flags import build_parser, read_source
-from dataset.generate.run import GenerationRun, write_json
-from dataset.generate.scenes import read_photographs
+from cores.dataset.conversation.exemplars import ExemplarLibrary
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.text import read_json
+from cores.dataset.generate import exemplars, questions, rephrase
+from cores.dataset.generate.client import Abort, Stopped
+from cores.dataset.generate.estimate import estimate_table
+from cores.dataset.generate.flags import build_parser, read_source
+from cores.dataset.generate.run import GenerationRun, write_json
+from cores.dataset.generate.scenes import read_photographs
 
 
 def run_questions(args: Namespace, run: GenerationRun) -> int:

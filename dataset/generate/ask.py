@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataset.generate.checks import parse_list
-from dataset.generate.client import ChatModel, Request
-from dataset.generate.prompts import Messages, repair
+from cores.dataset.generate.checks import parse_list
+from cores.dataset.generate.client import ChatModel, Request
+from cores.dataset.generate.prompts import Messages, repair
 
 
 @dataclass

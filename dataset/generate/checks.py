@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from dataset.conversation.exemplars import LOOKS_SPECIAL, normalise
+from cores.dataset.conversation.exemplars import LOOKS_SPECIAL, normalise
 
 NEARLY_THE_SAME = 0.8  # two texts with more than this share of words in common say the same
 

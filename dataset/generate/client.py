@@ -29,9 +29,9 @@ import httpx2
 import numpy as np
 from PIL import Image
 
-from dataset.command import shown
-from dataset.files.images import read_image
-from dataset.generate.journal import Answer, Journal
+from cores.dataset.command import shown
+from cores.dataset.files.images import read_image
+from cores.dataset.generate.journal import Answer, Journal
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 FATAL = {401, 402, 403, 404, 405}  # every other request would get the same

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from dataset.generate.client import NotAsked, Request, texts_of
-from dataset.generate.journal import Answer
+from cores.dataset.generate.client import NotAsked, Request, texts_of
+from cores.dataset.generate.journal import Answer
 
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dataset.generate import checks, prompts
-from dataset.generate.ask import CheckedEntries, ask_for_list
-from dataset.generate.client import ChatModel
+from cores.dataset.generate import checks, prompts
+from cores.dataset.generate.ask import CheckedEntries, ask_for_list
+from cores.dataset.generate.client import ChatModel
 
 
 def _texts(entries: Sequence[dict[str, str]]) -> list[str]:

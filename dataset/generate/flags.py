@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dataset.conversation.exemplars import LIBRARY_PATH
-from dataset.generate.questions import QuestionOptions
-from dataset.generate.scenes import KINDS, AnnotationSource, parse_wanted
+from cores.dataset.conversation.exemplars import LIBRARY_PATH
+from cores.dataset.generate.questions import QuestionOptions
+from cores.dataset.generate.scenes import KINDS, AnnotationSource, parse_wanted
 
 
 class _Parser(argparse.ArgumentParser):

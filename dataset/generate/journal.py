@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dataset.files.errors import DamagedRecords, DataError
-from dataset.files.sealed import seal, unseal
+from cores.dataset.files.errors import DamagedRecords, DataError
+from cores.dataset.files.sealed import seal, unseal
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dataset.generate.scenes import MarkedObject
+from cores.dataset.generate.scenes import MarkedObject
 
 CAPTION = """Describe this photograph for somebody who cannot see it and will later be quizzed \
 about it. Write one paragraph of 60 to 120 words in plain English. Say what kind of place it is, \

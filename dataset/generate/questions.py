@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.conversation.exemplars import normalise
-from dataset.generate import checks, prompts
-from dataset.generate.ask import ask_for_list
-from dataset.generate.client import ChatModel, Request, image_part
-from dataset.generate.run import write_json
-from dataset.generate.scenes import MarkedObject, Photograph
+from cores.dataset.conversation.exemplars import normalise
+from cores.dataset.generate import checks, prompts
+from cores.dataset.generate.ask import ask_for_list
+from cores.dataset.generate.client import ChatModel, Request, image_part
+from cores.dataset.generate.run import write_json
+from cores.dataset.generate.scenes import MarkedObject, Photograph
 
 SPLITS = ("train", "validation", "test")
 SUMMARY_WORDS = (15, 250)

@@ -8,15 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dataset.conversation.wordings import is_sentence
-from dataset.files.errors import DataError
-from dataset.files.images import IMAGE_SUFFIXES
-from dataset.files.paths import list_files, require_folder
-from dataset.generate import checks, prompts
-from dataset.generate.ask import CheckedEntries, ask_for_list
-from dataset.generate.client import ChatModel
-from dataset.generate.run import write_json
-from dataset.readers.reasoning import read_record
+from cores.dataset.conversation.wordings import is_sentence
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.images import IMAGE_SUFFIXES
+from cores.dataset.files.paths import list_files, require_folder
+from cores.dataset.generate import checks, prompts
+from cores.dataset.generate.ask import CheckedEntries, ask_for_list
+from cores.dataset.generate.client import ChatModel
+from cores.dataset.generate.run import write_json
+from cores.dataset.readers.reasoning import read_record
 
 
 def read_queries(folder: Path) -> list[tuple[Path, dict]]:

@@ -20,9 +20,9 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from dataset.command import shown
-from dataset.files.write import write_text
-from dataset.generate.client import (
+from cores.dataset.command import shown
+from cores.dataset.files.write import write_text
+from cores.dataset.generate.client import (
     Abort,
     ChatClient,
     ChatError,
@@ -33,8 +33,8 @@ from dataset.generate.client import (
     Pacer,
     local_key,
 )
-from dataset.generate.estimate import DryRun, Price, StageEstimate, cost_by_stage
-from dataset.generate.journal import Answer, Journal, read_answers
+from cores.dataset.generate.estimate import DryRun, Price, StageEstimate, cost_by_stage
+from cores.dataset.generate.journal import Answer, Journal, read_answers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

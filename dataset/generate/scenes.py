@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from dataset.annotations.masks import annotation_mask
-from dataset.files.errors import BOXES_ONLY, DataError
-from dataset.files.images import claimed_size, read_claimed
-from dataset.files.json_stream import JsonReader, parse_stream
-from dataset.files.lookup import Lookup, base_name, photo_name
-from dataset.files.paths import require_folder
-from dataset.files.rle import encode_rle
-from dataset.readers.questions import readable_name
+from cores.dataset.annotations.masks import annotation_mask
+from cores.dataset.files.errors import BOXES_ONLY, DataError
+from cores.dataset.files.images import claimed_size, read_claimed
+from cores.dataset.files.json_stream import JsonReader, parse_stream
+from cores.dataset.files.lookup import Lookup, base_name, photo_name
+from cores.dataset.files.paths import require_folder
+from cores.dataset.files.rle import encode_rle
+from cores.dataset.readers.questions import readable_name
 
 KINDS = ("coco", "ego_objects")
 

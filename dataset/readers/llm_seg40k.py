@@ -22,18 +22,18 @@ from typing import Any
 
 import numpy as np
 
-from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer, sentence_question
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.images import read_image
-from dataset.files.lookup import Identities, Lookup
-from dataset.files.packed import PackedRecords
-from dataset.files.paths import named_inside, require_folder
-from dataset.files.rle import decode_rle, rle_size
-from dataset.files.text import read_json
-from dataset.readers.questions import as_wordings, choose_wordings
-from dataset.readers.usable import without_excluded, without_missing
-from dataset.sample import LoaderOptions, Sample
+from cores.dataset.conversation.turns import Conversation
+from cores.dataset.conversation.wordings import answer, sentence_question
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.files.images import read_image
+from cores.dataset.files.lookup import Identities, Lookup
+from cores.dataset.files.packed import PackedRecords
+from cores.dataset.files.paths import named_inside, require_folder
+from cores.dataset.files.rle import decode_rle, rle_size
+from cores.dataset.files.text import read_json
+from cores.dataset.readers.questions import as_wordings, choose_wordings
+from cores.dataset.readers.usable import without_excluded, without_missing
+from cores.dataset.sample import LoaderOptions, Sample
 
 NAME = "LLM-Seg40K"
 SPLITS = {"val": "validation"}  # split on the command line -> name of its file, where they differ

@@ -29,16 +29,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.annotations.masks import instance_masks
-from dataset.conversation.turns import Conversation
-from dataset.files.errors import DataError, NothingToAsk
-from dataset.files.images import claimed_size, read_claimed
-from dataset.files.index import CocoIndex
-from dataset.files.lookup import Identities, Lookup
-from dataset.files.paths import named_inside, require_folder
-from dataset.readers.questions import phrase_conversation, readable_name
-from dataset.readers.usable import usable_positions
-from dataset.sample import LoaderOptions, Sample
+from cores.dataset.annotations.masks import instance_masks
+from cores.dataset.conversation.turns import Conversation
+from cores.dataset.files.errors import DataError, NothingToAsk
+from cores.dataset.files.images import claimed_size, read_claimed
+from cores.dataset.files.index import CocoIndex
+from cores.dataset.files.lookup import Identities, Lookup
+from cores.dataset.files.paths import named_inside, require_folder
+from cores.dataset.readers.questions import phrase_conversation, readable_name
+from cores.dataset.readers.usable import usable_positions
+from cores.dataset.sample import LoaderOptions, Sample
 
 
 class CategoryName(NamedTuple):

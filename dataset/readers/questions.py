@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import (
+from cores.dataset.conversation.turns import Conversation
+from cores.dataset.conversation.wordings import (
     answer,
     explain_question,
     phrase_question,
     sentence_question,
 )
-from dataset.sample import LoaderOptions, draw_queries
+from cores.dataset.sample import LoaderOptions, draw_queries
 
 Id = TypeVar("Id", bound=object)
 

@@ -35,20 +35,20 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.annotations.masks import kind_of_label, paint_shapes
-from dataset.annotations.shapes import hint_of_inline, kind_of, outline
-from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer, is_sentence
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.faults import Together
-from dataset.files.images import IMAGE_SUFFIXES, check_claim, claimed_size, read_image
-from dataset.files.lookup import Identities, Lookup
-from dataset.files.paths import list_files, list_folders, named_inside, require_folder
-from dataset.files.rle import decode_rle
-from dataset.files.text import read_json
-from dataset.readers.questions import as_wordings, choose_wordings, word_question
-from dataset.readers.usable import is_readable, without_excluded
-from dataset.sample import LoaderOptions, Sample
+from cores.dataset.annotations.masks import kind_of_label, paint_shapes
+from cores.dataset.annotations.shapes import hint_of_inline, kind_of, outline
+from cores.dataset.conversation.turns import Conversation
+from cores.dataset.conversation.wordings import answer, is_sentence
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.files.faults import Together
+from cores.dataset.files.images import IMAGE_SUFFIXES, check_claim, claimed_size, read_image
+from cores.dataset.files.lookup import Identities, Lookup
+from cores.dataset.files.paths import list_files, list_folders, named_inside, require_folder
+from cores.dataset.files.rle import decode_rle
+from cores.dataset.files.text import read_json
+from cores.dataset.readers.questions import as_wordings, choose_wordings, word_question
+from cores.dataset.readers.usable import is_readable, without_excluded
+from cores.dataset.sample import LoaderOptions, Sample
 
 
 def _check_shapes(record: dict, field: str, path: Path) -> None:

@@ -30,19 +30,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.annotations.masks import annotation_mask
-from dataset.files.errors import DataError, MissingDataError, NothingToAsk
-from dataset.files.faults import Faults
-from dataset.files.images import claimed_size, read_claimed
-from dataset.files.index import CocoIndex
-from dataset.files.lookup import Identities, Lookup
-from dataset.files.packed import PackedRecords
-from dataset.files.paths import require_folder
-from dataset.files.refs_pickle import read_pickle
-from dataset.files.text import read_json
-from dataset.readers.questions import choose_wordings, phrase_conversation
-from dataset.readers.usable import usable_positions
-from dataset.sample import LoaderOptions, Sample
+from cores.dataset.annotations.masks import annotation_mask
+from cores.dataset.files.errors import DataError, MissingDataError, NothingToAsk
+from cores.dataset.files.faults import Faults
+from cores.dataset.files.images import claimed_size, read_claimed
+from cores.dataset.files.index import CocoIndex
+from cores.dataset.files.lookup import Identities, Lookup
+from cores.dataset.files.packed import PackedRecords
+from cores.dataset.files.paths import require_folder
+from cores.dataset.files.refs_pickle import read_pickle
+from cores.dataset.files.text import read_json
+from cores.dataset.readers.questions import choose_wordings, phrase_conversation
+from cores.dataset.readers.usable import usable_positions
+from cores.dataset.sample import LoaderOptions, Sample
 
 COCO_IMAGES = "images/mscoco/images/train2014"
 NOTHING = -1  # gRefCOCO's ann_id where a sentence means nothing in the image

@@ -32,15 +32,21 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.files.errors import DataError, MissingDataError, NothingToAsk
-from dataset.files.images import IMAGE_SUFFIXES, check_size, probe_images, read_image, read_label
-from dataset.files.lookup import Identities, Lookup
-from dataset.files.packed import PackedRecords
-from dataset.files.paths import list_files, require_folder
-from dataset.files.text import read_json
-from dataset.readers.questions import phrase_conversation
-from dataset.readers.usable import without_excluded, without_missing
-from dataset.sample import LoaderOptions, Sample
+from cores.dataset.files.errors import DataError, MissingDataError, NothingToAsk
+from cores.dataset.files.images import (
+    IMAGE_SUFFIXES,
+    check_size,
+    probe_images,
+    read_image,
+    read_label,
+)
+from cores.dataset.files.lookup import Identities, Lookup
+from cores.dataset.files.packed import PackedRecords
+from cores.dataset.files.paths import list_files, require_folder
+from cores.dataset.files.text import read_json
+from cores.dataset.readers.questions import phrase_conversation
+from cores.dataset.readers.usable import without_excluded, without_missing
+from cores.dataset.sample import LoaderOptions, Sample
 
 ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.json")
 # The 182 names of COCO-Stuff's label list without its 0. "sky-other" is called "sky", as in LISA:

@@ -18,12 +18,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.faults import Faults
-from dataset.files.images import EmbeddedImage, probe_images
-from dataset.files.index import CocoIndex, RecordIndex
-from dataset.files.lookup import Lookup, base_name
-from dataset.sample import LoaderOptions
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.files.faults import Faults
+from cores.dataset.files.images import EmbeddedImage, probe_images
+from cores.dataset.files.index import CocoIndex, RecordIndex
+from cores.dataset.files.lookup import Lookup, base_name
+from cores.dataset.sample import LoaderOptions
 
 logger = logging.getLogger(__name__)
 

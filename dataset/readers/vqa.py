@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from dataset.conversation.turns import Conversation, Turn
-from dataset.files.errors import DataError
-from dataset.files.images import read_image
-from dataset.files.index import RecordIndex
-from dataset.files.lookup import Lookup
-from dataset.files.paths import named_inside, require_folder
-from dataset.readers.usable import usable_positions
-from dataset.sample import LoaderOptions, Sample
+from cores.dataset.conversation.turns import Conversation, Turn
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.images import read_image
+from cores.dataset.files.index import RecordIndex
+from cores.dataset.files.lookup import Lookup
+from cores.dataset.files.paths import named_inside, require_folder
+from cores.dataset.readers.usable import usable_positions
+from cores.dataset.sample import LoaderOptions, Sample
 
 IMAGE_PLACEHOLDER = "<image>"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataset.synthetic.scenes import SyntheticScene
-from dataset.synthetic.vocabulary import EXPLICIT, HABITS, IMPLICIT, PARTS, PURPOSES, held_out
+from cores.dataset.synthetic.scenes import SyntheticScene
+from cores.dataset.synthetic.vocabulary import EXPLICIT, HABITS, IMPLICIT, PARTS, PURPOSES, held_out
 
 
 @dataclass

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from dataset.synthetic.vocabulary import COLOURS, DARK, FAMILIES, GLASS, GREY
+from cores.dataset.synthetic.vocabulary import COLOURS, DARK, FAMILIES, GLASS, GREY
 
 SIZE = 128  # pixels; scenes are square
 Polygon = np.ndarray  # float (n, 2)

@@ -36,13 +36,13 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from dataset import command
-from dataset.files.rle import encode_rle
-from dataset.files.write import all_or_nothing
-from dataset.numbers import in_range
-from dataset.synthetic.queries import PartQuery, make_query
-from dataset.synthetic.scenes import SIZE, SyntheticScene, make_scene
-from dataset.synthetic.vocabulary import CATEGORIES
+from cores.dataset import command
+from cores.dataset.files.rle import encode_rle
+from cores.dataset.files.write import all_or_nothing
+from cores.dataset.numbers import in_range
+from cores.dataset.synthetic.queries import PartQuery, make_query
+from cores.dataset.synthetic.scenes import SIZE, SyntheticScene, make_scene
+from cores.dataset.synthetic.vocabulary import CATEGORIES
 
 VERSION = 1  # raise it whenever the same seed would give other files
 SEMANTIC_SPLITS = ("train", "val")

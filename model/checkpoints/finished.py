@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from model.checkpoints import published
-from model.checkpoints.llava import add_image_token, weights_with_tower
-from model.checkpoints.source import Kind, Source
-from model.checkpoints.weights import blaming
-from model.config import CoresConfig
+from cores.model.checkpoints import published
+from cores.model.checkpoints.llava import add_image_token, weights_with_tower
+from cores.model.checkpoints.source import Kind, Source
+from cores.model.checkpoints.weights import blaming
+from cores.model.config import CoresConfig
 
 
 def loading_arguments(source: Source, dtype: torch.dtype | str | None) -> dict[str, Any]:

@@ -15,9 +15,15 @@ from tokenizers.pre_tokenizers import Metaspace
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
-from model.checkpoints import published
-from model.checkpoints.source import IMAGE_TOKEN, CLIPImageProcessor, Kind, Source, open_source
-from model.checkpoints.weights import blaming, refuse_bad_loading
+from cores.model.checkpoints import published
+from cores.model.checkpoints.source import (
+    IMAGE_TOKEN,
+    CLIPImageProcessor,
+    Kind,
+    Source,
+    open_source,
+)
+from cores.model.checkpoints.weights import blaming, refuse_bad_loading
 
 
 class LinearProjector(nn.Module):

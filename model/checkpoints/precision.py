@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from model.checkpoints.published import LLAVA
-from model.choices import ATTENTION, PRECISIONS
+from cores.model.checkpoints.published import LLAVA
+from cores.model.choices import ATTENTION, PRECISIONS
 
 # What stays in full precision: CLIP, the projector, the vocabulary's logits and the whole mask
 # branch. The first three are named from the LLaVA and from the whole model, as either may be

@@ -32,8 +32,8 @@ from transformers import (
     LlavaConfig,
 )
 
-from model.checkpoints.sam import detect_dims
-from model.config import CoresConfig, SamDims
+from cores.model.checkpoints.sam import detect_dims
+from cores.model.config import CoresConfig, SamDims
 
 HF_ARCHITECTURE = "LlavaForConditionalGeneration"
 MODEL_TYPES = ("llava", "llava_llama")

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from model.checkpoints.weights import blaming, load_strict, read_file, read_json_file
-from model.config import SamDims
-from model.segmenting.sam import build_sam
+from cores.model.checkpoints.weights import blaming, load_strict, read_file, read_json_file
+from cores.model.config import SamDims
+from cores.model.segmenting.sam import build_sam
 
 logger = logging.getLogger(__name__)
 

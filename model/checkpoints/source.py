@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from model.checkpoints import published
-from model.checkpoints.weights import (
+from cores.model.checkpoints import published
+from cores.model.checkpoints.weights import (
     SINGLE,
     blaming,
     read_all,
@@ -39,7 +39,7 @@ from model.checkpoints.weights import (
     weight_file,
     weight_names,
 )
-from model.config import CoresConfig, SamDims
+from cores.model.config import CoresConfig, SamDims
 
 # All published checkpoints were trained with Pillow's resizing; the other one differs by up to
 # 0.015.

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataset.files.errors import DataError
-from dataset.files.images import read_image, rgb_array
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.images import read_image, rgb_array
 
 ImageLike = str | Path | Image.Image | np.ndarray
 # CLIP's transform enlarges the shorter side, which would make gigabytes of a line of pixels.

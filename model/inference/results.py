@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataset.drawing import fit, level_colour, overlay
-from dataset.files.rle import encode_rle
-from dataset.files.write import writing
+from cores.dataset.drawing import fit, level_colour, overlay
+from cores.dataset.files.rle import encode_rle
+from cores.dataset.files.write import writing
 
 SHOWN_SIDE = 480  # pixels of a picture's longer side in a notebook
 

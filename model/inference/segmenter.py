@@ -23,20 +23,20 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from dataset.collate import Batch, collate_prompts
-from dataset.conversation import exemplars
-from dataset.conversation.encoding import encode_prompt
-from dataset.conversation.turns import Conversation, Turn, answer_from_ids, text_from_ids
-from dataset.files.errors import DataError
-from dataset.sample import Sample
-from model.checkpoints.precision import leave_small_layers
-from model.checkpoints.source import Source, open_source
-from model.cores import CoresForReasoningSegmentation
-from model.inference.inputs import ImageLike, clean_question, clean_questions, load_image
-from model.inference.results import AnswerMask, Result, Stream
-from model.masks import EncodedImages, Generation, no_masks
-from model.processor import CoresProcessor
-from model.reasoning.generation import Decoding, KVCache, common_prefix, decode
+from cores.dataset.collate import Batch, collate_prompts
+from cores.dataset.conversation import exemplars
+from cores.dataset.conversation.encoding import encode_prompt
+from cores.dataset.conversation.turns import Conversation, Turn, answer_from_ids, text_from_ids
+from cores.dataset.files.errors import DataError
+from cores.dataset.sample import Sample
+from cores.model.checkpoints.precision import leave_small_layers
+from cores.model.checkpoints.source import Source, open_source
+from cores.model.cores import CoresForReasoningSegmentation
+from cores.model.inference.inputs import ImageLike, clean_question, clean_questions, load_image
+from cores.model.inference.results import AnswerMask, Result, Stream
+from cores.model.masks import EncodedImages, Generation, no_masks
+from cores.model.processor import CoresProcessor
+from cores.model.reasoning.generation import Decoding, KVCache, common_prefix, decode
 
 Named = tuple[str, ImageLike]  # The text is what messages call the picture.
 CONVERSATIONS_PER_PASS = 8  # Further questions about one picture take further passes.

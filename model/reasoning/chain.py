@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, LlavaForConditionalGeneration
 
-from model import losses
-from model.reasoning.prefix_sharing import PrefixSharing
+from cores.model import losses
+from cores.model.reasoning.prefix_sharing import PrefixSharing
 
 TEXT_CHUNK = 512  # positions whose logits are held at a time: 64 MB in float32 for 32,000 words
 

@@ -20,9 +20,9 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from dataset.collate import Batch
-from model.checkpoints.weights import require_finite
-from model.reasoning.chain import ReasoningChain
+from cores.dataset.collate import Batch
+from cores.model.checkpoints.weights import require_finite
+from cores.model.reasoning.chain import ReasoningChain
 
 ROOM = 256  # positions by which the buffers of the KV cache grow
 SHORTEST_MATCH, LONGEST_MATCH = 3, 6  # ids in a row: fewer predict too little, more no better

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.checkpoints import published
-from model.checkpoints.precision import quantized_bits
-from model.checkpoints.weights import refuse_mismatch
+from cores.model.checkpoints import published
+from cores.model.checkpoints.precision import quantized_bits
+from cores.model.checkpoints.weights import refuse_mismatch
 
 
 def add_lora(

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from model.config import RefinerConfig
-from model.segmenting.frames import PIXEL_MEAN, PIXEL_STD
-from model.segmenting.sam import decode_masks, mask_prompt, no_mask_prompt
+from cores.model.config import RefinerConfig
+from cores.model.segmenting.frames import PIXEL_MEAN, PIXEL_STD
+from cores.model.segmenting.sam import decode_masks, mask_prompt, no_mask_prompt
 
 # The published refiner adds it to the area, so that a mask without any weight gives a zero
 # prototype instead of NaN. Soft weights are never all zero: of an empty mask they give the mean of

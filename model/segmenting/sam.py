@@ -18,10 +18,10 @@ from segment_anything.modeling import (
 )
 from torch import Tensor, nn
 
-from model.config import SamDims
-from model.segmenting.decoder import downscale, to_pixels, to_places, two_way, upscale
-from model.segmenting.encoder import set_fast
-from model.segmenting.frames import PIXEL_MEAN, PIXEL_STD
+from cores.model.config import SamDims
+from cores.model.segmenting.decoder import downscale, to_pixels, to_places, two_way, upscale
+from cores.model.segmenting.encoder import set_fast
+from cores.model.segmenting.frames import PIXEL_MEAN, PIXEL_STD
 
 
 def build_sam(dims: SamDims) -> Sam:

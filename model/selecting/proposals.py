@@ -20,10 +20,10 @@ import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 
-from dataset.proposals import Found, ProposalSource, ProposalStore, encode_counts
-from model.config import ProposalConfig, SelectorConfig
-from model.segmenting.chain import SegmentingChain
-from model.segmenting.frames import resize_longest_side
+from cores.dataset.proposals import Found, ProposalSource, ProposalStore, encode_counts
+from cores.model.config import ProposalConfig, SelectorConfig
+from cores.model.segmenting.chain import SegmentingChain
+from cores.model.segmenting.frames import resize_longest_side
 
 # So many values of every weight tell two SAMs apart, and take a few milliseconds for ViT-H.
 FINGERPRINT_VALUES = 1024

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
-from dataset.proposals import Proposals, union
-from model.config import SelectorConfig
-from model.selecting.targets import iop_loss, similarity_loss
+from cores.dataset.proposals import Proposals, union
+from cores.model.config import SelectorConfig
+from cores.model.selecting.targets import iop_loss, similarity_loss
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset.collate import Batch
-from dataset.proposals import overlaps
+from cores.dataset.collate import Batch
+from cores.dataset.proposals import overlaps
 
 
 def similarity_loss(similarity: Tensor, iou: Tensor, present: Tensor, temperature: float) -> Tensor:

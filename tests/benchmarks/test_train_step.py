@@ -15,10 +15,10 @@ from benchmarks.train_step import (
     check_losses,
     count_flops,
 )
-from dataset.collate import collate
-from dataset.synthetic.write import write_synthreason
-from utils import build
-from utils.settings.arguments import parse
+from cores.dataset.collate import collate
+from cores.dataset.synthetic.write import write_synthreason
+from cores.utils import build
+from cores.utils.settings.arguments import parse
 
 
 @cache

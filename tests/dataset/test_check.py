@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train_ds
-from dataset import check
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.faults import BadItem, Faults, read_skip_list, write_skip_list
-from dataset.registry import OFFICIAL, entries, open_evaluation
-from dataset.sample import LoaderOptions
+from cores import train_ds
+from cores.dataset import check
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.files.faults import BadItem, Faults, read_skip_list, write_skip_list
+from cores.dataset.registry import OFFICIAL, entries, open_evaluation
+from cores.dataset.sample import LoaderOptions
 from tests import official_layouts as official
 from tests.backbone_toys import flags, toys, write_data
 from tests.dataset_toys import LEVELS, write_image, write_json

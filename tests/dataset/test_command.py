@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset import command
-from dataset.files.errors import DataError
+from cores.dataset import command
+from cores.dataset.files.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 # Programs of the tests alone.
@@ -41,7 +41,11 @@ def starts(path: Path) -> list[ast.If]:
 def commands() -> dict[str, Path]:
     folders = ("benchmarks", "dataset", "model", "scripts", "tests", "utils")
     sources = [*ROOT.glob("*.py"), *(p for f in folders for p in (ROOT / f).rglob("*.py"))]
-    found = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sources if starts(p)}
+    found = {}
+    for path in filter(starts, sources):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        package = () if parts[0] in ("benchmarks", "scripts", "tests") else ("cores",)
+        found[".".join(package + parts)] = path
     return {name: path for name, path in found.items() if name not in NO_COMMANDS}
 
 
@@ -64,6 +68,7 @@ FAULTS = [
 
 def test_the_commands_are_found():
     known = {"train_ds", "chat", "app", "utils.evaluation.__main__", "utils.curve", "dataset.check"}
+    known = {f"cores.{name}" for name in known}
     assert known <= COMMANDS.keys() and len(COMMANDS) > 18
 
 
@@ -117,7 +122,7 @@ def test_every_command_is_guarded_while_it_imports(name):
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
     }
-    assert names <= sys.stdlib_module_names | {"dataset"}, names
+    assert names <= sys.stdlib_module_names | {"cores"}, names
 
 
 def test_what_python_does_not_say_of_a_file_is_added():
@@ -137,7 +142,7 @@ def start(code: str, **options) -> subprocess.Popen:
 
 PROGRAM = """
 import sys, time
-from dataset import command
+from cores.dataset import command
 command.guard()
 {imports}
 @command.entry(ends_with_reader={ends})
@@ -177,7 +182,7 @@ def test_a_help_on_a_full_disk(capsys, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         with pytest.raises(SystemExit) as end:
-            importlib.import_module("dataset.check").main(["--help"])
+            importlib.import_module("cores.dataset.check").main(["--help"])
     assert end.value.code == 2 and capsys.readouterr().err.startswith("error: standard output")
 
 
@@ -188,7 +193,7 @@ def test_a_terminal_that_knows_ascii_only(tmp_path):
     (tmp_path / "狗 Â.txt").write_text("")
     look = """
 import sys
-from dataset import command
+from cores.dataset import command
 command.guard()
 from pathlib import Path
 @command.entry()
@@ -212,7 +217,7 @@ sys.exit(main())
 def test_files_never_get_the_numbers_of_closed_streams(tmp_path):
     program = """
 import os, sys
-from dataset import command
+from cores.dataset import command
 command.guard()
 @command.entry()
 def main(argv=None):

@@ -10,8 +10,8 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image, ImageDraw
 
-from dataset import fonts
-from dataset.fonts import Face
+from cores.dataset import fonts
+from cores.dataset.fonts import Face
 
 LETTER = "赤"
 

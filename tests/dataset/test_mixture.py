@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset.collate import collate
-from dataset.conversation import exemplars
-from dataset.files.errors import DataError, MissingDataError
-from dataset.mixture import EvalDataset, TrainMixture
+from cores.dataset.collate import collate
+from cores.dataset.conversation import exemplars
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.mixture import EvalDataset, TrainMixture
 from tests.dataset_toys import (
     LEVELS,
     ToyProcessor,

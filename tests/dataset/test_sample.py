@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.collate import Batch, collate, collate_prompts
-from dataset.conversation.encoding import IGNORE_INDEX
-from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer
-from dataset.files.errors import DataError
-from dataset.sample import LoaderOptions, Sample
+from cores.dataset.collate import Batch, collate, collate_prompts
+from cores.dataset.conversation.encoding import IGNORE_INDEX
+from cores.dataset.conversation.turns import Conversation
+from cores.dataset.conversation.wordings import answer
+from cores.dataset.files.errors import DataError
+from cores.dataset.sample import LoaderOptions, Sample
 from tests.dataset_toys import LEVELS, ToyProcessor, word_tokenizer
 
 

@@ -7,12 +7,12 @@ import cv2
 import numpy as np
 import pytest
 
-from dataset.files.rle import decode_rle
-from dataset.synthetic import write as synthetic
-from dataset.synthetic.queries import make_query
-from dataset.synthetic.scenes import make_scene
-from dataset.synthetic.vocabulary import EXPLICIT, IMPLICIT, PURPOSES, held_out
-from utils.evaluation.baselines import SceneBaselines
+from cores.dataset.files.rle import decode_rle
+from cores.dataset.synthetic import write as synthetic
+from cores.dataset.synthetic.queries import make_query
+from cores.dataset.synthetic.scenes import make_scene
+from cores.dataset.synthetic.vocabulary import EXPLICIT, IMPLICIT, PURPOSES, held_out
+from cores.utils.evaluation.baselines import SceneBaselines
 
 
 def scenes(count: int, seed: int = 3):

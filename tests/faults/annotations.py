@@ -13,10 +13,10 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dataset import check
-from dataset.mixture import TrainMixture
-from dataset.registry import open_evaluation
-from dataset.sample import LoaderOptions
+from cores.dataset import check
+from cores.dataset.mixture import TrainMixture
+from cores.dataset.registry import open_evaluation
+from cores.dataset.sample import LoaderOptions
 from tests.dataset_toys import LEVELS, write_json
 from tests.faults.case import case
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from dataset.files.errors import DataError
-from dataset.files.store import content_hash
-from dataset.generate.journal import Answer, Journal, read_answers
-from dataset.proposals import Found, ProposalSource, ProposalStore, encode_counts
-from dataset.readers.own import arrow
-from model.segmenting.embedding_cache import SamCache
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.store import content_hash
+from cores.dataset.generate.journal import Answer, Journal, read_answers
+from cores.dataset.proposals import Found, ProposalSource, ProposalStore, encode_counts
+from cores.dataset.readers.own import arrow
+from cores.model.segmenting.embedding_cache import SamCache
 from tests.faults.case import case
 
 
@@ -183,7 +183,9 @@ def time_put_back(root: Path) -> None:
     os.utime(file, (0, 0))
     stamp = lambda: next((root / "stamps").iterdir())  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dataset.files.store.SETTLED_NS", -(10**12))  # The test cannot wait for it.
+        patch.setattr(
+            "cores.dataset.files.store.SETTLED_NS", -(10**12)
+        )  # The test cannot wait for it.
         first = content_hash(file, root)
         assert json.loads(stamp().read_text())["sha256"] == first
         file.write_text('{"a": 2}')
@@ -226,9 +228,9 @@ def journal(root: Path) -> None:
 def killed_worker(root: Path) -> None:
     from concurrent.futures.process import BrokenProcessPool
 
+    from cores.utils.precompute import proposals as command
     from tests.backbone_toys import flags, toys
     from tests.faults.weights import said
-    from utils.precompute import proposals as command
 
     class Pool:
         """One whose process dies after the first image; a real one is a slow test."""

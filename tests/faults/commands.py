@@ -15,16 +15,16 @@ from unittest import mock
 import pytest
 import torch
 
-import merge_lora_weights_and_save_hf_model as merge
-import train_ds
-from dataset import check, command
-from dataset.files.errors import DataError
-from dataset.files.faults import read_skip_list
-from dataset.synthetic import write as synthetic
+from cores import merge_lora_weights_and_save_hf_model as merge
+from cores import train_ds
+from cores.dataset import check, command
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.faults import read_skip_list
+from cores.dataset.synthetic import write as synthetic
+from cores.utils.evaluation import cli as evaluation
+from cores.utils.training import curve
 from tests.dataset_toys import write_reason_seg
 from tests.faults.case import case
-from utils.evaluation import cli as evaluation
-from utils.training import curve
 
 
 @contextlib.contextmanager

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataset import check
-from dataset.registry import open_evaluation
-from dataset.sample import LoaderOptions
+from cores.dataset import check
+from cores.dataset.registry import open_evaluation
+from cores.dataset.sample import LoaderOptions
+from cores.utils.evaluation.cli import main as evaluation
 from tests.dataset_toys import write_image, write_json
 from tests.faults.case import case
 from tests.own_toys import SIZE, box, runs, write_lines
-from utils.evaluation.cli import main as evaluation
 
 FLAT = [2, 2, 6, 2, 6, 5, 2, 5]  # 12 pixels
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import app
-from chat import TerminalChat
-from model.inference.segmenter import Session
+from cores import app
+from cores.chat import TerminalChat
+from cores.model.inference.segmenter import Session
+from cores.utils.serving.folder import ServedFolder
+from cores.utils.serving.line import Visitor
 from tests.faults.case import case
 from tests.guarded import Asked, ask
 from tests.pages import ANSWER, VisitorlessPage, Widgets, segmenter
-from utils.serving.folder import ServedFolder
-from utils.serving.line import Visitor
 
 ROOT = Path(__file__).parents[2]
 STRANGER = "203.0.113.5"

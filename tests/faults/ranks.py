@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 from unittest import mock
 
-import train_ds
+from cores import train_ds
+from cores.utils.lifeline import Lifeline
 from tests.faults.case import case
-from utils.lifeline import Lifeline
 
 
 def refused(code: int, *words: str, **environment: str) -> str:

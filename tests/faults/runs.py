@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-import merge_lora_weights_and_save_hf_model as merging
-import train_ds
-import utils.evaluation.cli
-from dataset.files.sealed import read_sealed, write_sealed
+from cores import merge_lora_weights_and_save_hf_model as merging
+from cores import train_ds
+from cores.dataset.files.sealed import read_sealed, write_sealed
+from cores.utils.evaluation import cli
+from cores.utils.training import lock, shards
+from cores.utils.training.checkpoint import FILES, PROGRESS
+from cores.utils.training.log import RunLog, read_log
 from tests.backbone_toys import flags, toys, trained_run, write_all
 from tests.faults.case import case
-from utils.training import lock, shards
-from utils.training.checkpoint import FILES, PROGRESS
-from utils.training.log import RunLog, read_log
 
 MODEL, OPTIMIZER = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
@@ -41,7 +41,7 @@ def merge(out: Path, *argv: object) -> tuple[int, str]:
 
 
 def evaluate(run: Path, out: Path) -> tuple[int, str]:
-    return call(utils.evaluation.cli.main, [run, "--out", out, "--eval_mode", "teacher_forced"])
+    return call(cli.main, [run, "--out", out, "--eval_mode", "teacher_forced"])
 
 
 def call(main: Callable[[list[str]], int], argv: list[Any]) -> tuple[int, str]:

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-import chat
-import train_ds
-from model.build import build_from_backbones
-from model.checkpoints import published
-from model.checkpoints.llava import load_llava
-from model.checkpoints.sam import load_sam
-from model.export import save_published
+from cores import chat, train_ds
+from cores.model.build import build_from_backbones
+from cores.model.checkpoints import published
+from cores.model.checkpoints.llava import load_llava
+from cores.model.checkpoints.sam import load_sam
+from cores.model.export import save_published
 from tests.backbone_toys import flags, toys
 from tests.faults.case import case
 
@@ -88,8 +87,8 @@ def under(prefix: str) -> dict[str, torch.Tensor]:
 @cache
 def real_sam() -> dict[str, torch.Tensor]:
     """A small SAM with the eight heads of a decoder that a .pth has."""
-    from model.config import SamDims
-    from model.segmenting.sam import build_sam
+    from cores.model.config import SamDims
+    from cores.model.segmenting.sam import build_sam
 
     torch.manual_seed(2)
     sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "window_size": 0}

@@ -14,16 +14,15 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-import chat
-import train_ds
-from dataset import check
-from dataset.files.rle import encode_rle
-from dataset.mixture import EvalDataset
+from cores import chat, train_ds
+from cores.dataset import check
+from cores.dataset.files.rle import encode_rle
+from cores.dataset.mixture import EvalDataset
+from cores.utils.evaluation import cli as evaluation
+from cores.utils.precompute import boxes_to_masks
+from cores.utils.settings.arguments import parse
 from tests.faults.case import case
 from tests.scripted import scripted_model
-from utils.evaluation import cli as evaluation
-from utils.precompute import boxes_to_masks
-from utils.settings.arguments import parse
 
 
 def said(run, *argv: str) -> tuple[int, str]:

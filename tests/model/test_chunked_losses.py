@@ -4,10 +4,10 @@ pass."""
 import pytest
 import torch
 
-from dataset.collate import collate
-from model import objective
-from model.reasoning import chain as reasoning_chain
-from model.trainable import set_trainable
+from cores.dataset.collate import collate
+from cores.model import objective
+from cores.model.reasoning import chain as reasoning_chain
+from cores.model.trainable import set_trainable
 from tests.helpers import LEVELS, TEMPLATE, conversation, sample, tiny_model
 
 SIZE = (150, 130)  # of pictures large enough to tell their masks from low-res ones

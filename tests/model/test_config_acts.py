@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dataset.collate import collate
-from model.config import CoresConfig, ProposalConfig, RefinerConfig, SamDims, SelectorConfig
-from model.segmenting.sam import build_sam
+from cores.dataset.collate import collate
+from cores.model.config import CoresConfig, ProposalConfig, RefinerConfig, SamDims, SelectorConfig
+from cores.model.segmenting.sam import build_sam
 from tests.helpers import (
     LEVELS,
     SAM_DIMS,

@@ -11,21 +11,21 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import app
-import chat
-import merge_lora_weights_and_save_hf_model as merge
-import train_ds
 from benchmarks import combine
-from dataset.collate import collate, collate_prompts
-from dataset.proposals import Proposals, overlaps, pooling_weights, runs
-from model import CoresForReasoningSegmentation, ReasoningSegmenter
-from model.checkpoints.sam import load_sam
-from model.config import SelectorConfig
-from model.masks import MaskBranch, Segmentation
-from model.segmenting.frames import to_grid
-from model.selecting.selector import Selector, pool, pool_per_target
-from model.selecting.targets import overlap
-from model.trainable import set_trainable
+from cores import app, chat, train_ds
+from cores import merge_lora_weights_and_save_hf_model as merge
+from cores.dataset.collate import collate, collate_prompts
+from cores.dataset.proposals import Proposals, overlaps, pooling_weights, runs
+from cores.model import CoresForReasoningSegmentation, ReasoningSegmenter
+from cores.model.checkpoints.sam import load_sam
+from cores.model.config import SelectorConfig
+from cores.model.masks import MaskBranch, Segmentation
+from cores.model.segmenting.frames import to_grid
+from cores.model.selecting.selector import Selector, pool, pool_per_target
+from cores.model.selecting.targets import overlap
+from cores.model.trainable import set_trainable
+from cores.utils.evaluation import cli as evaluation_cli
+from cores.utils.precompute import proposals as precompute_proposals
 from tests.backbone_toys import toys
 from tests.helpers import (
     LEVELS,
@@ -41,8 +41,6 @@ from tests.helpers import (
 )
 from tests.model.selecting.test_llm_seg import SMALL, few, toy_flags
 from tests.scripted import scripted_model
-from utils.evaluation import cli as evaluation_cli
-from utils.precompute import proposals as precompute_proposals
 
 CHAIN = SMALL | {"chain": True, "rule": "similarity"}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model import ReasoningSegmenter
+from cores.model import ReasoningSegmenter
 from tests.scripted import scripted_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,13 +22,13 @@ POSIX = ("fcntl", "resource", "termios", "pwd", "grp", "tty", "pty")
 def without_posix(name, globals=None, *args, **kwargs):
     # other packages decide by the system what they import, and here they are on a POSIX one
     importer = (globals or {}).get("__name__", "").split(".")[0]
-    if name in POSIX and importer in ("model", "dataset", "utils"):
+    if name in POSIX and importer == "cores":
         raise ImportError(f"{importer} imports {name}, which only POSIX systems have")
     return real(name, globals, *args, **kwargs)
 
 builtins.__import__ = without_posix
 
-from model import ReasoningSegmenter
+from cores.model import ReasoningSegmenter
 from transformers import AutoModel, AutoProcessor, GenerationConfig
 
 folder, photo = sys.argv[1:]
@@ -44,7 +44,8 @@ print(result.text, len(result.masks))
 def test_every_public_name_is_found_and_torch_only_with_the_first():
     program = """
 import sys
-import model, utils.settings.arguments
+from cores import model
+import cores.utils.settings.arguments
 assert not {"torch", "transformers", "peft"} & sys.modules.keys(), "a command line waits for torch"
 assert all(getattr(model, name).__name__ == name for name in model.__all__)
 assert "peft" not in sys.modules
@@ -58,9 +59,9 @@ assert not hasattr(model, "Nobody")
 @pytest.mark.parametrize("module", ["fcntl", "pwd"])
 def test_the_program_refuses_what_only_posix_has(module, tmp_path):
     """So the test below can fail."""
-    (tmp_path / "model.py").write_text(f"import {module}")
+    (tmp_path / "cores.py").write_text(f"import {module}")
     found = start(tmp_path, cwd=tmp_path)
-    assert f"model imports {module}" in found.stderr
+    assert f"cores imports {module}" in found.stderr
 
 
 def test_a_saved_model_answers_in_another_process_without_posix(tmp_path):

@@ -5,7 +5,7 @@ from math import exp, inf, isclose, log, log1p
 import pytest
 import torch
 
-from model.losses import bce_per_mask, dice_per_mask, pointing_per_token, text_loss
+from cores.model.losses import bce_per_mask, dice_per_mask, pointing_per_token, text_loss
 
 SURE = 40.0  # a logit whose sigmoid is 1 in float32
 

@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from dataset.collate import collate
-from model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor, RefinerConfig
-from model.build import build_from_backbones
-from model.checkpoints.llava import add_level_tokens, load_llava
-from model.losses import bce_per_mask, dice_per_mask, pointing_per_token
-from model.reasoning.chain import enable_checkpointing
-from model.reasoning.lora import add_lora, has_lora, merge_lora
-from model.segmenting.chain import TokenRefiner, prototypes
-from model.segmenting.frames import to_grid, to_original
-from model.segmenting.sam import decode_masks, mask_prompt, no_mask_prompt, position_encoding
-from model.trainable import set_trainable
+from cores.dataset.collate import collate
+from cores.model import CoresConfig, CoresForReasoningSegmentation, CoresProcessor, RefinerConfig
+from cores.model.build import build_from_backbones
+from cores.model.checkpoints.llava import add_level_tokens, load_llava
+from cores.model.losses import bce_per_mask, dice_per_mask, pointing_per_token
+from cores.model.reasoning.chain import enable_checkpointing
+from cores.model.reasoning.lora import add_lora, has_lora, merge_lora
+from cores.model.segmenting.chain import TokenRefiner, prototypes
+from cores.model.segmenting.frames import to_grid, to_original
+from cores.model.segmenting.sam import decode_masks, mask_prompt, no_mask_prompt, position_encoding
+from cores.model.trainable import set_trainable
 from tests.helpers import (
     LEVELS,
     REALIGNED,

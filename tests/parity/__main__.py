@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dataset import command
+from cores.dataset import command
 
 if __name__ == "__main__":
     command.guard()

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import CLIPVisionConfig
 
-from dataset.collate import Batch
-from model.checkpoints import published
-from model.cores import CoresForReasoningSegmentation
-from model.processor import CoresProcessor
-from model.reasoning.lora import add_lora, load_adapter
-from model.segmenting.frames import to_original
-from model.segmenting.sam import mask_prompt, no_mask_prompt
-from model.trainable import set_trainable
+from cores.dataset.collate import Batch
+from cores.model.checkpoints import published
+from cores.model.cores import CoresForReasoningSegmentation
+from cores.model.processor import CoresProcessor
+from cores.model.reasoning.lora import add_lora, load_adapter
+from cores.model.segmenting.frames import to_original
+from cores.model.segmenting.sam import mask_prompt, no_mask_prompt
+from cores.model.trainable import set_trainable
 from tests.parity.table import LOSS_TOLERANCE, Table, added_tokens, read_json, read_tensors
 
 GRADIENT_FLOOR = 1e-4  # of the largest norm: what is zero in exact arithmetic is noise of that size

@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.annotations.masks import paint_shapes
-from dataset.conversation.encoding import Encoded, encode_conversation, encode_text
-from dataset.conversation.templates import ConversationTemplate, get_template
-from dataset.conversation.turns import AnswerToken, Conversation
-from dataset.readers.reasoning import read_record
-from model.checkpoints.published import IMAGE_MARKS
-from model.checkpoints.source import IMAGE_TOKEN, CLIPImageProcessor, load_tokenizer
-from model.losses import bce_per_mask, dice_per_mask
-from model.segmenting.frames import preprocess, resize_longest_side, to_original
+from cores.dataset.annotations.masks import paint_shapes
+from cores.dataset.conversation.encoding import Encoded, encode_conversation, encode_text
+from cores.dataset.conversation.templates import ConversationTemplate, get_template
+from cores.dataset.conversation.turns import AnswerToken, Conversation
+from cores.dataset.readers.reasoning import read_record
+from cores.model.checkpoints.published import IMAGE_MARKS
+from cores.model.checkpoints.source import IMAGE_TOKEN, CLIPImageProcessor, load_tokenizer
+from cores.model.losses import bce_per_mask, dice_per_mask
+from cores.model.segmenting.frames import preprocess, resize_longest_side, to_original
+from cores.utils import metrics
 from tests.parity.table import METRIC_TOLERANCE, Table, added_tokens, read_tensors
-from utils import metrics
 
 IMAGE_TEXT = f"{IMAGE_MARKS[0]}{IMAGE_TOKEN}{IMAGE_MARKS[1]}"
 # of every image; sequences are cut to model_max_length after that many are added

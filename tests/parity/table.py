@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model.checkpoints.weights import read_file, read_json_file
+from cores.model.checkpoints.weights import read_file, read_json_file
 
 LOSS_TOLERANCE = 1e-4
 METRIC_TOLERANCE = 1e-4

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from dataset.files.errors import DataError
+from cores.dataset.files.errors import DataError
+from cores.utils.build import PromptFormat, build_eval, build_mixture
+from cores.utils.settings.arguments import parse
 from tests.dataset_toys import write_image
 from tests.own_toys import FLAT_ROW, SIZE, write_lines
-from utils.build import PromptFormat, build_eval, build_mixture
-from utils.settings.arguments import parse
 
 PROMPT = PromptFormat(["SEG"], 0)
 

@@ -4,17 +4,17 @@ import time
 
 import pytest
 
+from cores.utils.training import checkpoint
 from tests.chaos_toys import command, run_of
 from tests.fork_server import Trial, server
-from utils.training import checkpoint
 
 PROGRAM = """
 import os, signal, time
-import train_ds
-from dataset.files.errors import DataError
+from cores import train_ds
+from cores.dataset.files.errors import DataError
 from tests.fork_server import full_disk_at_save
-from utils import build
-from utils.training.trainer import Trainer
+from cores.utils import build
+from cores.utils.training.trainer import Trainer
 rank, argv = int(os.environ["RANK"]), {argv!r}
 
 def on(failing, owner, name, action):
@@ -113,7 +113,7 @@ SLOW = {
 
 def trial_of(name: str, fault: str) -> Trial:
     argv = command(f"alone-{name.replace(' ', '-')}")
-    return server().run("train_ds", [], ranks=2, code=PROGRAM.format(argv=argv, fault=fault))
+    return server().run("cores.train_ds", [], ranks=2, code=PROGRAM.format(argv=argv, fault=fault))
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_all_end_with_the_cause(name):
 def test_ranks_that_lost_one_go_on():
     """After a disk that was full for one rank, the same command ends as ever."""
     trial_of("goes on", FAULTS["disk full for one"][0])
-    assert server().run("train_ds", command("alone-goes-on"), ranks=2).codes == [0, 0]
+    assert server().run("cores.train_ds", command("alone-goes-on"), ranks=2).codes == [0, 0]

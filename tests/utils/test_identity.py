@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 
-import merge_lora_weights_and_save_hf_model as merging
+from cores import merge_lora_weights_and_save_hf_model as merging
+from cores.utils import identity
+from cores.utils.settings.arguments import read_resumed, settings_of
+from cores.utils.settings.flags import UsageError
 from tests.backbone_toys import toys, trained_run
-from utils import identity
-from utils.settings.arguments import read_resumed, settings_of
-from utils.settings.flags import UsageError
 
 
 def test_every_tensor_counts_and_its_float_type_does_not():

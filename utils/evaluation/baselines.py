@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.files.errors import DataError
-from dataset.files.rle import decode_rle
-from dataset.files.text import read_json
-from dataset.readers.reasoning import ReasoningSegmentation
-from utils.metrics import intersection_and_union, iou, overlap_summary
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.rle import decode_rle
+from cores.dataset.files.text import read_json
+from cores.dataset.readers.reasoning import ReasoningSegmentation
+from cores.utils.metrics import intersection_and_union, iou, overlap_summary
 
 
 class Guess(NamedTuple):

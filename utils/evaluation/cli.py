@@ -23,18 +23,18 @@ from pathlib import Path
 
 import torch
 
-from dataset import command
-from dataset.files.write import prepare_output, refuse_foreign, write_text
-from dataset.mixture import EvalDataset
-from dataset.numbers import in_range
-from utils import distributed
-from utils.evaluation.predictions import Predictions, score_predictions
-from utils.evaluation.runner import MODES, evaluate
-from utils.evaluation.writer import write_reports
-from utils.report.compare import compare_targets, read_targets
-from utils.report.page import comparison_page
-from utils.settings.arguments import OneLineParser, Settings, parse, read_resumed
-from utils.settings.flags import UsageError
+from cores.dataset import command
+from cores.dataset.files.write import prepare_output, refuse_foreign, write_text
+from cores.dataset.mixture import EvalDataset
+from cores.dataset.numbers import in_range
+from cores.utils import distributed
+from cores.utils.evaluation.predictions import Predictions, score_predictions
+from cores.utils.evaluation.runner import MODES, evaluate
+from cores.utils.evaluation.writer import write_reports
+from cores.utils.report.compare import compare_targets, read_targets
+from cores.utils.report.page import comparison_page
+from cores.utils.settings.arguments import OneLineParser, Settings, parse, read_resumed
+from cores.utils.settings.flags import UsageError
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -108,7 +108,7 @@ def run_settings(argv: Sequence[str]) -> Settings:
 
 def _source(model: Path, flags: Sequence[str]) -> list[str]:
     """The flags of train_ds.py that load ``model``, which may be a run or a merged model."""
-    from utils.build import is_finished
+    from cores.utils.build import is_finished
 
     if not is_finished(model):
         read_resumed(model)  # Raises UsageError if it is no run.
@@ -129,7 +129,9 @@ def slug(dataset: str) -> str:
 
 
 def run_command(argv: Sequence[str], started: float) -> None:
-    from utils import build  # imports deepspeed, which takes seconds that the other commands save
+    from cores.utils import (
+        build,  # imports deepspeed, which takes seconds that the other commands save
+    )
 
     s = run_settings(argv)
     build.refuse_half_on_cpu(s)

@@ -12,12 +12,12 @@ from operator import itemgetter
 
 import torch
 
-from dataset.sample import Sample
-from utils import distributed, metrics
-from utils.metrics import TargetScore, score_target, summarise_scores
-from utils.report.gallery import Gallery, Order
-from utils.report.results import Report
-from utils.report.visualize import Example
+from cores.dataset.sample import Sample
+from cores.utils import distributed, metrics
+from cores.utils.metrics import TargetScore, score_target, summarise_scores
+from cores.utils.report.gallery import Gallery, Order
+from cores.utils.report.results import Report
+from cores.utils.report.visualize import Example
 
 
 @dataclass(frozen=True)

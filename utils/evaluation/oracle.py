@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
-from dataset.proposals import Proposals, ProposalSource
-from utils.evaluation.baselines import Guess
-from utils.metrics import mask_iou, overlap_summary
+from cores.dataset.proposals import Proposals, ProposalSource
+from cores.utils.evaluation.baselines import Guess
+from cores.utils.metrics import mask_iou, overlap_summary
 
 
 def oracle_masks(

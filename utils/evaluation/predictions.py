@@ -35,14 +35,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dataset.annotations.masks import annotation_mask, read_mask
-from dataset.files.errors import DataError
-from dataset.files.images import whole_number
-from dataset.files.paths import list_files, list_folders
-from dataset.files.text import read_json
-from utils.evaluation.collector import Collector, GroundTruth
-from utils.evaluation.runner import evenly_spaced, shards_of
-from utils.report.results import Report
+from cores.dataset.annotations.masks import annotation_mask, read_mask
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.images import whole_number
+from cores.dataset.files.paths import list_files, list_folders
+from cores.dataset.files.text import read_json
+from cores.utils.evaluation.collector import Collector, GroundTruth
+from cores.utils.evaluation.runner import evenly_spaced, shards_of
+from cores.utils.report.results import Report
 
 LEVEL = "prediction"  # the name of the only mask of a target, in captions
 USE_A_LIST = 'give a JSON list, where "image_id", "conversation" and "target" are apart'

@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset.collate import collate, collate_prompts, token_counts
-from dataset.conversation.turns import text_from_ids
-from dataset.files.errors import DataError
-from dataset.sample import Sample
-from model.checkpoints.weights import NonFiniteAnswer
-from utils import distributed
-from utils.evaluation.collector import Collector, GroundTruth
-from utils.report.results import Report
-from utils.report.tables import percent, words
+from cores.dataset.collate import collate, collate_prompts, token_counts
+from cores.dataset.conversation.turns import text_from_ids
+from cores.dataset.files.errors import DataError
+from cores.dataset.sample import Sample
+from cores.model.checkpoints.weights import NonFiniteAnswer
+from cores.utils import distributed
+from cores.utils.evaluation.collector import Collector, GroundTruth
+from cores.utils.report.results import Report
+from cores.utils.report.tables import percent, words
 
 MODES = ("free", "teacher_forced")
 # The memory of a pass grows with its conversations, so an image with more takes several passes.

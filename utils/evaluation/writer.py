@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset.drawing import printable
-from dataset.files.write import write_text
-from dataset.proposals import ProposalSource
-from utils.evaluation.baselines import score_baselines
-from utils.evaluation.oracle import score_oracles
-from utils.evaluation.runner import evenly_spaced
-from utils.report.page import evaluation_page
-from utils.report.results import Report, versions
-from utils.report.tables import format_table, words
-from utils.report.visualize import contact_sheet
+from cores.dataset.drawing import printable
+from cores.dataset.files.write import write_text
+from cores.dataset.proposals import ProposalSource
+from cores.utils.evaluation.baselines import score_baselines
+from cores.utils.evaluation.oracle import score_oracles
+from cores.utils.evaluation.runner import evenly_spaced
+from cores.utils.report.page import evaluation_page
+from cores.utils.report.results import Report, versions
+from cores.utils.report.tables import format_table, words
+from cores.utils.report.visualize import contact_sheet
 
 
 def write_reports(

@@ -29,19 +29,19 @@ from pycocotools import mask as rle_codec
 from segment_anything import SamPredictor
 from tqdm import tqdm
 
-from dataset import command
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.images import claimed_size, read_claimed
-from dataset.files.index import as_id
-from dataset.files.lookup import Lookup, photo_name
-from dataset.files.paths import require_folder
-from dataset.files.rle import encode_rle
-from dataset.files.text import read_json
-from dataset.files.write import prepare_output, write_text
-from model.checkpoints.sam import load_sam
-from utils import distributed
-from utils.settings.arguments import OneLineParser
-from utils.settings.flags import UsageError
+from cores.dataset import command
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.files.images import claimed_size, read_claimed
+from cores.dataset.files.index import as_id
+from cores.dataset.files.lookup import Lookup, photo_name
+from cores.dataset.files.paths import require_folder
+from cores.dataset.files.rle import encode_rle
+from cores.dataset.files.text import read_json
+from cores.dataset.files.write import prepare_output, write_text
+from cores.model.checkpoints.sam import load_sam
+from cores.utils import distributed
+from cores.utils.settings.arguments import OneLineParser
+from cores.utils.settings.flags import UsageError
 
 BOXES_AT_A_TIME = 32  # limits the memory, which the masks at full resolution dominate
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset.conversation.encoding import encode_prompt
-from dataset.conversation.templates import get_template
-from model.checkpoints.llava import load_llava
-from model.reasoning.chain import ReasoningChain
-from utils import distributed
+from cores.dataset.conversation.encoding import encode_prompt
+from cores.dataset.conversation.templates import get_template
+from cores.model.checkpoints.llava import load_llava
+from cores.model.reasoning.chain import ReasoningChain
+from cores.utils import distributed
 
 MAX_NEW_TOKENS = 256
 

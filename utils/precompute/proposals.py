@@ -28,19 +28,19 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dataset import command
-from dataset.numbers import in_range
-from dataset.proposals import Found, ProposalSource, ProposalStore
-from model.checkpoints.sam import load_sam
-from model.config import ProposalConfig
-from model.cores import CoresForReasoningSegmentation
-from model.selecting.proposals import make_generator, proposals_fingerprint
-from utils import build, distributed
-from utils.evaluation.oracle import score_oracles
-from utils.report.tables import format_table
-from utils.settings.arguments import OneLineParser, Settings, parse
-from utils.settings.flags import SELECTING, UsageError
-from utils.training.loader import samples_per_epoch
+from cores.dataset import command
+from cores.dataset.numbers import in_range
+from cores.dataset.proposals import Found, ProposalSource, ProposalStore
+from cores.model.checkpoints.sam import load_sam
+from cores.model.config import ProposalConfig
+from cores.model.cores import CoresForReasoningSegmentation
+from cores.model.selecting.proposals import make_generator, proposals_fingerprint
+from cores.utils import build, distributed
+from cores.utils.evaluation.oracle import score_oracles
+from cores.utils.report.tables import format_table
+from cores.utils.settings.arguments import OneLineParser, Settings, parse
+from cores.utils.settings.flags import SELECTING, UsageError
+from cores.utils.training.loader import samples_per_epoch
 
 
 def read_arguments(argv: list[str] | None) -> tuple[Namespace, Settings]:

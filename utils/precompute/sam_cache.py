@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset import command
-from dataset.files.errors import DataError
-from model.segmenting.embedding_cache import GIGABYTE, SamCache
-from model.segmenting.frames import preprocess
-from utils import build, distributed
-from utils.settings.arguments import parse
-from utils.settings.flags import UsageError
+from cores.dataset import command
+from cores.dataset.files.errors import DataError
+from cores.model.segmenting.embedding_cache import GIGABYTE, SamCache
+from cores.model.segmenting.frames import preprocess
+from cores.utils import build, distributed
+from cores.utils.settings.arguments import parse
+from cores.utils.settings.flags import UsageError
 
 logger = logging.getLogger(__name__)
 

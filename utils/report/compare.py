@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.drawing import printable
-from dataset.files.errors import DataError
-from dataset.files.text import read_json
-from utils.metrics import TargetScore, ciou, giou, paired_bootstrap
-from utils.report.tables import percent, score_text, signed, signed_interval, words
+from cores.dataset.drawing import printable
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.text import read_json
+from cores.utils.metrics import TargetScore, ciou, giou, paired_bootstrap
+from cores.utils.report.tables import percent, score_text, signed, signed_interval, words
 
 # What two files must agree in to be compared: field -> its name in messages.
 PROTOCOL = {"dataset": "data set", "texts": "wordings", "mode": "mode"}

@@ -16,8 +16,8 @@ from operator import attrgetter
 import numpy as np
 from PIL import Image
 
-from utils.metrics import TargetScore
-from utils.report.visualize import Example, panels
+from cores.utils.metrics import TargetScore
+from cores.utils.report.visualize import Example, panels
 
 KINDS = ("worst", "random", "best", "without_mask")  # The worst and the best hold a mask.
 TILE = 288  # pixels of the longer side

@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dataset.drawing import printable
-from utils.report.tables import interval, percent, score_text, signed, signed_interval, words
+from cores.dataset.drawing import printable
+from cores.utils.report.tables import interval, percent, score_text, signed, signed_interval, words
 
 
 def _one_line(value: object) -> str:

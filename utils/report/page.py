@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from utils.metrics import breakdown
-from utils.report.compare import Comparison
-from utils.report.html import render
-from utils.report.results import Report
-from utils.report.tables import columns, percent
+from cores.utils.metrics import breakdown
+from cores.utils.report.compare import Comparison
+from cores.utils.report.html import render
+from cores.utils.report.results import Report
+from cores.utils.report.tables import columns, percent
 
 BINS = 20  # bars of a histogram
 MOST_ROWS = 200  # of the answers without a mask; the CSV has them all

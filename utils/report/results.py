@@ -13,12 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dataset.drawing import printable
-from dataset.files.write import write_text
-from utils.metrics import TargetScore, breakdown
-from utils.report.gallery import Picture
-from utils.report.tables import format_table, interval, percent
-from utils.report.visualize import Example
+from cores.dataset.drawing import printable
+from cores.dataset.files.write import write_text
+from cores.utils.metrics import TargetScore, breakdown
+from cores.utils.report.gallery import Picture
+from cores.utils.report.tables import format_table, interval, percent
+from cores.utils.report.visualize import Example
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from utils.metrics import TargetScore
+from cores.utils.metrics import TargetScore
 
 
 def percent(value: float | None) -> str:

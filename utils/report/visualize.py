@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dataset.drawing import (
+from cores.dataset.drawing import (
     FAINT,
     GAP,
     GROUND_TRUTH_COLOUR,
@@ -29,8 +29,8 @@ from dataset.drawing import (
     save_png,
     wrap,
 )
-from dataset.fonts import Face
-from utils.metrics import mask_iou
+from cores.dataset.fonts import Face
+from cores.utils.metrics import mask_iou
 
 
 @dataclass

@@ -14,8 +14,8 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
-from utils.serving.folder import ServedFolder, TryLater
-from utils.serving.visitors import Visitors
+from cores.utils.serving.folder import ServedFolder, TryLater
+from cores.utils.serving.visitors import Visitors
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

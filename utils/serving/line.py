@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 
-from utils.serving.folder import TryLater
+from cores.utils.serving.folder import TryLater
 
 EACH = 2  # places of one visitor: a picture that is being read, and the first question about it
 NOTICE = 2.0  # seconds after which one who waits is told again, and found to have left

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from dataset.conversation.turns import Turn
-from dataset.files.errors import DataError
-from dataset.files.images import read_image
-from dataset.files.rle import decode_rle, encode_rle
-from model.inference.results import AnswerMask, Result, Stream
-from model.inference.segmenter import ReasoningSegmenter, Session
-from utils.serving.folder import ServedFolder, TryLater
-from utils.serving.line import Line, Place, Visitor
+from cores.dataset.conversation.turns import Turn
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.images import read_image
+from cores.dataset.files.rle import decode_rle, encode_rle
+from cores.model.inference.results import AnswerMask, Result, Stream
+from cores.model.inference.segmenter import ReasoningSegmenter, Session
+from cores.utils.serving.folder import ServedFolder, TryLater
+from cores.utils.serving.line import Line, Place, Visitor
 
 FORGET_AFTER = 3600  # seconds without use
 FORGET_CLOSED_AFTER = 120  # seconds after its page was closed; a page that lost its way comes back

@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 
 import yaml
 
-from dataset.command import one_line
-from dataset.files.paths import typed_folder
-from dataset.files.text import read_text
-from dataset.numbers import refuse_outside
-from utils.settings.flags import GROUPS, EvalArguments, UsageError
-from utils.settings.saved import read_settings, run_of
+from cores.dataset.command import one_line
+from cores.dataset.files.paths import typed_folder
+from cores.dataset.files.text import read_text
+from cores.dataset.numbers import refuse_outside
+from cores.utils.settings.flags import GROUPS, EvalArguments, UsageError
+from cores.utils.settings.saved import read_settings, run_of
 
 FIELDS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
 # What a YAML file may give for a field of a type; the first entry reads a word of the command line.

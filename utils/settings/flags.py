@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataset.conversation.templates import TEMPLATES
-from model.choices import ATTENTION, PRECISIONS, RANKINGS, RULES
+from cores.dataset.conversation.templates import TEMPLATES
+from cores.model.choices import ATTENTION, PRECISIONS, RANKINGS, RULES
 
 SELECTING = ("llm_seg", "cores+select")  # methods that choose among SAM's proposals
 

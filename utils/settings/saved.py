@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from dataset.files.sealed import read_sealed
-from utils.settings.flags import UsageError
+from cores.dataset.files.sealed import read_sealed
+from cores.utils.settings.flags import UsageError
 
 logger = logging.getLogger(__name__)
 

@@ -31,15 +31,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dataset.files.sealed import write_sealed
-from dataset.files.write import DISK_FULL, disk_error, sync, write_text
-from model.checkpoints.weights import SINGLE, read_all, read_file
-from model.reasoning.lora import our_name
-from utils import distributed
-from utils.settings.arguments import Settings
-from utils.settings.flags import UsageError
-from utils.training import reshard, shards
-from utils.training.verify import FILES, PROGRESS, faults, read_progress
+from cores.dataset.files.sealed import write_sealed
+from cores.dataset.files.write import DISK_FULL, disk_error, sync, write_text
+from cores.model.checkpoints.weights import SINGLE, read_all, read_file
+from cores.model.reasoning.lora import our_name
+from cores.utils import distributed
+from cores.utils.settings.arguments import Settings
+from cores.utils.settings.flags import UsageError
+from cores.utils.training import reshard, shards
+from cores.utils.training.verify import FILES, PROGRESS, faults, read_progress
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

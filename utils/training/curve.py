@@ -21,11 +21,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.backend_bases import FigureCanvasBase  # noqa: E402
 
-from dataset import command  # noqa: E402
-from dataset.files.write import prepare_output, writing  # noqa: E402
-from utils.settings.arguments import OneLineParser  # noqa: E402
-from utils.settings.flags import UsageError  # noqa: E402
-from utils.training.log import read_log  # noqa: E402
+from cores.dataset import command  # noqa: E402
+from cores.dataset.files.write import prepare_output, writing  # noqa: E402
+from cores.utils.settings.arguments import OneLineParser  # noqa: E402
+from cores.utils.settings.flags import UsageError  # noqa: E402
+from cores.utils.training.log import read_log  # noqa: E402
 
 STYLES = ("-", "--", ":", "-.")
 Log = list[dict[str, Any]]

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from model.cores import CoresForReasoningSegmentation
-from utils.settings.arguments import Settings
+from cores.model.cores import CoresForReasoningSegmentation
+from cores.utils.settings.arguments import Settings
 
 
 def deepspeed_config(s: Settings) -> dict[str, Any]:

@@ -13,14 +13,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from dataset import command
-from dataset.collate import Batch
-from utils import distributed
-from utils.distributed import ProcessLost
-from utils.settings.arguments import Settings
-from utils.settings.flags import UsageError
-from utils.training import normalisation
-from utils.training.verify import read_progress
+from cores.dataset import command
+from cores.dataset.collate import Batch
+from cores.utils import distributed
+from cores.utils.distributed import ProcessLost
+from cores.utils.settings.arguments import Settings
+from cores.utils.settings.flags import UsageError
+from cores.utils.training import normalisation
+from cores.utils.training.verify import read_progress
 
 LESS_MEMORY = (
     "lower --batch_size (a higher --grad_accumulation_steps makes up for it) or --workers, or use"

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from dataset.collate import Batch, collate
-from dataset.mixture import TrainMixture
-from model.processor import CoresProcessor
-from utils import distributed
-from utils.settings.arguments import Settings
+from cores.dataset.collate import Batch, collate
+from cores.dataset.mixture import TrainMixture
+from cores.model.processor import CoresProcessor
+from cores.utils import distributed
+from cores.utils.settings.arguments import Settings
 
 WORKER_GRACE = 60  # seconds that a data worker outlives SIGTERM, so that its rank can save
 # Seconds without a batch after which a data worker is taken to hang. A slow disk needs seconds for

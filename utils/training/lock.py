@@ -15,8 +15,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils import distributed
-from utils.settings.flags import UsageError
+from cores.utils import distributed
+from cores.utils.settings.flags import UsageError
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dataset.files.write import write_text
+from cores.dataset.files.write import write_text
 
 logger = logging.getLogger(__name__)
 

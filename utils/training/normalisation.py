@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dataset.collate import Batch
-from utils import distributed
+from cores.dataset.collate import Batch
+from cores.utils import distributed
 
 
 def counts(batch: Batch) -> tuple[int, int]:

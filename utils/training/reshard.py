@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from utils import distributed
-from utils.settings.arguments import Settings
-from utils.settings.flags import UsageError
-from utils.training import shards
+from cores.utils import distributed
+from cores.utils.settings.arguments import Settings
+from cores.utils.settings.flags import UsageError
+from cores.utils.training import shards
 
 # The parts of a random state, and what stands for one that need not be there.
 RANDOM: dict[str, Any] = {"torch": None, "cuda": torch.empty(0)}

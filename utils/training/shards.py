@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.settings.flags import UsageError
+from cores.utils.settings.flags import UsageError
 
 # torch obeys it even where a caller such as DeepSpeed asks for the opposite.
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"

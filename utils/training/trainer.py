@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dataset.collate import Batch
-from dataset.mixture import TrainMixture
-from model.checkpoints.precision import DTYPES
-from model.cores import CoresForReasoningSegmentation
-from model.processor import CoresProcessor
-from utils import distributed
-from utils.settings.arguments import Settings
-from utils.settings.saved import COPY
-from utils.training import checkpoint, normalisation
-from utils.training.deepspeed import make_engine
-from utils.training.failures import (
+from cores.dataset.collate import Batch
+from cores.dataset.mixture import TrainMixture
+from cores.model.checkpoints.precision import DTYPES
+from cores.model.cores import CoresForReasoningSegmentation
+from cores.model.processor import CoresProcessor
+from cores.utils import distributed
+from cores.utils.settings.arguments import Settings
+from cores.utils.settings.saved import COPY
+from cores.utils.training import checkpoint, normalisation
+from cores.utils.training.deepspeed import make_engine
+from cores.utils.training.failures import (
     Interrupted,
     StopSignals,
     explained,
@@ -32,9 +32,9 @@ from utils.training.failures import (
     refuse_non_finite_loss,
     refuse_without_targets,
 )
-from utils.training.loader import batches_of, make_loader
-from utils.training.log import RunLog
-from utils.training.verify import read_progress
+from cores.utils.training.loader import batches_of, make_loader
+from cores.utils.training.log import RunLog
+from cores.utils.training.verify import read_progress
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import zlib
 from pathlib import Path, PurePath
 from typing import Any
 
-from dataset.files.sealed import read_sealed
-from utils import distributed
+from cores.dataset.files.sealed import read_sealed
+from cores.utils import distributed
 
 PROGRESS, FILES = "progress.json", "files.json"
 

@@ -29,10 +29,10 @@ from functools import lru_cache, partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from dataset.files.errors import DataError, MissingDataError, reason_of
-from dataset.files.paths import resolve_inside
-from dataset.files.store import StoreWriter, open_store
-from dataset.files.text import read_json
+from cores.dataset.files.errors import DataError, MissingDataError, reason_of
+from cores.dataset.files.paths import resolve_inside
+from cores.dataset.files.store import StoreWriter, open_store
+from cores.dataset.files.text import read_json
 
 SHAPE_COLUMNS = ("mask", "rle", "polygons", "targets", "ignore")
 COLUMNS = ("image", "query", *SHAPE_COLUMNS, "answer", "is_sentence", "split")

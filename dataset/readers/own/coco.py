@@ -6,13 +6,13 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
-from dataset.annotations.shapes import polygons_of, refuse_boxes, rle_of
-from dataset.files.errors import DataError
-from dataset.files.faults import Faults
-from dataset.files.images import claimed_size
-from dataset.files.index import as_id
-from dataset.files.lookup import photo_name
-from dataset.readers.own.formats import (
+from cores.dataset.annotations.shapes import polygons_of, refuse_boxes, rle_of
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.faults import Faults
+from cores.dataset.files.images import claimed_size
+from cores.dataset.files.index import as_id
+from cores.dataset.files.lookup import photo_name
+from cores.dataset.readers.own.formats import (
     TEXT_KEYS,
     OwnQuery,
     Shape,
@@ -22,8 +22,8 @@ from dataset.readers.own.formats import (
     with_article,
     wordings_of,
 )
-from dataset.readers.questions import readable_names
-from dataset.readers.usable import coco_number
+from cores.dataset.readers.questions import readable_names
+from cores.dataset.readers.usable import coco_number
 
 FAULT = "fault"
 """The field in which a translated annotation (own/dialects.py) says what is wrong with it."""

@@ -32,27 +32,27 @@ from typing import Any
 
 import numpy as np
 
-from dataset.annotations.masks import annotation_mask, draw_shape, paint_shapes, read_mask
-from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer, is_sentence
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.faults import Together, blame
-from dataset.files.images import check_claim, image_size, read_image
-from dataset.files.lookup import Identities, Lookup, parse_name
-from dataset.files.packed import PackedRecords
-from dataset.files.paths import list_files, require_folder
-from dataset.files.rle import decode_rle, rle_size
-from dataset.files.text import read_json
-from dataset.readers.own.arrow import TableImage, image_named, is_saved
-from dataset.readers.own.coco import read_coco
-from dataset.readers.own.dialects import as_coco, is_supervisely, read_supervisely
-from dataset.readers.own.formats import OwnQuery, same_words
-from dataset.readers.own.labelme import read_labelme
-from dataset.readers.own.layouts import TABLES, OwnFolder, split_of
-from dataset.readers.own.tables import read_table
-from dataset.readers.questions import choose_wordings, word_question
-from dataset.readers.usable import is_readable, without_excluded
-from dataset.sample import LoaderOptions, Sample
+from cores.dataset.annotations.masks import annotation_mask, draw_shape, paint_shapes, read_mask
+from cores.dataset.conversation.turns import Conversation
+from cores.dataset.conversation.wordings import answer, is_sentence
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.files.faults import Together, blame
+from cores.dataset.files.images import check_claim, image_size, read_image
+from cores.dataset.files.lookup import Identities, Lookup, parse_name
+from cores.dataset.files.packed import PackedRecords
+from cores.dataset.files.paths import list_files, require_folder
+from cores.dataset.files.rle import decode_rle, rle_size
+from cores.dataset.files.text import read_json
+from cores.dataset.readers.own.arrow import TableImage, image_named, is_saved
+from cores.dataset.readers.own.coco import read_coco
+from cores.dataset.readers.own.dialects import as_coco, is_supervisely, read_supervisely
+from cores.dataset.readers.own.formats import OwnQuery, same_words
+from cores.dataset.readers.own.labelme import read_labelme
+from cores.dataset.readers.own.layouts import TABLES, OwnFolder, split_of
+from cores.dataset.readers.own.tables import read_table
+from cores.dataset.readers.questions import choose_wordings, word_question
+from cores.dataset.readers.usable import is_readable, without_excluded
+from cores.dataset.sample import LoaderOptions, Sample
 
 FOLDER = "own"
 EVERYTHING = "all"  # the split that stands for all splits together

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataset.annotations.masks import annotation_mask
-from dataset.files.errors import DataError
-from dataset.files.faults import Faults, blame
-from dataset.files.lookup import base_name
-from dataset.files.paths import list_files
-from dataset.files.rle import encode_rle
-from dataset.files.text import read_json
-from dataset.readers.own.coco import FAULT, is_coco, read_coco
-from dataset.readers.own.formats import OwnQuery
+from cores.dataset.annotations.masks import annotation_mask
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.faults import Faults, blame
+from cores.dataset.files.lookup import base_name
+from cores.dataset.files.paths import list_files
+from cores.dataset.files.rle import encode_rle
+from cores.dataset.files.text import read_json
+from cores.dataset.readers.own.coco import FAULT, is_coco, read_coco
+from cores.dataset.readers.own.formats import OwnQuery
 
 CURVE_POINTS = 72
 LABEL_ATTRIBUTES = ("label", "class", "name", "category", "object", "type")

@@ -9,10 +9,10 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataset.conversation.wordings import is_sentence
-from dataset.files.errors import DataError
-from dataset.readers.own.arrow import TableImage
-from dataset.readers.questions import as_wordings
+from cores.dataset.conversation.wordings import is_sentence
+from cores.dataset.files.errors import DataError
+from cores.dataset.readers.own.arrow import TableImage
+from cores.dataset.readers.questions import as_wordings
 
 # Fields of images and annotations that are asked; refCOCO and its like write the plural.
 _SINGULAR = ("query", "caption", "expression", "sentence", "phrase", "question", "prompt", "text")

@@ -7,22 +7,22 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dataset.annotations.shapes import WITHOUT_AREA, hint_of_inline, outline
-from dataset.files.errors import DataError
-from dataset.files.faults import Faults, blame
-from dataset.files.images import IMAGE_SUFFIXES, claimed_size
-from dataset.files.lookup import base_name
-from dataset.files.paths import list_files
-from dataset.files.text import read_json
-from dataset.readers.own.dialects import tool_of
-from dataset.readers.own.formats import (
+from cores.dataset.annotations.shapes import WITHOUT_AREA, hint_of_inline, outline
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.faults import Faults, blame
+from cores.dataset.files.images import IMAGE_SUFFIXES, claimed_size
+from cores.dataset.files.lookup import base_name
+from cores.dataset.files.paths import list_files
+from cores.dataset.files.text import read_json
+from cores.dataset.readers.own.dialects import tool_of
+from cores.dataset.readers.own.formats import (
     OwnQuery,
     Shape,
     optional_field,
     with_article,
     wordings_of,
 )
-from dataset.readers.questions import readable_name
+from cores.dataset.readers.questions import readable_name
 
 IGNORED_LABELS = ("ignore", "__ignore__")
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.lookup import Lookup
-from dataset.files.paths import list_files, list_folders, named_inside
-from dataset.files.text import read_json
-from dataset.readers.own.arrow import PARQUET, first_pieces, is_saved, saved_sources, stem_of
-from dataset.readers.own.dialects import advice, is_one_set
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.files.lookup import Lookup
+from cores.dataset.files.paths import list_files, list_folders, named_inside
+from cores.dataset.files.text import read_json
+from cores.dataset.readers.own.arrow import PARQUET, first_pieces, is_saved, saved_sources, stem_of
+from cores.dataset.readers.own.dialects import advice, is_one_set
 
 TABLES = (".jsonl", ".csv", PARQUET)
 # A single file of one of these names is that split and not everything.

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dataset.annotations.shapes import polygons_of, rle_of
-from dataset.files.errors import DataError
-from dataset.files.faults import Faults
-from dataset.files.text import read_text
-from dataset.readers.own.arrow import COLUMNS, PARQUET, arrow_rows
-from dataset.readers.own.formats import (
+from cores.dataset.annotations.shapes import polygons_of, rle_of
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.faults import Faults
+from cores.dataset.files.text import read_text
+from cores.dataset.readers.own.arrow import COLUMNS, PARQUET, arrow_rows
+from cores.dataset.readers.own.formats import (
     OwnQuery,
     Shape,
     optional_field,

@@ -7,9 +7,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as rle_codec
 
-from dataset.annotations.masks import annotation_mask, paint_shapes
-from dataset.files.errors import DataError
-from dataset.files.rle import decode_rle
+from cores.dataset.annotations.masks import annotation_mask, paint_shapes
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.rle import decode_rle
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 

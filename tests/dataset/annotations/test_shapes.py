@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dataset.annotations.masks import annotation_mask, draw_shape, paint_shapes
-from dataset.annotations.shapes import outline, polygons_of, refuse_misplaced, rle_of
-from dataset.files.errors import DataError
+from cores.dataset.annotations.masks import annotation_mask, draw_shape, paint_shapes
+from cores.dataset.annotations.shapes import outline, polygons_of, refuse_misplaced, rle_of
+from cores.dataset.files.errors import DataError
 
 SIZE = (64, 96)
 BOX = [[10, 12], [40, 12], [40, 44], [10, 44]]

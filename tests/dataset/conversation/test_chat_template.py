@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from transformers import CLIPImageProcessor
 
-from dataset.conversation.encoding import IGNORE_INDEX, encode_conversation
-from dataset.conversation.templates import TEMPLATES
-from dataset.conversation.turns import AnswerToken, Conversation, answer_text
-from model.checkpoints.source import load_tokenizer
-from model.processor import CoresProcessor
+from cores.dataset.conversation.encoding import IGNORE_INDEX, encode_conversation
+from cores.dataset.conversation.templates import TEMPLATES
+from cores.dataset.conversation.turns import AnswerToken, Conversation, answer_text
+from cores.model.checkpoints.source import load_tokenizer
+from cores.model.processor import CoresProcessor
 from tests.dataset_toys import IMAGE, SHARED, metaspace_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from transformers import LlamaTokenizer
 
-from dataset.conversation.encoding import IGNORE_INDEX, encode_conversation, encode_prompt
-from dataset.conversation.templates import TEMPLATES
-from dataset.conversation.turns import (
+from cores.dataset.conversation.encoding import IGNORE_INDEX, encode_conversation, encode_prompt
+from cores.dataset.conversation.templates import TEMPLATES
+from cores.dataset.conversation.turns import (
     AnswerToken,
     Conversation,
     answer_from_ids,
     answer_text,
     count_groups,
 )
-from dataset.conversation.wordings import (
+from cores.dataset.conversation.wordings import (
     MULTI_LEVEL_WORDINGS,
     ONE_LEVEL_WORDINGS,
     answer,

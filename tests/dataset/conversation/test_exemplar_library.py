@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from dataset.conversation.exemplars import LIBRARY_PATH
-from dataset.files.text import read_json
+from cores.dataset.conversation.exemplars import LIBRARY_PATH
+from cores.dataset.files.text import read_json
 
 ITEMS = read_json(LIBRARY_PATH)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dataset.conversation import exemplars
-from dataset.mixture import EvalDataset, TrainMixture
+from cores.dataset.conversation import exemplars
+from cores.dataset.mixture import EvalDataset, TrainMixture
 from tests.dataset_toys import LEVELS, square, write_image, write_json
 
 QUESTIONS = [f"Where is part {i}?" for i in range(4)]

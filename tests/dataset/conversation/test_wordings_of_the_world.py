@@ -2,8 +2,8 @@
 
 import pytest
 
-from dataset.conversation.wordings import is_sentence
-from dataset.readers.own.formats import with_article
+from cores.dataset.conversation.wordings import is_sentence
+from cores.dataset.readers.own.formats import with_article
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import pytest
 
-from dataset.files import text
-from dataset.files.encodings import plausible_encodings
-from dataset.files.errors import DataError
-from dataset.files.text import read_text
+from cores.dataset.files import text
+from cores.dataset.files.encodings import plausible_encodings
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.text import read_text
 
 WORDS = {
     "gb18030": ("汽车", "红色的杯子", "人", "电动车", "穿着蓝色衣服的男人"),

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from dataset.files.errors import DataError
-from dataset.files.images import (
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.images import (
     claimed_size,
     probe_images,
     read_image,

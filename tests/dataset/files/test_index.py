@@ -18,14 +18,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from dataset.files import index as index_module
-from dataset.files import store as store_module
-from dataset.files.errors import DamagedRecords, DataError, MissingDataError
-from dataset.files.index import CocoIndex, RecordIndex
-from dataset.files.json_stream import JsonReader, parse_stream
-from dataset.files.store import open_store
-from dataset.readers.coco import CocoInstances
-from dataset.sample import LoaderOptions
+from cores.dataset.files import index as index_module
+from cores.dataset.files import store as store_module
+from cores.dataset.files.errors import DamagedRecords, DataError, MissingDataError
+from cores.dataset.files.index import CocoIndex, RecordIndex
+from cores.dataset.files.json_stream import JsonReader, parse_stream
+from cores.dataset.files.store import open_store
+from cores.dataset.readers.coco import CocoInstances
+from cores.dataset.sample import LoaderOptions
 from tests.dataset_toys import SAMPLES, write_image, write_json
 
 FORK = multiprocessing.get_context("fork")
@@ -584,7 +584,7 @@ def test_a_record_that_stays_damaged_is_no_endless_loop(tmp_path, monkeypatch):
     index = CocoIndex.open(write_json(tmp_path / "a.json", coco(1, 1)), tmp_path / "cache")
     real = store_module.RecordsWriter.add
     monkeypatch.setattr(
-        "dataset.files.store.RecordsWriter.add",
+        "cores.dataset.files.store.RecordsWriter.add",
         lambda self, blob: real(self, blob) or self._sums.append(self._sums.pop() ^ 1),
     )
     damage(index._store.folder / "annotations.bin", "flip")

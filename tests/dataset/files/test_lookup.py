@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.lookup import Identities, Lookup, parse_name
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.files.lookup import Identities, Lookup, parse_name
 
 
 def touch(folder, *names):

@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.refs_pickle import read_pickle
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.files.refs_pickle import read_pickle
 from tests.official_layouts import pickled
 
 PLAIN = [

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dataset.files.errors import DamagedRecords
-from dataset.files.sealed import read_sealed, seal, unseal, write_sealed
+from cores.dataset.files.errors import DamagedRecords
+from cores.dataset.files.sealed import read_sealed, seal, unseal, write_sealed
 
 RECORD = {"text": 'a "quoted" – text \ud800\n', "numbers": [1, 2.5], "none": None}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dataset.files.write import DISK_FULL, all_or_nothing, disk_error, write_text, writing
+from cores.dataset.files.write import DISK_FULL, all_or_nothing, disk_error, write_text, writing
 from tests.faults.commands import full_disk
 
 

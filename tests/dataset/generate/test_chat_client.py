@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from dataset.files.errors import DataError
-from dataset.generate.client import (
+from cores.dataset.files.errors import DataError
+from cores.dataset.generate.client import (
     Abort,
     ChatClient,
     ChatError,
@@ -23,7 +23,7 @@ from dataset.generate.client import (
     read_reply,
     retry_after,
 )
-from dataset.generate.journal import Journal, read_answers
+from cores.dataset.generate.journal import Journal, read_answers
 from tests.fake_chat_server import FakeChatServer
 
 KEY = "sk-very-secret-0123456789"

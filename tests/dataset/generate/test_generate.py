@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset.conversation.exemplars import LIBRARY_PATH, ExemplarLibrary
-from dataset.files.text import read_json
-from dataset.generate.__main__ import main
-from dataset.readers.llm_seg40k import LlmSeg40K
-from dataset.readers.reasoning import ReasoningSegmentation
-from dataset.sample import LoaderOptions
+from cores.dataset.conversation.exemplars import LIBRARY_PATH, ExemplarLibrary
+from cores.dataset.files.text import read_json
+from cores.dataset.generate.__main__ import main
+from cores.dataset.readers.llm_seg40k import LlmSeg40K
+from cores.dataset.readers.reasoning import ReasoningSegmentation
+from cores.dataset.sample import LoaderOptions
 from tests.dataset.conversation import test_exemplar_library as demands
 from tests.dataset_toys import LEVELS, write_json, write_reason_seg
 from tests.fake_chat_server import FAULTS, FakeChatServer
@@ -122,7 +122,7 @@ def killed_while_asking(argv: list[str], server: FakeChatServer, after: int) -> 
     the next; kills it there."""
     server.hold_from = len(server.served) + after
     process = subprocess.Popen(
-        [sys.executable, "-m", "dataset.generate", *argv, "--concurrent", "2"], cwd=ROOT
+        [sys.executable, "-m", "cores.dataset.generate", *argv, "--concurrent", "2"], cwd=ROOT
     )
     try:
         deadline = time.monotonic() + 300
@@ -263,7 +263,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dataset.generate.questions.ask_about", interrupted)
+    monkeypatch.setattr("cores.dataset.generate.questions.ask_about", interrupted)
     with FakeChatServer() as server:
         assert main(questions(tmp_path, server)) == 130
     assert "the same command goes on" in capsys.readouterr().err

@@ -7,18 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.conversation.exemplars import LIBRARY_PATH
-from dataset.files.errors import DataError
-from dataset.files.text import read_json
-from dataset.generate import checks, prompts, questions
-from dataset.generate.scenes import (
+from cores.dataset.conversation.exemplars import LIBRARY_PATH
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.text import read_json
+from cores.dataset.generate import checks, prompts, questions
+from cores.dataset.generate.scenes import (
     AnnotationSource,
     MarkedObject,
     Photograph,
     parse_wanted,
     read_photographs,
 )
-from dataset.readers.questions import readable_name
+from cores.dataset.readers.questions import readable_name
 from tests.dataset_toys import write_image, write_json
 from tests.generate_toys import SIZE, rectangle, write_photos
 

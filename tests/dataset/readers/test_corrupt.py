@@ -12,12 +12,12 @@ import cv2
 import numpy as np
 import pytest
 
-from dataset import check
-from dataset.files.errors import DataError
-from dataset.files.faults import Faults, read_skip_list
-from dataset.readers.own.dataset import OwnData
-from dataset.readers.reasoning import ReasoningSegmentation
-from dataset.sample import LoaderOptions
+from cores.dataset import check
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.faults import Faults, read_skip_list
+from cores.dataset.readers.own.dataset import OwnData
+from cores.dataset.readers.reasoning import ReasoningSegmentation
+from cores.dataset.sample import LoaderOptions
 from tests.dataset_toys import LEVELS, write_image, write_json, write_reason_seg
 from tests.own_toys import (
     RECTANGLE,

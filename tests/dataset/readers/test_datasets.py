@@ -8,20 +8,20 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from dataset.annotations.masks import annotation_mask, paint_shapes
-from dataset.conversation.exemplars import ExemplarLibrary
-from dataset.conversation.turns import answer_text
-from dataset.files.errors import DataError, MissingDataError
-from dataset.files.images import probe_images, read_image, read_label
-from dataset.files.packed import PackedRecords
-from dataset.files.paths import resolve_inside
-from dataset.files.rle import decode_rle
-from dataset.files.text import read_json
-from dataset.readers.coco import CocoInstances
-from dataset.readers.reasoning import ReasoningSegmentation, read_record, record_masks
-from dataset.readers.semantic import ADE20K_CLASSES, SemanticSegmentation
-from dataset.readers.vqa import VisualQuestionAnswering
-from dataset.sample import LoaderOptions
+from cores.dataset.annotations.masks import annotation_mask, paint_shapes
+from cores.dataset.conversation.exemplars import ExemplarLibrary
+from cores.dataset.conversation.turns import answer_text
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.files.images import probe_images, read_image, read_label
+from cores.dataset.files.packed import PackedRecords
+from cores.dataset.files.paths import resolve_inside
+from cores.dataset.files.rle import decode_rle
+from cores.dataset.files.text import read_json
+from cores.dataset.readers.coco import CocoInstances
+from cores.dataset.readers.reasoning import ReasoningSegmentation, read_record, record_masks
+from cores.dataset.readers.semantic import ADE20K_CLASSES, SemanticSegmentation
+from cores.dataset.readers.vqa import VisualQuestionAnswering
+from cores.dataset.sample import LoaderOptions
 from tests.dataset_toys import SAMPLES, SHARED, square, write_image, write_json, write_reason_seg
 
 GOLDEN = SHARED / "reference" / "utils"

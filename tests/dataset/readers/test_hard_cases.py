@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import check
-from dataset.annotations.masks import annotation_mask
-from dataset.files.errors import DataError, MissingDataError, NothingToAsk
-from dataset.files.faults import read_skip_list
-from dataset.files.images import read_image, read_label
-from dataset.files.store import cache_root
-from dataset.mixture import TrainMixture
-from dataset.readers.own.dataset import OwnData
-from dataset.registry import open_evaluation, reasoning_loader, semantic_loader
-from dataset.sample import LoaderOptions
+from cores.dataset import check
+from cores.dataset.annotations.masks import annotation_mask
+from cores.dataset.files.errors import DataError, MissingDataError, NothingToAsk
+from cores.dataset.files.faults import read_skip_list
+from cores.dataset.files.images import read_image, read_label
+from cores.dataset.files.store import cache_root
+from cores.dataset.mixture import TrainMixture
+from cores.dataset.readers.own.dataset import OwnData
+from cores.dataset.registry import open_evaluation, reasoning_loader, semantic_loader
+from cores.dataset.sample import LoaderOptions
 from tests import official_layouts as official
 from tests.dataset_toys import LEVELS, square, write_image, write_json, write_reason_seg
 from tests.own_toys import SIZE, write_coco, write_table

@@ -12,17 +12,21 @@ import pytest
 from pycocotools import mask as rle_codec
 from torch.utils.data import DataLoader
 
-import train_ds
-from dataset.collate import collate
-from dataset.conversation.turns import answer_text
-from dataset.files.errors import DataError, MissingDataError
-from dataset.mixture import EvalDataset, TrainMixture
-from dataset.readers.llm_seg40k import LlmSeg40K
-from dataset.readers.parts import PART_SOURCES, PartSegmentation, category_name
-from dataset.readers.referring import ReferringSegmentation, read_references, validation_images
-from dataset.readers.semantic import COCOSTUFF_CLASSES, SemanticSegmentation
-from dataset.readers.usable import coco_number
-from dataset.sample import LoaderOptions, Sample
+from cores import train_ds
+from cores.dataset.collate import collate
+from cores.dataset.conversation.turns import answer_text
+from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.mixture import EvalDataset, TrainMixture
+from cores.dataset.readers.llm_seg40k import LlmSeg40K
+from cores.dataset.readers.parts import PART_SOURCES, PartSegmentation, category_name
+from cores.dataset.readers.referring import (
+    ReferringSegmentation,
+    read_references,
+    validation_images,
+)
+from cores.dataset.readers.semantic import COCOSTUFF_CLASSES, SemanticSegmentation
+from cores.dataset.readers.usable import coco_number
+from cores.dataset.sample import LoaderOptions, Sample
 from tests import official_layouts as official
 from tests.backbone_toys import flags, toys
 from tests.dataset_toys import SHARED, ToyProcessor
@@ -216,7 +220,9 @@ def test_the_mixture_is_a_function_of_seed_epoch_and_index_also_in_workers(writt
 def test_annotations_are_indexed_once(written, monkeypatch):
     """Whatever opens them later, in whatever process, does not read the JSON."""
     everything(written[0])
-    monkeypatch.setattr("dataset.files.index.build_coco", lambda *_: pytest.fail("parsed again"))
+    monkeypatch.setattr(
+        "cores.dataset.files.index.build_coco", lambda *_: pytest.fail("parsed again")
+    )
     everything(written[0])
 
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from model.build import build_from_backbones
-from model.checkpoints.llava import load_llava
-from model.checkpoints.sam import load_sam
-from model.checkpoints.source import open_source
+from cores.model.build import build_from_backbones
+from cores.model.checkpoints.llava import load_llava
+from cores.model.checkpoints.sam import load_sam
+from cores.model.checkpoints.source import open_source
 from tests.helpers import LEVELS, backbones
 
 

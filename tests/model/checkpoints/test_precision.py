@@ -7,11 +7,10 @@ import json
 import pytest
 import torch
 
-import chat
-import merge_lora_weights_and_save_hf_model as merge
-import train_ds
-from model import CoresForReasoningSegmentation
-from model.checkpoints.precision import choose_attention, quantization, quantized_bits
+from cores import chat, train_ds
+from cores import merge_lora_weights_and_save_hf_model as merge
+from cores.model import CoresForReasoningSegmentation
+from cores.model.checkpoints.precision import choose_attention, quantization, quantized_bits
 from tests.backbone_toys import flags, toys, trained_run
 from tests.helpers import conversation, sample, tiny_model
 
@@ -56,8 +55,8 @@ def test_only_the_language_model_is_held_in_few_bits(saved, bits):
 
 @needs_bitsandbytes
 def test_eight_bits_change_the_answer_little(saved):
-    from dataset.collate import collate
-    from model import CoresProcessor
+    from cores.dataset.collate import collate
+    from cores.model import CoresProcessor
 
     processor = CoresProcessor.from_pretrained(saved)
     batch = collate([sample(conversation())], processor, processor.levels, processor.conversation)

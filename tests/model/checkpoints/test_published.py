@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from model import CoresForReasoningSegmentation, CoresProcessor
-from model.build import build_from_backbones
-from model.checkpoints import published
-from model.checkpoints.llava import load_llava
-from model.checkpoints.sam import PRESETS
-from model.checkpoints.weights import read_all
-from model.config import CoresConfig
-from model.export import save_published
+from cores.model import CoresForReasoningSegmentation, CoresProcessor
+from cores.model.build import build_from_backbones
+from cores.model.checkpoints import published
+from cores.model.checkpoints.llava import load_llava
+from cores.model.checkpoints.sam import PRESETS
+from cores.model.checkpoints.weights import read_all
+from cores.model.config import CoresConfig
+from cores.model.export import save_published
 from tests import published_shapes as facts
 from tests.dataset_toys import SHARED
 from tests.helpers import LEVELS, backbones, conversation, randomise, sample, tiny_model
@@ -194,7 +194,7 @@ def test_a_shard_cannot_leave_its_folder(tmp_path, name):
 
 
 def answers(model, processor):
-    from dataset.collate import collate
+    from cores.dataset.collate import collate
 
     batch = collate(
         [sample(conversation(levels=processor.levels))],
@@ -334,7 +334,7 @@ def test_real_sizes_have_the_published_names_and_shapes(size, rows, pixels, mlp)
 
 @pytest.mark.parametrize("kind", PRESETS)
 def test_sam_has_the_published_names_and_shapes(kind):
-    from model.segmenting.sam import build_sam
+    from cores.model.segmenting.sam import build_sam
 
     with torch.device("meta"):
         sam = build_sam(PRESETS[kind])

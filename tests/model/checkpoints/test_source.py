@@ -20,14 +20,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train_ds
-from model import CoresForReasoningSegmentation, CoresProcessor, ReasoningSegmenter
-from model.build import build_from_backbones
-from model.checkpoints import published, source, weights
-from model.checkpoints.llava import load_llava
-from model.checkpoints.source import Kind, open_source
-from model.config import CoresConfig
-from model.export import save_published
+from cores import train_ds
+from cores.model import CoresForReasoningSegmentation, CoresProcessor, ReasoningSegmenter
+from cores.model.build import build_from_backbones
+from cores.model.checkpoints import published, source, weights
+from cores.model.checkpoints.llava import load_llava
+from cores.model.checkpoints.source import Kind, open_source
+from cores.model.config import CoresConfig
+from cores.model.export import save_published
 from tests.backbone_toys import flags, toys
 
 COMMIT = "c0ffee" + "0" * 34  # what the hub calls a version; nothing else is taken for one
@@ -61,9 +61,9 @@ class Count:
             source.snapshot_download,
             hub.cached_files,
         )
-        monkeypatch.setattr("model.checkpoints.weights.read_file", read_file)
-        monkeypatch.setattr("model.checkpoints.sam.read_file", read_file)
-        monkeypatch.setattr("model.checkpoints.source.snapshot_download", download)
+        monkeypatch.setattr("cores.model.checkpoints.weights.read_file", read_file)
+        monkeypatch.setattr("cores.model.checkpoints.sam.read_file", read_file)
+        monkeypatch.setattr("cores.model.checkpoints.source.snapshot_download", download)
         monkeypatch.setattr("transformers.utils.hub.cached_files", look)
         # transformers opens files of weights by these two.
         for name in ("safe_open", "load_state_dict"):

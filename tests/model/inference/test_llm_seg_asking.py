@@ -9,18 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-import app
-import chat
-import merge_lora_weights_and_save_hf_model as merge
-from dataset.proposals import union
-from model import CoresForReasoningSegmentation, ReasoningSegmenter
+from cores import app, chat
+from cores import merge_lora_weights_and_save_hf_model as merge
+from cores.dataset.proposals import union
+from cores.model import CoresForReasoningSegmentation, ReasoningSegmenter
+from cores.utils import build
+from cores.utils.evaluation import cli as evaluation_cli
+from cores.utils.settings.arguments import parse
+from cores.utils.settings.flags import UsageError
 from tests.backbone_toys import toys
 from tests.helpers import tiny_model
 from tests.scripted import SELECTOR, scripted_model
-from utils import build
-from utils.evaluation import cli as evaluation_cli
-from utils.settings.arguments import parse
-from utils.settings.flags import UsageError
 
 ANSWER = "It is [SEG]"
 
@@ -106,7 +105,7 @@ def test_chat_keeps_proposals(tmp_path, capsys, monkeypatch):
         reports.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
         (file,) = store.rglob("*.json")
         monkeypatch.setattr(
-            "model.selecting.proposals.make_generator", None
+            "cores.model.selecting.proposals.make_generator", None
         )  # the second time it is read
     assert reports[0]["text"] == ANSWER and list(reports[0]["masks"][0]["files"]) == ["SEG"]
     assert reports[0]["masks"][0]["rle"] == reports[1]["masks"][0]["rle"]

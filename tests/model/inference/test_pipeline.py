@@ -18,11 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.collate import collate_prompts
-from dataset.files.errors import DataError
-from dataset.files.rle import decode_rle
-from model import ReasoningSegmenter, Session
-from model.inference.inputs import clean_question, load_image
+from cores.dataset.collate import collate_prompts
+from cores.dataset.files.errors import DataError
+from cores.dataset.files.rle import decode_rle
+from cores.model import ReasoningSegmenter, Session
+from cores.model.inference.inputs import clean_question, load_image
 from tests.helpers import conversation, sample, tiny_model
 from tests.scripted import scripted_model
 

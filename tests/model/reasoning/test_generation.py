@@ -9,9 +9,16 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from dataset.collate import collate, collate_prompts
-from model.masks import complete_groups
-from model.reasoning.generation import Decoding, KVCache, decode, draft, prefill, unpadded_prompts
+from cores.dataset.collate import collate, collate_prompts
+from cores.model.masks import complete_groups
+from cores.model.reasoning.generation import (
+    Decoding,
+    KVCache,
+    decode,
+    draft,
+    prefill,
+    unpadded_prompts,
+)
 from tests.helpers import LEVELS, TEMPLATE, conversation, randomise, sample, tiny_model
 
 

@@ -6,12 +6,12 @@ import logging
 import pytest
 import torch
 
-from dataset.collate import collate
-from model.reasoning import prefix_sharing
-from model.reasoning.chain import enable_checkpointing
-from model.reasoning.lora import add_lora
-from model.reasoning.prefix_sharing import PrefixSharing
-from model.trainable import set_trainable
+from cores.dataset.collate import collate
+from cores.model.reasoning import prefix_sharing
+from cores.model.reasoning.chain import enable_checkpointing
+from cores.model.reasoning.lora import add_lora
+from cores.model.reasoning.prefix_sharing import PrefixSharing
+from cores.model.trainable import set_trainable
 from tests.helpers import LEVELS, TEMPLATE, conversation, randomise, sample, tiny_model
 
 EXEMPLARS = [("what is the red wheel?", "It appears on the dog.")]

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from model.checkpoints.sam import PRESETS, detect_dims, load_sam, save_sam
-from model.checkpoints.weights import load_strict
-from model.config import RefinerConfig, SamDims
-from model.segmenting.chain import SegmentingChain
-from model.segmenting.frames import (
+from cores.model.checkpoints.sam import PRESETS, detect_dims, load_sam, save_sam
+from cores.model.checkpoints.weights import load_strict
+from cores.model.config import RefinerConfig, SamDims
+from cores.model.segmenting.chain import SegmentingChain
+from cores.model.segmenting.frames import (
     PIXEL_MEAN,
     preprocess,
     resize_longest_side,
@@ -23,7 +23,7 @@ from model.segmenting.frames import (
     to_original,
     valid_cells,
 )
-from model.segmenting.sam import (
+from cores.model.segmenting.sam import (
     build_sam,
     decode_masks,
     mask_prompt,

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.collate import collate, collate_prompts
-from dataset.mixture import EvalDataset
-from model import CoresForReasoningSegmentation, CoresProcessor
-from model.segmenting import embedding_cache as embeddings
-from model.segmenting.embedding_cache import SamCache, encoder_fingerprint, pack, unpack
+from cores.dataset.collate import collate, collate_prompts
+from cores.dataset.mixture import EvalDataset
+from cores.model import CoresForReasoningSegmentation, CoresProcessor
+from cores.model.segmenting import embedding_cache as embeddings
+from cores.model.segmenting.embedding_cache import SamCache, encoder_fingerprint, pack, unpack
+from cores.utils import build
+from cores.utils.precompute import sam_cache
+from cores.utils.settings.arguments import parse
+from cores.utils.settings.flags import UsageError
 from tests.backbone_toys import flags, toys
 from tests.helpers import LEVELS, TEMPLATE, conversation, sample, tiny_model
 from tests.scripted import scripted_model
-from utils import build
-from utils.precompute import sam_cache
-from utils.settings.arguments import parse
-from utils.settings.flags import UsageError
 
 
 def embedding(seed: int = 0) -> torch.Tensor:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from model.segmenting.decoder import to_pixels, to_places
-from model.segmenting.sam import build_sam, decode_masks, mask_prompt, position_encoding
+from cores.model.segmenting.decoder import to_pixels, to_places
+from cores.model.segmenting.sam import build_sam, decode_masks, mask_prompt, position_encoding
 from tests.helpers import SAM_DIMS, randomise
 
 

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from model.config import SamDims
-from model.segmenting import encoder as sam_encoder
-from model.segmenting.encoder import set_fast
-from model.segmenting.sam import build_sam
+from cores.model.config import SamDims
+from cores.model.segmenting import encoder as sam_encoder
+from cores.model.segmenting.encoder import set_fast
+from cores.model.segmenting.sam import build_sam
 from tests.helpers import randomise
 
 SIZES = {  # windows that fit the grid, that do not, and none

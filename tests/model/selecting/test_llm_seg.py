@@ -15,20 +15,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import chat
-import merge_lora_weights_and_save_hf_model as merge
-import train_ds
 from benchmarks import parts
 from benchmarks.combine import candidates, with_mask
-from dataset.collate import collate, collate_prompts
-from dataset.files.errors import DataError
-from dataset.proposals import Proposals, pooling_weights, runs, union
-from model import CoresForReasoningSegmentation
-from model.config import SelectorConfig
-from model.segmenting.frames import preprocess
-from model.selecting.selector import Scores, Selector, pool, united
-from model.selecting.targets import iop_loss, proposal_targets, similarity_loss
-from model.trainable import set_trainable
+from cores import chat, train_ds
+from cores import merge_lora_weights_and_save_hf_model as merge
+from cores.dataset.collate import collate, collate_prompts
+from cores.dataset.files.errors import DataError
+from cores.dataset.proposals import Proposals, pooling_weights, runs, union
+from cores.model import CoresForReasoningSegmentation
+from cores.model.config import SelectorConfig
+from cores.model.segmenting.frames import preprocess
+from cores.model.selecting.selector import Scores, Selector, pool, united
+from cores.model.selecting.targets import iop_loss, proposal_targets, similarity_loss
+from cores.model.trainable import set_trainable
+from cores.utils.precompute import proposals as precompute_proposals
 from tests.backbone_toys import flags, toys
 from tests.helpers import (
     REALIGNED,
@@ -40,7 +40,6 @@ from tests.helpers import (
     sample,
     tiny_model,
 )
-from utils.precompute import proposals as precompute_proposals
 
 SEG = ("SEG",)
 SMALL = {
@@ -454,7 +453,7 @@ def test_two_processes_leave_what_one_leaves(tmp_path):
 def test_a_killed_command_leaves_whole_files_and_no_process(tmp_path):
     argv = [*toy_flags(proposals=tmp_path, steps_per_epoch=2000, proposal_points=16), "--jobs", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "utils.precompute_proposals", *argv], start_new_session=True
+        [sys.executable, "-m", "cores.utils.precompute_proposals", *argv], start_new_session=True
     )
     try:
         wait_until(lambda: any(tmp_path.rglob("*.json")))

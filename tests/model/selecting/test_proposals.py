@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset.files.errors import DataError
-from dataset.proposals import (
+from cores.dataset.files.errors import DataError
+from cores.dataset.proposals import (
     Found,
     ProposalSource,
     ProposalStore,
@@ -20,11 +20,11 @@ from dataset.proposals import (
     runs,
     union,
 )
-from model.config import ProposalConfig
-from model.segmenting.sam import build_sam
-from model.selecting.proposals import make_generator, proposals_fingerprint
+from cores.model.config import ProposalConfig
+from cores.model.segmenting.sam import build_sam
+from cores.model.selecting.proposals import make_generator, proposals_fingerprint
+from cores.utils.evaluation.oracle import oracle_masks
 from tests.helpers import SAM_DIMS, randomise, rectangle
-from utils.evaluation.oracle import oracle_masks
 
 
 def masks_of(seed: int, count: int, size: tuple[int, int], share: float = 0.4) -> np.ndarray:

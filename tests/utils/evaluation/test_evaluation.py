@@ -8,14 +8,22 @@ import pytest
 import torch
 
 from benchmarks.synthreason import table
-from dataset.conversation.turns import Conversation
-from dataset.conversation.wordings import answer
-from dataset.files.errors import DataError
-from dataset.mixture import EvalDataset
-from dataset.readers.reasoning import read_record, record_masks
-from dataset.sample import LoaderOptions, Sample
-from dataset.synthetic import write as synthetic
-from model.masks import Generation, Segmentation
+from cores.dataset.conversation.turns import Conversation
+from cores.dataset.conversation.wordings import answer
+from cores.dataset.files.errors import DataError
+from cores.dataset.mixture import EvalDataset
+from cores.dataset.readers.reasoning import read_record, record_masks
+from cores.dataset.sample import LoaderOptions, Sample
+from cores.dataset.synthetic import write as synthetic
+from cores.model.masks import Generation, Segmentation
+from cores.utils import distributed
+from cores.utils.evaluation import cli as evaluation_cli
+from cores.utils.evaluation import runner
+from cores.utils.evaluation.baselines import AnnotatedObject, Guess, SceneBaselines, score_baselines
+from cores.utils.evaluation.runner import evaluate
+from cores.utils.evaluation.writer import write_reports
+from cores.utils.report.results import Report
+from cores.utils.report.tables import format_table
 from tests.dataset_toys import (
     LEVELS,
     ToyProcessor,
@@ -24,14 +32,6 @@ from tests.dataset_toys import (
     write_json,
     write_reason_seg,
 )
-from utils import distributed
-from utils.evaluation import cli as evaluation_cli
-from utils.evaluation import runner
-from utils.evaluation.baselines import AnnotatedObject, Guess, SceneBaselines, score_baselines
-from utils.evaluation.runner import evaluate
-from utils.evaluation.writer import write_reports
-from utils.report.results import Report
-from utils.report.tables import format_table
 
 
 class FirstRow(torch.nn.Module):

@@ -1,6 +1,6 @@
 """Intervals of a report are drawn over images: targets of one image rise and fall together."""
 
-from utils.metrics import TargetScore, breakdown, summarise_scores
+from cores.utils.metrics import TargetScore, breakdown, summarise_scores
 
 
 def score(image: str, conversation: int, iou: float) -> TargetScore:

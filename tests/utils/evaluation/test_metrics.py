@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from cores.utils import metrics
+from cores.utils.metrics import TargetScore
 from tests.dataset_toys import SHARED
-from utils import metrics
-from utils.metrics import TargetScore
 
 REFERENCE = SHARED / "reference" / "utils"
 

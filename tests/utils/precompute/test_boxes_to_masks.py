@@ -8,17 +8,17 @@ import pytest
 import torch
 from segment_anything import SamPredictor
 
-from dataset.conversation.encoding import encode_prompt
-from dataset.files.images import read_image
-from dataset.files.rle import decode_rle
-from dataset.files.text import read_json
-from dataset.generate.scenes import AnnotationSource, read_photographs
-from model.checkpoints.llava import load_llava
-from model.checkpoints.sam import load_sam
+from cores.dataset.conversation.encoding import encode_prompt
+from cores.dataset.files.images import read_image
+from cores.dataset.files.rle import decode_rle
+from cores.dataset.files.text import read_json
+from cores.dataset.generate.scenes import AnnotationSource, read_photographs
+from cores.model.checkpoints.llava import load_llava
+from cores.model.checkpoints.sam import load_sam
+from cores.utils.precompute import captioner
+from cores.utils.precompute.boxes_to_masks import main
 from tests.dataset_toys import write_json
 from tests.generate_toys import SIZE, write_photos
-from utils.precompute import captioner
-from utils.precompute.boxes_to_masks import main
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets/tiny"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cores.utils.precompute import proposals
 from tests.backbone_toys import flags, toys
-from utils.precompute import proposals
 
 
 def argv(store: Path, *more: str, **changes: object) -> list[str]:
@@ -33,7 +33,7 @@ def test_a_damaged_entry_is_computed_again_and_said(tmp_path, capsys, caplog):
 
 @pytest.mark.slow
 def test_a_killed_worker_ends_in_one_line_and_keeps_what_was_computed(tmp_path):
-    command = [sys.executable, "-m", "utils.precompute_proposals"]
+    command = [sys.executable, "-m", "cores.utils.precompute_proposals"]
     many = argv(tmp_path, "--jobs", "2", epochs=2000, proposal_points=16)
     process = subprocess.Popen([*command, *many], stderr=subprocess.PIPE, text=True)
     while not (kept := list(tmp_path.rglob("*.json"))) and process.poll() is None:

@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle_codec
 
-from dataset.annotations.masks import read_mask
-from dataset.files.errors import DataError
-from dataset.mixture import EvalDataset
+from cores.dataset.annotations.masks import read_mask
+from cores.dataset.files.errors import DataError
+from cores.dataset.mixture import EvalDataset
+from cores.utils.evaluation import cli as evaluation_cli
+from cores.utils.evaluation.predictions import Predictions, score_predictions
+from cores.utils.evaluation.writer import write_reports
+from cores.utils.metrics import TargetScore, breakdown, paired_bootstrap
+from cores.utils.report import gallery, html
+from cores.utils.report.compare import NotComparable, compare_targets, read_targets
 from tests.backbone_toys import trained_run
 from tests.dataset_toys import write_image
 from tests.helpers import LEVELS
 from tests.utils.evaluation.test_evaluation import FirstRow, run, toy_data
 from tests.utils.training.test_engine import launch
-from utils.evaluation import cli as evaluation_cli
-from utils.evaluation.predictions import Predictions, score_predictions
-from utils.evaluation.writer import write_reports
-from utils.metrics import TargetScore, breakdown, paired_bootstrap
-from utils.report import gallery, html
-from utils.report.compare import NotComparable, compare_targets, read_targets
 
 HOSTILE = (
     "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>\u202e\x00\ud800"
@@ -667,7 +667,7 @@ def test_a_run_is_measured_by_its_folder(tmp_path, capsys):
 
 
 def test_a_limit_holds_for_an_evaluation_only_where_it_is_typed(tmp_path):
-    from utils.settings.arguments import parse
+    from cores.utils.settings.arguments import parse
 
     (tmp_path / "c.yaml").write_text("eval_limit: 3\n")
     flags = ["--config", str(tmp_path / "c.yaml")]
@@ -735,7 +735,7 @@ def test_two_real_ranks_write_what_one_writes(tmp_path):
         "--nproc_per_node",
         2,
         "-m",
-        "utils.evaluation",
+        "cores.utils.evaluation",
     ]
     found = launch(*launcher, *flags, tmp_path / "two")
     assert found.returncode == 0, found.stderr

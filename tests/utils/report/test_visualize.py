@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import drawing
-from dataset.drawing import fit, overlay, printable, wrap
-from dataset.fonts import Face
-from utils.report import visualize
-from utils.report.visualize import Example, contact_sheet, draw_row
+from cores.dataset import drawing
+from cores.dataset.drawing import fit, overlay, printable, wrap
+from cores.dataset.fonts import Face
+from cores.utils.report import visualize
+from cores.utils.report.visualize import Example, contact_sheet, draw_row
 
 
 def example(size=(40, 60), levels=("LOC", "SEG"), emitted=True, **changes) -> Example:

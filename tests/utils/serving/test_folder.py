@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from utils.serving.folder import PREFIX, ServedFolder, TryLater
+from cores.utils.serving.folder import PREFIX, ServedFolder, TryLater
 
 
 def send(folder: ServedFolder, name: str, size: int, age: float = 0) -> Path:

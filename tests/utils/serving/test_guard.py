@@ -5,9 +5,9 @@ from unittest.mock import Mock
 
 import pytest
 
+from cores.utils.serving.folder import ServedFolder
+from cores.utils.serving.guard import FILE_POLICY, MOST_BYTES
 from tests.guarded import Asked, ask, guard
-from utils.serving.folder import ServedFolder
-from utils.serving.guard import FILE_POLICY, MOST_BYTES
 
 UPLOAD = "/gradio_api/upload"
 

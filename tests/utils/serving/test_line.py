@@ -5,9 +5,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from utils.serving import line as module
-from utils.serving.folder import TryLater
-from utils.serving.line import Line, Visitor
+from cores.utils.serving import line as module
+from cores.utils.serving.folder import TryLater
+from cores.utils.serving.line import Line, Visitor
 
 NEAR, FAR = "127.0.0.1", "203.0.113.5"
 

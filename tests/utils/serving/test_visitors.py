@@ -6,11 +6,11 @@ import weakref
 import numpy as np
 import pytest
 
-from dataset.files.errors import DataError
+from cores.dataset.files.errors import DataError
+from cores.utils.serving.folder import TryLater
+from cores.utils.serving.line import Visitor
+from cores.utils.serving.visitors import REMEMBERED, VIEWS_KEPT, KeptAnswer
 from tests.pages import ANSWER, VisitorlessPage
-from utils.serving.folder import TryLater
-from utils.serving.line import Visitor
-from utils.serving.visitors import REMEMBERED, VIEWS_KEPT, KeptAnswer
 
 
 @pytest.fixture

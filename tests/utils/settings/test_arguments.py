@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from utils.build import check_facts
-from utils.settings.arguments import FIELDS, NUMBERS, parse, read_config
-from utils.settings.flags import UsageError
+from cores.utils.build import check_facts
+from cores.utils.settings.arguments import FIELDS, NUMBERS, parse, read_config
+from cores.utils.settings.flags import UsageError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
 

@@ -18,19 +18,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train_ds
-from dataset.sample import Sample
-from model.checkpoints.sam import save_sam
-from model.segmenting.sam import build_sam
+from cores import train_ds
+from cores.dataset.sample import Sample
+from cores.model.checkpoints.sam import save_sam
+from cores.model.segmenting.sam import build_sam
+from cores.utils import build
+from cores.utils.settings.arguments import parse
+from cores.utils.settings.flags import GROUPS
+from cores.utils.training.loader import make_loader
 from tests import official_layouts as official
 from tests.backbone_toys import TOY_SAM, flags, toys
 from tests.dataset_toys import square, write_image, write_json
 from tests.helpers import randomise, write_dinov2
 from tests.own_toys import write_table
-from utils import build
-from utils.settings.arguments import parse
-from utils.settings.flags import GROUPS
-from utils.training.loader import make_loader
 
 
 class Below:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.settings.typed_path import names_a_path, refuse_no_file, typed_path
+from cores.utils.settings.typed_path import names_a_path, refuse_no_file, typed_path
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train_ds
-from dataset.mixture import TrainMixture
+from cores import train_ds
+from cores.dataset.mixture import TrainMixture
+from cores.utils.training import checkpoint
 from tests.backbone_toys import flags, toys
-from utils.training import checkpoint
 
 STEPS = 1  # of an epoch
 

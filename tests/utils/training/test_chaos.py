@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from cores.utils.training import checkpoint
 from tests.chaos_toys import assert_same, command, rows, run_of, whole
 from tests.fork_server import server
-from utils.training import checkpoint
 
 
 def assert_nothing_lost(run: Path, reference: Path, saved: int) -> int:
@@ -42,16 +42,16 @@ def survive(name: str, kills: list[int | float], reference: Path, **job: object)
     met = saved = 0
     for kill in kills:
         if isinstance(kill, int):
-            trial = server().run("train_ds", command(name), die_at=kill, **job)
+            trial = server().run("cores.train_ds", command(name), die_at=kill, **job)
         else:
-            trial = server().start("train_ds", command(name), **job)
+            trial = server().start("cores.train_ds", command(name), **job)
             time.sleep(kill)
             trial.kill()
             trial.wait()
         assert trial.codes[0] in (0, -9), trial.output
         met += trial.killed
         saved = assert_nothing_lost(run_of(name), reference, saved)
-    trial = server().run("train_ds", command(name), **job)
+    trial = server().run("cores.train_ds", command(name), **job)
     assert trial.codes == [0], trial.output
     assert_same(run_of(name), reference)
     return met
@@ -125,12 +125,12 @@ def test_killed_with_data_workers():
     draw = random.Random(9)
     name = "workers"
     for _ in range(3):
-        trial = server().start("train_ds", command(name, workers=2))
+        trial = server().start("cores.train_ds", command(name, workers=2))
         time.sleep(draw.uniform(0.2, 0.9) * seconds)
         trial.kill()
         trial.wait()
         assert trial.codes[0] in (0, -9), trial.output
-    assert server().run("train_ds", command(name, workers=2)).codes == [0]
+    assert server().run("cores.train_ds", command(name, workers=2)).codes == [0]
     assert_same(run_of(name), reference)
 
 
@@ -139,7 +139,7 @@ def test_killed_while_an_index_is_built(tmp_path):
     """Every process builds it anew until one lives long enough."""
     reference, _, _ = whole()
     clean, cache = ({"CORES_CACHE": str(tmp_path / name)} for name in ("clean", "killed"))
-    trial = server().run("train_ds", command("indexed"), env=clean)
+    trial = server().run("cores.train_ds", command("indexed"), env=clean)
     before = trial.events.index("step")
     last_sync = max(i for i, event in enumerate(trial.events[:before]) if event == "rename")
     draw = random.Random(0)
@@ -169,26 +169,32 @@ def test_killed_while_the_cache_is_filled(tmp_path):
         }
 
     started = time.perf_counter()
-    trial = server().run("utils.sam_cache", argv("clean"))
+    trial = server().run("cores.utils.sam_cache", argv("clean"))
     seconds = time.perf_counter() - started
     assert trial.codes == [0], trial.output
     assert len(entries("clean")) == 11
     draw, met = random.Random(0), 0
     for _ in range(8):
-        met += server().run("utils.sam_cache", argv("killed"), die_at=draw.randrange(2, 12)).killed
+        met += (
+            server()
+            .run("cores.utils.sam_cache", argv("killed"), die_at=draw.randrange(2, 12))
+            .killed
+        )
     for _ in range(4):
-        trial = server().start("utils.sam_cache", argv("killed"))
+        trial = server().start("cores.utils.sam_cache", argv("killed"))
         time.sleep(draw.uniform(0.1, 0.9) * seconds)
         trial.kill()
         trial.wait()
         met += trial.killed
     assert met >= 8
     assert entries("killed").items() <= entries("clean").items(), "what is there is whole"
-    assert server().run("utils.sam_cache", argv("killed")).codes == [0]
+    assert server().run("cores.utils.sam_cache", argv("killed")).codes == [0]
     assert entries("killed") == entries("clean")
     # and training reads what the kills left as if there had been none
     reference, *_ = whole(sam_cache=str(tmp_path / "clean"))
-    assert server().run("train_ds", command("filled", sam_cache=tmp_path / "killed")).codes == [0]
+    assert server().run(
+        "cores.train_ds", command("filled", sam_cache=tmp_path / "killed")
+    ).codes == [0]
     assert_same(run_of("filled"), reference)
 
 
@@ -198,12 +204,12 @@ def test_a_killed_rank_ends_the_others_and_nothing_is_lost():
     for number, (rank, step) in enumerate([(0, 2), (1, 4), (1, 6)]):
         started = time.perf_counter()
         trial = server().run(
-            "train_ds", command("ranks"), ranks=2, faults={"die_at_step": [step, rank]}
+            "cores.train_ds", command("ranks"), ranks=2, faults={"die_at_step": [step, rank]}
         )
         assert trial.codes[rank] == -9
         assert trial.codes[1 - rank] == 4, trial.output
         assert "another rank is gone" in trial.output
         assert f"the last checkpoint, of step {step - 1}" in trial.output
         assert time.perf_counter() - started < 60, number
-    assert server().run("train_ds", command("ranks"), ranks=2).codes == [0, 0]
+    assert server().run("cores.train_ds", command("ranks"), ranks=2).codes == [0, 0]
     assert_same(run_of("ranks"), reference)

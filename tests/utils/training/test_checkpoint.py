@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import train_ds
-from dataset.files.sealed import read_sealed, write_sealed
+from cores import train_ds
+from cores.dataset.files.sealed import read_sealed, write_sealed
+from cores.utils.build import build_trained
+from cores.utils.settings.arguments import read_resumed, settings_of
+from cores.utils.settings.flags import UsageError
+from cores.utils.training import checkpoint
 from tests.backbone_toys import flags, toys, trained_run
-from utils.build import build_trained
-from utils.settings.arguments import read_resumed, settings_of
-from utils.settings.flags import UsageError
-from utils.training import checkpoint
 
 
 class Small(nn.Module):

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.training import curve
+from cores.utils.training import curve
 
 
 def write(folder, values, scores=(), **more):

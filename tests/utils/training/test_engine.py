@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_ds
+from cores import train_ds
+from cores.utils.settings.arguments import parse
+from cores.utils.training import checkpoint
+from cores.utils.training.deepspeed import learning_rate_factor
+from cores.utils.training.loader import RankSampler
+from cores.utils.training.trainer import Trainer
 from tests.backbone_toys import flags, toys, trained_run
 from tests.fork_server import RANK_VARIABLES, free_port, server
-from utils.settings.arguments import parse
-from utils.training import checkpoint
-from utils.training.deepspeed import learning_rate_factor
-from utils.training.loader import RankSampler
-from utils.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -161,7 +161,7 @@ def test_other_stages_and_formats_train_and_load(changes):
     run = toys() / "runs" / name
     tolerance = 0.05 if "precision" in changes else 1e-4  # measured: 0.004 and 0
     assert losses(run) == pytest.approx(losses(trained_run())[:2], abs=tolerance)
-    from utils.build import build_trained
+    from cores.utils.build import build_trained
 
     model, *_ = build_trained(run)
     assert any(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
@@ -226,7 +226,7 @@ def test_two_ranks_equal_one_rank_with_accumulation():
     """The same four samples per step, dropout off: 2 ranks × 2 images against 1 rank × 2 images × 2
     micro steps."""
     common = {"lora_dropout": 0, "global_batch_size": 4, "epochs": 1, "eval_mode": "teacher_forced"}
-    trial = server().run("train_ds", flags(toys(), exp_name="two", **common), ranks=2)
+    trial = server().run("cores.train_ds", flags(toys(), exp_name="two", **common), ranks=2)
     assert trial.codes == [0, 0], trial.output
     assert train_ds.main(flags(toys(), exp_name="one", **common)) == 0
     one, two = toys() / "runs" / "one", toys() / "runs" / "two"

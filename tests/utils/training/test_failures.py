@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_ds
+from cores import train_ds
+from cores.utils.settings.arguments import one_line
+from cores.utils.training import checkpoint
+from cores.utils.training.failures import StopSignals
+from cores.utils.training.log import RunLog, read_log
 from tests.backbone_toys import flags, toys, trained_run
 from tests.chaos_toys import assert_same, command, run_of, whole
 from tests.fork_server import ROOT, Trial, free_port, server
-from utils.settings.arguments import one_line
-from utils.training import checkpoint
-from utils.training.failures import StopSignals
-from utils.training.log import RunLog, read_log
 
 
 def fail(name: str, code: int, ranks: int = 1, **faults: list) -> str:
     """Runs into ``faults``; returns the one line of error."""
-    trial = server().run("train_ds", command(name), faults=faults, ranks=ranks)
+    trial = server().run("cores.train_ds", command(name), faults=faults, ranks=ranks)
     assert trial.codes == [code] * ranks, trial.output
     return error_of(trial)
 
@@ -39,7 +39,7 @@ def error_of(trial: Trial) -> str:
 
 def assert_goes_on(name: str, ranks: int = 1) -> None:
     reference, *_ = whole(ranks)
-    trial = server().run("train_ds", command(name), ranks=ranks)
+    trial = server().run("cores.train_ds", command(name), ranks=ranks)
     assert set(trial.codes) == {0}, trial.output
     assert_same(run_of(name), reference)
 
@@ -51,7 +51,7 @@ def assert_goes_on(name: str, ranks: int = 1) -> None:
 def test_a_gradient_that_is_not_finite_names_the_samples_and_saves_nothing(stage):
     name = f"gradient-{stage}"
     argv = command(name, zero_stage=stage)
-    line = error_of(server().run("train_ds", argv, faults={"nan_gradient": [4]}))
+    line = error_of(server().run("cores.train_ds", argv, faults={"nan_gradient": [4]}))
     assert "step 4: the gradient is not finite" in line
     assert "Toy|train 00" in line or "coco|toy" in line
     assert f"the last checkpoint, of step 3, is in {run_of(name) / 'ckpt' / 'last'}" in line
@@ -114,13 +114,15 @@ def test_a_disk_that_is_really_full(tmp_path):
     if mounted.returncode:
         pytest.skip("mounting a file system is not permitted here")
     try:
-        trial = server().run("train_ds", command("tiny-disk", log_base_dir=tmp_path))
+        trial = server().run("cores.train_ds", command("tiny-disk", log_base_dir=tmp_path))
         last = tmp_path / "tiny-disk" / "ckpt" / "last"
         assert trial.codes == [2], trial.output
         assert "free space" in error_of(trial)
         assert checkpoint.faults(last) == [] and checkpoint.read_progress(last)
         subprocess.run(["mount", "-o", "remount,size=20m", tmp_path], check=True)
-        assert server().run("train_ds", command("tiny-disk", log_base_dir=tmp_path)).codes == [0]
+        assert server().run(
+            "cores.train_ds", command("tiny-disk", log_base_dir=tmp_path)
+        ).codes == [0]
         assert_same(tmp_path / "tiny-disk", whole()[0])
     finally:
         subprocess.run(["umount", tmp_path], check=True)
@@ -141,7 +143,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, capsys):
 
 def test_a_data_worker_that_dies():
     name = "dead-worker"
-    trial = server().run("train_ds", command(name, workers=2), faults={"worker_killed": [3]})
+    trial = server().run("cores.train_ds", command(name, workers=2), faults={"worker_killed": [3]})
     assert trial.codes == [4], trial.output
     line = error_of(trial)
     step = re.search(r"step (\d): DataLoader worker \(pid", line)[1]
@@ -152,9 +154,9 @@ def test_a_data_worker_that_dies():
 
 
 def test_a_data_worker_that_hangs_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("utils.training.loader.STUCK_AFTER", 1)
-    monkeypatch.setattr("utils.training.loader.WORKER_GRACE", 1)
-    monkeypatch.setattr("dataset.mixture.TrainMixture.__getitem__", lambda *_: time.sleep(30))
+    monkeypatch.setattr("cores.utils.training.loader.STUCK_AFTER", 1)
+    monkeypatch.setattr("cores.utils.training.loader.WORKER_GRACE", 1)
+    monkeypatch.setattr("cores.dataset.mixture.TrainMixture.__getitem__", lambda *_: time.sleep(30))
     how = {"workers": 1, "no_eval": "true", "log_base_dir": tmp_path, "epochs": 1}
     assert train_ds.main(flags(toys(), **how)) == 4
     (line,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("error: ")]
@@ -166,7 +168,9 @@ def test_an_item_that_breaks_in_a_data_worker_is_one_line(tmp_path):
     argv = flags(
         toys(), exp_name="bad-item", dataset_dir=tmp_path / "data", workers=1, no_eval="true"
     )
-    line = error_of(server().run("train_ds", argv, faults={"images_lost": [1, str(tmp_path)]}))
+    line = error_of(
+        server().run("cores.train_ds", argv, faults={"images_lost": [1, str(tmp_path)]})
+    )
     assert line.startswith(f"error: {tmp_path}/data/reason_seg/Toy/train/00")
     assert line.endswith("replace or remove the file")
 
@@ -194,7 +198,7 @@ LATE = [pytest.param(moment, marks=pytest.mark.chaos) for moment in ("save", "tw
 def test_sigterm_at_a_bad_moment(moment):
     name = f"term-{moment}"
     started = time.perf_counter()
-    trial = server().run("train_ds", command(name), faults={"stop_in": [moment]})
+    trial = server().run("cores.train_ds", command(name), faults={"stop_in": [moment]})
     assert trial.codes == [130], trial.output
     assert time.perf_counter() - started < 30
     expected = 3 if moment == "validation" else 1
@@ -220,7 +224,7 @@ def test_a_terminal_that_is_closed_saves_unless_nohup():
 @pytest.mark.slow
 def test_sigterm_for_one_of_two_ranks_stops_both():
     trial = server().run(
-        "train_ds", command("one-of-two"), ranks=2, faults={"stop_at_step": [2, 1]}
+        "cores.train_ds", command("one-of-two"), ranks=2, faults={"stop_at_step": [2, 1]}
     )
     assert trial.codes == [130, 130], trial.output
     assert_goes_on("one-of-two", ranks=2)
@@ -270,7 +274,7 @@ def test_sigterm_to_a_launcher(launcher):
     assert process.returncode != 0
     assert 5 <= checkpoint.read_progress(run / "ckpt" / "last")["step"] < 60
     argv = command(name, **LONG)
-    assert set(server().run("train_ds", argv, ranks=ranks).codes) == {0}
+    assert set(server().run("cores.train_ds", argv, ranks=ranks).codes) == {0}
     assert_same(run, whole(ranks, **LONG)[0])
 
 

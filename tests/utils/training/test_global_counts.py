@@ -8,16 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 
-import train_ds
+from cores import train_ds
+from cores.utils import build, distributed
+from cores.utils.settings.arguments import parse
+from cores.utils.settings.flags import UsageError
+from cores.utils.training import checkpoint, normalisation
+from cores.utils.training.failures import refuse_without_targets
+from cores.utils.training.loader import make_loader
 from tests.backbone_toys import flags, toys
 from tests.dataset_toys import square, write_image, write_json
 from tests.utils.training.test_engine import free_port, launch, log
-from utils import build, distributed
-from utils.settings.arguments import parse
-from utils.settings.flags import UsageError
-from utils.training import checkpoint, normalisation
-from utils.training.failures import refuse_without_targets
-from utils.training.loader import make_loader
 
 TEXTS = [
     "the bright thing",

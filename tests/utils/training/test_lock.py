@@ -10,15 +10,15 @@ import time
 
 import pytest
 
+from cores.utils.settings.flags import UsageError
+from cores.utils.training import lock
 from tests.chaos_toys import command, run_of
 from tests.fork_server import server
-from utils.settings.flags import UsageError
-from utils.training import lock
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from utils.training import lock
+from cores.utils.training import lock
 with lock.owned(Path(sys.argv[1])):
     if not os.fork():  # as a data worker
         time.sleep(60)
@@ -74,7 +74,7 @@ def test_two_trainings_and_the_first_ends_as_if_alone(ranks):
     while not (run_of(name) / "log.jsonl").is_file():
         assert first.poll() is None, first.stderr.read()
         time.sleep(0.05)
-    trial = server().run("train_ds", command(name, **long), ranks=ranks)
+    trial = server().run("cores.train_ds", command(name, **long), ranks=ranks)
     assert set(trial.codes) == {2}, trial.output
     assert "another training is at work here" in trial.output and "Traceback" not in trial.output
     first.communicate()
@@ -85,7 +85,7 @@ def test_two_trainings_and_the_first_ends_as_if_alone(ranks):
 @pytest.mark.slow
 def test_a_lost_terminal_stops_as_sigterm_does():
     name, long = "hangup", {"steps_per_epoch": 60, "epochs": 1, "no_eval": "true", "save_every": 0}
-    trial = server().start("train_ds", command(name, **long))
+    trial = server().start("cores.train_ds", command(name, **long))
     while not (run_of(name) / "log.jsonl").is_file():
         time.sleep(0.02)
     trial.kill(signal.SIGHUP)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from utils import distributed
-from utils.settings.arguments import parse
-from utils.training.deepspeed import make_engine
+from cores.utils import distributed
+from cores.utils.settings.arguments import parse
+from cores.utils.training.deepspeed import make_engine
 
 TOLERANCE = 1e-6  # weights of about 1, float32 against float64; measured: 6e-8
 GRADIENTS = np.array([[3.0, -4.0, 0.5], [0.2, 0.1, -0.1], [-6.0, 2.0, 3.0], [0.3, 0.9, 0.1]])

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.collate import collate
-from dataset.mixture import TrainMixture
-from dataset.readers import coco
+from cores.dataset.collate import collate
+from cores.dataset.mixture import TrainMixture
+from cores.dataset.readers import coco
+from cores.utils import distributed
+from cores.utils.settings.arguments import parse
+from cores.utils.training.loader import RankSampler, make_loader
 from tests.dataset_toys import LEVELS, ToyProcessor, write_image, write_json, write_reason_seg
-from utils import distributed
-from utils.settings.arguments import parse
-from utils.training.loader import RankSampler, make_loader
 
 
 @pytest.fixture

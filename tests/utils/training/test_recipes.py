@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import train_ds
+from cores import train_ds
+from cores.utils import distributed
+from cores.utils.settings.arguments import parse
+from cores.utils.settings.flags import UsageError
 from tests.backbone_toys import flags, toys, trained_run
 from tests.utils.training.test_engine import ROOT, clean_environment, free_port, launch
 from tests.utils.training.test_global_counts import arguments, the_same, whole
-from utils import distributed
-from utils.settings.arguments import parse
-from utils.settings.flags import UsageError
 
 RECIPES = ROOT / "configs" / "recipes"
 TORCHRUN = Path(sys.executable).with_name("torchrun")

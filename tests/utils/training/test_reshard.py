@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_ds
-from dataset.files.sealed import read_sealed, write_sealed
+from cores import train_ds
+from cores.dataset.files.sealed import read_sealed, write_sealed
+from cores.utils import distributed
+from cores.utils.settings.arguments import settings_of
+from cores.utils.settings.flags import UsageError
+from cores.utils.training import checkpoint, reshard
 from tests.backbone_toys import flags, toys, trained_run
 from tests.fork_server import server
 from tests.utils.training.test_engine import Stop, losses
 from tests.utils.training.test_global_counts import arguments, the_same
-from utils import distributed
-from utils.settings.arguments import settings_of
-from utils.settings.flags import UsageError
-from utils.training import checkpoint, reshard
 
 SHARD = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 
@@ -172,7 +172,7 @@ def run_on(name: str, *parts: tuple[int, int], **changes: object) -> Path:
     argv = arguments(name, 1, 1, global_batch_size=4, steps_per_epoch=4, **data, **changes)
     for ranks, stop in parts:
         faults = {"stop_at_step": [stop, 0]} if stop else {}
-        trial = server().run("train_ds", argv, ranks=ranks, faults=faults)
+        trial = server().run("cores.train_ds", argv, ranks=ranks, faults=faults)
         assert set(trial.codes) == {130 if stop else 0}, trial.output
     return toys() / "runs" / name
 

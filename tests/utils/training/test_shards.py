@@ -8,12 +8,12 @@ import os
 import pytest
 import torch
 
-import train_ds
+from cores import train_ds
+from cores.utils.settings.flags import UsageError
+from cores.utils.training import shards
 from tests.backbone_toys import flags, toys
 from tests.chaos_toys import command, run_of
 from tests.fork_server import server
-from utils.settings.flags import UsageError
-from utils.training import shards
 
 SHORT = {"no_eval": "true", "epochs": 1, "steps_per_epoch": 2}
 
@@ -47,7 +47,7 @@ def test_the_weights_are_those_that_deepspeed_finds(stage, precision):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_shards_of_three_ranks_are_joined(stage):
     argv = command(f"three-{stage}", zero_stage=stage, batch_size=1, **SHORT)
-    trial = server().run("train_ds", argv, ranks=3)
+    trial = server().run("cores.train_ds", argv, ranks=3)
     assert trial.codes == [0, 0, 0], trial.output
     assert_equal_to_theirs(run_of(f"three-{stage}") / "ckpt" / "last")
 

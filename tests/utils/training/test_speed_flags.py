@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dataset.collate import collate
+from cores.dataset.collate import collate
+from cores.utils import build
+from cores.utils.settings.arguments import parse
 from tests.backbone_toys import flags, toys
-from utils import build
-from utils.settings.arguments import parse
 
 
 def curve(**changes) -> list[dict]:

@@ -1,0 +1,1 @@
+../merge_lora_weights_and_save_hf_model.py
