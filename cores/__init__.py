@@ -10,6 +10,7 @@ holds them here."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +27,12 @@ if not (Path(__file__).parent / "model").is_dir():
 
 def __getattr__(name: str) -> Any:
     """The names of ``cores.model``, imported when they are first used."""
-    from cores import model
-
+    # Not ``from cores import model``, which asks here for the name.
+    model = import_module("cores.model")
     if name in model.__all__:
         return getattr(model, name)
     raise AttributeError(f"module 'cores' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    from cores import model
-
-    return sorted([*globals(), *model.__all__])
+    return sorted({*globals(), *import_module("cores.model").__all__})

@@ -1,6 +1,6 @@
 """``cores COMMAND …``: every program of the project under one name.
 
-Each command is the ``main`` of a program that the repository also starts by its file, as in ``python
+Each is the ``main`` of a program that the repository also starts by its file, as in ``python
 train_ds.py``, with the same flags. Nothing but the one asked for is imported.
 """
 

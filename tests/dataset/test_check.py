@@ -532,7 +532,7 @@ def blocks() -> list[tuple[str, str]]:
 
 def run_block(language: str, text: str, folder: Path) -> str:
     """Runs it as a user would, with this Python, in a folder where data/ and runs/ are its own."""
-    for name in ("dataset", "model", "utils", "configs", "assets", "train_ds.py"):
+    for name in ("cores", "dataset", "model", "utils", "configs", "assets", "train_ds.py"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     command = (
