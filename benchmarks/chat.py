@@ -140,7 +140,9 @@ class ForcedTokens:
         place = generated.shape[1]
         forced = self.ids[place] if place < len(self.ids) else self.end
         if forced is not None:
-            return torch.full_like(logits, -torch.inf).index_fill_(1, torch.tensor([forced]), 0.0)
+            only = torch.full_like(logits, -torch.inf)
+            only[:, forced] = 0.0
+            return only
         logits = logits.scatter(1, generated, -torch.inf)
         logits[:, [*self.level_ids, self.end]] = -torch.inf
         return logits

@@ -126,12 +126,19 @@ def packed(model: CoresForReasoningSegmentation, batch: Batch):
     return plan, wanted.view_as(plan.source)
 
 
+def device_name() -> str:
+    """The card's name, "cpu" without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def built_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Modules are made where and as they stay: there may be no room for 7B twice, or in float32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        yield
+        with device:
+            yield
     finally:
         torch.set_default_dtype(before)
 
@@ -144,8 +151,7 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = dtype = DTYPES[args.precision]
         torch.manual_seed(0)
-        # Built where and as it stays: there may be no room for 7B twice, or in float32.
-        with self.device, _default_dtype(dtype):
+        with built_on(self.device, dtype):
             self.model = build_model(size, args.gradient_checkpointing)
         self.model.to(self.device, dtype)
         self.attention = args.attn_implementation
@@ -425,7 +431,7 @@ def parser() -> argparse.ArgumentParser:
     add("--precision", choices=["fp32", "bf16"], default="fp32")
     recompute = "recompute the language model's activations, in all schedules"
     add("--gradient_checkpointing", action="store_true", help=recompute)
-    attention = ["sdpa", "flex_attention"]
+    attention = ["sdpa", "flex_attention", "flash_attention_2"]
     add("--attn_implementation", choices=attention, default="sdpa", help="of our language model")
     compiled = "torch.compile SAM's image encoder in our schedule"
     add("--compile", action="store_true", help=compiled)
@@ -443,10 +449,9 @@ def measure(argv: list[str] | None = None) -> dict:
         found = measure_memory(args.memory_of, args)
         print(json.dumps(found))
         return found
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     settings = {k: v for k, v in vars(args).items() if k not in ("memory_of", "json")}
     result: dict = {
-        "settings": settings | {"device": device, "torch": torch.__version__},
+        "settings": settings | {"device": device_name(), "torch": torch.__version__},
         "size": asdict(STEP_SIZES[args.size]),
     }
     if "flops" in args.only:

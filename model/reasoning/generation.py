@@ -273,7 +273,9 @@ def decode(
             for ids, over in zip(known, ended.tolist(), strict=True)
         ]
         shortest = min(map(len, drafts))
-        drafted = torch.tensor([d[:shortest] for d in drafts], dtype=torch.int64).to(token.device)
+        drafted = torch.tensor(
+            [d[:shortest] for d in drafts], dtype=torch.int64, device=token.device
+        )
         tokens = torch.cat([token[:, None], drafted], dim=1)
         states = cache.extend(embed(tokens), torch.ones_like(tokens))
 
