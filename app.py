@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cores.dataset import command
+from cores.utils.settings.programs import read_page
 
 if __name__ == "__main__":
-    command.guard()
+    command.guard(read_page)
 
 import numpy as np
 from PIL import Image
@@ -39,7 +40,6 @@ from PIL import Image
 from cores.chat import (
     LESS_MEMORY,
     MISTAKES,
-    add_model_flags,
     load_segmenter,
     remarks,
 )
@@ -48,7 +48,6 @@ from cores.dataset.drawing import fit, level_colour, overlay
 from cores.dataset.files.errors import DataError
 from cores.dataset.files.images import read_image
 from cores.dataset.files.text import read_json
-from cores.dataset.numbers import in_range
 from cores.dataset.synthetic import write as synthetic
 from cores.model.inference.results import Result
 from cores.utils import distributed
@@ -58,7 +57,6 @@ from cores.utils.serving.folder import ServedFolder
 from cores.utils.serving.guard import Guard
 from cores.utils.serving.line import Line, Visitor
 from cores.utils.serving.visitors import FORGET_AFTER, MOST_ANSWERS, VisitorChat, Visitors
-from cores.utils.settings.arguments import OneLineParser
 from cores.utils.settings.flags import UsageError
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -113,45 +111,6 @@ LEGEND = TEMPLATES.from_string("""
 <span>This answer has no mask.</span>
 {% endfor %}
 </div>""")
-
-
-def read_page_arguments(argv: list[str] | None) -> Namespace:
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_model_flags(parser)
-    add = parser.add_argument
-    examples = 'JSON list of {"image": path, "question": text} (default: three drawn scenes)'
-    add("--examples", type=Path, help=examples)
-    host = "address to listen on; 0.0.0.0: every machine that can reach this one"
-    add("--host", default="127.0.0.1", help=host)
-    add("--port", type=in_range(int, 0, 65535), default=7860, help="0: any free one")
-    names = "further names under which the page is served, such as that of a proxy before it"
-    add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help=names)
-    add(
-        "--max_upload_mb",
-        type=in_range(int, 1),
-        default=20,
-        help="largest picture that may be sent",
-    )
-    add("--max_megapixels", type=in_range(int, 1), default=60, help="largest picture, decoded")
-    queue = "questions that may wait, half of them from one address; further ones are refused"
-    add("--max_queue", type=in_range(int, 1), default=64, help=queue)
-    most = "conversations that are kept, half of them from one address"
-    add("--max_conversations", type=in_range(int, 1), default=128, help=most)
-    ready = "conversations with all that the model needs in memory; others are read again"
-    add("--keep_ready", type=in_range(int, 1), default=8, help=ready)
-    add(
-        "--max_disk_mb",
-        type=in_range(int, 1),
-        default=2048,
-        help="for what visitors send and get, in all",
-    )
-    args = parser.parse_args(argv)
-    if args.max_disk_mb <= args.max_upload_mb:
-        raise UsageError(
-            f"--max_disk_mb is {args.max_disk_mb}; it must be more than --max_upload_mb"
-            f" ({args.max_upload_mb})"
-        )
-    return args
 
 
 def import_gradio(cache: Path) -> Any:
@@ -818,7 +777,7 @@ def ended_by_signals() -> Iterator[None]:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for a mistake in flags or files."""
     distributed.prepare_environment()
-    args = read_page_arguments(argv)
+    args = read_page(argv)
     with ended_by_signals(), ServedFolder(args.max_disk_mb * 2**20) as folder:
         serve(args, folder)
     return 0

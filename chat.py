@@ -19,30 +19,27 @@ import json
 import os
 import signal
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cores.dataset import command
+from cores.utils.settings.programs import read_chat
 
 if __name__ == "__main__":
-    command.guard()
+    command.guard(read_chat)
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from cores.dataset.command import one_line, shown
-from cores.dataset.conversation.templates import TEMPLATES
 from cores.dataset.files.write import write_text
-from cores.dataset.numbers import in_range
 from cores.model.checkpoints.precision import DTYPES, choose_attention, quantization
-from cores.model.choices import ATTENTION, PRECISIONS
 from cores.model.inference.inputs import load_image
 from cores.model.inference.results import Result
 from cores.model.inference.segmenter import ReasoningSegmenter, Session
 from cores.utils import distributed
-from cores.utils.settings.arguments import OneLineParser
 from cores.utils.settings.flags import UsageError
 from cores.utils.settings.typed_path import names_a_path, refuse_no_file, typed_path
 
@@ -62,54 +59,9 @@ HELP = """Type a question about the picture, or the path of another picture.
   /quit         the end (quit, exit and Ctrl-D, too); Ctrl-C stops an answer"""
 
 
-def add_model_flags(parser: ArgumentParser) -> None:
-    """The flags that ``load_segmenter`` reads."""
-    add = parser.add_argument
-    model = "model folder that the merge script wrote, or a published LISA or CoReS"
-    add("--version", required=True, help=model)
-    add("--precision", choices=list(PRECISIONS), help="default: as stored")
-    for bits in (8, 4):
-        weights = f"{bits} bits per weight of the language model"
-        add(f"--load_in_{bits}bit", action="store_true", help=weights)
-    tower = "CLIP of a published LISA, in place of the one it names"
-    add("--vision_tower", "--vision-tower", help=tower)
-    kinds = list(ATTENTION)
-    add("--attn_implementation", choices=kinds, default="auto", help="attention (default: auto)")
-    template = "conversation template (default: that of the training)"
-    add("--conv_type", choices=list(TEMPLATES), help=template)
-    add("--max_new_tokens", type=in_range(int, 1), default=64, help="longest answer, in tokens")
-    length = "longest conversation, in tokens (default: that of the model)"
-    add("--model_max_length", type=in_range(int, 1), help=length)
-    store = (
-        "LLM-Seg, cores+select: folder of a proposal store (default: computed for every picture)"
-    )
-    add("--proposals", type=Path, help=store)
-
-
-def read_chat_arguments(argv: list[str] | None) -> Namespace:
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_model_flags(parser)
-    add, folder = parser.add_argument, Path("./vis_output")
-    add("--vis_save_path", type=Path, default=folder, help="folder for masks and overlays")
-    image = "with --prompt: one answer and the end; alone: the first picture"
-    add("--image", type=typed_path, help=image)
-    add("--prompt", help="the one question")
-    add("--json", action="store_true", help="with --prompt: print the answer as JSON")
-    args = parser.parse_args(argv)
-    if args.prompt is not None and args.image is None:
-        raise UsageError("--prompt needs an --image")
-    if args.json and args.prompt is None:
-        raise UsageError("--json needs --image and --prompt")
-    if args.prompt is not None and not args.prompt.strip():
-        raise UsageError("--prompt is empty")
-    return args
-
-
 def load_segmenter(args: Namespace) -> ReasoningSegmenter:
-    """The model that the flags of ``add_model_flags`` describe. Raises UsageError,
-    FileNotFoundError or ValueError for flags or a folder that do not work."""
-    if args.load_in_4bit and args.load_in_8bit:
-        raise UsageError("--load_in_4bit and --load_in_8bit exclude each other")
+    """The model that the flags of ``add_model_flags`` describe. Raises FileNotFoundError or
+    ValueError for flags or a folder that do not work."""
     bits = 4 if args.load_in_4bit else 8 if args.load_in_8bit else None
     compute = DTYPES[args.precision or "bf16"]
     attention, _ = choose_attention(args.attn_implementation, compute, distributed.device())
@@ -319,7 +271,7 @@ def _step(chat: TerminalChat, line: str | None) -> bool:
 @command.entry(ends_with_reader=True, memory=LESS_MEMORY)
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; see the top of this file."""
-    args = read_chat_arguments(argv)
+    args = read_chat(argv)
     if args.prompt is not None:  # A mistake is reported before the model is loaded.
         _prepare_folder(args.vis_save_path)
         refuse_no_file(args.image)

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from cores.dataset import command
+from cores.utils.settings.programs import read_merge
 
 if __name__ == "__main__":
-    command.guard()
+    command.guard(read_merge)
 
 from cores.utils import distributed
 
@@ -37,7 +38,6 @@ from cores.dataset.files.write import all_or_nothing, remove, sync  # noqa: E402
 from cores.model.checkpoints.precision import DTYPES  # noqa: E402
 from cores.model.checkpoints.source import open_source  # noqa: E402
 from cores.model.checkpoints.weights import read_json_file  # noqa: E402
-from cores.model.choices import PRECISIONS  # noqa: E402
 from cores.model.cores import CoresForReasoningSegmentation  # noqa: E402
 from cores.model.export import save_published  # noqa: E402
 from cores.model.processor import CoresProcessor  # noqa: E402
@@ -45,7 +45,6 @@ from cores.model.reasoning.lora import has_lora, merge_lora  # noqa: E402
 from cores.utils import build  # noqa: E402
 from cores.utils.settings.arguments import (  # noqa: E402
     FREE_ON_RESUME,
-    OneLineParser,
     Settings,
     parse_over,
     read_resumed,
@@ -66,52 +65,9 @@ FREE_IN_MERGE = FREE_ON_RESUME | {
 }
 
 
-def read_arguments(argv: list[str] | None) -> tuple[Namespace, list[str]]:
-    """This script's flags, and the rest, which are flags of train_ds.py."""
-    parser = OneLineParser(
-        description="Merge LoRA and save a model folder. Further flags: those of train_ds.py.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--run", help="run folder that train_ds.py wrote, or one of its checkpoints"
-    )
-    parser.add_argument(
-        "--weight",
-        help="the same as --run, or a file, a folder, an index or an adapter with trained weights",
-    )
-    parser.add_argument(
-        "--merged", help="a merged model, to write it in another --layout or --precision"
-    )
-    parser.add_argument(
-        "--which", choices=["best", "last"], help="checkpoint of the run (default: best)"
-    )
-    parser.add_argument("--save_path", required=True, help="folder to write; must be new or empty")
-    parser.add_argument(
-        "--precision",
-        choices=list(PRECISIONS),
-        help="of the stored weights (default: that of the run, or bf16)",
-    )
-    parser.add_argument(
-        "--layout",
-        choices=["cores", "lisa"],
-        default="cores",
-        help="of the folder (default: cores)",
-    )
-    args, rest = parser.parse_known_args(argv)
-    if sum(map(bool, (args.run, args.weight, args.merged))) != 1:
-        raise UsageError("give one of --run RUN_FOLDER, --weight SOURCE and --merged MODEL_FOLDER")
-    if args.which and args.merged:
-        raise UsageError(
-            "--which: --merged is one model, not the checkpoints of a run; leave the flag out"
-        )
-    return args, rest
-
-
 def load(args: Namespace, rest: list[str]) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
     """The model with its adapters apart, weights in the precision to store, and its processor."""
     if args.merged:
-        if rest:
-            raise UsageError(f"{' '.join(rest)}: --merged takes no flags of the training")
         source = open_source(args.merged)
         dtype = DTYPES[args.precision] if args.precision else "auto"
         model = CoresForReasoningSegmentation.from_pretrained(source, dtype=dtype)
@@ -246,12 +202,8 @@ def _move_into(folder: Path, partial: Path) -> None:
 @command.entry()
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for a mistake in flags or files."""
-    args, rest = read_arguments(argv)
+    args, rest = read_merge(argv)
     folder = Path(args.save_path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(
-            f"{folder}: exists and is not empty; give another --save_path or delete it"
-        )
     model, processor = load(args, rest)
     if has_lora(model):
         merge_lora(model)

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from cores.dataset import command
+from cores.utils.settings.arguments import Settings, read_resumed, settings_of
+from cores.utils.settings.programs import read_training
 
 if __name__ == "__main__":
-    command.guard()
+    command.guard(read_training)
 
 import numpy as np
 import torch
@@ -30,9 +32,8 @@ distributed.prepare_environment()  # This comes before anything that imports dee
 
 from cores.dataset.files.faults import SKIPPED, read_skip_list  # noqa: E402
 from cores.utils import build, identity  # noqa: E402
-from cores.utils.evaluation.cli import final_evaluation, modes_of  # noqa: E402
+from cores.utils.evaluation.measuring import final_evaluation, modes_of  # noqa: E402
 from cores.utils.evaluation.runner import evaluate, refuse_too_long  # noqa: E402
-from cores.utils.settings.arguments import Settings, parse, read_resumed, settings_of  # noqa: E402
 from cores.utils.settings.flags import UsageError  # noqa: E402
 from cores.utils.training import checkpoint, lock, reshard  # noqa: E402
 from cores.utils.training.failures import LESS_MEMORY  # noqa: E402
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     worker or another rank died; 5 when memory ran out; 130 when asked to stop."""
     started = time.time()
     with distributed.joined():
-        settings = parse(argv)
+        settings = read_training(argv)
         refuse_mixed_runs(settings)
         check_ranks(settings)
         seed_everything(settings.seed)
@@ -203,4 +204,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    distributed.leave(main())
+    command.leave(main())

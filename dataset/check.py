@@ -11,7 +11,6 @@ bad.jsonl`` leaves out exactly these. Exit code: 0; 1 if something is bad; 2 for
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 import sys
@@ -27,7 +26,6 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from cores.dataset.collate import check_sample
 from cores.dataset.conversation.turns import answer_text
 from cores.dataset.conversation.wordings import SENTENCE_QUESTIONS
 from cores.dataset.drawing import QueryCard, card_sheet
@@ -37,7 +35,7 @@ from cores.dataset.files.paths import require_folder, typed_folder
 from cores.dataset.files.write import prepare_output, refuse_foreign
 from cores.dataset.numbers import in_range
 from cores.dataset.registry import DatasetEntry, entries
-from cores.dataset.sample import LoaderOptions, Sample
+from cores.dataset.sample import LoaderOptions, Sample, check_sample
 
 LEVELS = ("LOC", "SEG")
 SHEET_CELLS = 24  # pictures on a contact sheet
@@ -193,9 +191,8 @@ def write_sheets(findings: list[Finding], folder: Path) -> list[Path]:
     return written
 
 
-def build_parser() -> argparse.ArgumentParser:
-    description = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m dataset.check", description=description)
+def build_parser() -> command.Parser:
+    parser = command.Parser((__doc__ or "").split("\n")[0], "python -m dataset.check")
     parser.add_argument(
         "--dataset_dir",
         required=True,
@@ -224,7 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @command.entry()
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)  # exits with 2 by itself
+    args = build_parser().parse_args(argv)
     logger = logging.getLogger("dataset")
     level = logger.level
     logger.setLevel(logging.ERROR)  # The report names what is left out, but no encodings.

@@ -25,7 +25,7 @@ from cores.dataset.conversation.templates import ConversationTemplate
 from cores.dataset.conversation.turns import Conversation, count_groups
 from cores.dataset.files.errors import DataError
 from cores.dataset.proposals import Proposals
-from cores.dataset.sample import Sample
+from cores.dataset.sample import Sample, check_sample
 
 logger = logging.getLogger(__name__)
 Encode = Callable[[Sample, Conversation], Encoded]
@@ -92,28 +92,6 @@ class Batch:
             return [move(item) for item in value] if isinstance(value, list) else value
 
         return Batch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
-
-
-def check_sample(sample: Sample, levels: Sequence[str]) -> None:
-    """Raises DataError naming the sample unless its masks fit the image and are as many as the
-    answers have targets."""
-    size = sample.image.shape[:2]
-    for index, conversation in enumerate(sample.conversations):
-        where = f"{sample.name}, conversation {index}"
-        groups, masks = count_groups(conversation.turns, levels, where), len(conversation.masks)
-        if groups != masks:
-            tokens = " ".join(f"[{level}]" for level in levels)
-            raise DataError(
-                f"{where}: {groups} groups of answer tokens ({tokens}) but {masks} target masks"
-            )
-        for name, expected in (
-            ("masks", (masks, *size)),
-            ("ignore", size),
-            ("host_masks", (masks, *size)),
-        ):
-            mask = getattr(conversation, name)
-            if mask is not None and mask.shape != expected:
-                raise DataError(f"{where}: {name} has shape {mask.shape}, expected {expected}")
 
 
 def _fit(

@@ -1,7 +1,7 @@
 """One place around ``main`` for every command: what ends it, in one line and with which exit code.
 
     if __name__ == "__main__":      # above the imports that take seconds
-        command.guard()
+        command.guard(read_flags)   # so that help and mistakes do not wait for them
 
     @command.entry(stopped="stopped; the same command continues")
     def main(argv: list[str] | None = None) -> int: ...
@@ -14,6 +14,7 @@ full disk, not a reader who has gone.
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import contextlib
 import errno
@@ -26,7 +27,7 @@ import sys
 import threading
 import traceback
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from json import JSONDecodeError
 from pathlib import Path
 from types import FrameType
@@ -49,6 +50,16 @@ NO_MEMORY = re.compile(
     r"|insufficient memory|unable to mmap|failed to map segment|ALLOC_FAILED|start new thread",
     re.IGNORECASE,
 )
+
+# Packages that only some commands need -> the extra of pyproject.toml that brings them.
+EXTRAS = {
+    "train": ("deepspeed", "tensorboard", "bitsandbytes"),
+    "app": ("gradio",),
+    "serve": ("fastapi", "uvicorn"),
+    "data": ("pyarrow", "datasets"),
+    "track": ("wandb", "mlflow", "trackio"),
+    "flash": ("flash_attn",),
+}
 
 # Errors of Python's own readers, which know of no file.
 NAMELESS = (UnicodeDecodeError, JSONDecodeError)
@@ -74,6 +85,24 @@ class Advice(NamedTuple):
 
 
 _advice = Advice()
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of a program. A mistake is one line instead of a page of usage, and flags are written
+    out. ``program``: how it is started, where that is not a script's name."""
+
+    mistake: type[ValueError] = ValueError
+    """What a mistake raises."""
+
+    def __init__(self, about: str | None = None, program: str | None = None, **how: Any):
+        how = {"prog": program and started_as(program), "description": about} | how
+        super().__init__(allow_abbrev=False, **how)
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (--\w+): is ", r"\1 is ", message)
+        if message.startswith("unrecognized arguments:") and message.endswith((": ", "  ")):
+            message = "an argument is empty or blank, as after a backslash that ends no line"
+        raise self.mistake(f"{message}; --help lists the flags")
 
 
 class End(NamedTuple):
@@ -149,6 +178,8 @@ def explain(error: BaseException) -> End:
         line = line if full is error else one_line(full)
         way_on = "" if "free space" in line else "; free space, and the same command continues"
         return End(MISTAKE, f"{file}{line}{way_on}")
+    if isinstance(error, ModuleNotFoundError) and (extra := extra_with(error.name or "")):
+        return End(MISTAKE, f"the package {error.name} is not installed; {extra}")
     # Numbers that JSON cannot hold are computed here, so that no file of the user's is to blame.
     if isinstance(error, (ValueError, OSError)) and "not JSON compliant" not in line:
         file = _at_hand(error) if isinstance(error, NAMELESS) else ""
@@ -159,6 +190,13 @@ def explain(error: BaseException) -> End:
         " please report the lines above together with the command",
         defect=True,
     )
+
+
+def extra_with(package: str) -> str:
+    """How to install an optional package, "" for one that is none."""
+    name = package.partition(".")[0]
+    found = next((extra for extra, names in EXTRAS.items() if name in names), "")
+    return f'pip install "cores[{found}]", or in a clone pip install -e ".[{found}]"' * bool(found)
 
 
 def _is_lost_process(error: BaseException) -> bool:
@@ -237,8 +275,49 @@ def _run(main: Callable[..., Any], argv: list[str] | None) -> Any:
         return end.code if getattr(error, "said", False) else report(end, error)
 
 
-def guard() -> None:
-    """For a program while it imports: what ends it is one line, too."""
+def arguments(argv: Sequence[str] | None) -> Sequence[str]:
+    """``argv``, or those of this process."""
+    return sys.argv[1:] if argv is None else argv
+
+
+def started_as(program: str) -> str:
+    """How this process was started: as "cores NAME", or as ``program``."""
+    return sys.argv[0] if sys.argv[0].startswith("cores ") else program
+
+
+def refuse_flags(read: Callable[[], object]) -> None:
+    """Ends the program where ``read`` finds a mistake in its flags or prints its help. Who sits at
+    a terminal is told what the seconds that follow are for."""
+
+    def main(_: list[str] | None = None) -> int:
+        found = read()
+        flags = found[0] if isinstance(found, tuple) else found
+        models = (getattr(flags, name, None) for name in ("version", "model", "run", "weight"))
+        if (model := next(filter(None, models), None)) and sys.stderr.isatty():
+            print(shown(f"reading {model} …"), file=sys.stderr, flush=True)
+        return 0
+
+    if code := entry(ends_with_reader=True)(main)():
+        sys.exit(code)
+
+
+_leave: Callable[[int], NoReturn] = sys.exit
+
+
+def leave_by(end: Callable[[int], NoReturn]) -> None:
+    """From now on ``leave`` calls ``end``: a process among ranks ends in another way."""
+    global _leave
+    _leave = end
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the program."""
+    _leave(code)
+
+
+def guard(read: Callable[[], object] | None = None) -> None:
+    """For a program while it imports: what ends it is one line, too. ``read``: reads its flags, as
+    ``main`` will again, so that what is wrong with them is told before the imports."""
     if sys.getfilesystemencoding() == "ascii":
         # As LANG=C with PYTHONUTF8=0 has it, which could name no file with other characters.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
@@ -260,6 +339,8 @@ def guard() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     signal.signal(signal.SIGTERM, _terminate)
+    if read is not None:
+        refuse_flags(read)
 
 
 def _terminate(number: int, _: FrameType | None) -> None:

@@ -13,9 +13,7 @@ from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
 
-import matplotlib
 from fontTools.ttLib import TTCollection, TTFont, TTLibError
-from matplotlib import font_manager
 from PIL import ImageDraw, ImageFont
 
 logger = logging.getLogger(__name__)
@@ -32,6 +30,8 @@ class Face:
         """``size``: pixels of an em."""
         self.size = size
         name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+        import matplotlib  # It takes half a second, and most commands draw nothing.
+
         self._own = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name)
 
     def getlength(self, text: str) -> float:
@@ -111,6 +111,8 @@ def _fonts_of_this_machine() -> list[Place]:
         return "regular" not in name, "sans" not in name, "noto" not in name, name
 
     found: list[Place] = []
+    from matplotlib import font_manager
+
     for path in sorted(font_manager.findSystemFonts(), key=rank):
         count = 1
         if path.lower().endswith((".ttc", ".otc")):

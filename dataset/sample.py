@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cores.dataset.conversation.turns import Conversation
+from cores.dataset.conversation.turns import Conversation, count_groups
+from cores.dataset.files.errors import DataError
 from cores.dataset.files.faults import Faults
 
 
@@ -93,3 +94,25 @@ def draw_queries(
         if turn < len(texts)
     ]
     return pairs[:count]
+
+
+def check_sample(sample: Sample, levels: Sequence[str]) -> None:
+    """Raises DataError naming the sample unless its masks fit the image and are as many as the
+    answers have targets."""
+    size = sample.image.shape[:2]
+    for index, conversation in enumerate(sample.conversations):
+        where = f"{sample.name}, conversation {index}"
+        groups, masks = count_groups(conversation.turns, levels, where), len(conversation.masks)
+        if groups != masks:
+            tokens = " ".join(f"[{level}]" for level in levels)
+            raise DataError(
+                f"{where}: {groups} groups of answer tokens ({tokens}) but {masks} target masks"
+            )
+        for name, expected in (
+            ("masks", (masks, *size)),
+            ("ignore", size),
+            ("host_masks", (masks, *size)),
+        ):
+            mask = getattr(conversation, name)
+            if mask is not None and mask.shape != expected:
+                raise DataError(f"{where}: {name} has shape {mask.shape}, expected {expected}")

@@ -38,7 +38,7 @@ class Widgets:
 @cache
 def segmenter() -> ReasoningSegmenter:
     flags = ["--version", str(scripted_model()), "--max_new_tokens", "12"]
-    return app.load_segmenter(app.read_page_arguments(flags))
+    return app.load_segmenter(app.read_page(flags))
 
 
 class VisitorlessPage:

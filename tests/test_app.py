@@ -167,18 +167,18 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
 
 def test_its_flags_are_all_that_loading_a_model_needs():
     segmenter = app.load_segmenter(
-        app.read_page_arguments(["--version", str(scripted_model()), "--max_new_tokens", "12"])
+        app.read_page(["--version", str(scripted_model()), "--max_new_tokens", "12"])
     )
     assert segmenter.decoding.max_new_tokens == 12
 
 
 def test_it_listens_to_this_machine_alone_by_default():
-    assert app.read_page_arguments(["--version", "x"]).host == "127.0.0.1"
+    assert app.read_page(["--version", "x"]).host == "127.0.0.1"
 
 
 def test_its_flags_load_a_model_as_those_of_chat_do():
     segmenter = load_segmenter(
-        app.read_page_arguments(
+        app.read_page(
             ["--version", str(scripted_model()), "--max_new_tokens", "7", "--conv_type", "tiny"]
         )
     )
@@ -378,7 +378,7 @@ def served(tmp_path_factory):
     ]
     limit = Image.MAX_IMAGE_PIXELS
     with ServedFolder(2**27, tmp_path_factory.mktemp("app")) as folder:
-        page = app.serve(app.read_page_arguments(flags), folder, block=False)
+        page = app.serve(app.read_page(flags), folder, block=False)
         yield page.local_url.rstrip("/"), page, folder.path
         page.close()
     Image.MAX_IMAGE_PIXELS = limit

@@ -3,9 +3,10 @@
 import sys
 
 from cores.dataset import command
+from cores.utils.settings.programs import read_boxes
 
 if __name__ == "__main__":
-    command.guard()
+    command.guard(read_boxes)
 
 from cores.utils.precompute.boxes_to_masks import main
 

@@ -34,7 +34,13 @@ from cores.model.reasoning.prefix_sharing import PrefixSharing
 from cores.model.segmenting.embedding_cache import SamCache, encoder_fingerprint
 from cores.model.trainable import set_trainable
 from cores.utils import distributed, identity
-from cores.utils.settings.arguments import Settings, numbers, read_resumed, settings_of
+from cores.utils.settings.arguments import (
+    Settings,
+    numbers,
+    read_resumed,
+    refuse_no_version,
+    settings_of,
+)
 from cores.utils.settings.flags import SELECTING, UsageError
 from cores.utils.training import checkpoint
 from cores.utils.training.loader import samples_per_epoch
@@ -49,6 +55,7 @@ VISION_TOWERS = {
 def open_version(s: Settings) -> Source:
     """What --version names, opened once for all that follows. Raises FileNotFoundError, and
     ValueError for what is neither a LLaVA nor a finished model."""
+    refuse_no_version(s)
     source = open_source(s.version, s.vision_tower)
     if not source.finished and source.kind not in (Kind.LLAVA, Kind.PUBLISHED_LLAVA):
         raise source.refuse("--version needs a model of type 'llava'")

@@ -3,9 +3,10 @@
 import sys
 
 from cores.dataset import command
+from cores.utils.settings.programs import read_curve
 
 if __name__ == "__main__":
-    command.guard()
+    command.guard(read_curve)
 
 from cores.utils.training.curve import main
 

@@ -277,8 +277,8 @@ def last_words(seconds: float = 3.0) -> LastWords | None:
     return None if _lifeline is None else _lifeline.lost(seconds)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends a program. All ranks end in order together; one that fails waits for nobody."""
+def _leave(code: int) -> NoReturn:
+    """All ranks end in order together; one that fails waits for nobody."""
     if code == 0:
         stop()
     elif world_size() > 1:
@@ -287,6 +287,9 @@ def leave(code: int) -> NoReturn:
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+command.leave_by(_leave)
 
 
 def stop() -> None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 
-Mask = TypeVar("Mask", np.ndarray, torch.Tensor)
+if TYPE_CHECKING:
+    import torch
+
+Mask = TypeVar("Mask", np.ndarray, "torch.Tensor")
 
 CONFIDENCE = 0.95  # The level of all intervals.
 DRAWS, PAIRED_DRAWS = 1000, 10_000  # bootstrap samples of one system, and of two that are compared

@@ -3,9 +3,10 @@
 import sys
 
 from cores.dataset import command
+from cores.utils.settings.programs import read_proposals
 
 if __name__ == "__main__":
-    command.guard()
+    command.guard(read_proposals)
 
 from cores.utils.precompute.proposals import main
 

@@ -3,9 +3,10 @@
 import sys
 
 from cores.dataset import command
+from cores.utils.settings.programs import read_sam_cache
 
 if __name__ == "__main__":
-    command.guard()
+    command.guard(read_sam_cache)
 
 from cores.utils.precompute.sam_cache import main
 

@@ -8,16 +8,12 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from cores.dataset import command
 from cores.dataset.conversation.exemplars import LIBRARY_PATH
 from cores.dataset.generate.questions import QuestionOptions
 from cores.dataset.generate.scenes import KINDS, AnnotationSource, parse_wanted
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists the flags")
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -49,33 +45,32 @@ def _object(text: str) -> dict[str, Any]:
     return value
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all three commands. A wrong flag raises ValueError instead of ending the
-    process."""
+def build_parser() -> command.Parser:
+    """The parser of all three commands."""
     about = "Data made with a language model; docs/generate.md explains it."
-    parser = _Parser(prog="python -m dataset.generate", description=about, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = command.Parser(about, "python -m dataset.generate")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=command.Parser)
 
     what = "questions about marked objects, as LLM-Seg40K"
-    command = commands.add_parser("questions", help=what, allow_abbrev=False)
-    _add_questions(command)
-    _add_common(command)
+    sub = commands.add_parser("questions", help=what)
+    _add_questions(sub)
+    _add_common(sub)
 
     what = "more pairs for the exemplar library"
-    command = commands.add_parser("exemplars", help=what, allow_abbrev=False)
-    add = command.add_argument
+    sub = commands.add_parser("exemplars", help=what)
+    add = sub.add_argument
     add("--library", type=Path, default=LIBRARY_PATH, help="JSON that is continued")
     add("--domains", help="domains joined by commas (default: those of the library)")
     add("--per_domain", type=_at_least(1), default=10, help="new pairs in every domain")
-    _add_common(command)
+    _add_common(sub)
 
     what = "other wordings of a split in ReasonSeg's layout"
-    command = commands.add_parser("rephrase", help=what, allow_abbrev=False)
-    add = command.add_argument
+    sub = commands.add_parser("rephrase", help=what)
+    add = sub.add_argument
     what = "split folder, such as data/reason_seg/ReasonSeg/train"
     add("--data", type=Path, required=True, help=what)
     add("--wordings", type=_at_least(1), default=4, help="new wordings of every query")
-    _add_common(command)
+    _add_common(sub)
     return parser
 
 

@@ -25,7 +25,6 @@ gives the same files.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections import Counter
@@ -177,8 +176,8 @@ def write_synthreason(
 
 @command.entry()
 def main(argv: list[str] | None = None) -> None:
-    name, description = "python -m dataset.synthetic", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog=name, description=description)
+    about = "Writes SynthReason, a drawn benchmark for reasoning segmentation."
+    parser = command.Parser(about, "python -m dataset.synthetic")
     add = parser.add_argument
     add("--out", default="data/synthreason", help="folder to write, later given as --dataset_dir")
     add("--train", type=in_range(int, 1), default=3000, help="training scenes")

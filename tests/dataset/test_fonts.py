@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image, ImageDraw
 
 from cores.dataset import fonts
@@ -21,7 +22,7 @@ def fonts_of_the_machine(monkeypatch):
     """A function that says which fonts the machine has, whatever it has."""
 
     def have(*paths: Path) -> None:
-        monkeypatch.setattr(fonts.font_manager, "findSystemFonts", lambda: list(map(str, paths)))
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(map(str, paths)))
         for cached in (fonts._fonts_of_this_machine, fonts._font_with):
             cached.cache_clear()
         fonts._missed.clear()

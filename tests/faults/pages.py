@@ -233,7 +233,7 @@ def a_small_file_with_many_pixels(tmp_path):
     Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
     limit = Image.MAX_IMAGE_PIXELS
     with page(tmp_path) as shared:
-        app.limit_pixels(app.read_page_arguments(["--version", "x"]).max_megapixels)
+        app.limit_pixels(app.read_page(["--version", "x"]).max_megapixels)
         try:
             sent = shared.folder.path / "upload"
             sent.mkdir()

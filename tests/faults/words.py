@@ -436,7 +436,7 @@ def unexpanded_paths(tmp_path: Path) -> None:
 )
 def lost_words(tmp_path: Path) -> None:
     for argv, words in (
-        (["--version="], "--version is empty"),
+        (["--version="], "--version is missing or empty"),
         (["--epochs", "1", " "], "empty or blank"),
     ):
         code, shown = said(train_ds.main, *argv)

@@ -40,8 +40,8 @@ from cores.dataset.files.text import read_json
 from cores.dataset.files.write import prepare_output, write_text
 from cores.model.checkpoints.sam import load_sam
 from cores.utils import distributed
-from cores.utils.settings.arguments import OneLineParser
 from cores.utils.settings.flags import UsageError
+from cores.utils.settings.programs import read_boxes
 
 BOXES_AT_A_TIME = 32  # limits the memory, which the masks at full resolution dominate
 
@@ -232,19 +232,7 @@ def _photos(
 
 @command.entry(stopped="stopped; the same command continues")
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(
-        prog="python -m utils.boxes_to_masks",
-        description=__doc__.split("\n")[0],
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    formats = "JSON in the format of COCO, LVIS or EgoObjects"
-    add("--annotations", type=Path, required=True, help=formats)
-    folder = "folder of the images; those that are not there are left out"
-    add("--images", type=Path, required=True, help=folder)
-    add("--vision_pretrained", type=Path, required=True, help="SAM checkpoint (.pth) or folder")
-    add("--out", type=Path, required=True, help="JSON to write")
-    args = parser.parse_args(argv)
+    args = read_boxes(argv)
     prepare_output("--out", args.out)
     count, remarks = convert(args.annotations, args.images, args.vision_pretrained, args.out)
     for remark in remarks:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.queues import Queue
@@ -29,7 +28,6 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cores.dataset import command
-from cores.dataset.numbers import in_range
 from cores.dataset.proposals import Found, ProposalSource, ProposalStore
 from cores.model.checkpoints.sam import load_sam
 from cores.model.config import ProposalConfig
@@ -38,30 +36,9 @@ from cores.model.selecting.proposals import make_generator, proposals_fingerprin
 from cores.utils import build, distributed
 from cores.utils.evaluation.oracle import score_oracles
 from cores.utils.report.tables import format_table
-from cores.utils.settings.arguments import OneLineParser, Settings, parse
-from cores.utils.settings.flags import SELECTING, UsageError
+from cores.utils.settings.arguments import Settings
+from cores.utils.settings.programs import read_proposals
 from cores.utils.training.loader import samples_per_epoch
-
-
-def read_arguments(argv: list[str] | None) -> tuple[Namespace, Settings]:
-    """This command's own flags, and the settings of the run."""
-    parser = OneLineParser(
-        description=__doc__.split("\n")[0] + " Further flags: those of train_ds.py.",
-        allow_abbrev=False,
-    )
-    jobs = "processes; with GPUs, process i takes GPU i modulo their number"
-    parser.add_argument("--jobs", type=in_range(int, 1), default=1, help=jobs)
-    ranks = "ranks of the training run: they decide how many images it draws"
-    parser.add_argument("--ranks", type=in_range(int, 1), default=1, help=ranks)
-    own, rest = parser.parse_known_args(argv)
-    settings = parse(rest)
-    if settings.method not in SELECTING:
-        raise UsageError(
-            f"--method {settings.method}: only {' and '.join(SELECTING)} need proposals"
-        )
-    if not settings.proposals:
-        raise UsageError("--proposals is unset; name the folder of the store")
-    return own, settings
 
 
 class RunImages(Dataset):
@@ -172,7 +149,7 @@ def compute_all(s: Settings, ranks: int, jobs: int, total: int) -> Iterator[str]
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 with one line for a mistake in flags or files; 4 when a process was killed;
     130 when interrupted."""
-    own, s = read_arguments(argv)
+    own, s = read_proposals(argv)
     images = RunImages(s, own.ranks)  # reports a wrong path once, before any process starts
     counts = {"computed": 0, "there": 0, "not needed": 0}
     with tqdm(total=len(images), unit="image") as bar:

@@ -22,8 +22,7 @@ from cores.dataset.files.errors import DataError
 from cores.model.segmenting.embedding_cache import GIGABYTE, SamCache
 from cores.model.segmenting.frames import preprocess
 from cores.utils import build, distributed
-from cores.utils.settings.arguments import parse
-from cores.utils.settings.flags import UsageError
+from cores.utils.settings.programs import read_sam_cache
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     """Fills a cache with the images that the flags of train_ds.py name. Exit code 0; 2 for a
     mistake; 130 when stopped."""
     here = distributed.place()  # Ranks share the work, but need not meet.
-    s = parse(argv)
-    if not s.sam_cache:
-        raise UsageError("--sam_cache: name the folder to fill")
+    s = read_sam_cache(argv)
     source = build.open_version(s)
     prompt = build.prompt_format(s, source)
     families = build.build_mixture(s, prompt).families

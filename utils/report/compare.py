@@ -95,6 +95,37 @@ def read_targets(path: str | Path) -> Targets:
     return Targets(path, str(name), content["dataset"], content["texts"], content["mode"], scores)
 
 
+def read_pair(a: Path, b: Path, mode: str | None = None) -> tuple[Targets, Targets]:
+    """The two results to compare, files or folders. Folders may hold both modes: ``mode`` chooses,
+    or, without one, that of a file beside the folder, or the first of free and teacher-forced that
+    all folders have. Raises DataError naming a folder that lacks it."""
+    for path in (a, b):
+        if not path.exists():
+            read_targets(path)  # It says so.
+    held = {
+        path: {file.stem.removeprefix("targets-") for file in path.glob("targets-*.json")}
+        for path in (a, b)
+        if path.is_dir()
+    }
+    for path, modes in held.items():
+        if not modes:
+            raise DataError(
+                f"{path}: holds no targets-<mode>.json; give a run of train_ds.py or the folder"
+                " that an evaluation wrote"
+            )
+    if mode is None and held and len(held) < len({a, b}):
+        mode = read_targets(b if a in held else a).mode
+    wanted = [mode] if mode else ["free", "teacher_forced"]
+    for name in wanted:
+        if all(name in modes for modes in held.values()):
+            return tuple(  # type: ignore[return-value]  # There are two.
+                read_targets(path / f"targets-{name}.json" if path in held else path)
+                for path in (a, b)
+            )
+    there = "; ".join(f"{path} has {', '.join(sorted(modes))}" for path, modes in held.items())
+    raise DataError(f"no targets-{' or -'.join(wanted)}.json in both: {there}")
+
+
 def _read_score(row: Any, path: Path, index: int) -> TargetScore:
     known = row if isinstance(row, dict) else {}
     known = {new: known[old] for old, new in OLD_NAMES.items() if old in known} | known

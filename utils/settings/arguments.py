@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import reprlib
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from cores.dataset import command
 from cores.dataset.command import one_line
 from cores.dataset.files.paths import typed_folder
 from cores.dataset.files.text import read_text
@@ -93,18 +95,12 @@ class Settings(Namespace):
             )
 
 
-class OneLineParser(ArgumentParser):
-    """Mistakes are a UsageError, not a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument (--\w+): is ", r"\1 is ", message)
-        if message.startswith("unrecognized arguments:") and message.endswith((": ", "  ")):
-            message = "an argument is empty or blank, as after a backslash that ends no line"
-        raise UsageError(f"{message}; --help lists the flags")
+class FlagParser(command.Parser):
+    mistake = UsageError
 
 
-def build_parser() -> ArgumentParser:
-    parser = OneLineParser(description="Train or evaluate CoReS and LISA.", allow_abbrev=False)
+def build_parser(program: str | None = None) -> FlagParser:
+    parser = FlagParser("Train or evaluate CoReS and LISA.", program)
     parser.add_argument("--config", help="YAML file with defaults")
     for group in GROUPS:
         section = parser.add_argument_group(group.__name__)
@@ -213,15 +209,18 @@ def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
     return (read_config(path.parent / str(base), (*above, path)) if base else {}) | values
 
 
-def parse(argv: list[str] | None = None) -> Settings:
-    """Settings of a command line. Raises UsageError for whatever is wrong with it."""
-    return parse_over({}, argv)
+def parse(argv: Sequence[str] | None = None, program: str | None = None) -> Settings:
+    """Settings of a command line of ``program``, train_ds.py if None. Raises UsageError for
+    whatever is wrong with it."""
+    return parse_over({}, argv, program)
 
 
-def parse_over(known: dict[str, Any], argv: list[str] | None = None) -> Settings:
+def parse_over(
+    known: dict[str, Any], argv: Sequence[str] | None = None, program: str | None = None
+) -> Settings:
     """As ``parse``, with the values ``known`` in place of the defaults. A run that --resume names,
     a --config file and flags come on top, in this order."""
-    given = vars(build_parser().parse_args(argv))
+    given = vars(build_parser(program).parse_args(argv))
     config = given.pop("config")
     refused = [name for name in REFUSED if given.pop(name) is not None]
     if refused:
@@ -252,6 +251,15 @@ def read_resumed(path: str | Path) -> dict[str, Any]:
         )
     values = read_settings(folder, _fits, FIELDS.keys() - FREE_ON_RESUME - DIVISION)
     return values | {"log_base_dir": str(folder.parent), "exp_name": folder.name}
+
+
+def refuse_no_version(s: Settings) -> None:
+    """Raises UsageError where nothing says which model it is about."""
+    if not s.version.strip():
+        raise UsageError(
+            "--version is missing or empty: name a LLaVA (hub name or folder), a merged model, or a"
+            " --config that does, such as configs/tiny.yaml"
+        )
 
 
 def _fits(name: str, value: Any) -> bool:

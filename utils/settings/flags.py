@@ -34,8 +34,7 @@ def option(
 @dataclass
 class ModelArguments:
     version: str = option(
-        "liuhaotian/llava-llama-2-13b-chat-lightning-preview",
-        "LLaVA folder or hub name; or a merged model",
+        "", "LLaVA folder or hub name; or a merged model; needed unless a config or a run names one"
     )
     vision_tower: str = option(
         "", "CLIP of a LLaVA or LISA that does not hold its own; else checked", "--vision-tower"

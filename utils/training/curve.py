@@ -23,8 +23,8 @@ from matplotlib.backend_bases import FigureCanvasBase  # noqa: E402
 
 from cores.dataset import command  # noqa: E402
 from cores.dataset.files.write import prepare_output, writing  # noqa: E402
-from cores.utils.settings.arguments import OneLineParser  # noqa: E402
 from cores.utils.settings.flags import UsageError  # noqa: E402
+from cores.utils.settings.programs import read_curve  # noqa: E402
 from cores.utils.training.log import read_log  # noqa: E402
 
 STYLES = ("-", "--", ":", "-.")
@@ -123,15 +123,7 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 @command.entry()
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for a mistake."""
-    about = "Curves of runs, from their log.jsonl."
-    parser = OneLineParser(prog="python -m utils.curve", description=about, allow_abbrev=False)
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, help="run folders, or log.jsonl files")
-    add("--out", type=Path, help="PNG to write (default: curve.png in the first run folder)")
-    commas = "joined by commas (default: %(default)s)"
-    add("--loss", default="loss", help=f"values of the steps, {commas}")
-    add("--score", default="giou", help=f"values of the validations, {commas}")
-    args = parser.parse_args(argv)
+    args = read_curve(argv)
     prepare_output("--out", args.out)
     logs = dict(zip(names_of(args.runs), map(read_run, args.runs), strict=True))
     first = args.runs[0]

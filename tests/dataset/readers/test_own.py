@@ -8,12 +8,11 @@ import cv2
 import numpy as np
 import pytest
 
-from cores.dataset.collate import check_sample
 from cores.dataset.conversation.turns import answer_text
 from cores.dataset.files.errors import DataError, MissingDataError
 from cores.dataset.readers.own.dataset import OwnData
 from cores.dataset.readers.reasoning import ReasoningSegmentation
-from cores.dataset.sample import LoaderOptions
+from cores.dataset.sample import LoaderOptions, check_sample
 from tests.dataset_toys import LEVELS, square, write_image, write_json
 from tests.own_toys import (
     RECTANGLE,

@@ -13,12 +13,11 @@ import pytest
 from PIL import Image
 
 from cores.dataset import check
-from cores.dataset.collate import check_sample
 from cores.dataset.files.errors import DataError, MissingDataError
 from cores.dataset.files.faults import Faults, read_skip_list
 from cores.dataset.readers.own.arrow import PYARROW
 from cores.dataset.readers.own.dataset import OwnData
-from cores.dataset.sample import LoaderOptions
+from cores.dataset.sample import LoaderOptions, check_sample
 from tests.dataset.test_check import ROOT, run_block
 from tests.dataset_toys import LEVELS, write_image
 from tests.own_toys import RECTANGLE, SIZE, box, runs, write_mask

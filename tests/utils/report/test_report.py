@@ -18,11 +18,13 @@ from cores.dataset.annotations.masks import read_mask
 from cores.dataset.files.errors import DataError
 from cores.dataset.mixture import EvalDataset
 from cores.utils.evaluation import cli as evaluation_cli
+from cores.utils.evaluation import measuring
 from cores.utils.evaluation.predictions import Predictions, score_predictions
 from cores.utils.evaluation.writer import write_reports
 from cores.utils.metrics import TargetScore, breakdown, paired_bootstrap
 from cores.utils.report import gallery, html
 from cores.utils.report.compare import NotComparable, compare_targets, read_targets
+from cores.utils.settings.programs import read_evaluation
 from tests.backbone_toys import trained_run
 from tests.dataset_toys import write_image
 from tests.helpers import LEVELS
@@ -556,7 +558,7 @@ def test_a_file_that_two_images_may_claim_is_refused(tmp_path, capsys, files, me
 
 def test_results_that_cannot_be_written_are_said_before_the_work(tmp_path, monkeypatch, capsys):
     toy_data(tmp_path / "data")
-    monkeypatch.setattr(evaluation_cli, "score_predictions", None)
+    monkeypatch.setattr(measuring, "score_predictions", None)
     argv = [
         "score",
         "--predictions",
@@ -696,7 +698,7 @@ def test_a_limited_evaluation_measures_its_baselines_on_the_same_images(tmp_path
 
 
 def test_the_results_of_a_run_lie_in_it_by_default():
-    s = evaluation_cli.run_settings([str(trained_run()), "--eval_mode", "free"])
+    s = measuring.settings_for(*read_evaluation([str(trained_run()), "--eval_mode", "free"]))
     assert s.run_dir == trained_run() / "eval" / "Toy-val"
     assert (s.eval_mode, s.eval_only, s.resume) == ("free", True, str(trained_run()))
 
