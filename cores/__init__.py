@@ -22,7 +22,7 @@ __version__ = "0.2.0"
 
 if not (Path(__file__).parent / "model").is_dir():
     # A checkout on a system without symbolic links has files in their place.
-    __path__.append(str(Path(__file__).parents[1]))
+    __path__.insert(0, str(Path(__file__).parents[1]))
 
 
 def __getattr__(name: str) -> Any:

@@ -54,6 +54,9 @@ REFUSED = {
 FACTS = {"image_size": int, "out_dim": int, "use_mm_start_end": str}
 
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
 class Settings(Namespace):
     """All fields of GROUPS, plus ``facts``: values given for FACTS."""
 
@@ -101,7 +104,7 @@ class FlagParser(command.Parser):
 
 def build_parser(program: str | None = None) -> FlagParser:
     parser = FlagParser("Train or evaluate CoReS and LISA.", program)
-    parser.add_argument("--config", help="YAML file with defaults")
+    parser.add_argument("--config", help="YAML file with defaults, or the name of one in configs/")
     for group in GROUPS:
         section = parser.add_argument_group(group.__name__)
         for f in dataclasses.fields(group):
@@ -173,12 +176,17 @@ _FlatLoader.add_implicit_resolver(
 
 
 def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a YAML file on top of those of its ``base``; ``above``: the files that name it
-    as their base. Raises UsageError naming file and key."""
+    """The values of a YAML file, or of the one in configs/ of that name, on top of those of its
+    ``base``; ``above``: the files that name it as their base. Raises UsageError naming file and
+    key."""
     path = Path(path)
+    if not path.is_file() and not above and path.parent == Path():
+        path = CONFIGS / path.with_suffix(".yaml")  # A name of one that comes with the program.
     if not path.is_file():
         asked_by = f"base of {above[-1]}" if above else "--config"
-        raise UsageError(f"{path}: no such file ({asked_by})")
+        shipped = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        hint = "" if above else f"; by name there are {shipped}"
+        raise UsageError(f"{path}: no such file ({asked_by}){hint}")
     if path.resolve() in [p.resolve() for p in above]:
         raise UsageError(f"{path}: is its own base; remove one of the `base:` keys")
     try:
