@@ -49,6 +49,11 @@ COMMANDS = {
     ),
     "chat": Command("ask about pictures in a terminal", "cores.chat", f"{_PROGRAMS}read_chat"),
     "app": Command("ask about pictures on a web page", "cores.app", f"{_PROGRAMS}read_page"),
+    "serve": Command(
+        "answer other programs by OpenAI's protocol",
+        "cores.utils.serving.api",
+        f"{_PROGRAMS}read_serve",
+    ),
     "check": Command("look data sets over before a training", "cores.dataset.check"),
     "synthetic": Command("write the drawn data set SynthReason", "cores.dataset.synthetic.write"),
     "generate": Command("let a language model write questions", "cores.dataset.generate.__main__"),

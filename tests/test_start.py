@@ -14,7 +14,13 @@ from cores.dataset import command
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "matplotlib", "segment_anything")
 SCRIPTS = ["train_ds.py", "chat.py", "app.py", "merge_lora_weights_and_save_hf_model.py"]
-MODULES = ["utils.evaluation", "utils.curve", "utils.boxes_to_masks", "utils.sam_cache"]
+MODULES = [
+    "utils.evaluation",
+    "utils.curve",
+    "utils.serve",
+    "utils.boxes_to_masks",
+    "utils.sam_cache",
+]
 MODULES += ["utils.precompute_proposals", "dataset.check", "dataset.synthetic", "dataset.generate"]
 PROGRAM = f"""
 import runpy, sys

@@ -219,6 +219,8 @@ class Session:
         # A stream has its session. If this had the stream, too, a session that ends in the middle
         # of an answer would stay until Python looks for circles.
         self._running: weakref.ref[Stream] | None = None
+        self.prompt_tokens = 0
+        """Of the last question: its prompt, with exemplars, picture and history."""
 
     def ask(self, question: str) -> Result:
         """The answer; it stands in the history of the next question if it has words.
@@ -316,6 +318,7 @@ class Session:
         p, end = segmenter.processor, segmenter.processor.tokenizer.eos_token_id
         question = clean_question(question)
         history, ids = self._fit(question)
+        self.prompt_tokens = len(ids)
         hidden = self._prefill(ids)
         generated: list[int] = []
         states = [hidden[:0]]
