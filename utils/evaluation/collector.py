@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
+from typing import Any
 
 import torch
 
+from cores.dataset.files.rle import encode_rle
 from cores.dataset.sample import Sample
 from cores.utils import distributed, metrics
 from cores.utils.metrics import TargetScore, score_target, summarise_scores
@@ -42,14 +44,24 @@ class GroundTruth:
 class Collector:
     """Scores answers and forgets their masks, except those of a few pictures."""
 
-    def __init__(self, levels: Sequence[str], pictured: set[int], gallery: int, seed: int):
+    def __init__(
+        self,
+        levels: Sequence[str],
+        pictured: set[int],
+        gallery: int,
+        seed: int,
+        keep_masks: bool = False,
+    ):
         """``levels``: the names of the masks of a target, coarse to fine. ``pictured``: indices of
         the images whose first answer goes to the contact sheet. ``gallery``: pictures of each kind
-        in the report. ``seed``: of the bootstrap and of the choice of pictures."""
+        in the report. ``seed``: of the bootstrap and of the choice of pictures. ``keep_masks``: as
+        run lengths."""
         self.levels, self.pictured = list(levels), pictured
         self.gallery = Gallery(gallery, seed)
         self.scores: list[tuple[Order, TargetScore]] = []
         self.examples: list[tuple[int, Example]] = []
+        self.masks: list[tuple[Order, dict[str, Any]]] | None = [] if keep_masks else None
+        """In the form that utils.evaluation.predictions reads."""
 
     @property
     def giou(self) -> float:
@@ -87,6 +99,10 @@ class Collector:
             example = partial(self._example, truth, k, group, answer)
             self.scores.append((order, score))
             self.gallery.offer(order, score, example)
+            if self.masks is not None and group is not None:
+                entry = {"image_id": score.id, "conversation": score.conversation, "target": k}
+                entry |= {"answer": answer, "segmentation": encode_rle(group[-1].cpu().numpy())}
+                self.masks.append((order, entry))
             if k == truth.conversation == 0 and truth.index in self.pictured:
                 self.examples.append((truth.index, example()))
 
@@ -112,6 +128,9 @@ class Collector:
         examples = sorted(distributed.gather_lists(self.examples), key=by_place)
         shown = Gallery(self.gallery.count, self.gallery.seed)
         shown.add(distributed.gather_lists(self.gallery.entries))
+        masks = None
+        if self.masks is not None:
+            masks = sorted(distributed.gather_lists(self.masks), key=by_place)
         return Report(
             mode=mode,
             dataset=dataset.loader.dataset,
@@ -122,4 +141,5 @@ class Collector:
             seconds=seconds,
             seed=shown.seed,
             pictures=shown.pictures,
+            masks=None if masks is None else [entry for _, entry in masks],
         )

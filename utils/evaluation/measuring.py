@@ -45,6 +45,7 @@ def final_evaluation(model, processor, data, s: Settings, started: float) -> Non
             examples=s.examples,
             gallery=s.gallery,
             seed=s.seed,
+            save_masks=s.save_masks,
         )
         for mode in modes_of(s)
     ]

@@ -116,6 +116,7 @@ def evaluate(
     examples: int = 0,
     gallery: int = 0,
     seed: int = 0,
+    save_masks: bool = False,
     progress: bool = True,
 ) -> Report:
     """Scores ``model`` on ``dataset``; every rank gets the whole report.
@@ -123,7 +124,8 @@ def evaluate(
     ``model``: CoresForReasoningSegmentation, on the device and in the precision to use.
     ``dataset``: an EvalDataset. ``mode``: "teacher_forced" or "free". ``batch_size``: images per
     rank in a pass. ``limit``: at most so many images, spread evenly over the set. ``examples``:
-    rows of the contact sheet; ``gallery``: pictures of each kind in the report. Rank r takes the
+    rows of the contact sheet; ``gallery``: pictures of each kind in the report; ``save_masks``: the
+    report keeps all final masks. Rank r takes the
     images r, r + ranks, …, so no target is counted twice, whatever the number of ranks; with ZeRO-3
     the ranks' shares must be equal. The model's training mode is restored. Raises ValueError for an
     unknown mode or a set without targets.
@@ -140,7 +142,7 @@ def evaluate(
     pictured = {indices[i] for i in evenly_spaced(len(indices), examples)}
     mine = indices[distributed.rank() :: distributed.world_size()]
     refuse_too_long(dataset, processor, [mode], mine)
-    collector = Collector(processor.levels, pictured, gallery, seed)
+    collector = Collector(processor.levels, pictured, gallery, seed, save_masks)
     shown = progress and distributed.is_main()
     training, started = model.training, time.perf_counter()
     model.eval()

@@ -31,8 +31,8 @@ def write_reports(
     proposals: ProposalSource | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Prints the table and writes metrics.json, targets-<mode>.json and .csv, report.html and
-    examples.png.
+    """Prints the table and writes metrics.json, targets-<mode>.json and .csv, report.html,
+    examples.png and, of reports with masks, predictions-<mode>.json.
 
     ``dataset``: the EvalDataset of the reports; the trivial baselines are measured on it, on as
     many images as the reports (``limit``, see ``evaluate``). ``config``: the settings of the
@@ -66,6 +66,11 @@ def write_reports(
         report.config, report.name = config, name
         report.to_json(folder / f"targets-{report.mode}.json")
         report.to_csv(folder / f"targets-{report.mode}.csv")
+        saved = folder / f"predictions-{report.mode}.json"
+        if report.masks is not None:
+            write_text(saved, json.dumps(report.masks, ensure_ascii=False) + "\n")
+        else:
+            saved.unlink(missing_ok=True)  # An earlier evaluation's would be taken for these.
     write_text(folder / "report.html", evaluation_page(reports, baselines, versions()))
     if pictured := next((report for report in reports if report.examples), None):
         title = f"{pictured.dataset}, {words(pictured.mode)}: {pictured.line()}"
@@ -77,6 +82,7 @@ def write_reports(
         for warning in report.warnings:
             print(f"WARNING, {words(report.mode)}: {warning}")
     files = "report.html, metrics.json, targets-*.json, targets-*.csv, examples.png"
+    files += ", predictions-*.json" if any(report.masks is not None for report in reports) else ""
     print(f"written to {folder}/: {files}", flush=True)
     return metrics
 

@@ -43,6 +43,8 @@ class Report:
     """Of the bootstrap and of the choice of pictures."""
     pictures: dict[str, list[Picture]] = field(default_factory=dict)
     """Kind of gallery -> what it shows; see utils.report.gallery."""
+    masks: list[dict[str, Any]] | None = None
+    """The final masks, where they are kept: entries of a list that `score` reads."""
     name: str = ""
     """Who answered: a model folder, a run, or a system whose predictions were read."""
     config: dict[str, Any] = field(default_factory=dict)

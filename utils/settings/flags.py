@@ -273,6 +273,9 @@ class EvalArguments:
         "first", "wordings of a query that are scored", choices=["first", "all"]
     )
     max_new_tokens: int = option(64, "longest free answer, in tokens", minimum=1)
+    save_masks: bool = option(
+        False, "the final evaluation writes its masks, too: predictions-<mode>.json, for `score`"
+    )
     examples: int = option(16, "rows of the contact sheet")
     gallery: int = option(
         8, "answers of each kind (worst, random, best, without a mask) in report.html", minimum=0

@@ -25,7 +25,7 @@ from cores.utils.metrics import TargetScore, breakdown, paired_bootstrap
 from cores.utils.report import gallery, html
 from cores.utils.report.compare import NotComparable, compare_targets, read_targets
 from cores.utils.settings.programs import read_evaluation
-from tests.backbone_toys import trained_run
+from tests.backbone_toys import toys, trained_run
 from tests.dataset_toys import write_image
 from tests.helpers import LEVELS
 from tests.utils.evaluation.test_evaluation import FirstRow, run, toy_data
@@ -725,9 +725,30 @@ def test_mistakes_are_one_line(argv, words, capsys):
     assert message.count("\n") == 1
 
 
+def test_saved_masks_score_as_the_evaluation_did(tmp_path):
+    model = [str(trained_run()), "--max_new_tokens", "12"]
+    assert evaluation_cli.main([*model, "--save_masks", "--out", str(tmp_path / "a")]) == 0
+    # The model of six steps gives none by itself.
+    assert json.loads((tmp_path / "a" / "predictions-free.json").read_text()) == []
+    masks = tmp_path / "a" / "predictions-teacher_forced.json"
+    data = ["--dataset_dir", str(toys() / "data"), "--val_dataset", "Toy|val"]
+    how = ["--eval_mode", "teacher_forced", "--out", str(tmp_path / "b")]
+    assert evaluation_cli.main(["score", "--predictions", str(masks), *data, *how]) == 0
+    ours, scored = (
+        json.loads((tmp_path / name / "targets-teacher_forced.json").read_text())["targets"]
+        for name in "ab"
+    )
+    names = ("id", "conversation", "target", "inter", "union", "iou", "emitted")
+    assert [[row[k] for k in names] for row in ours] == [[row[k] for k in names] for row in scored]
+    assert any(row["inter"] for row in ours)
+    # Masks of an earlier evaluation do not stay beside the results of another one.
+    assert evaluation_cli.main([*model, "--out", str(tmp_path / "a")]) == 0
+    assert not list((tmp_path / "a").glob("predictions-*"))
+
+
 @pytest.mark.slow
 def test_two_real_ranks_write_what_one_writes(tmp_path):
-    flags = [str(trained_run()), "--eval_mode", "free", "--max_new_tokens", "8", "--out"]
+    flags = [str(trained_run()), "--eval_mode", "teacher_forced", "--save_masks", "--out"]
     assert evaluation_cli.main([*flags, str(tmp_path / "one")]) == 0
     launcher = [
         sys.executable,
@@ -741,7 +762,9 @@ def test_two_real_ranks_write_what_one_writes(tmp_path):
     ]
     found = launch(*launcher, *flags, tmp_path / "two")
     assert found.returncode == 0, found.stderr
-    one, two = (
-        json.loads((tmp_path / name / "targets-free.json").read_text()) for name in ("one", "two")
-    )
-    assert one["targets"] == two["targets"]
+    for file, key in (("targets", "targets"), ("predictions", slice(None))):
+        one, two = (
+            json.loads((tmp_path / name / f"{file}-teacher_forced.json").read_text())
+            for name in ("one", "two")
+        )
+        assert one[key] == two[key] != []

@@ -175,6 +175,7 @@ ELSEWHERE = {  # flag: the test that fails when it does nothing
         "test_a_run_writes_what_it_is_told",
     ),
     "eval_texts": "test_all_wordings_are_scored",
+    "save_masks": "test_saved_masks_score_as_the_evaluation_did",
     "prefix_sharing": "test_flags_reach_the_model",
     "pack_tokens": "test_flags_reach_the_model",
     "attn_implementation": "test_flags_reach_the_model",
