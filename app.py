@@ -108,7 +108,7 @@ LEGEND = TEMPLATES.from_string("""
 {% for (red, green, blue), text in entries %}
 <span><i style="background: rgb({{ red }}, {{ green }}, {{ blue }})"></i>{{ text }}</span>
 {% else %}
-<span>This answer has no mask.</span>
+<span>No mask: {{ reason }}.</span>
 {% endfor %}
 </div>""")
 
@@ -185,7 +185,7 @@ def legend(result: Result | None) -> str:
                 area = "empty, no pixel was marked"
             text = f"[{name}]{which}: {area}, predicted IoU {iou}"
             entries.append((level_colour(level, len(found.levels)), text))
-    return LEGEND.render(entries=entries)
+    return LEGEND.render(entries=entries, reason=result.why_no_mask)
 
 
 def write_downloads(result: Result, folder: Path) -> tuple[str, str]:

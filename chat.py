@@ -213,8 +213,8 @@ def print_answer(result: Result, report: dict[str, Any]) -> None:
     """Prints everything but the text; ``report``: what ``TerminalChat.ask`` returned."""
     for remark in remarks(result):
         print(f"  ({remark})")
-    if not result.masks:
-        print("  no mask in this answer")
+    if reason := result.why_no_mask:
+        print(f"  no mask: {reason}")
     for found, row in zip(result.masks, report["masks"], strict=True):
         for level, file in row["files"].items():
             area, iou = int(found.levels[level].sum()), found.ious[level]

@@ -49,6 +49,9 @@ COMMANDS = {
     ),
     "chat": Command("ask about pictures in a terminal", "cores.chat", f"{_PROGRAMS}read_chat"),
     "app": Command("ask about pictures on a web page", "cores.app", f"{_PROGRAMS}read_page"),
+    "predict": Command(
+        "ask about many pictures, into files", "cores.utils.predicting", f"{_PROGRAMS}read_predict"
+    ),
     "serve": Command(
         "answer other programs by OpenAI's protocol",
         "cores.utils.serving.api",

@@ -83,7 +83,10 @@ def test_one_question_as_json(photo, tmp_path, capsys):
 
 def test_exit_code_and_words_of_an_answer_without_mask(photo, tmp_path, capsys):
     assert chat.main(flags(tmp_path / "out", "--image", photo, "--prompt", "hello")) == 1
-    assert capsys.readouterr().out.splitlines() == ["there", "  no mask in this answer"]
+    assert capsys.readouterr().out.splitlines() == [
+        "there",
+        "  no mask: the answer does not say [LOC] [SEG]",
+    ]
     assert chat.main(flags(tmp_path / "out", "--image", photo, "--prompt", "hello", "--json")) == 1
     report = json.loads(capsys.readouterr().out)
     assert (report["masks"], report["overlay"]) == ([], None)

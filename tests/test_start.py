@@ -18,6 +18,7 @@ MODULES = [
     "utils.evaluation",
     "utils.curve",
     "utils.serve",
+    "utils.predict",
     "utils.boxes_to_masks",
     "utils.sam_cache",
 ]

@@ -102,6 +102,20 @@ class Result:
     """False: the answer was cut at the limit of new tokens."""
     forgotten_turns: int = 0
     """The oldest turns of the conversation that had to be left out for this question to fit."""
+    level_names: tuple[str, ...] = ()
+    """Of the model, coarse to fine."""
+
+    @property
+    def why_no_mask(self) -> str | None:
+        """What the answer lacks, in words; None where it has a mask."""
+        if self.masks:
+            return None
+        wanted = " ".join(f"[{name}]" for name in self.level_names)
+        said = [name for name in re.findall(r"\[(\w+)\]", self.text) if name in self.level_names]
+        if not said:
+            return f"the answer does not say {wanted}" if wanted else "the answer names nothing"
+        words = " ".join(f"[{name}]" for name in said)
+        return f"the answer says {words}, and a mask needs {wanted}, in this order"
 
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
@@ -128,7 +142,9 @@ class Result:
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
             for caption, picture in tiles
         )
-        notes = "" if self.masks else "<p>This answer has no mask.</p>"
+        notes = ""
+        if reason := self.why_no_mask:
+            notes = f"<p>No mask: {html.escape(reason)}.</p>"
         if not self.finished:
             notes += "<p>The answer was cut at the limit of new tokens.</p>"
         question, text = html.escape(self.question), html.escape(self.text)
@@ -172,6 +188,7 @@ class Result:
         report: dict[str, Any] = {"image": self.name, "question": self.question, "text": self.text}
         masks = [found.to_dict() for found in self.masks]
         report |= {"finished": self.finished, "masks": masks}
+        report["why_no_mask"] = self.why_no_mask
         if files is not None:
             for row, paths in zip(masks, files["masks"], strict=True):
                 row["files"] = paths

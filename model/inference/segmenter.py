@@ -187,7 +187,8 @@ class ReasoningSegmenter:
             for group, ious in zip(answer.masks.cpu().numpy(), answer.iou.tolist(), strict=True)
         ]
         text, ids = self.text(answer.token_ids), answer.token_ids
-        return Result(image, name, question, text, masks, ids, answer.finished, forgotten)
+        finished, named = answer.finished, tuple(levels)
+        return Result(image, name, question, text, masks, ids, finished, forgotten, named)
 
     def text(self, ids: Sequence[int]) -> str:
         """Generated ids as people read them."""

@@ -96,6 +96,24 @@ def read_chat(argv: Sequence[str] | None = None) -> Namespace:
     return args
 
 
+def read_predict(argv: Sequence[str] | None = None) -> Namespace:
+    """Flags of many questions about many pictures."""
+    about = "Ask a model about many pictures, and keep the answers in files."
+    parser = FlagParser(about, "python -m utils.predict")
+    add_model_flags(parser)
+    add = parser.add_argument
+    folder = "folder of pictures, or a table (.jsonl, .csv) with the columns image and question"
+    add("--images", type=Path, required=True, help=folder)
+    add("--prompts", help="a question, or a file (.txt) with one in each line, for every picture")
+    add("--out", type=Path, required=True, help="folder for the answers; the same continues")
+    add("--overlay", action="store_true", help="also write the masks over the pictures")
+    pictures = "pictures in one pass (default: 1)"
+    add("--batch_size", type=in_range(int, 1), default=1, help=pictures)
+    args = parser.parse_args(argv)
+    refuse_model_flags(args)
+    return args
+
+
 def read_page(argv: Sequence[str] | None = None) -> Namespace:
     """Flags of app.py."""
     parser = FlagParser("A web page around a model: drop a picture, ask, see how it was found.")

@@ -111,8 +111,13 @@ def test_a_notebook_shows_an_answer_and_a_prompt_prints_it_in_short(segmenter):
     assert len(figures) == len(result.masks[0].levels) == 2
     shown = np.array(Image.open(io.BytesIO(base64.b64decode(figures[-1]))))
     assert shown.shape == (480, 384, 3)
-    silent = replace(result, masks=[], finished=False)._repr_html_()
-    assert "has no mask" in silent and "was cut" in silent
+    halves = replace(result, masks=[], finished=False, text="It is [SEG] on [LOC]")
+    assert halves.why_no_mask == (
+        "the answer says [SEG] [LOC], and a mask needs [LOC] [SEG], in this order"
+    )
+    silent = halves._repr_html_()
+    assert f"No mask: {halves.why_no_mask}" in silent and "was cut" in silent
+    assert result.why_no_mask is None
     small = replace(result, image=picture(), masks=[])
     assert np.array(Image.open(io.BytesIO(small._repr_png_()))).shape == picture().shape
 
