@@ -37,12 +37,7 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image
 
-from cores.chat import (
-    LESS_MEMORY,
-    MISTAKES,
-    load_segmenter,
-    remarks,
-)
+from cores.chat import MISTAKES, remarks
 from cores.dataset.command import one_line
 from cores.dataset.drawing import fit, level_colour, overlay
 from cores.dataset.files.errors import DataError
@@ -51,6 +46,7 @@ from cores.dataset.files.text import read_json
 from cores.dataset.synthetic import write as synthetic
 from cores.model.inference.results import Result
 from cores.utils import distributed
+from cores.utils.asking import LESS_MEMORY, load_segmenter
 from cores.utils.report.gallery import encode_jpeg
 from cores.utils.report.html import TEMPLATES
 from cores.utils.serving.folder import ServedFolder

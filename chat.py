@@ -19,7 +19,6 @@ import json
 import os
 import signal
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,10 @@ from transformers.utils import logging as transformers_logging
 
 from cores.dataset.command import one_line, shown
 from cores.dataset.files.write import write_text
-from cores.model.checkpoints.precision import DTYPES, choose_attention, quantization
 from cores.model.inference.inputs import load_image
 from cores.model.inference.results import Result
 from cores.model.inference.segmenter import ReasoningSegmenter, Session
-from cores.utils import distributed
+from cores.utils.asking import LESS_MEMORY, load_segmenter
 from cores.utils.settings.flags import UsageError
 from cores.utils.settings.typed_path import names_a_path, refuse_no_file, typed_path
 
@@ -49,7 +47,6 @@ with contextlib.suppress(ImportError):
 
 # Reported in one line; anything else is a defect of the program and shows its trace.
 MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
-LESS_MEMORY = "use --load_in_4bit or --load_in_8bit, or a smaller model"
 HELP = """Type a question about the picture, or the path of another picture.
   /image PATH   another picture and a new conversation
   /undo         take the last question and its answer back
@@ -57,27 +54,6 @@ HELP = """Type a question about the picture, or the path of another picture.
   /save [FILE]  write the conversation, masks included, as JSON
   /help         this text
   /quit         the end (quit, exit and Ctrl-D, too); Ctrl-C stops an answer"""
-
-
-def load_segmenter(args: Namespace) -> ReasoningSegmenter:
-    """The model that the flags of ``add_model_flags`` describe. Raises FileNotFoundError or
-    ValueError for flags or a folder that do not work."""
-    bits = 4 if args.load_in_4bit else 8 if args.load_in_8bit else None
-    compute = DTYPES[args.precision or "bf16"]
-    attention, _ = choose_attention(args.attn_implementation, compute, distributed.device())
-    segmenter = ReasoningSegmenter.from_pretrained(
-        args.version,
-        dtype=compute if bits or args.precision else "auto",
-        attn_implementation=attention,
-        template=args.conv_type,
-        max_new_tokens=args.max_new_tokens,
-        vision_tower=args.vision_tower,
-        proposals=args.proposals,
-        quantization_config=quantization(bits, compute),
-    )
-    if args.model_max_length is not None:
-        segmenter.processor.tokenizer.model_max_length = args.model_max_length
-    return segmenter
 
 
 class TerminalChat:

@@ -490,7 +490,16 @@ ORIGINS = {
     "docs/img": "drawn by this program",
 }
 TEXTS = {".py", ".md", ".yaml", ".toml", ".txt", ".sh", ".j2", ".css", ".json", ".cff", ".yml"}
-PLAIN = {"Makefile", "NOTICE", ".gitignore", "hostfile", ".ci/run", "py.typed"}
+PLAIN = {
+    "Makefile",
+    "Dockerfile",
+    ".dockerignore",
+    "NOTICE",
+    ".gitignore",
+    "hostfile",
+    ".ci/run",
+    "py.typed",
+}
 
 
 def test_every_file_is_ours_or_its_origin_is_named():
@@ -515,3 +524,42 @@ def test_licence_and_citation_say_the_same_as_the_package():
     for reference in citation["references"]:
         assert {"title", "authors", "year", "url"} <= reference.keys()
         assert reference["url"] in readme, f"README does not link {reference['title']}"
+
+
+def workflows() -> dict[str, dict]:
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
+
+
+def test_workflows_run_the_commands_that_everybody_has():
+    """``make`` is where a command is defined; a workflow only says when and on what it runs."""
+    assert {"ci", "release"} <= workflows().keys()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    ran = []
+    for workflow in workflows().values():
+        assert workflow["permissions"] == {"contents": "read"}
+        for job in workflow["jobs"].values():
+            assert job["timeout-minutes"] and job["steps"]
+            ran += [step["run"] for step in job["steps"] if "run" in step]
+            for step in job["steps"]:
+                assert "uses" not in step or re.search(r"@(v\d+|release/v\d+)$", step["uses"])
+    made = {line.split()[1] for line in ran if line.startswith("make ")}
+    assert made <= targets and {"lint", "test", "docs"} <= made
+
+
+def test_workflows_and_package_say_the_same_of_python():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tested = workflows()["ci"]["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert project["requires-python"] == f">={tested[0]}"
+    image = re.search(r"^FROM python:([\d.]+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert image and image[1] in tested
+
+
+def test_the_image_takes_what_the_set_up_needs_before_the_rest():
+    """Its layers change when the requirements do, and only then; every copied file exists."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    copied = [line.split()[1:-1] for line in re.findall(r"^COPY .*", text, re.MULTILINE)]
+    assert all((ROOT / name).exists() for names in copied for name in names)
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    kept_out = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()}
+    assert {"data", "runs", ".venv"} <= kept_out & set(ignored)

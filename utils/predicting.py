@@ -35,7 +35,6 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from cores.chat import LESS_MEMORY, load_segmenter
 from cores.dataset import command
 from cores.dataset.files.errors import DataError
 from cores.dataset.files.images import read_image
@@ -45,6 +44,7 @@ from cores.dataset.files.text import read_json, read_text
 from cores.dataset.files.write import prepare_output, write_text, writing
 from cores.model.inference.inputs import clean_question, load_image
 from cores.model.inference.results import Result
+from cores.utils.asking import LESS_MEMORY, load_segmenter
 from cores.utils.settings.flags import UsageError
 from cores.utils.settings.programs import read_predict
 
@@ -54,7 +54,7 @@ ASKED = ("question", "query", "prompt", "text")  # names of the column with the 
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
 
 
-class Asked(NamedTuple):
+class AskedPicture(NamedTuple):
     """A picture and what is asked about it."""
 
     name: str
@@ -63,7 +63,7 @@ class Asked(NamedTuple):
     questions: list[str]
 
 
-def asked_pictures(images: Path, prompts: str | None) -> list[Asked]:
+def asked_pictures(images: Path, prompts: str | None) -> list[AskedPicture]:
     """What the flags name, in the order of the folder or of the table. Raises UsageError or
     DataError, naming file and line."""
     if images.suffix.lower() in TABLES and images.is_file():
@@ -82,7 +82,7 @@ def asked_pictures(images: Path, prompts: str | None) -> list[Asked]:
     )
     if not found:
         raise UsageError(f"--images {images}: holds no picture ({', '.join(PICTURES)})")
-    return [Asked(path.relative_to(images).as_posix(), path, questions) for path in found]
+    return [AskedPicture(path.relative_to(images).as_posix(), path, questions) for path in found]
 
 
 def _questions(prompts: str) -> list[str]:
@@ -97,7 +97,7 @@ def _questions(prompts: str) -> list[str]:
     return list(dict.fromkeys(clean_question(line) for line in lines))
 
 
-def _of_table(table: Path) -> list[Asked]:
+def _of_table(table: Path) -> list[AskedPicture]:
     found: dict[str, list[str]] = {}
     for number, row in _rows(table):
         column = next((name for name in ASKED if name in row), None)
@@ -113,7 +113,7 @@ def _of_table(table: Path) -> list[Asked]:
     if not found:
         raise DataError(f"{table}: has no rows")
     return [
-        Asked(name, resolve_inside(table.parent, name), questions)
+        AskedPicture(name, resolve_inside(table.parent, name), questions)
         for name, questions in found.items()
     ]
 
@@ -172,10 +172,10 @@ class Answers:
         except ValueError:
             raise DataError(f"{file}: has a damaged line; remove it and go on") from None
 
-    def missing(self, asked: Asked) -> list[str]:
+    def missing(self, asked: AskedPicture) -> list[str]:
         return [text for text in asked.questions if (asked.name, text) not in self._done]
 
-    def add(self, asked: Asked, result: Result) -> None:
+    def add(self, asked: AskedPicture, result: Result) -> None:
         """Writes the masks, then the line that says they are there."""
         number = asked.questions.index(result.question)
         files = []
@@ -263,7 +263,7 @@ def predict(args: Namespace) -> int:
         bar = {"total": len(asked), "initial": len(asked) - len(todo), "unit": "image"}
         with tqdm(**bar, disable=None) as shown:
             for start in range(0, len(todo), args.batch_size):
-                some: list[tuple[Asked, list[str], np.ndarray]] = []
+                some: list[tuple[AskedPicture, list[str], np.ndarray]] = []
                 for one, questions in todo[start : start + args.batch_size]:
                     try:
                         some.append((one, questions, load_image(read_image(one.path))[0]))

@@ -31,13 +31,13 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from cores.chat import LESS_MEMORY, load_segmenter
 from cores.dataset import command
 from cores.dataset.command import one_line
 from cores.dataset.files.errors import DataError
 from cores.model.inference.results import Result
 from cores.model.inference.segmenter import ReasoningSegmenter, Session
 from cores.model.reasoning.generation import Decoding
+from cores.utils.asking import LESS_MEMORY, load_segmenter
 from cores.utils.serving import protocol
 from cores.utils.serving.protocol import Question, Refused
 from cores.utils.settings.flags import UsageError
