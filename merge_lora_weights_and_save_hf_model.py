@@ -41,7 +41,7 @@ from cores.model.choices import PRECISIONS  # noqa: E402
 from cores.model.cores import CoresForReasoningSegmentation  # noqa: E402
 from cores.model.export import save_published  # noqa: E402
 from cores.model.processor import CoresProcessor  # noqa: E402
-from cores.model.reasoning.lora import has_lora, merge_lora  # noqa: E402
+from cores.model.reasoning.lora import adapted_layers, has_lora, merge_lora  # noqa: E402
 from cores.utils import build  # noqa: E402
 from cores.utils.settings.arguments import (  # noqa: E402
     FREE_ON_RESUME,
@@ -134,7 +134,7 @@ def load(args: Namespace, rest: list[str]) -> tuple[CoresForReasoningSegmentatio
         weights = checkpoint.read_weights(origin)
     else:
         weights = checkpoint.read_weights(origin)
-        settings = settings_without_run(origin, rest)
+        settings = settings_without_run(origin, rest, weights)
         settings.precision = args.precision or "bf16"
     return build.unmerged_model(settings, weights, origin, to_merge=True)
 
@@ -172,16 +172,17 @@ def refuse_other_kind(version: str, saved: dict[str, Any], run: Path) -> None:
         )
 
 
-def settings_without_run(origin: Path, rest: list[str]) -> Settings:
-    """For trained weights without a run folder: the flags ``rest`` must describe the model that
+def settings_without_run(origin: Path, rest: list[str], weights: dict[str, Any]) -> Settings:
+    """For trained ``weights`` without a run folder: the flags ``rest`` must describe the model that
     they belong to, except for what a PEFT adapter says itself."""
     settings = parse_over({}, rest)
     given = {flag.split("=")[0] for flag in rest}
     if not checkpoint.is_adapter(origin):
         if settings.lora_r and "--lora_alpha" not in given:
+            scale = "α/√r" if settings.use_rslora else "α/r (--use_rslora: α/√r)"
             print(
                 f"{origin}: does not say with which α it was trained; --lora_alpha"
-                f" {settings.lora_alpha} is taken"
+                f" {settings.lora_alpha} is taken, with the scale {scale}"
             )
         return settings
     source = build.open_version(settings)
@@ -192,14 +193,17 @@ def settings_without_run(origin: Path, rest: list[str]) -> Settings:
         )
     adapter = read_json_file(origin, checkpoint.ADAPTER_CONFIG)
     checkpoint.refuse_other_adapters(adapter, origin)
-    for name, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
-        if f"--{name}" in given and getattr(settings, name) != adapter.get(key):
+    for name in ("lora_r", "lora_alpha", "use_dora", "use_rslora"):
+        said = adapter.get("r" if name == "lora_r" else name, False)
+        if {f"--{name}", f"--no-{name}"} & given and getattr(settings, name) != said:
             raise UsageError(
-                f"--{name} {getattr(settings, name)}: {origin} says {adapter.get(key)}; leave the"
-                " flag out"
+                f"--{name} {getattr(settings, name)}: {origin} says {said}; leave the flag out"
             )
-        setattr(settings, name, adapter.get(key))
-    settings.lora_target_modules = ",".join(adapter["target_modules"])
+        setattr(settings, name, said)
+    targets = adapter["target_modules"]
+    if isinstance(targets, str):  # A pattern speaks of names in the model that PEFT was given.
+        targets = adapted_layers(weights)
+    settings.lora_target_modules = ",".join(targets)
     settings.levels = ",".join(build.prompt_format(settings, source).levels)
     return settings
 

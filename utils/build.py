@@ -389,9 +389,9 @@ def _tower_sizes(tower: str) -> tuple[int, int, int]:
 def make_trainable(model: CoresForReasoningSegmentation, s: Settings) -> dict[str, int]:
     """Adds LoRA and freezes the rest; returns the sizes of the trainable groups."""
     if s.lora_r:
-        add_lora(
-            model, s.lora_r, s.lora_alpha, s.lora_dropout, tuple(s.lora_target_modules.split(","))
-        )
+        targets = [name.strip() for name in s.lora_target_modules.split(",")]
+        scale = s.lora_r, s.lora_alpha, s.lora_dropout
+        add_lora(model, *scale, targets, s.use_dora, s.use_rslora)
     if s.gradient_checkpointing:
         enable_checkpointing(model.reasoning.llava)
     return set_trainable(model, lora=bool(s.lora_r), train_mask_decoder=s.train_mask_decoder)

@@ -308,6 +308,15 @@ def _check(s: Settings) -> None:
             "training on 4 or 8 bits needs --lora_r above 0 and --zero_stage 0, 1 or 2: such"
             " weights cannot change"
         )
+    if not s.lora_r:
+        for flag in ("use_dora", "use_rslora", "loraplus_lr_ratio"):
+            if getattr(s, flag) != FIELDS[flag].default:
+                raise UsageError(f"--{flag} needs --lora_r above 0: it changes adapters")
+    if s.use_dora and s.load_in_8bit and not s.eval_only:
+        raise UsageError(
+            "--use_dora --load_in_8bit: 8-bit layers of bitsandbytes lose their scales when PEFT"
+            " measures their rows; use --load_in_4bit"
+        )
     if s.offload != "none" and s.zero_stage == 0:
         raise UsageError(
             "--offload optimizer needs --zero_stage 1, 2 or 3: without ZeRO the optimizer stays on"
