@@ -8,6 +8,7 @@ from typing import Any
 from cores.dataset.conversation.templates import TEMPLATES
 from cores.model.choices import ATTENTION, PRECISIONS, RANKINGS, RULES
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 SELECTING = ("llm_seg", "cores+select")  # methods that choose among SAM's proposals
 
 
@@ -233,6 +234,17 @@ class TrainArguments:
     seed: int = option(0, "seed of everything", maximum=2**63 - 1)
     print_freq: int = option(
         10, "steps between two lines of the run log", minimum=1, may_change=True
+    )
+    report_to: str = option(
+        "tensorboard",
+        f"where the log is shown, too: {', '.join(TRACKERS)}, joined by commas; or none",
+        may_change=True,
+    )
+    report_project: str = option(
+        "",
+        "project (MLflow: experiment) of the run there; unset: WANDB_PROJECT, TRACKIO_PROJECT or"
+        " MLFLOW_EXPERIMENT_NAME, or else cores",
+        may_change=True,
     )
     save_every: int = option(
         0,

@@ -162,6 +162,8 @@ ELSEWHERE = {  # flag: the test that fails when it does nothing
     "zero_stage": "test_zero_3_on_several_ranks_needs_targets",
     "offload": "test_an_optimizer_on_the_host_takes_the_same_steps",
     "print_freq": "test_a_run_writes_what_it_is_told",
+    "report_to": "test_a_tracker_that_fails_ends_no_training",
+    "report_project": "test_mlflow",
     "save_every": "test_kills_change_nothing",
     "resume": "test_the_way_on_leads_to_the_same_end",
     "auto_resume": "test_a_lost_last_checkpoint_does_not_start_over_in_silence",
