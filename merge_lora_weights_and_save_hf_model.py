@@ -22,7 +22,7 @@ import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cores.dataset import command
 
@@ -34,6 +34,7 @@ from cores.utils import distributed
 distributed.prepare_environment()  # It must come before any import of deepspeed.
 
 from cores.dataset.files.write import all_or_nothing, remove, sync  # noqa: E402
+from cores.model.card import CARD, model_card  # noqa: E402
 from cores.model.checkpoints.precision import DTYPES  # noqa: E402
 from cores.model.checkpoints.source import open_source  # noqa: E402
 from cores.model.checkpoints.weights import read_json_file  # noqa: E402
@@ -53,6 +54,7 @@ from cores.utils.settings.arguments import (  # noqa: E402
 from cores.utils.settings.flags import UsageError  # noqa: E402
 from cores.utils.settings.saved import run_of  # noqa: E402
 from cores.utils.training import checkpoint  # noqa: E402
+from cores.utils.training.verify import read_progress  # noqa: E402
 
 # What merging may find elsewhere than training did, or does not depend on.
 FREE_IN_MERGE = FREE_ON_RESUME | {
@@ -107,15 +109,26 @@ def read_arguments(argv: list[str] | None) -> tuple[Namespace, list[str]]:
     return args, rest
 
 
-def load(args: Namespace, rest: list[str]) -> tuple[CoresForReasoningSegmentation, CoresProcessor]:
-    """The model with its adapters apart, weights in the precision to store, and its processor."""
+class Loaded(NamedTuple):
+    """What is written into the folder."""
+
+    model: CoresForReasoningSegmentation
+    """With its adapters apart, weights in the precision to store."""
+    processor: CoresProcessor
+    card: str
+    """The model card."""
+
+
+def load(args: Namespace, rest: list[str]) -> Loaded:
     if args.merged:
         if rest:
             raise UsageError(f"{' '.join(rest)}: --merged takes no flags of the training")
         source = open_source(args.merged)
         dtype = DTYPES[args.precision] if args.precision else "auto"
         model = CoresForReasoningSegmentation.from_pretrained(source, dtype=dtype)
-        return model, CoresProcessor.from_pretrained(source)
+        before = source.file(CARD)
+        card = before.read_text(encoding="utf-8") if before else model_card(model.config)
+        return Loaded(model, CoresProcessor.from_pretrained(source), card)
     origin = Path(args.run or args.weight)
     if build.is_finished(origin):
         raise UsageError(
@@ -127,16 +140,58 @@ def load(args: Namespace, rest: list[str]) -> tuple[CoresForReasoningSegmentatio
             f"{origin}: neither a run folder nor a checkpoint in one (--run); weights without a run"
             " go with --weight"
         )
-    if run_of(origin):
+    run = run_of(origin)
+    if run:
         settings = settings_of_run(origin, rest)
+        known = read_resumed(origin)
         settings.precision = args.precision or settings.precision
         origin = checkpoint.find_weights(origin, args.which or "best")
         weights = checkpoint.read_weights(origin)
+        known["images_per_step"] = (read_progress(origin) or {}).get("images_per_step")
     else:
+        known = {}
         weights = checkpoint.read_weights(origin)
         settings = settings_without_run(origin, rest, weights)
         settings.precision = args.precision or "bf16"
-    return build.unmerged_model(settings, weights, origin, to_merge=True)
+    backbones = backbones_of(settings)
+    metrics, unmeasured = measured(run, origin, known)
+    model, processor = build.unmerged_model(settings, weights, origin, to_merge=True)
+    card = model_card(model.config, backbones, known, metrics, unmeasured)
+    return Loaded(model, processor, card)
+
+
+def backbones_of(settings: Settings) -> dict[str, str]:
+    """Part -> where its weights came from, as flags and the config of --version name it."""
+    source = build.open_version(settings)
+    if source.finished:
+        return {"the whole model": settings.version}
+    tower = source.config.get("mm_vision_tower")
+    return {
+        "language model and projector": settings.version,
+        "CLIP": settings.vision_tower or (tower if isinstance(tower, str) else ""),
+        "SAM": settings.vision_pretrained,
+        "DINOv2": settings.features_pretrained,
+    }
+
+
+def measured(run: Path | None, weights: Path, known: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What the metrics.json of a run says about these ``weights`` of it, or {} and why nothing.
+
+    A run measures its best checkpoint at its end. ``known``: the settings of the run."""
+    if run is None:
+        return {}, "the weights came without the run that trained them"
+    if weights.name.removesuffix(".old") != "best":
+        return {}, "the run has measured its best checkpoint, and these weights are others"
+    try:
+        metrics = read_json_file(run, "metrics.json")
+    except (OSError, ValueError):
+        return {}, "the run has no metrics.json that can be read"
+    config = metrics.get("config")
+    if not isinstance(config, dict) or any(
+        config[name] != known[name] for name in config.keys() & known.keys() - FREE_ON_RESUME
+    ):
+        return {}, "the run's metrics.json is that of another training"
+    return metrics, ""
 
 
 def settings_of_run(run: Path, rest: list[str]) -> Settings:
@@ -208,12 +263,11 @@ def settings_without_run(origin: Path, rest: list[str], weights: dict[str, Any])
     return settings
 
 
-def save(
-    model: CoresForReasoningSegmentation, processor: CoresProcessor, folder: Path, layout: str
-) -> None:
+def save(loaded: Loaded, folder: Path, layout: str) -> None:
     """``folder``, which is new or empty and may be "." or a link, appears when it is complete; a
     merge that was killed leaves a hidden folder beside it, which the next one removes. Raises
     OSError naming ``folder``."""
+    model, processor, card = loaded
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.merging")
     shutil.rmtree(partial, ignore_errors=True)
@@ -223,6 +277,7 @@ def save(
         else:
             model.save_pretrained(partial)
             processor.save_pretrained(partial)
+        (partial / CARD).write_text(card, encoding="utf-8")
         for file in sorted(partial.rglob("*"), reverse=True):
             sync(file)
         if folder == Path.cwd() or folder.is_mount():  # It must stay the folder that it is.
@@ -256,10 +311,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(
             f"{folder}: exists and is not empty; give another --save_path or delete it"
         )
-    model, processor = load(args, rest)
-    if has_lora(model):
-        merge_lora(model)
-    save(model, processor, folder, args.layout)
+    loaded = load(args, rest)
+    if has_lora(loaded.model):
+        merge_lora(loaded.model)
+    save(loaded, folder, args.layout)
     print(f"{folder}: saved; try `python chat.py --version {folder}`")
     return 0
 

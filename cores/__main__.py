@@ -35,6 +35,7 @@ COMMANDS = {
     "merge": Command(
         "save a run as one model folder", "cores.merge_lora_weights_and_save_hf_model"
     ),
+    "push": Command("put a model folder on the hub", "cores.utils.push"),
     "chat": Command("ask questions about a picture in the terminal", "cores.chat"),
     "app": Command("the same as a web page", "cores.app"),
     "check": Command("look over data sets before training", "cores.dataset.check"),

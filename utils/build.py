@@ -49,7 +49,10 @@ VISION_TOWERS = {
 def open_version(s: Settings) -> Source:
     """What --version names, opened once for all that follows. Raises FileNotFoundError, and
     ValueError for what is neither a LLaVA nor a finished model."""
-    source = open_source(s.version, s.vision_tower)
+    try:
+        source = open_source(s.version, s.vision_tower)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} (--version)") from None
     if not source.finished and source.kind not in (Kind.LLAVA, Kind.PUBLISHED_LLAVA):
         raise source.refuse("--version needs a model of type 'llava'")
     return source
