@@ -13,6 +13,10 @@ import sys
 from pathlib import Path
 
 from cores.dataset import command
+
+if __name__ == "__main__":
+    command.guard()
+
 from cores.utils.settings.arguments import OneLineParser
 from cores.utils.settings.flags import UsageError
 
