@@ -23,6 +23,14 @@ class PushedWhole(PreTrainedModel):
     origin: Source | None = None
     """What the model was read from; None for a new one."""
 
+    def save_pretrained(self, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers, into a folder. Raises ValueError for ``push_to_hub``."""
+        if push_to_hub:
+            raise ValueError(
+                "save_pretrained(push_to_hub=True): knows no processor and card; call push_to_hub"
+            )
+        super().save_pretrained(*args, **kwargs)
+
     def push_to_hub(  # type: ignore[override]  # One commit, with the processor.
         self,
         repo_id: str,

@@ -198,6 +198,8 @@ def test_a_new_model_needs_its_processor(hub):
     model.push_to_hub("new", processor=processor)
     card = ModelCard(hub.files("me/new")["README.md"].decode())
     assert 'from_pretrained("me/new")' in card.text, "the owner is whoever is logged in"
+    with pytest.raises(ValueError, match="call push_to_hub"):
+        model.save_pretrained("nowhere", push_to_hub=True)
     add_lora(model)
     with pytest.raises(ValueError, match="merge them"):
         model.push_to_hub("me/adapters", processor=processor)

@@ -11,7 +11,8 @@
                 progress.json how far the training was
                 settings.json, identity.json
                               copies of config.json, and what the run was made of (identity.py)
-              identity.json  lock  log.jsonl  tensorboard/  metrics.json  examples.png
+              identity.json  lock  log.jsonl  trackers.json  tensorboard/
+              metrics.json   examples.png
 
 A checkpoint is written beside its place and renamed when it is complete: a killed run leaves the
 previous one intact. One that a disk damaged later is refused, whoever reads it. Only the training

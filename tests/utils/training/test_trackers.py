@@ -1,5 +1,6 @@
 """Where a training is reported: the real packages, offline, read back."""
 
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from cores import train_ds
 from cores.utils.settings.arguments import parse
 from cores.utils.training import trackers
+from cores.utils.training.failures import Interrupted
 from cores.utils.training.log import read_log
 from tests.backbone_toys import flags, toys
 from tests.fork_server import server
@@ -239,6 +241,28 @@ def test_only_the_main_rank_reports(monkeypatch):
     monkeypatch.setattr(trackers.distributed, "is_main", lambda: False)
     with trackers.reporting(parse([]), 0, False) as found:
         assert found.working == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "finished"), (Interrupted("asked"), "stopped"), (ValueError("broken"), "failed")],
+)
+def test_a_tracker_is_told_how_it_ended(error, status, monkeypatch, tmp_path):
+    told = []
+
+    class Told(trackers.TensorBoard):
+        def __init__(self, run):
+            pass
+
+        def close(self, status):
+            told.append(status)
+
+    monkeypatch.setattr(trackers, "KINDS", {"tensorboard": Told})
+    opened = trackers.reporting(parse(["--log_base_dir", str(tmp_path)]), 0, False)
+    with contextlib.suppress(Interrupted, ValueError), opened:
+        if error:
+            raise error
+    assert told == [status]
 
 
 @pytest.mark.parametrize("value", ["tensorbord", "wandb,none", "wandb,wandb", "all", "wandb,"])
