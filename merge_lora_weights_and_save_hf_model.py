@@ -34,7 +34,7 @@ from cores.utils import distributed
 distributed.prepare_environment()  # It must come before any import of deepspeed.
 
 from cores.dataset.files.write import all_or_nothing, remove, sync  # noqa: E402
-from cores.model.card import CARD, model_card  # noqa: E402
+from cores.model.card import CARD, WHOLE, model_card  # noqa: E402
 from cores.model.checkpoints.precision import DTYPES  # noqa: E402
 from cores.model.checkpoints.source import open_source  # noqa: E402
 from cores.model.checkpoints.weights import read_json_file  # noqa: E402
@@ -42,6 +42,7 @@ from cores.model.choices import PRECISIONS  # noqa: E402
 from cores.model.cores import CoresForReasoningSegmentation  # noqa: E402
 from cores.model.export import save_published  # noqa: E402
 from cores.model.processor import CoresProcessor  # noqa: E402
+from cores.model.pushed import card_for  # noqa: E402
 from cores.model.reasoning.lora import adapted_layers, has_lora, merge_lora  # noqa: E402
 from cores.utils import build  # noqa: E402
 from cores.utils.settings.arguments import (  # noqa: E402
@@ -126,8 +127,7 @@ def load(args: Namespace, rest: list[str]) -> Loaded:
         source = open_source(args.merged)
         dtype = DTYPES[args.precision] if args.precision else "auto"
         model = CoresForReasoningSegmentation.from_pretrained(source, dtype=dtype)
-        before = source.file(CARD)
-        card = before.read_text(encoding="utf-8") if before else model_card(model.config)
+        card = card_for(model.config, source)
         return Loaded(model, CoresProcessor.from_pretrained(source), card)
     origin = Path(args.run or args.weight)
     if build.is_finished(origin):
@@ -164,7 +164,7 @@ def backbones_of(settings: Settings) -> dict[str, str]:
     """Part -> where its weights came from, as flags and the config of --version name it."""
     source = build.open_version(settings)
     if source.finished:
-        return {"the whole model": settings.version}
+        return {WHOLE: settings.version}
     tower = source.config.get("mm_vision_tower")
     return {
         "language model and projector": settings.version,
@@ -177,11 +177,13 @@ def backbones_of(settings: Settings) -> dict[str, str]:
 def measured(run: Path | None, weights: Path, known: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """What the metrics.json of a run says about these ``weights`` of it, or {} and why nothing.
 
-    A run measures its best checkpoint at its end. ``known``: the settings of the run."""
+    A run measures its best checkpoint at its end, one of ZeRO-3 its last. ``known``: the settings
+    of the run."""
     if run is None:
         return {}, "the weights came without the run that trained them"
-    if weights.name.removesuffix(".old") != "best":
-        return {}, "the run has measured its best checkpoint, and these weights are others"
+    which = "last" if known.get("zero_stage") == 3 else "best"
+    if weights.name.removesuffix(".old") != which:
+        return {}, f"the run has measured its {which} checkpoint, and these weights are others"
     try:
         metrics = read_json_file(run, "metrics.json")
     except (OSError, ValueError):

@@ -19,6 +19,9 @@ from cores.model.config import CoresConfig, SamDims
 CARD = "README.md"
 HERE = 'from_pretrained(".")'
 """In the card of a folder; ``push_folder`` puts the name of the repository there."""
+LIBRARY = "cores"
+WHOLE = "the whole model"
+"""The part of a model that went on from a finished one."""
 MODES = {"free": "free generation", "teacher_forced": "teacher-forced"}
 # Family of --dataset -> the flag that names its data sets.
 FAMILIES = {
@@ -29,7 +32,7 @@ FAMILIES = {
     "vqa": "vqa_data",
     "own": "own_data",
 }
-SAMS = {768: "ViT-B", 1024: "ViT-L", 1280: "ViT-H"}
+SAMS = {(768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}  # (width, blocks)
 SAM_FILES = ("sam_vit_b_01ec64.pth", "sam_vit_l_0b3195.pth", "sam_vit_h_4b8939.pth")
 SHOWN = ("precision", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "lora_dropout") + (
     *("lora_target_modules", "use_dora", "use_rslora", "loraplus_lr_ratio", "train_mask_decoder"),
@@ -123,7 +126,8 @@ def _model(config: CoresConfig, kind: str) -> str:
 
 def _sam(sam: SamDims) -> str:
     sizes = f"{sam.depth} blocks of width {sam.embed_dim}, pictures of {sam.image_size} pixels"
-    return f"{SAMS[sam.embed_dim]}: {sizes}" if sam.embed_dim in SAMS else sizes
+    name = SAMS.get((sam.embed_dim, sam.depth))
+    return f"{name}: {sizes}" if name else sizes
 
 
 def _backbones(backbones: Mapping[str, str]) -> str:
@@ -248,7 +252,7 @@ def _data(
     results = _results(metrics) if metrics else []
     return ModelCardData(
         model_name=str(settings.get("exp_name") or "cores") if results else None,
-        library_name="cores",
+        library_name=LIBRARY,
         pipeline_tag="image-segmentation",
         license="other",
         license_name="base-models-and-data",

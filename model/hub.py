@@ -77,6 +77,7 @@ def _one_line(repo: str) -> Iterator[None]:
         reason = " ".join(str(error.server_message or error).split())[:300]
         hint = f"; {WHO} there" if status in (401, 403) else ""
         raise ValueError(f"{repo}: the hub refuses it ({status}: {reason}){hint}") from None
-    except (httpx2.HTTPError, ConnectionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except (httpx2.HTTPError, ConnectionError, RuntimeError) as error:  # The last, in an upload.
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
         raise ValueError(f"{repo}: the hub cannot be reached ({reason}); try again") from None

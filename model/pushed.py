@@ -8,11 +8,23 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from cores.model.card import CARD, model_card
+from cores.model.card import CARD, LIBRARY, WHOLE, model_card
 from cores.model.checkpoints.source import PROCESSOR_FILE, Kind, Source
 from cores.model.config import CoresConfig
 from cores.model.hub import push_folder
 from cores.model.processor import CoresProcessor
+
+
+def card_for(config: CoresConfig, origin: Source | None) -> str:
+    """The model card of a model that was read from ``origin``: the folder's own, which somebody may
+    have edited, or a new one. The card of another author's model says nothing about ours."""
+    if origin is None:
+        return model_card(config)
+    file = origin.file(CARD)
+    text = file.read_text(encoding="utf-8") if file else ""
+    if text and (origin.kind is Kind.CORES or f"library_name: {LIBRARY}\n" in text):
+        return text
+    return model_card(config, {} if origin.kind is Kind.CORES else {WHOLE: origin.name})
 
 
 class PushedWhole(PreTrainedModel):
@@ -54,12 +66,9 @@ class PushedWhole(PreTrainedModel):
             if origin is None or origin.file(PROCESSOR_FILE) is None:
                 raise ValueError(f"{repo_id}: give the model's processor, too (processor=…)")
             processor = CoresProcessor.from_pretrained(origin)
-        own = origin is not None and origin.kind is Kind.CORES
-        file = origin.file(CARD) if origin is not None and own else None
-        card = model_card(self.config) if file is None else file.read_text(encoding="utf-8")
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             processor.save_pretrained(folder)
-            commit |= {"private": private, "token": token, "card": card}
+            commit |= {"private": private, "token": token, "card": card_for(self.config, origin)}
             message = commit_message or "Upload model"
             return push_folder(Path(folder), repo_id, message=message, **commit)

@@ -33,12 +33,13 @@ def main(argv: list[str] | None = None) -> int:
         "--private", action="store_true", help="make it a private one, if it is not there yet"
     )
     args = parser.parse_args(argv)
-    from cores.model.card import CARD, model_card
+    from cores.model.card import CARD
     from cores.model.checkpoints.finished import loading_config
     from cores.model.checkpoints.source import open_source
     from cores.model.checkpoints.weights import shards, weight_file
     from cores.model.hub import push_folder
     from cores.model.processor import CoresProcessor
+    from cores.model.pushed import card_for
 
     if not args.model.is_dir():
         raise UsageError(f"{args.model}: no such folder (--model)")
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"{args.model}: {', '.join(lost)} missing; copy it again")
     card = None
     if not (args.model / CARD).is_file():
-        card = model_card(config)
+        card = card_for(config, source)
         print(f"{args.model}: has no {CARD}; the card of its config.json goes with it")
     address = push_folder(args.model, args.repo, card=card, private=args.private or None)
     print(f"{args.repo}: {address}")

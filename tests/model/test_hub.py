@@ -17,6 +17,9 @@ from huggingface_hub import ModelCard, constants
 from cores import merge_lora_weights_and_save_hf_model as merge
 from cores.model import CoresForReasoningSegmentation, CoresProcessor, ReasoningSegmenter
 from cores.model.card import model_card
+from cores.model.checkpoints.source import open_source
+from cores.model.export import save_published
+from cores.model.pushed import card_for
 from cores.model.reasoning.lora import add_lora
 from cores.utils import push
 from tests.backbone_toys import toys, trained_run
@@ -134,6 +137,21 @@ def test_a_card_that_was_edited_goes_with_the_model(merged, tmp_path):
     argv = ["--merged", str(source), "--save_path", str(tmp_path / "half"), "--precision", "bf16"]
     assert merge.main(argv) == 0
     assert (tmp_path / "half" / "README.md").read_text().endswith("Mine.\n")
+
+
+def test_the_card_of_another_author_is_not_taken_for_ours(tmp_path):
+    """A published LISA says what it is in its own README.md; ours names it as the base."""
+    model, processor = tiny_model(levels=("SEG",))
+    save_published(model, processor, tmp_path / "lisa")
+    (tmp_path / "lisa" / "README.md").write_text("# LISA\n\nTrained by others.\n")
+    argv = ["--merged", str(tmp_path / "lisa"), "--save_path", str(tmp_path / "ours")]
+    assert merge.main(argv) == 0
+    text = (tmp_path / "ours" / "README.md").read_text()
+    assert "Trained by others" not in text and "| the whole model | `lisa`, a local copy" in text
+    argv = ["--merged", str(tmp_path / "ours"), "--layout", "lisa"]
+    assert merge.main([*argv, "--save_path", str(tmp_path / "back")]) == 0
+    opened = open_source(tmp_path / "back")
+    assert card_for(model.config, opened) == text, "ours, in the layout of LISA, too"
 
 
 # ---------------------------------------------------------------------------------- there and back
