@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from cores.model.card import CARD, HERE
+from cores.model.checkpoints.source import PROCESSOR_FILE, TOKENIZER_PARTS, TOKENIZERS
 
 # What a model folder holds, ours or in LISA's layout; other files in it are somebody's own.
-KINDS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
+FILES = (CARD, "LICENSE*", "*config.json", PROCESSOR_FILE, "*.jinja") + (
+    *("model*.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    *(*TOKENIZERS, *TOKENIZER_PARTS, "merges.txt"),
+)
 FOLDERS = ("", "clip")
 WHO = "run `hf auth login`, or set HF_TOKEN to a token that may write"
 
@@ -23,8 +29,7 @@ WHO = "run `hf auth login`, or set HF_TOKEN to a token that may write"
 def model_files(folder: Path) -> list[Path]:
     """The files of a model in ``folder``, its card among them."""
     files = (file for name in FOLDERS for file in sorted((folder / name).glob("*")))
-    wanted = (file for file in files if file.suffix in KINDS or file == folder / CARD)
-    return [file for file in wanted if file.is_file() and not file.name.startswith(".")]
+    return [f for f in files if f.is_file() and any(fnmatch(f.name, name) for name in FILES)]
 
 
 def push_folder(

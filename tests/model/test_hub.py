@@ -158,7 +158,8 @@ def test_the_card_of_another_author_is_not_taken_for_ours(tmp_path):
 
 
 def test_a_pushed_folder_is_the_model_that_comes_back(hub, copied, capsys, monkeypatch):
-    (copied / "notes.md").write_text("mine")
+    for name in ("notes.md", "notes.txt", "metrics.json", ".env", "optimizer.bin"):
+        (copied / name).write_text("mine")
     (copied / "eval").mkdir()
     (copied / "eval" / "metrics.json").write_text("{}")
     assert push.main(["--model", str(copied), "--repo", "me/toy", "--private"]) == 0
