@@ -142,6 +142,8 @@ def _origin(name: str) -> str:
     if is_hub_name(name):
         return f"[{name}](https://huggingface.co/{name})"
     last = Path(name).name
+    if Path(name).parts[-3:-1] == ("assets", "tiny"):
+        return f"`assets/tiny/{last}`, which comes with the code"
     if last in SAM_FILES:
         source = "https://github.com/facebookresearch/segment-anything"
         return f"a file with the name of the published [`{last}`]({source})"

@@ -117,6 +117,8 @@ def test_names_of_the_hub_become_links_and_ids():
     assert "(https://huggingface.co/liuhaotian/llava-v1.5-7b)" in text and "refcoco+" in text
     assert "the published [`sam_vit_h_4b8939.pth`]" in text and "CLIP |  |" not in text
     assert "Not known: no evaluation of these weights" in text
+    tiny = model_card(model.config, {"SAM": "/somewhere/assets/tiny/sam"})
+    assert "`assets/tiny/sam`, which comes with the code" in tiny and "somewhere" not in tiny
     bare = model_card(model.config)
     assert bare.count("Not known:") == 3, "base models, training, evaluation"
 
