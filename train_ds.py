@@ -37,6 +37,7 @@ from cores.utils.evaluation.runner import evaluate, refuse_too_long  # noqa: E40
 from cores.utils.settings.flags import UsageError  # noqa: E402
 from cores.utils.training import checkpoint, lock, reshard  # noqa: E402
 from cores.utils.training.failures import LESS_MEMORY  # noqa: E402
+from cores.utils.training.trackers import reporting, require  # noqa: E402
 from cores.utils.training.trainer import Trainer  # noqa: E402
 from cores.utils.training.verify import read_progress  # noqa: E402
 
@@ -96,6 +97,7 @@ def refuse_mixed_runs(s: Settings) -> None:
 def train(s: Settings, started: float) -> None:
     if not hasattr(signal, "alarm"):
         raise UsageError("training needs POSIX (Linux, macOS, WSL): signal.alarm ends its workers")
+    require(s)
     with lock.owned(s.run_dir):
         train_here(s, started)
 
@@ -143,17 +145,20 @@ def train_here(s: Settings, started: float) -> None:
         print_once(f"continuing from {resume_from}, step {trainer.global_step}")
     if distributed.is_main():
         checkpoint.save_settings(s.run_dir, s)
-    trainer.train()
-    skipped = s.run_dir / SKIPPED
-    if skipped.is_file():
-        print_once(f"{len(read_skip_list(skipped))} bad items were left out; {skipped} names them")
-    if val is not None:
-        # ``best`` is what the merge script exports. ZeRO-3 has taken the weights apart, so that
-        # nothing can be loaded into them.
-        if s.zero_stage < 3:
-            which = "best" if (s.run_dir / "ckpt" / "best").is_dir() else "last"
-            checkpoint.load_weights(model, checkpoint.find_checkpoint(s.run_dir, which))
-        final_evaluation(model, processor, val, s, started)
+    with reporting(s, trainer.global_step, resume_from is not None) as trackers:
+        trainer.train(trackers)
+        skipped = s.run_dir / SKIPPED
+        if skipped.is_file():
+            count = len(read_skip_list(skipped))
+            print_once(f"{count} bad items were left out; {skipped} names them")
+        if val is not None:
+            # ``best`` is what the merge script exports. ZeRO-3 has taken the weights apart, so that
+            # nothing can be loaded into them.
+            if s.zero_stage < 3:
+                which = "best" if (s.run_dir / "ckpt" / "best").is_dir() else "last"
+                checkpoint.load_weights(model, checkpoint.find_checkpoint(s.run_dir, which))
+            metrics = final_evaluation(model, processor, val, s, started)
+            trackers.final(metrics, {"examples": s.run_dir / "examples.png"})
 
 
 def refuse_other_run(s: Settings, folder: Path) -> None:

@@ -57,6 +57,7 @@ COMMANDS = {
         "cores.utils.serving.api",
         f"{_PROGRAMS}read_serve",
     ),
+    "push": Command("put a model folder on the hub", "cores.utils.push"),
     "check": Command("look data sets over before a training", "cores.dataset.check"),
     "synthetic": Command("write the drawn data set SynthReason", "cores.dataset.synthetic.write"),
     "generate": Command("let a language model write questions", "cores.dataset.generate.__main__"),

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 
 from cores.dataset.collate import Batch
 from cores.dataset.proposals import ProposalSource
@@ -32,6 +32,7 @@ from cores.model.config import CoresConfig
 from cores.model.connection import TextProjection
 from cores.model.masks import Generation, MaskBranch, Segmentation, group_states
 from cores.model.objective import Objective
+from cores.model.pushed import PushedWhole
 from cores.model.reasoning.chain import ReasoningChain
 from cores.model.reasoning.generation import Decoding, decode, prefill, unpadded_prompts
 from cores.model.reasoning.lora import refuse_apart_or_packed
@@ -57,7 +58,7 @@ class CoresOutput:
     """N × (K, T): SAM's own prediction of its masks' IoU; likewise."""
 
 
-class CoresForReasoningSegmentation(PreTrainedModel):
+class CoresForReasoningSegmentation(PushedWhole):
     """Reasoning segmentation by CoReS, LISA, LLM-Seg or CoReS with a selector: its config says."""
 
     config: CoresConfig
@@ -96,8 +97,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]  # It takes an opened Source, too.
         cls, name: str | Path | Source, *args: Any, vision_tower: str | None = None, **kwargs: Any
     ) -> CoresForReasoningSegmentation:
-        """As in transformers, but a missing, unexpected or wrongly shaped weight is an error that
-        names it.
+        """As in transformers, but a missing, unexpected or misshapen weight is an error by name.
 
         ``name``: a folder that ``save_pretrained`` wrote, or a folder or hub name of a published
         LISA or CoReS (model/checkpoints/published.py; ``vision_tower``: its CLIP, in place of the
@@ -114,6 +114,7 @@ class CoresForReasoningSegmentation(PreTrainedModel):
         if isinstance(kwargs["dtype"], torch.dtype) and not quantized_bits(model):
             model.to(kwargs["dtype"])  # Its inner configs remember how the parts were stored.
         model.generation_config = source.generation_config or model.generation_config
+        model.origin = source
         return loaded if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@ prompt format."""
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from cores.model.checkpoints.source import (
 )
 from cores.model.checkpoints.weights import blaming, read_json_file
 from cores.model.config import CoresConfig
+from cores.model.hub import push_folder
 from cores.model.segmenting.embedding_cache import SamCache
 from cores.model.segmenting.frames import preprocess, resized_size
 
@@ -140,6 +142,23 @@ class CoresProcessor(PushToHubMixin):
         fields = {name: getattr(self, name) for name in FIELDS}
         (folder / PROCESSOR_FILE).write_text(json.dumps(fields, indent=1) + "\n")
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        **commit: Any,
+    ) -> str:
+        """Puts its files on the hub, and no model card; see the model's ``push_to_hub``, which
+        takes the processor along."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            commit |= {"private": private, "token": token}
+            message = commit_message or "Upload processor"
+            return push_folder(Path(folder), repo_id, message=message, **commit)
+
     def _write_chat_template(self) -> None:
         tokens = [f"[{level}]" for level in self.levels]
         if self.strip_at_tokens:
@@ -173,7 +192,7 @@ class CoresProcessor(PushToHubMixin):
                 processor.refuse_other_types()
             return processor
         if source.kind is not Kind.PUBLISHED_CORES:
-            raise source.refuse("--version needs the folder of a merged model")
+            raise source.refuse("a merged model is needed")
         add_image_token(source.llava, source.tokenizer)
         return cls(
             source.tokenizer,

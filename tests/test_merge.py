@@ -157,11 +157,14 @@ def test_an_adapter_needs_a_finished_model_and_its_own_rank(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_rslora", True),
+        ("use_rslora", "yes"),
+        ("lora_bias", True),
+        ("init_lora_weights", "pissa"),
+        ("rank_pattern", {"q_proj": 4}),
         ("alpha_pattern", {"q_proj": 4}),
         ("peft_type", "IA3"),
         ("bias", "all"),
-        ("target_modules", "q_proj|v_proj"),
+        ("target_modules", 3),
         ("lora_alpha", None),
     ],
 )

@@ -19,6 +19,7 @@ MODULES = [
     "utils.curve",
     "utils.serve",
     "utils.predict",
+    "utils.push",
     "utils.boxes_to_masks",
     "utils.sam_cache",
 ]

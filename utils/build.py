@@ -56,7 +56,10 @@ def open_version(s: Settings) -> Source:
     """What --version names, opened once for all that follows. Raises FileNotFoundError, and
     ValueError for what is neither a LLaVA nor a finished model."""
     refuse_no_version(s)
-    source = open_source(s.version, s.vision_tower)
+    try:
+        source = open_source(s.version, s.vision_tower)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} (--version)") from None
     if not source.finished and source.kind not in (Kind.LLAVA, Kind.PUBLISHED_LLAVA):
         raise source.refuse("--version needs a model of type 'llava'")
     return source
@@ -396,9 +399,9 @@ def _tower_sizes(tower: str) -> tuple[int, int, int]:
 def make_trainable(model: CoresForReasoningSegmentation, s: Settings) -> dict[str, int]:
     """Adds LoRA and freezes the rest; returns the sizes of the trainable groups."""
     if s.lora_r:
-        add_lora(
-            model, s.lora_r, s.lora_alpha, s.lora_dropout, tuple(s.lora_target_modules.split(","))
-        )
+        targets = [name.strip() for name in s.lora_target_modules.split(",")]
+        scale = s.lora_r, s.lora_alpha, s.lora_dropout
+        add_lora(model, *scale, targets, s.use_dora, s.use_rslora)
     if s.gradient_checkpointing:
         enable_checkpointing(model.reasoning.llava)
     return set_trainable(model, lora=bool(s.lora_r), train_mask_decoder=s.train_mask_decoder)

@@ -28,35 +28,47 @@ def loading_arguments(source: Source, dtype: torch.dtype | str | None) -> dict[s
         raise source.refuse(f"a merged model says model_type {CoresConfig.model_type!r}")
     if source.kind is Kind.PUBLISHED_CORES:
         return _of_published(source, dtype)
+    config = loading_config(source)
+    weights = source.hand_over_weights()
+    renaming = published.tower_renaming(weights)
+    return {"config": config, "state_dict": weights, "dtype": dtype} | renaming
+
+
+def loading_config(source: Source) -> CoresConfig:
+    """The config of a finished model. Raises ValueError for a checkpoint that is none."""
+    if not source.finished:
+        raise source.refuse(f"a merged model says model_type {CoresConfig.model_type!r}")
+    if source.kind is Kind.PUBLISHED_CORES:
+        return _config_of_published(source)
     with blaming(source.folder / "config.json"):
         config = CoresConfig.from_pretrained(source.folder)
         if config.level_token_ids is None:
             raise ValueError("level_token_ids is missing")
-    weights = source.hand_over_weights()
-    renaming = published.tower_renaming(weights)
-    return {"config": config, "state_dict": weights, "dtype": dtype} | renaming
+    return config
 
 
 def _of_published(source: Source, dtype: torch.dtype | str | None) -> dict[str, Any]:
     if not isinstance(dtype, torch.dtype):
         stored = source.weights.get("lm_head.weight")
         dtype = stored.dtype if dtype == "auto" and stored is not None else torch.float32
+    config = _config_of_published(source)
+    return {"config": config, "state_dict": weights_with_tower(source, dtype), "dtype": dtype}
+
+
+def _config_of_published(source: Source) -> CoresConfig:
     levels = source.levels
-    sam = vars(source.sam_dims)
-    weights = weights_with_tower(source, dtype)
+    ours = published.to_ours(source.weights, published.has_linear_projector(source.llava))
+    refined = any(name.startswith(published.REFINER) for name in ours)
     add_image_token(source.llava, source.tokenizer)
-    config = CoresConfig(
+    return CoresConfig(
         llava=source.llava,
-        sam=sam,
+        sam=vars(source.sam_dims),
         levels=levels,
         level_token_ids=source.tokenizer.convert_tokens_to_ids([f"[{level}]" for level in levels]),
         refiner=(
-            {"kind": "attention+norm", "pooling": "released"}
-            if any(name.startswith(published.REFINER) for name in weights)
-            else {"kind": "none"}
+            {"kind": "attention+norm", "pooling": "released"} if refined else {"kind": "none"}
         ),
     )
-    return {"config": config, "state_dict": weights, "dtype": dtype}
 
 
 def answer_defaults(config: CoresConfig) -> GenerationConfig:

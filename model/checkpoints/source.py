@@ -55,7 +55,7 @@ IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 # Each of the first is a tokenizer; the others are read with it where they are there.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_PARTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "README.md"]
 """Everything of a hub repository but its weights; folders inside it are left out."""
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
@@ -357,8 +357,7 @@ def open_source(
         return version
     if looks_like_path(str(version)) and not Path(version).is_dir():
         raise FileNotFoundError(
-            f"{version}: no such folder; --version takes a model folder or a hub name such as"
-            " owner/name"
+            f"{version}: no such folder; a model is a folder or a hub name such as owner/name"
         )
     hub = {k: arguments[k] for k in HUB_ARGUMENTS if arguments.get(k) is not None}
     return Source(str(version), vision_tower or None, **hub)

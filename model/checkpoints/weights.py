@@ -39,7 +39,9 @@ def read_json_file(folder: str | Path, name: str) -> dict:
     """A JSON object of a model folder. Raises FileNotFoundError or ValueError naming the file."""
     file = Path(folder) / name
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found; --version takes a model folder or a hub name")
+        raise FileNotFoundError(
+            f"{file}: not found; a model is a folder that has it, or a hub name"
+        )
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -38,6 +38,11 @@ def load_image(image: ImageLike, argument: str = "image") -> tuple[np.ndarray, s
     elif isinstance(image, Image.Image):
         pixels, name = _pixels_of(image, argument), getattr(image, "filename", "")
     elif isinstance(image, (str, Path)):
+        if re.match(r"\w{2,}:/{1,2}\w", str(image)) and not Path(image).exists():
+            raise ValueError(
+                f"{argument} {image}: is an address, and nothing is fetched; download the picture"
+                " and give its path"
+            )
         pixels, name = read_image(image), str(image)
     else:
         raise ValueError(

@@ -80,13 +80,15 @@ class ReasoningSegmenter:
         CoresForReasoningSegmentation.from_pretrained does, which takes ``vision_tower`` and
         ``kwargs``.
 
+        The folder of a run stands for the model that was merged into its folder ``model``.
+        ``kwargs``: also ``revision``, ``token`` and the like of a hub name.
         ``device`` "auto": CUDA where there is one, or the CPU. ``dtype`` "auto": as stored.
         ``template``: of the prompt, instead of that of the training. ``max_new_tokens``: None for
         what generation_config.json says. ``proposals``: folder of the proposal store of a model
         that selects; what it lacks is computed, and kept there. Raises FileNotFoundError or
         ValueError for a folder that holds no such model.
         """
-        source = open_source(path, vision_tower, **kwargs)
+        source = open_source(_merged(path), vision_tower, **kwargs)
         processor = CoresProcessor.from_pretrained(source)
         processor.template = template or processor.template
         model = CoresForReasoningSegmentation.from_pretrained(source, dtype=dtype, **kwargs)
@@ -193,6 +195,14 @@ class ReasoningSegmenter:
     def text(self, ids: Sequence[int]) -> str:
         """Generated ids as people read them."""
         return text_from_ids(ids, self.processor.tokenizer, self.processor.levels)
+
+
+def _merged(path: str | Path | Source) -> str | Path | Source:
+    """The folder ``model`` of a run folder that has one; any other ``path`` itself."""
+    if isinstance(path, Source) or not (Path(path) / "ckpt").is_dir():
+        return path
+    merged = Path(path) / "model"
+    return merged if (merged / "config.json").is_file() else path
 
 
 class Session:

@@ -484,7 +484,7 @@ def test_config_round_trip(cores):
 def test_llava_of_another_kind_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_llava(str(tmp_path / "none"))
-    with pytest.raises(FileNotFoundError, match=r"config\.json: not found; --version"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json: not found; a model is"):
         load_llava(str(tmp_path))
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "llama"}))

@@ -7,6 +7,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,9 +28,10 @@ def modes_of(s: Settings) -> list[str]:
     return list(MODES) if s.eval_mode == "both" else [s.eval_mode]
 
 
-def final_evaluation(model, processor, data, s: Settings, started: float) -> None:
+def final_evaluation(model, processor, data, s: Settings, started: float) -> dict[str, Any]:
     """Evaluates in every mode of ``s``: tables on the screen and the files of ``write_reports`` in
-    the run folder. ``started``: time.time() at the start of the program."""
+    the run folder. ``started``: time.time() at the start of the program. Returns on the main rank
+    what metrics.json holds, elsewhere nothing."""
     model.to(distributed.device())
     # --eval_limit shortens the evaluations during training, but not the one at its end.
     limit = (s.eval_limit or None) if s.eval_only else None
@@ -49,14 +51,16 @@ def final_evaluation(model, processor, data, s: Settings, started: float) -> Non
         )
         for mode in modes_of(s)
     ]
+    metrics: dict[str, Any] = {}
     if distributed.is_main():
         config = s.saved() | {"eval_only": s.eval_only}
         name = str(s.resume or s.version) if s.eval_only else s.exp_name
         seconds, proposals = time.time() - started, processor.proposals
-        write_reports(
+        metrics = write_reports(
             reports, data, s.run_dir, config, seconds, name, proposals=proposals, limit=limit
         )
     distributed.barrier()
+    return metrics
 
 
 def settings_for(args: Namespace, flags: Sequence[str]) -> Settings:

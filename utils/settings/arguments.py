@@ -22,7 +22,7 @@ from cores.dataset.command import one_line
 from cores.dataset.files.paths import typed_folder
 from cores.dataset.files.text import read_text
 from cores.dataset.numbers import refuse_outside
-from cores.utils.settings.flags import GROUPS, EvalArguments, UsageError
+from cores.utils.settings.flags import GROUPS, TRACKERS, EvalArguments, UsageError
 from cores.utils.settings.saved import read_settings, run_of
 
 FIELDS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
@@ -65,6 +65,12 @@ class Settings(Namespace):
     @property
     def level_list(self) -> list[str]:
         return [name for name in self.levels.split(",") if name]
+
+    @property
+    def trackers(self) -> list[str]:
+        """Names of TRACKERS; none for "none"."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [] if names == ["none"] else names
 
     @property
     def bits(self) -> int | None:
@@ -323,6 +329,21 @@ def _check(s: Settings) -> None:
         raise UsageError(
             "training on 4 or 8 bits needs --lora_r above 0 and --zero_stage 0, 1 or 2: such"
             " weights cannot change"
+        )
+    unknown = [name for name in s.trackers if name not in TRACKERS]
+    if unknown or len(set(s.trackers)) < len(s.trackers):
+        raise UsageError(
+            f"--report_to {s.report_to}: give different names out of {', '.join(TRACKERS)}, joined"
+            " by commas, or none alone"
+        )
+    if not s.lora_r:
+        for flag in ("use_dora", "use_rslora", "loraplus_lr_ratio"):
+            if getattr(s, flag) != FIELDS[flag].default:
+                raise UsageError(f"--{flag} needs --lora_r above 0: it changes adapters")
+    if s.use_dora and s.load_in_8bit and not s.eval_only:
+        raise UsageError(
+            "--use_dora --load_in_8bit: 8-bit layers of bitsandbytes lose their scales when PEFT"
+            " measures their rows; use --load_in_4bit"
         )
     if s.offload != "none" and s.zero_stage == 0:
         raise UsageError(

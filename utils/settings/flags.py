@@ -8,6 +8,7 @@ from typing import Any
 from cores.dataset.conversation.templates import TEMPLATES
 from cores.model.choices import ATTENTION, PRECISIONS, RANKINGS, RULES
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 SELECTING = ("llm_seg", "cores+select")  # methods that choose among SAM's proposals
 
 
@@ -73,7 +74,14 @@ class ModelArguments:
     lora_r: int = option(8, "rank of LoRA; 0: no adapters")
     lora_alpha: int = option(16, "LoRA's scale is alpha / r", minimum=1)
     lora_dropout: float = option(0.05, "dropout in front of LoRA", maximum=1)
-    lora_target_modules: str = option("q_proj,v_proj", "layers of the language model that get LoRA")
+    lora_target_modules: str = option(
+        "q_proj,v_proj",
+        "layers of the language model that get LoRA, joined by commas; all-linear: all of them",
+    )
+    use_dora: bool = option(
+        False, "DoRA: adapters also learn the length of every row of the merged weight"
+    )
+    use_rslora: bool = option(False, "rank-stabilised LoRA: its scale is alpha / √r")
     train_mask_decoder: bool = option(True, "train SAM's mask decoder")
     gradient_checkpointing: bool = option(
         True, "recompute the language model's activations instead of keeping them"
@@ -208,6 +216,9 @@ class TrainArguments:
         "images per optimizer step of all ranks together; sets grad_accumulation_steps. 0: unset",
     )
     lr: float = option(3e-4, "peak learning rate")
+    loraplus_lr_ratio: float = option(
+        1.0, "LoRA+: learning rate of LoRA's B, as a multiple of --lr; 1: off", minimum=1
+    )
     beta1: float = option(0.9, "AdamW β1", maximum=1)
     beta2: float = option(0.95, "AdamW β2", maximum=1)
     weight_decay: float = option(0.0, "AdamW weight decay")
@@ -222,6 +233,17 @@ class TrainArguments:
     seed: int = option(0, "seed of everything", maximum=2**63 - 1)
     print_freq: int = option(
         10, "steps between two lines of the run log", minimum=1, may_change=True
+    )
+    report_to: str = option(
+        "tensorboard",
+        f"where the log is shown, too: {', '.join(TRACKERS)}, joined by commas; or none",
+        may_change=True,
+    )
+    report_project: str = option(
+        "",
+        "project (MLflow: experiment) of the run there; unset: WANDB_PROJECT, TRACKIO_PROJECT or"
+        " MLFLOW_EXPERIMENT_NAME, or else cores",
+        may_change=True,
     )
     save_every: int = option(
         0,

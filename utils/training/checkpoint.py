@@ -11,7 +11,8 @@
                 progress.json how far the training was
                 settings.json, identity.json
                               copies of config.json, and what the run was made of (identity.py)
-              identity.json  lock  log.jsonl  tensorboard/  metrics.json  examples.png
+              identity.json  lock  log.jsonl  trackers.json  tensorboard/
+              metrics.json   examples.png
 
 A checkpoint is written beside its place and renamed when it is complete: a killed run leaves the
 previous one intact. One that a disk damaged later is refused, whoever reads it. Only the training
@@ -306,34 +307,55 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file()
 
 
+# Fields of an adapter_config.json that are read, or say nothing about the weights.
+ADAPTER_FIELDS = {"r", "lora_alpha", "use_dora", "use_rslora", "target_modules", "bias"} | {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "lora_dropout",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+# Other ways to begin change the frozen weights, too.
+BEGINNINGS = (True, False, "gaussian", "eva")
+
+
 def refuse_other_adapters(config: dict[str, Any], path: Path) -> None:
-    """Raises UsageError for an adapter_config.json whose adapter is not plain LoRA, W + (α/r)·B·A,
-    in layers that it lists by name."""
+    """Raises UsageError for an adapter_config.json whose adapter is more than LoRA or DoRA with one
+    rank and one scale."""
     if config.get("peft_type", "LORA") != "LORA":
         raise UsageError(f"{path}: peft_type is {config['peft_type']!r}; only LORA can be merged")
-    variants = "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"
-    for name in (*variants, "layers_to_transform", "modules_to_save"):
-        if config.get(name):
-            raise UsageError(
-                f"{path}: {name} is {config[name]!r}, which this program has no place for; merge"
-                " the adapter with PEFT"
-            )
     if config.get("bias", "none") != "none":
         raise UsageError(
             f"{path}: bias is {config['bias']!r}; adapters with trained biases cannot be merged"
             " here"
         )
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int):
-            raise UsageError(
-                f"{path}: {ADAPTER_CONFIG} says {name} {config.get(name)!r}; it must be a whole"
-                " number"
-            )
-    if not isinstance(config.get("target_modules"), list):
+    for name, kind, words in (
+        ("r", int, "a whole number"),
+        ("lora_alpha", int, "a whole number"),
+        ("use_dora", bool, "true or false"),
+        ("use_rslora", bool, "true or false"),
+    ):
+        value = config.get(name, False if kind is bool else None)
+        if type(value) is not kind:
+            raise UsageError(f"{path}: {ADAPTER_CONFIG} says {name} {value!r}; it must be {words}")
+    if not isinstance(config.get("target_modules"), (str, list)):
         raise UsageError(
             f"{path}: target_modules is {config.get('target_modules')!r}; a list of names of layers"
-            " is needed"
+            " or a pattern is needed"
         )
+    from peft import LoraConfig  # This takes seconds, and few need it.
+
+    plain = vars(LoraConfig()) | {"init_lora_weights": True}
+    for name, value in config.items():
+        same = value in BEGINNINGS if name == "init_lora_weights" else value == plain.get(name)
+        if name not in ADAPTER_FIELDS and not same and value not in (None, False, [], {}):
+            raise UsageError(
+                f"{path}: {name} is {value!r}, which this program has no place for; merge the"
+                " adapter with PEFT"
+            )
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from cores.model.cores import CoresForReasoningSegmentation
+from cores.model.reasoning.lora import fast_parameters
 from cores.utils.settings.arguments import Settings
 
 
@@ -36,8 +38,8 @@ def deepspeed_config(s: Settings) -> dict[str, Any]:
 
 
 def learning_rate_factor(s: Settings) -> Callable[[int], float]:
-    """Optimizer step, from 0 on -> share of --lr: linear warm-up to 1, then linear decay to 0 after
-    the last step. A run with --start_epoch begins in the middle."""
+    """Optimizer step, from 0 on -> share of every group's peak: linear warm-up to 1, then linear
+    decay to 0 after the last step. A run with --start_epoch begins in the middle."""
     total = s.epochs * s.steps_per_epoch
 
     def factor(step: int) -> float:
@@ -49,6 +51,18 @@ def learning_rate_factor(s: Settings) -> Callable[[int], float]:
     return factor
 
 
+def parameter_groups(model: nn.Module, s: Settings) -> list[dict[str, Any]]:
+    """The trainable weights as torch's optimizers take them: one group, or with LoRA+ a second one
+    with the higher learning rate."""
+    fast = fast_parameters(model) if s.loraplus_lr_ratio != 1 else []
+    known = {id(p) for p in fast}
+    slow = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups: list[dict[str, Any]] = [{"params": slow}]
+    if fast:
+        groups.append({"params": fast, "lr": s.lr * s.loraplus_lr_ratio})
+    return groups
+
+
 def make_engine(model: CoresForReasoningSegmentation, s: Settings):
     """The DeepSpeed engine around ``model``, with an optimizer of its trainable weights."""
     import deepspeed
@@ -56,15 +70,15 @@ def make_engine(model: CoresForReasoningSegmentation, s: Settings):
     # Without this, DeepSpeed would compile an extension at run time; gloo does the same job.
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = parameter_groups(model, s)
     optimizer = torch.optim.AdamW(
-        trainable, lr=s.lr, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay
+        groups, lr=s.lr, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(s))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        model_parameters=trainable,
+        model_parameters=[p for group in groups for p in group["params"]],
         lr_scheduler=schedule,
         config=deepspeed_config(s),
     )

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from cores.dataset.files.write import write_text
+from cores.utils.training.trackers import Trackers, numbers_of
 
 logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """log.jsonl and TensorBoard, which have every step once even if the run did it several times.
+    """log.jsonl and ``trackers``, which have every step once even if the run did it several times.
 
     ``done``: for each kind of row, "train" and "val", the last step that the run need not do again.
     Later rows are dropped, because they will be written anew, and so is a row that a kill cut off.
@@ -26,10 +27,10 @@ class RunLog:
     Every method raises OSError, one line, where the file cannot be written.
     """
 
-    def __init__(self, run: Path, done: dict[str, int]):
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, run: Path, done: dict[str, int], trackers: Trackers | None = None):
         self.path = run / "log.jsonl"
+        self.trackers = trackers or Trackers()
+        self.reported: dict[str, int] = {}  # the last step that trackers were told, by kind of row
         run.mkdir(parents=True, exist_ok=True)
         with self._one_line():
             if self.path.is_file():
@@ -39,18 +40,18 @@ class RunLog:
                     shutil.copyfile(self.path, kept_as)
                     words = "%s: %s left out; %s keeps the file as it was"
                     logger.warning(words, self.path, _named(damaged), kept_as.name)
+                for row in rows:
+                    self.reported[row["kind"]] = max(row["step"], self.reported.get(row["kind"], 0))
                 kept = [row for row in rows if row["step"] <= done.get(row["kind"], 0)]
                 write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self.stream = self.path.open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done["train"] + 1)
 
     def write(self, row: dict[str, Any], kind: str) -> None:
         with self._one_line():
             self.stream.write(json.dumps({"kind": kind, **row}) + "\n")
             self.stream.flush()
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name not in ("step", "epoch"):
-                    self.board.add_scalar(f"{kind}/{name}", value, row["step"])
+        again = row["step"] <= self.reported.get(kind, 0)
+        self.trackers.scalars(numbers_of(row, kind), row["step"], again)
 
     def sync(self) -> None:
         """Returns when the rows so far would survive a power cut."""
@@ -58,9 +59,8 @@ class RunLog:
             os.fsync(self.stream.fileno())
 
     def close(self) -> None:
-        for part in (self.stream, self.board):
-            with contextlib.suppress(OSError):  # A full disk was reported when it was met.
-                part.close()
+        with contextlib.suppress(OSError):  # A full disk was reported when it was met.
+            self.stream.close()
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:

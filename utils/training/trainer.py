@@ -34,6 +34,7 @@ from cores.utils.training.failures import (
 )
 from cores.utils.training.loader import batches_of, make_loader
 from cores.utils.training.log import RunLog
+from cores.utils.training.trackers import Trackers
 from cores.utils.training.verify import read_progress
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ class Trainer:
     def global_step(self) -> int:
         return self.progress["epoch"] * self.s.steps_per_epoch + self.progress["step"]
 
-    def train(self) -> None:
-        """All remaining epochs.
+    def train(self, trackers: Trackers | None = None) -> None:
+        """All remaining epochs, reported to the run log and ``trackers``.
 
         Raises Interrupted after SIGTERM or SIGINT, when the state is saved; NonFiniteLoss;
         ProcessLost; MemoryRanOut; OSError for a full disk.
@@ -96,7 +97,7 @@ class Trainer:
                     # so a run that goes on from it validates again.
                     validated = self.global_step - (self.progress["step"] == self.s.steps_per_epoch)
                     done = {"train": self.global_step, "val": validated}
-                    self.log = RunLog(self.s.run_dir, done)
+                    self.log = RunLog(self.s.run_dir, done, trackers)
                 while self.progress["epoch"] < self.s.epochs:
                     if self.progress["step"] < self.s.steps_per_epoch:
                         self._train_epoch()

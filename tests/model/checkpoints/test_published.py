@@ -264,37 +264,6 @@ def test_what_lisas_layout_cannot_hold_is_refused(tmp_path):
         load_llava(str(tmp_path))
 
 
-def test_model_and_processor_are_pushed_with_all_their_files(tmp_path, monkeypatch):
-    from transformers.utils.hub import PushToHubMixin
-
-    pushed: set[str] = set()
-
-    def upload(self, folder, *args, **kwargs):
-        pushed.update(p.name for p in Path(folder).rglob("*"))
-
-    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
-    monkeypatch.setattr(
-        "transformers.utils.hub.hf_api",
-        lambda: type(
-            "Api", (), {"create_repo": lambda *a, **k: type("R", (), {"repo_id": "me/it"})}
-        ),
-    )
-    monkeypatch.setattr(
-        "transformers.utils.hub.create_and_tag_model_card",
-        lambda *a, **k: type("Card", (), {"save": lambda *a: None})(),
-    )
-    model, processor = tiny_model()
-    model.push_to_hub("me/it")
-    processor.push_to_hub("me/it")
-    assert {
-        "config.json",
-        "model.safetensors",
-        "generation_config.json",
-        "cores_processor.json",
-        "tokenizer.json",
-    } <= pushed
-
-
 # -------------------------------------------------------------------------- real shapes, no weights
 
 
