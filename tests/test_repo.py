@@ -489,7 +489,20 @@ ORIGINS = {
     "assets/tiny": "trained by scripts/pretrain_tiny.py on pictures of dataset/synthetic",
     "docs/img": "drawn by this program",
 }
-TEXTS = {".py", ".md", ".yaml", ".toml", ".txt", ".sh", ".j2", ".css", ".json", ".cff", ".yml"}
+TEXTS = {
+    ".py",
+    ".ipynb",
+    ".md",
+    ".yaml",
+    ".toml",
+    ".txt",
+    ".sh",
+    ".j2",
+    ".css",
+    ".json",
+    ".cff",
+    ".yml",
+}
 PLAIN = {
     "Makefile",
     "Dockerfile",
