@@ -70,9 +70,7 @@ class Guard:
         no name server can give another meaning, as localhost, by this machine's own name, as
         ``host``, and by further ``names``, under which other servers may pass requests on."""
         self.app, self.visitors, self.folder, self.most_upload = app, visitors, folder, most_upload
-        own = {"localhost", socket.gethostname().lower(), host.lower()}
-        self.given = {name.lower().rstrip(".") for name in names}
-        self.names = own | self.given
+        self.names, self.given = served_names(host, names)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -125,27 +123,43 @@ class Guard:
 
     def _refused(self, scope: Message) -> tuple[int, str] | None:
         """(status, words) for a request that is none of the page's."""
-        headers = scope["headers"]
-        hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
-        origins = [value.decode("latin-1") for name, value in headers if name == b"origin"]
-        if len(hosts) != 1:
-            return 400, "A request needs one Host."
-        name = _host(hosts[0])
-        if name is None or not (_is_number(name) or name in self.names):
-            return 403, (
-                f"This page is not served under the name {hosts[0][:100]!r}; --allowed_hosts NAME"
-                " allows it."
-            )
-        for origin in origins:
-            site = origin.partition("://")[2]
-            if site.lower() != hosts[0].lower() and _host(site) not in self.given:
-                return 403, "Another web site asks, which this page does not answer."
+        refused = refused_site(scope, self.names, self.given)
+        if refused is not None:
+            return refused
         path = scope["path"]
         if path not in PAGES and not path.startswith(FOLDERS):
             return 404, "There is no such page."
         if path.startswith(FILE) and "://" in path:
             return 403, "Only files of this page are served."
         return None
+
+
+def served_names(host: str, names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """(all names of a server that listens on ``host``, those among them that were given: ``names``)
+    in small letters."""
+    given = {name.lower().rstrip(".") for name in names}
+    return {"localhost", socket.gethostname().lower(), host.lower()} | given, given
+
+
+def refused_site(scope: Message, names: set[str], given: set[str]) -> tuple[int, str] | None:
+    """(status, words) for a request under a name that is neither a number nor among ``names``, or
+    by another web site; those of ``given`` may pass requests on."""
+    headers = scope["headers"]
+    hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+    origins = [value.decode("latin-1") for name, value in headers if name == b"origin"]
+    if len(hosts) != 1:
+        return 400, "A request needs one Host."
+    name = _host(hosts[0])
+    if name is None or not (_is_number(name) or name in names):
+        return 403, (
+            f"This server is not known under the name {hosts[0][:100]!r}; --allowed_hosts NAME"
+            " allows it."
+        )
+    for origin in origins:
+        site = origin.partition("://")[2]
+        if site.lower() != hosts[0].lower() and _host(site) not in given:
+            return 403, "Another web site asks, which is not answered."
+    return None
 
 
 def _length(scope: Message) -> int | None:

@@ -152,27 +152,31 @@ def read_serve(argv: Sequence[str] | None = None) -> Namespace:
     parser = FlagParser("Serve a model by OpenAI's chat protocol.", "python -m utils.serve")
     add_model_flags(parser)
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=in_range(int, 0, 65535), default=8000, help="0: any (default: 8000)")
     key = f"what requests must bring; better set {KEY_VARIABLE}, which others cannot see"
     add("--api_key", help=key)
     add("--no_auth", action="store_true", help="other machines may ask without a key")
+    names = "without a key: further names under which it is served, as that of a proxy before it"
+    add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help=names)
     add("--served_name", help="of the model, in requests (default: name of the folder)")
     add("--allow_urls", action="store_true", help="fetch pictures from addresses of the web")
-    queue = "requests that may wait; further ones get status 429 (default: 32)"
-    add("--max_queue", type=in_range(int, 0), default=32, help=queue)
-    body = "largest request, and largest picture from the web (default: 20)"
+    queue = "requests that may wait; further ones get status 429 (default: %(default)s)"
+    add("--queue", "--max_queue", type=in_range(int, 0), default=64, help=queue)
+    body = "largest request, and largest picture from the web (default: %(default)s)"
     add("--max_body_mb", type=in_range(int, 1), default=20, help=body)
-    pixels = "largest picture, decoded (default: 60)"
+    pixels = "largest picture, decoded (default: %(default)s)"
     add("--max_megapixels", type=in_range(int, 1), default=60, help=pixels)
-    seconds = "for an answer, waiting included (default: 300)"
+    seconds = "for an answer, waiting included (default: %(default)g)"
     add("--time_limit", type=in_range(float, 0, above=True), default=300.0, help=seconds)
-    ready = "pictures that are kept as the model reads them, for follow-ups (default: 8)"
+    ready = "pictures kept as the model reads them, for follow-ups (default: %(default)s)"
     add("--keep_ready", type=in_range(int, 1), default=8, help=ready)
     args = parser.parse_args(argv)
     refuse_model_flags(args)
     if args.api_key is not None and not args.api_key.strip():
         raise UsageError("--api_key is empty; give a key or leave the flag out")
+    if args.served_name is not None and not args.served_name.strip():
+        raise UsageError("--served_name is empty; give a name or leave the flag out")
     return args
 
 
