@@ -101,7 +101,7 @@ def test_the_legend_names_colours_and_escapes():
     assert "[LOC]: 69.3 % of the picture, predicted IoU 0.50" in shown
     assert "rgb(240, 50, 110)" in shown
     assert "[SEG] 2:" in app.legend(result(masks=2))
-    assert "no mask" in app.legend(result(masks=0))
+    assert "No mask: " in app.legend(result(masks=0))
     assert app.legend(None) == ""
     hostile = result()
     hostile.masks[0].levels["<b>"] = hostile.masks[0].mask
