@@ -25,6 +25,8 @@ COARSE_COLOURS = ((60, 170, 240), (240, 200, 40), (170, 110, 230))
 FINAL_COLOUR = (240, 50, 110)
 GROUND_TRUTH_COLOUR = (20, 190, 100)
 IGNORE_COLOUR = (120, 120, 120)
+# Of Okabe and Ito's palette, which people who see few colours can tell apart, too.
+HIT_COLOUR, WRONG_COLOUR, MISSED_COLOUR = (0, 114, 178), (230, 159, 0), (204, 121, 167)
 TARGET_COLOURS = ((240, 50, 110), (60, 140, 240), (240, 170, 30), (20, 190, 100), (150, 90, 220))
 INK, FAINT, PAPER, LINE = (25, 28, 33), (110, 116, 125), (255, 255, 255), (222, 225, 230)
 MARGIN, GAP = 16, 8

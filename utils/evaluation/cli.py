@@ -33,7 +33,9 @@ def compare(args: Namespace) -> None:
     found = compare_targets(*read_pair(args.a, args.b, args.eval_mode), args.top, args.seed)
     print(found.table())
     if args.html:
-        write_text(args.html, comparison_page(found))
+        from cores.utils.evaluation.pictures import draw_changes  # It takes torch to read data.
+
+        write_text(args.html, comparison_page(found, *draw_changes(found)))
         print(f"written to {args.html}")
 
 

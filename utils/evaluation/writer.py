@@ -18,6 +18,7 @@ from cores.utils.report.page import evaluation_page
 from cores.utils.report.results import Report, versions
 from cores.utils.report.tables import format_table, words
 from cores.utils.report.visualize import contact_sheet
+from cores.utils.training.log import read_log
 
 
 def write_reports(
@@ -71,7 +72,9 @@ def write_reports(
             write_text(saved, json.dumps(report.masks, ensure_ascii=False) + "\n")
         else:
             saved.unlink(missing_ok=True)  # An earlier evaluation's would be taken for these.
-    write_text(folder / "report.html", evaluation_page(reports, baselines, versions()))
+    # An evaluation of its own has no log in its folder.
+    log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").is_file() else []
+    write_text(folder / "report.html", evaluation_page(reports, baselines, versions(), log))
     if pictured := next((report for report in reports if report.examples), None):
         title = f"{pictured.dataset}, {words(pictured.mode)}: {pictured.line()}"
         contact_sheet(pictured.examples, folder / "examples.png", title)

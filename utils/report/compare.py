@@ -21,6 +21,10 @@ PROTOCOL = {"dataset": "data set", "texts": "wordings", "mode": "mode"}
 OLD_NAMES = {"surplus": "extra_masks"}
 
 
+Key = tuple[str, str, int, int]
+"""A target: data set, id of the sample, and its numbers of conversation and target."""
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < float("inf")
 
@@ -146,6 +150,10 @@ class Change:
 
     a: TargetScore
     b: TargetScore
+
+    @property
+    def key(self) -> Key:
+        return self.a.dataset, self.a.id, self.a.conversation, self.a.target
 
     @property
     def difference(self) -> float:

@@ -26,8 +26,7 @@ Order = tuple[int, int, int]  # indices of image, conversation and target
 
 @dataclass(frozen=True)
 class Picture:
-    """One answer, drawn. ``tiles``: (caption, JPEG) of the image, the mask of every level and the
-    ground truth."""
+    """One answer, drawn. ``tiles``: (caption, JPEG), see ``panels``."""
 
     score: TargetScore
     tiles: list[tuple[str, bytes]]

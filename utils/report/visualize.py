@@ -17,11 +17,14 @@ from cores.dataset.drawing import (
     FAINT,
     GAP,
     GROUND_TRUTH_COLOUR,
+    HIT_COLOUR,
     IGNORE_COLOUR,
     INK,
     LINE,
     MARGIN,
+    MISSED_COLOUR,
     PAPER,
+    WRONG_COLOUR,
     draw_lines,
     fit,
     level_colour,
@@ -54,7 +57,8 @@ class Example:
 
 
 def panels(example: Example, side: int) -> list[tuple[str, np.ndarray]]:
-    """(caption, uint8 tile) of the image, every level and the ground truth."""
+    """(caption, uint8 tile) of the image, every level, the ground truth, and where the last level
+    differs from it."""
     image = fit(example.image, side)
     tiles = [("image", image)]
     for level, name in enumerate(example.levels):
@@ -74,7 +78,31 @@ def panels(example: Example, side: int) -> list[tuple[str, np.ndarray]]:
         ground_truth = overlay(image, ignore, IGNORE_COLOUR, alpha=0.7, contour=0)
     target = fit(example.target, side)
     tiles.append(("ground truth", overlay(ground_truth, target, GROUND_TRUTH_COLOUR)))
-    return tiles
+    final = None if example.masks is None else example.masks[-1]
+    marked = errors(example.image, final, example.target, example.ignore, side)
+    return [*tiles, ("compared", marked)]
+
+
+def errors(
+    image: np.ndarray,
+    mask: np.ndarray | None,
+    target: np.ndarray,
+    ignore: np.ndarray | None,
+    side: int,
+) -> np.ndarray:
+    """uint8 tile: the grey picture with the pixels that the mask hits, those that it marks wrongly
+    and those that it misses, each in its colour; ignored pixels in none."""
+    grey = fit(image, side).mean(axis=2, keepdims=True)
+    out = np.repeat(128 + (grey - 128) * 0.5, 3, axis=2)  # Paler, so that colours stand out.
+    marked = np.zeros_like(target) if mask is None else mask
+    counted = np.ones_like(target) if ignore is None else ~ignore
+    for pixels, colour in (
+        (marked & target, HIT_COLOUR),
+        (marked & ~target, WRONG_COLOUR),
+        (~marked & target, MISSED_COLOUR),
+    ):
+        out[fit(pixels & counted, side)] = colour
+    return out.astype(np.uint8)
 
 
 def draw_row(example: Example, tile: int = 256) -> Image.Image:

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +17,7 @@ from pycocotools import mask as rle_codec
 
 from cores.dataset.annotations.masks import read_mask
 from cores.dataset.files.errors import DataError
+from cores.dataset.files.rle import encode_rle
 from cores.dataset.mixture import EvalDataset
 from cores.utils.evaluation import cli as evaluation_cli
 from cores.utils.evaluation import measuring
@@ -120,8 +122,8 @@ def test_the_page_tells_what_the_numbers_say(tmp_path):
         "lr: 0.1",
     ):
         assert words in page.words, words
-    # two modes × (worst, random, best of 2 and one without a mask), four tiles each
-    assert len(page.attributes("src")) == 2 * (2 + 2 + 2 + 1) * 4
+    # two modes × (worst, random, best of 2 and one without a mask), five tiles each
+    assert len(page.attributes("src")) == 2 * (2 + 2 + 2 + 1) * 5
     assert "[LOC]" in page.words and "ground truth" in page.words
     assert re.search(r"All 1 targets? without a mask", page.words)
 
@@ -744,6 +746,52 @@ def test_saved_masks_score_as_the_evaluation_did(tmp_path):
     # Masks of an earlier evaluation do not stay beside the results of another one.
     assert evaluation_cli.main([*model, "--out", str(tmp_path / "a")]) == 0
     assert not list((tmp_path / "a").glob("predictions-*"))
+
+
+def test_what_changed_most_is_shown_where_masks_were_kept(tmp_path, monkeypatch):
+    """A scores all that is asked for in one quarter, B in the next."""
+    data = ["--dataset_dir", str(toys() / "data"), "--val_dataset", "Toy|val"]
+    dataset = EvalDataset(toys() / "data", "Toy|val", ["SEG"])
+    for name, rows in (("a", slice(0, 1)), ("b", slice(0, 40))):
+        entries = []
+        for index in range(len(dataset)):
+            sample = dataset[index]
+            for number, conversation in enumerate(sample.conversations):
+                mask = np.zeros(sample.image.shape[:2], bool)
+                mask[rows] = conversation.masks[0][rows]
+                entry = {"image_id": sample.id, "conversation": number, "target": 0}
+                entries.append(entry | {"segmentation": encode_rle(mask)})
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(entries))
+        argv = ["score", "--predictions", str(file), *data, "--out", str(tmp_path / name)]
+        assert evaluation_cli.main(argv) == 0
+        shutil.copy(file, tmp_path / name / "predictions-free.json")
+    page_file = tmp_path / "compare.html"
+    compare = ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(page_file)]
+    assert evaluation_cli.main(compare) == 0
+    page = Page(page_file)
+    check_self_contained(page)
+    gains = len(compare_targets(*(read_targets(tmp_path / n) for n in "ab")).gains)
+    assert gains and len(page.attributes("src")) == 4 * gains
+    assert "hit" in page.words and "A: IoU" in page.words
+    # Without the masks, or without the pictures, the page says so.
+    (tmp_path / "b" / "predictions-free.json").rename(tmp_path / "kept")
+    assert evaluation_cli.main(compare) == 0
+    assert "No pictures: " in Page(page_file).words and "--save_masks" in Page(page_file).words
+    (tmp_path / "kept").rename(tmp_path / "b" / "predictions-free.json")
+    metrics = tmp_path / "a" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace(str(toys() / "data"), "/nowhere"))
+    assert evaluation_cli.main(compare) == 0
+    assert "cannot be opened" in Page(page_file).words and not Page(page_file).attributes("src")
+
+
+def test_the_page_of_a_training_has_its_curves_and_every_target():
+    page = Page(trained_run() / "report.html")
+    check_self_contained(page)
+    assert [tag for tag, _ in page.tags].count("polyline") == 2
+    assert "Loss of the steps" in page.words and "step 6" in page.words
+    rows = json.loads((trained_run() / "targets-free.json").read_text())["targets"]
+    assert f"All {len(rows)} targets" in page.words
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_level_colours_differ_and_the_answer_keeps_its_own():
 @pytest.mark.parametrize("levels", [("SEG",), ("LOC", "SEG"), ("LOC", "PART", "SEG")])
 def test_a_row_has_a_tile_for_every_level(levels):
     row = draw_row(example(levels=levels), tile=64)
-    assert row.width == (len(levels) + 2) * 64 + (len(levels) + 1) * visualize.GAP
+    assert row.width == (len(levels) + 3) * 64 + (len(levels) + 2) * visualize.GAP
 
 
 def test_an_answer_without_masks_shows_no_mask():
@@ -96,7 +96,7 @@ def test_an_answer_without_masks_shows_no_mask():
 
 def test_captions_say_the_score_of_the_answer():
     captions = [caption for caption, _ in visualize.panels(example(), 64)]
-    assert captions == ["image", "[LOC]", "[SEG]  IoU 100", "ground truth"]
+    assert captions == ["image", "[LOC]", "[SEG]  IoU 100", "ground truth", "compared"]
     empty = example(masks=np.zeros((2, 40, 60), dtype=bool))
     assert visualize.panels(empty, 64)[2][0] == "[SEG]  IoU 0  (empty)"
 
@@ -132,3 +132,14 @@ def test_contact_sheet_holds_every_example(tmp_path):
 def test_a_sheet_of_nothing_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no example"):
         contact_sheet([], tmp_path / "sheet.png")
+
+
+def test_every_pixel_of_a_comparison_says_whether_it_is_right():
+    target, mask, ignore = (np.zeros((4, 4), bool) for _ in range(3))
+    target[:2], mask[1:3], ignore[:, 3] = True, True, True
+    tile = visualize.errors(np.full((4, 4, 3), 90, np.uint8), mask, target, ignore, 4)
+    rows = (visualize.MISSED_COLOUR, visualize.HIT_COLOUR, visualize.WRONG_COLOUR, (109, 109, 109))
+    for row, colour in zip(tile, rows, strict=True):
+        assert (row[:3] == colour).all() and (row[3] == 109).all()
+    nothing = visualize.errors(np.full((4, 4, 3), 90, np.uint8), None, target, None, 4)
+    assert (nothing[:2] == visualize.MISSED_COLOUR).all() and (nothing[2:] == 109).all()
