@@ -14,12 +14,12 @@ Ctrl-C. docs/chat.md has more.
 
 from __future__ import annotations
 
-import contextlib
+import glob
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,13 @@ from cores.model.inference.results import Result
 from cores.model.inference.segmenter import ReasoningSegmenter, Session
 from cores.utils.asking import LESS_MEMORY, load_segmenter
 from cores.utils.settings.flags import UsageError
-from cores.utils.settings.typed_path import names_a_path, refuse_no_file, typed_path
+from cores.utils.settings.typed_path import PICTURE, names_a_path, refuse_no_file, typed_path
 
 # Importing readline gives input() line editing and a history, where the platform has it.
-with contextlib.suppress(ImportError):
-    import readline  # noqa: F401
+try:
+    import readline
+except ImportError:
+    readline = None  # type: ignore[assignment]
 
 # Reported in one line; anything else is a defect of the program and shows its trace.
 MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
@@ -52,7 +54,7 @@ HELP = """Type a question about the picture, or the path of another picture.
   /undo         take the last question and its answer back
   /reset        a new conversation about the same picture
   /save [FILE]  write the conversation, masks included, as JSON
-  /help         this text
+  /help         this text; Tab completes commands and paths
   /quit         the end (quit, exit and Ctrl-D, too); Ctrl-C stops an answer"""
 
 
@@ -200,6 +202,39 @@ def print_answer(result: Result, report: dict[str, Any]) -> None:
         print(f"  overlay {report['overlay']}")
 
 
+def completions(line: str, commands: Iterable[str]) -> list[str]:
+    """What a line of a conversation may go on as: ``commands``, and the paths of pictures and
+    folders, where it begins as one of them."""
+    name, space, rest = line.partition(" ")
+    found = [] if space else [f"{one} " for one in sorted(commands) if one.startswith(line)]
+    takes_path = space and name in ("/image", "/save")
+    # A question has words; a path of several words is completed after /image.
+    if takes_path or (line and not space and not found):
+        typed, before = (rest, f"{name} ") if takes_path else (line, "")
+        for path in sorted(glob.glob(glob.escape(os.path.expanduser(typed)) + "*")):
+            if os.path.isdir(path):
+                found.append(f"{before}{path}/")
+            elif PICTURE.search(path) or name == "/save":
+                found.append(before + path)
+    return found
+
+
+def complete_lines(commands: Iterable[str]) -> None:
+    """Tab completes what is typed, where there is readline."""
+    if readline is None:
+        return
+    names = [*commands, "/quit"]
+
+    def complete(text: str, state: int) -> str | None:
+        return dict(enumerate(completions(text, names))).get(state)
+
+    readline.set_completer_delims("")  # The whole line is one word, as paths may hold anything.
+    readline.set_completer(complete)
+    # macOS has libedit under this name, which spells it in another way.
+    bind = "bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete"
+    readline.parse_and_bind(bind)
+
+
 class _CtrlC:
     """The handler of SIGINT: raises KeyboardInterrupt once while ``armed`` and otherwise ignores
     the signal, so that a second Ctrl-C cannot interrupt the handling of the first."""
@@ -216,6 +251,7 @@ def converse(chat: TerminalChat, first_image: Path | None) -> None:
     """Reads lines until /quit or the end of the input. No mistake and no Ctrl-C ends it or loses
     the conversation."""
     print(HELP)
+    complete_lines(chat.commands)
     line = None if first_image is None else f"/image {first_image}"
     ctrl_c, going = _CtrlC(), True
     before = signal.signal(signal.SIGINT, ctrl_c)

@@ -10,7 +10,7 @@ import difflib
 import sys
 from functools import partial
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from cores.dataset import command
 
@@ -111,6 +111,12 @@ def main(argv: list[str] | None = None) -> int:
         module, reader = entry.read.split(":")
         command.refuse_flags(partial(getattr(import_module(module), reader), rest))
     return import_module(entry.module).main(rest) or 0
+
+
+def start() -> NoReturn:
+    """The command ``cores``, as installing puts it on the path."""
+    command.guard()
+    command.leave(main())
 
 
 if __name__ == "__main__":

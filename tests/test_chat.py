@@ -92,6 +92,27 @@ def test_exit_code_and_words_of_an_answer_without_mask(photo, tmp_path, capsys):
     assert (report["masks"], report["overlay"]) == ([], None)
 
 
+def test_tab_completes_commands_and_paths(photo, tmp_path, monkeypatch):
+    (tmp_path / "more").mkdir()
+    for name in ("notes.txt", "b.png"):
+        (tmp_path / name).write_text("")
+    commands = ["/image", "/undo", "/save", "/quit"]
+    assert chat.completions("/i", commands) == ["/image "]
+    assert chat.completions("/", commands)[:4] == ["/image ", "/quit ", "/save ", "/undo "]
+    folder = f"{tmp_path}/"
+    for typed, expected in (
+        (f"{folder}m", [f"{folder}more/"]),
+        (f"/image {folder}m", [f"/image {folder}more/"]),
+        (f"/image {folder}n", []),  # no picture
+        (f"/save {folder}n", [f"/save {folder}notes.txt"]),
+        (f"/image {photo[:-2]}", [f"/image {photo}"]),
+        (f"{folder}b", [f"{folder}b.png"]),
+        (f"where is {photo[:-2]}", []),  # a question
+        ("", [f"{name} " for name in sorted(commands)]),
+    ):
+        assert chat.completions(typed, commands) == expected, typed
+
+
 def test_several_masks_and_a_cut_answer(photo, tmp_path, capsys):
     assert chat.main(flags(tmp_path / "out", "--image", photo, "--prompt", "the wheel")) == 0
     said = capsys.readouterr().out

@@ -20,6 +20,7 @@ from cores.utils.report.gallery import Picture
 from cores.utils.report.tables import format_table, interval, percent
 from cores.utils.report.visualize import Example
 
+HARDLY = 0.02  # Below this share of targets with a mask, the scores tell nothing but that.
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "segment-anything", "numpy")
 
 
@@ -70,8 +71,16 @@ class Report:
         found, n = [], len(self.scores)
         answered = [score for score in self.scores if score.emitted]
         empty = sum(score.target_area == 0 for score in self.scores)
+        hint = ""
+        if self.mode == "free":
+            hint = (
+                "; a model that has not learnt to say its tokens needs more steps (--epochs,"
+                " --steps_per_epoch), or a --version that says them"
+            )
         if not answered:
-            found.append(f"no answer held a mask: all {n} targets are scored as unanswered")
+            found.append(f"no answer held a mask: all {n} targets are scored as unanswered{hint}")
+        elif len(answered) <= HARDLY * n:
+            found.append(f"{len(answered)} of {n} targets were answered with a mask{hint}")
         elif all(score.union - score.target_area + score.inter == 0 for score in answered):
             found.append(f"every mask that was answered is empty ({len(answered)} of {n} targets)")
         if 2 * empty > n:

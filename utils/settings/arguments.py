@@ -220,6 +220,11 @@ def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
         if choices and value not in choices:
             among = ", ".join(map(str, choices))
             raise UsageError(f"{path}: {key} is {reprlib.repr(value)}; choose one of {among}")
+    if path.resolve().is_relative_to(CONFIGS.resolve()):
+        # What it names comes with the program, too, wherever that is started.
+        for key, value in values.items():
+            if str(value).startswith("assets/") and not Path(value).exists():
+                values[key] = str(CONFIGS.parent / value)
     return (read_config(path.parent / str(base), (*above, path)) if base else {}) | values
 
 

@@ -28,6 +28,10 @@ SEEDS = in_range(int, 0, 2**63 - 1)
 CURVE_FORMATS = ("png", "svg", "pdf", "jpg", "jpeg", "webp")
 
 
+def is_folder(path: str) -> bool:
+    return Path(path).is_dir()
+
+
 def slug(dataset: str) -> str:
     """The name of an evaluation set as a file name: "ReasonSeg|val" -> "ReasonSeg-val"."""
     return "".join(c if c.isalnum() or c in "._" else "-" for c in dataset)
@@ -232,7 +236,7 @@ def read_evaluation(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
     add("model", help="model folder that the merge script wrote, or run folder of train_ds.py")
     add("--out", type=Path, help="folder for the results (default: MODEL_OR_RUN/eval/DATASET)")
     args, flags = parser.parse_known_args(list(argv))
-    if not Path(args.model).is_dir():
+    if not is_folder(args.model):
         raise UsageError(
             f"{args.model}: no such folder; give a run of train_ds.py or a model that the merge"
             " script wrote"

@@ -114,9 +114,15 @@ class Trainer:
         self.data.set_epoch(self.progress["epoch"])
         self.sampler.first_micro_step = done * s.grad_accumulation_steps
         batches = batches_of(self.loader)
-        label = f"epoch {self.progress['epoch'] + 1}/{s.epochs}"
         quiet = not distributed.is_main()
-        bar = tqdm(desc=label, total=s.steps_per_epoch, initial=done, unit="step", disable=quiet)
+        # The bar is that of the whole run, and so is the time left.
+        bar = tqdm(
+            desc=f"epoch {self.progress['epoch'] + 1}/{s.epochs}",
+            total=s.epochs * s.steps_per_epoch,
+            initial=self.global_step,
+            unit="step",
+            disable=quiet,
+        )
         with bar:
             while self.progress["step"] < s.steps_per_epoch:
                 started = time.perf_counter()
