@@ -38,7 +38,11 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_every_file_of_the_package(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     ours = [path for part in PARTS for path in (ROOT / part).rglob("*") if path.is_file()]
-    ours = [path for path in ours if path.suffix in (".py", ".json", ".j2", ".css", ".yaml", ".safetensors")]
+    ours = [
+        path
+        for path in ours
+        if path.suffix in (".py", ".json", ".j2", ".css", ".yaml", ".safetensors")
+    ]
     wanted = {f"cores/{path.relative_to(ROOT).as_posix()}" for path in ours}
     wanted |= {f"cores/{name}" for name in ("train_ds.py", "chat.py", "app.py", "py.typed")}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
