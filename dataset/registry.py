@@ -335,5 +335,8 @@ def open_evaluation(dataset_dir: str | Path, name: str, options: LoaderOptions) 
     if dataset.startswith(f"{OWN}:"):
         return OwnData(root, name.removeprefix(f"{OWN}:"), options)
     known = {entry.name: entry for entry in OFFICIAL}
+    elsewhere = dataset in known or (root / "reason_seg" / dataset).exists()
+    if not elsewhere and dataset in own_names(root / OWN, options.follow_links):
+        raise ValueError(f'--val_dataset {name!r}: is a set of your own; write "{OWN}:{name}"')
     opener = known[dataset].open if dataset in known else _opener(reasoning_loader, dataset)
     return opener(root, split, options)

@@ -24,8 +24,10 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def same_arithmetic():
     """What the last digits depend on: benchmarks set the number of threads, DeepSpeed's ZeRO-3
-    replaces the linear function."""
+    replaces the linear function, and a loading that fails may leave its number format behind."""
     count, linear = torch.get_num_threads(), torch.nn.functional.linear
+    dtype = torch.get_default_dtype()
     yield
     torch.set_num_threads(count)
+    torch.set_default_dtype(dtype)
     torch.nn.functional.linear = linear

@@ -521,12 +521,11 @@ def test_no_name_on_the_command_line_leaves_the_folder(everything, spec):
 
 
 def blocks() -> list[tuple[str, str]]:
-    """(language, text) of the code in docs/data.md that can be run."""
-    return re.findall(
-        r"```(python|bash)\n(.*?)```",
-        (ROOT / "docs" / "data.md").read_text(encoding="utf-8"),
-        re.DOTALL,
-    )
+    """(language, text) of the code in docs/data.md that can be run; the environment is that of the
+    tests."""
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    text = re.sub(r"^source \.venv/bin/activate.*\n", "", text, flags=re.MULTILINE)
+    return re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL)
 
 
 def run_block(language: str, text: str, folder: Path) -> str:

@@ -23,7 +23,7 @@ BINS = 20  # bars of a histogram
 MOST_ROWS = 200  # of the answers without a mask; the CSV has them all
 MOST_TARGETS = 1000  # of the table of all; likewise
 LEGEND = {"hit": HIT_COLOUR, "wrong": WRONG_COLOUR, "missed": MISSED_COLOUR}
-CURVES = {"loss of the steps": ("train", "loss"), "gIoU of the validations": ("val", "giou")}
+CURVES = {"Loss of the steps": ("train", "loss"), "gIoU of the validations": ("val", "giou")}
 
 
 def evaluation_page(

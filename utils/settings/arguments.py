@@ -256,6 +256,16 @@ def parse_over(
         for name, value in given.items()
         if value is not None
     }
+    families = str(values.get("dataset", FIELDS["dataset"].default)).split("||")
+    if given["own_data"] and "own" not in families and not given["eval_only"]:
+        raise UsageError(
+            f"--own_data {given['own_data']}: --dataset {'||'.join(families)} does not train on it;"
+            " add own, as in --dataset own"
+        )
+    rates = str(values.get("sample_rates", FIELDS["sample_rates"].default)).split(",")
+    if given["dataset"] and not given["sample_rates"] and len(rates) != len(families):
+        # Those of a config, or the default, are for other families.
+        values["sample_rates"] = ",".join("1" for _ in families)
     return settings_of(values, facts)
 
 

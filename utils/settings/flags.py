@@ -162,7 +162,9 @@ class LossArguments:
 class DataArguments:
     dataset_dir: str = option("./data", "root of all data sets, in LISA's layout", may_change=True)
     dataset: str = option("sem_seg||reason_seg", "families to train on, joined by ||")
-    sample_rates: str = option("9,1", "how often each family is drawn")
+    sample_rates: str = option(
+        "9,1", "how often each family is drawn; alike where --dataset is given without it"
+    )
     sem_seg_data: str = option("ade20k", "semantic data sets, joined by ||")
     refer_seg_data: str = option(
         "refclef||refcoco||refcoco+||refcocog", "referring data sets, joined by ||"

@@ -119,6 +119,12 @@ class OwnData:
         self.options, self.faults = options, options.faults
         self.root = require_folder(Path(dataset_dir) / FOLDER, "the folder of your own data sets")
         self.dataset = f"{FOLDER}:{name}|{split}"
+        if "/" in name or "\\" in name:
+            own = Path(name).name or "NAME"
+            raise DataError(
+                f"own data {spec!r}: is a path, and a name is needed: copy or link it to"
+                f" {self.root / own}, then give {own!r}"
+            )
         self.folder = OwnFolder(self.root, name, options.follow_links)
         sources = self.folder.sources()
         named = split if split in sources else split_of(split)

@@ -10,6 +10,7 @@ import pytest
 
 from cores.dataset.conversation.turns import answer_text
 from cores.dataset.files.errors import DataError, MissingDataError
+from cores.dataset.mixture import EvalDataset
 from cores.dataset.readers.own.dataset import OwnData
 from cores.dataset.readers.reasoning import ReasoningSegmentation
 from cores.dataset.sample import LoaderOptions, check_sample
@@ -390,3 +391,16 @@ def test_what_is_not_there_is_listed(tmp_path):
         OwnData(tmp_path, "table", EVAL)
     with pytest.raises(ValueError, match='write it as "name" or "name|split"'):
         OwnData(tmp_path, "a|b|c", EVAL)
+
+
+def test_a_path_and_a_name_without_its_kind_say_what_to_give(tmp_path):
+    write_image(tmp_path / "own" / "mine" / "a.png")
+    (tmp_path / "own" / "mine" / "val.jsonl").write_text(
+        json.dumps({"image": "a.png", "query": "it", "polygons": [[[1, 1], [9, 1], [9, 9]]]})
+    )
+    with pytest.raises(
+        DataError, match="is a path, and a name is needed: .*own/mine, then give 'm"
+    ):
+        OwnData(tmp_path, f"{tmp_path}/own/mine|val", LoaderOptions(("SEG",), False))
+    with pytest.raises(ValueError, match='write "own:mine|val"'):
+        EvalDataset(tmp_path, "mine|val", ["SEG"])

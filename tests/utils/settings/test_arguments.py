@@ -275,3 +275,22 @@ def test_a_config_of_any_editor(tmp_path, encoding):
         ("# " + ("学习率" if encoding != "cp1252" else "Übung") + "\nlr: 1e-4\n").encode(encoding)
     )
     assert parse(["--config", str(config)]).lr == 1e-4
+
+
+def test_own_data_without_own_among_the_families_is_told():
+    with pytest.raises(UsageError, match="--own_data mine: --dataset reason_seg does not train"):
+        parse(["--dataset", "reason_seg", "--own_data", "mine"])
+    assert parse(["--dataset", "own", "--own_data", "mine"]).sample_rates == "1"
+
+
+def test_families_on_the_command_line_are_drawn_alike_unless_rates_are_given(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text('dataset: reason_seg||sem_seg\nsample_rates: "9,1"\n')
+    for argv, rates in (
+        ([], "9,1"),
+        (["--dataset", "coco||reason_seg"], "9,1"),
+        (["--dataset", "coco||reason_seg||vqa"], "1,1,1"),
+        (["--dataset", "coco"], "1"),
+        (["--dataset", "coco||vqa||own", "--sample_rates", "3,2,1"], "3,2,1"),
+    ):
+        assert parse(["--config", str(config), *argv]).sample_rates == rates

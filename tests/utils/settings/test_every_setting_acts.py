@@ -265,7 +265,10 @@ def drawn(changes: dict[str, Any], count: int = 80) -> list:
 
 
 def samples(changes: dict[str, Any], count: int) -> list[Sample]:
-    s = parse(flags(toys(), **COMMON | DATA_BASE | changes))
+    values = COMMON | DATA_BASE | changes
+    if "own" not in values["dataset"].split("||"):
+        values.pop("own_data")  # Naming data that are not trained on is refused.
+    s = parse(flags(toys(), **values))
     data = build.build_mixture(s, build.PromptFormat(s.level_list, s.exemplar_count))
     data.samples_per_epoch = count
     return [data[i] for i in range(count)]
