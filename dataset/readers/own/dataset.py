@@ -122,8 +122,8 @@ class OwnData:
         if "/" in name or "\\" in name:
             own = Path(name).name or "NAME"
             raise DataError(
-                f"own data {spec!r}: is a path, and a name is needed: copy or link it to"
-                f" {self.root / own}, then give {own!r}"
+                f"own data {spec!r}: a path is refused; copy or link the folder to"
+                f" {self.root / own}, then give its name {own!r}"
             )
         self.folder = OwnFolder(self.root, name, options.follow_links)
         sources = self.folder.sources()

@@ -398,9 +398,7 @@ def test_a_path_and_a_name_without_its_kind_say_what_to_give(tmp_path):
     (tmp_path / "own" / "mine" / "val.jsonl").write_text(
         json.dumps({"image": "a.png", "query": "it", "polygons": [[[1, 1], [9, 1], [9, 9]]]})
     )
-    with pytest.raises(
-        DataError, match="is a path, and a name is needed: .*own/mine, then give 'm"
-    ):
+    with pytest.raises(DataError, match="copy or link .*own/mine, then give its name 'mine'"):
         OwnData(tmp_path, f"{tmp_path}/own/mine|val", LoaderOptions(("SEG",), False))
     with pytest.raises(ValueError, match='write "own:mine|val"'):
         EvalDataset(tmp_path, "mine|val", ["SEG"])
