@@ -186,11 +186,13 @@ def read_config(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
     ``base``; ``above``: the files that name it as their base. Raises UsageError naming file and
     key."""
     path = Path(path)
-    if not path.is_file() and not above and path.parent == Path():
-        path = CONFIGS / path.with_suffix(".yaml")  # A name of one that comes with the program.
+    if not path.is_file() and not above and not path.is_absolute() and ".." not in path.parts:
+        # The name of one that comes with the program, such as tiny or recipes/1x80gb-7b.
+        path = next((p for p in (CONFIGS / path, CONFIGS / f"{path}.yaml") if p.is_file()), path)
     if not path.is_file():
         asked_by = f"base of {above[-1]}" if above else "--config"
-        shipped = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        names = (file.relative_to(CONFIGS).with_suffix("") for file in CONFIGS.rglob("*.yaml"))
+        shipped = ", ".join(sorted(map(str, names)))
         hint = "" if above else f"; by name there are {shipped}"
         raise UsageError(f"{path}: no such file ({asked_by}){hint}")
     if path.resolve() in [p.resolve() for p in above]:

@@ -294,3 +294,15 @@ def test_families_on_the_command_line_are_drawn_alike_unless_rates_are_given(tmp
         (["--dataset", "coco||vqa||own", "--sample_rates", "3,2,1"], "3,2,1"),
     ):
         assert parse(["--config", str(config), *argv]).sample_rates == rates
+
+
+def test_a_shipped_config_is_known_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "tiny.yaml"):
+        s = parse(["--config", name])
+        assert s.exp_name == "tiny" and Path(s.version).is_dir()
+    assert parse(["--config", "recipes/1x80gb-7b"]).batch_size == 16
+    with pytest.raises(UsageError, match="nosuch: no such file .*recipes/1x80gb-7b.*tiny-lisa"):
+        parse(["--config", "nosuch"])
+    (tmp_path / "tiny").write_text("epochs: 7\n")  # One's own goes before.
+    assert parse(["--config", "tiny"]).epochs == 7
