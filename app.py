@@ -122,8 +122,8 @@ def import_gradio(cache: Path) -> Any:
         if (error.name or "").partition(".")[0] != "gradio":
             raise
         raise UsageError(
-            "the page needs the package gradio: run scripts/setup.sh app, and this with"
-            " .venv-app/bin/python (docs/app.md)"
+            'the page needs the package gradio: pip install "cores[app]", or in a clone run'
+            " scripts/setup.sh app, and this with .venv-app/bin/python (docs/app.md)"
         ) from None
     return gradio
 

@@ -269,7 +269,8 @@ def main(argv: list[str] | None = None) -> int:
     if has_lora(loaded.model):
         merge_lora(loaded.model)
     save(loaded, folder, args.layout)
-    print(f"{folder}: saved; try `python chat.py --version {folder}`")
+    chat = "cores chat" if command.started_as("").startswith("cores ") else "python chat.py"
+    print(f"{folder}: saved; try `{chat} --version {folder}`")
     return 0
 
 
