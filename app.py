@@ -521,9 +521,11 @@ class Page:
                         label="Answer",
                         interactive=False,
                         buttons=["download", "fullscreen"],
-                        height=480,
+                        height=400,
                         elem_id="result",
                     )
+                    # The steps stand beside the answer, above the fold of a small screen.
+                    chain = gr.HTML(elem_id="chain")
                     colours = gr.HTML(elem_id="legend")
                     with gr.Row():
                         view = gr.Radio(views, value=ANSWER, label="Show", elem_id="view", scale=3)
@@ -536,7 +538,6 @@ class Page:
                             scale=2,
                         )
                     chosen = gr.Dropdown([], label="Answer to", interactive=False, elem_id="chosen")
-                    chain = gr.HTML(elem_id="chain")
                     with gr.Row():
                         masks = gr.DownloadButton("Masks (PNG)", interactive=False, elem_id="masks")
                         coco = gr.DownloadButton("COCO JSON", interactive=False, elem_id="coco")
