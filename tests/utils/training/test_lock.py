@@ -19,10 +19,13 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from cores.utils.training import lock
+ready, tell = os.pipe()
 with lock.owned(Path(sys.argv[1])):
     if not os.fork():  # as a data worker
+        os.write(tell, b".")  # It has let go of what it was born with.
         time.sleep(60)
         os._exit(0)
+    os.read(ready, 1)
     print("held", flush=True)
     time.sleep(60)
 """
