@@ -1,6 +1,7 @@
 """The scripts, called as a user calls them, on pictures of one bright square."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from cores import merge_lora_weights_and_save_hf_model as merge
 from cores import train_ds
 from cores.model import CoresForReasoningSegmentation, CoresProcessor
+from cores.utils.evaluation import cli as evaluation
 from cores.utils.training import checkpoint
 from tests.backbone_toys import flags, toys, trained_run
 
@@ -184,3 +186,20 @@ def test_bad_input_is_one_clear_line_before_any_work(changes, words, tmp_path, c
 def test_eval_only_of_a_backbone_is_refused(capsys):
     assert train_ds.main([*flags(toys()), "--eval_only"]) == 2
     assert "backbone" in capsys.readouterr().err
+
+
+def test_a_run_is_measured_where_its_backbones_are_now(tmp_path, capsys):
+    """As after moving them, or from another folder than the training's."""
+    moved = tmp_path / "moved"
+    shutil.copytree(toys() / "llava", moved)
+    run = [str(trained_run()), "--eval_mode", "teacher_forced", "--out"]
+    assert evaluation.main([*run, str(tmp_path / "there")]) == 0
+    assert evaluation.main([*run, str(tmp_path / "here"), "--version", str(moved)]) == 0
+    there, here = (
+        json.loads((tmp_path / name / "targets-teacher_forced.json").read_text())["targets"]
+        for name in ("there", "here")
+    )
+    assert there == here != []
+    capsys.readouterr()
+    assert evaluation.main([*run, str(tmp_path / "no"), "--version", "/nowhere"]) == 2
+    assert "/nowhere" in capsys.readouterr().err

@@ -108,7 +108,7 @@ def build_model(
     if s.eval_only and s.resume:
         run = s.run_dir if s.resume == "auto" else s.resume
         model, processor, _ = build_trained(
-            run, precision=s.precision, accept_changes=s.accept_changes
+            run, precision=s.precision, accept_changes=s.accept_changes, places=s
         )
         processor.proposals = select_as(model, s)
         return model, processor
@@ -182,15 +182,21 @@ def build_trained(
     which: str = "best",
     precision: str | None = None,
     accept_changes: bool = False,
+    places: Settings | None = None,
 ) -> tuple[CoresForReasoningSegmentation, CoresProcessor, Settings]:
     """The unmerged model of a run folder, or of one of its checkpoints, and its settings.
 
-    ``precision``: of the weights, instead of the run's. Raises UsageError if there is no such
-    checkpoint, or if it belongs to other backbones and ``accept_changes`` is not set.
+    ``precision``: of the weights, instead of the run's. ``places``: settings that say where its
+    backbones are now, as a run may have been trained from another folder. Raises UsageError if
+    there is no such checkpoint, or if it belongs to other backbones and ``accept_changes`` is not
+    set.
     """
     settings = settings_of(read_resumed(run))
     settings.precision = precision or settings.precision
     settings.accept_changes = accept_changes
+    for name in ("version", "vision_pretrained", "vision_tower", "features_pretrained"):
+        if places is not None:
+            setattr(settings, name, getattr(places, name))
     folder = checkpoint.find_checkpoint(run, which)
     return *unmerged_model(settings, checkpoint.read_weights(folder), folder), settings
 
