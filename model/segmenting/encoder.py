@@ -76,9 +76,18 @@ class FastAttention(Attention):
         q (B, heads, H·W, d) -> (B, heads, H·W, H) and (B, heads, H·W, W).
         """
         grid = q.unflatten(2, (height, width))
-        down = torch.einsum("bnhwd,hyd->bnhwy", grid, get_rel_pos(height, height, self.rel_pos_h))
-        across = torch.einsum("bnhwd,wxd->bnhwx", grid, get_rel_pos(width, width, self.rel_pos_w))
+        down = torch.einsum("bnhwd,hyd->bnhwy", grid, _rel_pos(height, self.rel_pos_h))
+        across = torch.einsum("bnhwd,wxd->bnhwx", grid, _rel_pos(width, self.rel_pos_w))
         return down.flatten(2, 3), across.flatten(2, 3)
+
+
+def _rel_pos(size: int, table: Tensor) -> Tensor:
+    """(size, size, d): the row of ``table`` (2·size − 1, d) for every distance of query and key.
+    segment-anything looks it up by indices on the host, which makes a GPU wait in every block."""
+    if len(table) != 2 * size - 1:
+        return get_rel_pos(size, size, table)  # It resizes the table.
+    place = torch.arange(size, device=table.device)
+    return table[place[:, None] - place + size - 1]
 
 
 def _with_sdpa(

@@ -22,6 +22,15 @@ def another_default_device():
         yield
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_in_new_memory_by_chance():
+    """An index that lies elsewhere reads nothing, so that memory stays as it is: here not a
+    number."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def test_the_trick_finds_a_tensor_without_a_device():
     x = torch.ones(3, device="cpu")
     with another_default_device(), pytest.raises(RuntimeError, match="device"):
@@ -35,7 +44,7 @@ def test_a_training_step_follows_the_device(checkpointing):
     with another_default_device():
         loss = model(batch).loss
         loss.backward()
-    assert loss.device.type == "cpu"
+    assert loss.device.type == "cpu" and loss.isfinite()
     assert all(p.grad.device.type == "cpu" for p in model.parameters() if p.grad is not None)
 
 
