@@ -52,6 +52,7 @@ def test_asking_a_picture(tmp_path, monkeypatch):
     assert list((tmp_path / "answers").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_scoring_other_masks(tmp_path, monkeypatch):
     book = run("score_other_masks", tmp_path, monkeypatch)
     assert "colourful on SynthReason|val" in shown(book)

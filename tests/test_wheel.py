@@ -51,6 +51,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
     assert {name.split("/")[0].split("-")[0] for name in held} == {"cores"}
 
 
+@pytest.mark.slow
 def test_it_works_in_a_folder_with_files_of_the_same_names(wheel, tmp_path):
     """In an environment of its own, which sees the libraries of this one."""
     environment, folder = tmp_path / "environment", tmp_path / "work"

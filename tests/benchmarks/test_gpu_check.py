@@ -85,6 +85,7 @@ def test_answers_follow_the_device(monkeypatch):
     assert all(result.masks[0].mask.shape == (480, 640) for result in results)
 
 
+@pytest.mark.slow
 def test_a_second_call_goes_on(tmp_path, monkeypatch, capsys):
     """Also after a part that took too long, and one that failed."""
     out = tmp_path / "gpu.json"
